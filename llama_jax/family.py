@@ -1,0 +1,161 @@
+"""The LLaMA family as a table: `FAMILY[name]` is the exact shape of a released model.
+
+Sources: LLaMA (arXiv 2302.13971, table 2), Llama 2 (2307.09288), Code Llama (2308.12950) and
+The Llama 3 Herd of Models (2407.21783), with the `params.json` that was released with each.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+# Every configuration class is frozen and hashable (it is a static argument of jitted functions)
+# and refuses keys that it does not know.
+STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RopeScaling:
+    """How Llama 3.1 and later stretch the rotary wavelengths to reach a longer context."""
+
+    factor: Positive = Field(8.0, description="by how much the longest wavelengths are stretched")
+    low_freq_factor: Positive = Field(
+        1.0, description="wavelengths above original_context / this are stretched in full"
+    )
+    high_freq_factor: Positive = Field(
+        4.0, description="wavelengths below original_context / this are left alone"
+    )
+    original_context: Count = Field(8192, description="context before stretching [tokens]")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The shape of a model and how it is computed.
+
+    One letter names a dimension everywhere: B batch, T query positions, S key positions, L layers,
+    V vocabulary, D width, N query heads, K key/value heads, H head size, F feed-forward size.
+    """
+
+    dim: Count = Field(description="D, width of the residual stream")
+    n_layers: Count = Field(description="L, number of layers")
+    n_heads: Count = Field(description="N, number of query heads")
+    n_kv_heads: Count = Field(description="K, number of key/value heads; must divide n_heads")
+    head_dim: Count = Field(description="H, size of a head; even")
+    hidden_dim: Count = Field(description="F, hidden size of the feed-forward block")
+    vocab_size: Count = Field(description="V, rows of the embedding [tokens]")
+    context: Count = Field(2048, description="longest sequence the model is meant for [tokens]")
+    norm_eps: Positive = Field(1e-5, description="epsilon of RMSNorm")
+    rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="Llama 3.1 stretching of the wavelengths; null for none"
+    )
+    tied_head: bool = Field(False, description="the output head is the embedding, transposed")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="type of activations and matrix products"
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type the weights are kept in"
+    )
+    remat: Literal["none", "full"] = Field(
+        "full", description="what backward recomputes: none keeps all activations, full keeps none"
+    )
+    scan: bool = Field(
+        True, description="loop over layers in the program; false unrolls them (long compilation)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
+        return self
+
+    def shape(self, dims: str) -> tuple[int, ...]:
+        """Returns the sizes that the letters `dims` name: 'DNH' -> (dim, n_heads, head_dim)."""
+        size = {
+            "L": self.n_layers,
+            "V": self.vocab_size,
+            "D": self.dim,
+            "N": self.n_heads,
+            "K": self.n_kv_heads,
+            "H": self.head_dim,
+            "F": self.hidden_dim,
+        }
+        return tuple(size[letter] for letter in dims)
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights, each counted once (a tied head is the embedding)."""
+        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim  # and two norms
+        ends = 1 if self.tied_head else 2
+        return self.n_layers * block + ends * self.vocab_size * self.dim + self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the model FLOPs of training on one token: forward and backward, no recompute.
+
+        6 for each weight of a matrix product (the embedding look-up is none), and the causal half
+        of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures count so.
+        """
+        weights = self.n_params - (0 if self.tied_head else self.vocab_size * self.dim)
+        attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        return 6.0 * weights + attention
+
+
+def ffn_dim(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Returns F as Meta's code derives it from the keys of `params.json`.
+
+    Two thirds of 4·dim, times `multiplier` if given, rounded up to a multiple of `multiple_of`
+    (`FeedForward.__init__` in the reference's model.py).
+    """
+    hidden = int(8 * dim / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def _member(dim: int, n_layers: int, n_heads: int, hidden_dim: int, **other) -> ModelConfig:
+    shape = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "vocab_size": 32_000}
+    return ModelConfig(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, hidden_dim=hidden_dim, **(shape | other)
+    )
+
+
+_LLAMA2 = {"context": 4096}
+_CODE = {"context": 16_384, "rope_theta": 1e6}
+_LLAMA3 = {"n_kv_heads": 8, "vocab_size": 128_256, "rope_theta": 5e5, "context": 8192}
+_LLAMA31 = _LLAMA3 | {"context": 131_072, "rope_scaling": RopeScaling(factor=8.0)}
+_LLAMA32 = _LLAMA31 | {"rope_scaling": RopeScaling(factor=32.0), "tied_head": True}
+
+FAMILY: dict[str, ModelConfig] = {
+    "llama-7b": _member(4096, 32, 32, 11_008, norm_eps=1e-6),
+    "llama-13b": _member(5120, 40, 40, 13_824, norm_eps=1e-6),
+    "llama-33b": _member(6656, 60, 52, 17_920, norm_eps=1e-6),
+    "llama-65b": _member(8192, 80, 64, 22_016, norm_eps=1e-5),
+    "llama2-7b": _member(4096, 32, 32, 11_008, **_LLAMA2),
+    "llama2-13b": _member(5120, 40, 40, 13_824, **_LLAMA2),
+    "llama2-70b": _member(8192, 80, 64, 28_672, n_kv_heads=8, **_LLAMA2),
+    "codellama-7b": _member(4096, 32, 32, 11_008, vocab_size=32_016, **_CODE),
+    "codellama-13b": _member(5120, 40, 40, 13_824, vocab_size=32_016, **_CODE),
+    "codellama-34b": _member(8192, 48, 64, 22_016, n_kv_heads=8, **_CODE),
+    "llama3-8b": _member(4096, 32, 32, 14_336, **_LLAMA3),
+    "llama3-70b": _member(8192, 80, 64, 28_672, **_LLAMA3),
+    "llama3.1-8b": _member(4096, 32, 32, 14_336, **_LLAMA31),
+    "llama3.1-70b": _member(8192, 80, 64, 28_672, **_LLAMA31),
+    "llama3.1-405b": _member(16_384, 126, 128, 53_248, **_LLAMA31),
+    "llama3.2-1b": _member(2048, 16, 32, 8192, **_LLAMA32),
+    "llama3.2-3b": _member(3072, 28, 24, 8192, **_LLAMA32),
+    "llama3.3-70b": _member(8192, 80, 64, 28_672, **_LLAMA31),
+}

@@ -1,0 +1,1 @@
+"""The model: weights as modules, the forward pass as functions."""

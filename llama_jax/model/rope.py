@@ -1,0 +1,47 @@
+"""Rotary position embeddings, half-split: dimension i turns together with i + H/2.
+
+Meta's checkpoints turn neighbours (2i, 2i+1) instead; converters permute wq and wk, and the
+result is the same (RoFormer, arXiv 2104.09864; Llama 3.1's scaling: `apply_scaling` in the
+reference's model.py).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.family import ModelConfig
+
+
+def frequencies(config: ModelConfig) -> np.ndarray:
+    """Returns the angle that each of the H/2 pairs turns per position [radians], float32."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    freq = 1.0 / np.float32(config.rope_theta) ** exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freq
+    wavelength = 2 * math.pi / freq
+    low = scaling.original_context / scaling.low_freq_factor
+    high = scaling.original_context / scaling.high_freq_factor
+    # 0 at wavelengths of `low` and longer (stretched in full), 1 at `high` and shorter (kept).
+    kept = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - kept) * freq / scaling.factor + kept * freq
+    stretched = np.where(wavelength > low, freq / scaling.factor, between)
+    return np.where(wavelength < high, freq, stretched).astype(np.float32)
+
+
+def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns sine and cosine [B, T, H/2] of the angles at `positions_BT`, float32."""
+    angle = positions_BT[..., None].astype(jnp.float32) * frequencies(config)
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Returns x with each pair (i, i + H/2) of a head turned, computed in float32."""
+    sin, cos = (r[:, :, None] for r in rotation)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)

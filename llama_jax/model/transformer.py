@@ -1,0 +1,181 @@
+"""LLaMA: the weights (nouns) and the forward pass (verbs).
+
+One letter per dimension, in suffixes, einsums and the sharding table alike: B batch, T query
+positions, S key positions, L layers, V vocabulary, D width, N query heads, K key/value heads,
+H head size, F feed-forward size. Weights carry Meta's names, with axes [in…, out…].
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.family import ModelConfig
+from llama_jax.model.attention import attention
+from llama_jax.model.cache import Cache
+from llama_jax.model.rope import rotate, rotation
+from llama_jax.sharding import act, weight
+
+
+def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> nnx.Param:
+    shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
+    return nnx.Param(std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims)))
+
+
+def _ones(config: ModelConfig, dims: str) -> nnx.Param:
+    return nnx.Param(jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight(dims)))
+
+
+class Block(nnx.Module):
+    """The weights of one layer, or of all layers stacked along a leading L.
+
+    Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
+    stream (wo, w2) are (2L)^-1/2 smaller, so that its size does not grow with depth (GPT-2's
+    rule). LLaMA's paper does not state its own.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, F, NH = config.dim, config.hidden_dim, config.n_heads * config.head_dim
+        k = jax.random.split(key, 7)
+        residual = (2 * config.n_layers) ** -0.5
+        self.attention_norm = _ones(config, "D")
+        self.wq = _normal(config, "DNH", D**-0.5, k[0])
+        self.wk = _normal(config, "DKH", D**-0.5, k[1])
+        self.wv = _normal(config, "DKH", D**-0.5, k[2])
+        self.wo = _normal(config, "NHD", residual * NH**-0.5, k[3])
+        self.ffn_norm = _ones(config, "D")
+        self.w1 = _normal(config, "DF", D**-0.5, k[4])
+        self.w3 = _normal(config, "DF", D**-0.5, k[5])
+        self.w2 = _normal(config, "FD", residual * F**-0.5, k[6])
+
+
+class Llama(nnx.Module):
+    """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        k_embeddings, k_layers, k_output = jax.random.split(key, 3)
+        std = config.dim**-0.5
+        self.tok_embeddings = _normal(config, "VD", std, k_embeddings)
+        layer_keys = jax.random.split(k_layers, config.n_layers)
+        self.layers = jax.vmap(partial(Block, config))(layer_keys)
+        self.norm = _ones(config, "D")
+        self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
+
+
+def matmul(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
+    """Returns the einsum of an activation and a weight, in the activation's dtype.
+
+    The letters after '->' also name how the result is split. The weight is cast first, so that
+    it is gathered over `fsdp` in the compute type.
+    """
+    out = act(equation.split("->")[1])
+    return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
+    """Returns x / √(mean(x²) + eps) · scale, computed in float32 (arXiv 1910.07467)."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (x * jax.reshard(scale_D[...], act("D"))).astype(x_BTD.dtype)
+
+
+def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, l):
+    q = rotate(matmul("BTD,DNH->BTNH", x_BTD, layer.wq), turn)
+    k = rotate(matmul("BTD,DKH->BTKH", x_BTD, layer.wk), turn)
+    v = matmul("BTD,DKH->BTKH", x_BTD, layer.wv)
+    if cache is None:
+        out = attention(q, k, v, segments_BT, segments_BT)
+    else:
+        at = (l, 0, cache.index, 0, 0)
+        k_cache = jax.lax.dynamic_update_slice(cache.k_LBSKH, k[None].astype(k.dtype), at)
+        v_cache = jax.lax.dynamic_update_slice(cache.v_LBSKH, v[None].astype(v.dtype), at)
+        cache = cache._replace(k_LBSKH=k_cache, v_LBSKH=v_cache)
+        k, v = k_cache[l], v_cache[l]
+        out = attention(q, k, v, segments_BT, cache.segments_BS, cache.index)
+    return matmul("BTNH,NHD->BTD", out, layer.wo), cache
+
+
+def _feed_forward(layer: Block, x_BTD: jax.Array) -> jax.Array:
+    gate_BTF = jax.nn.silu(matmul("BTD,DF->BTF", x_BTD, layer.w1))
+    return matmul("BTF,FD->BTD", gate_BTF * matmul("BTD,DF->BTF", x_BTD, layer.w3), layer.w2)
+
+
+def hidden_states(
+    config: ModelConfig,
+    model: Llama,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Returns what the output head reads, [B, T, D] in config.dtype, and the cache after T more.
+
+    The arguments are those of `forward`.
+    """
+    if segments_BT is None:
+        segments_BT = jnp.ones_like(tokens_BT)
+    if positions_BT is None:
+        start = 0 if cache is None else cache.index
+        positions_BT = jnp.broadcast_to(
+            start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=act("BT")
+        )
+    if cache is not None:
+        segments_BS = jax.lax.dynamic_update_slice(
+            cache.segments_BS, segments_BT, (0, cache.index)
+        )
+        cache = cache._replace(segments_BS=segments_BS)
+    # A look-up in a table split over fsdp would make the compiler replicate it: gather first.
+    table_VD = jax.reshard(model.tok_embeddings[...].astype(config.dtype), act("VD"))
+    x_BTD = table_VD.at[tokens_BT].get(out_sharding=act("BTD"))
+    turn = rotation(config, positions_BT)
+
+    def block(carry, layer_and_index):
+        x_BTD, cache = carry
+        layer, l = layer_and_index
+        h = rms_norm(x_BTD, layer.attention_norm, config.norm_eps)
+        attended, cache = _attend(config, layer, h, turn, segments_BT, cache, l)
+        x_BTD = x_BTD + attended
+        h = rms_norm(x_BTD, layer.ffn_norm, config.norm_eps)
+        return (x_BTD + _feed_forward(layer, h), cache), None
+
+    if config.remat == "full":
+        block = jax.checkpoint(block, prevent_cse=not config.scan)
+    layers = (model.layers, jnp.arange(config.n_layers))
+    (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers, unroll=not config.scan)
+    if cache is not None:
+        cache = cache._replace(index=cache.index + tokens_BT.shape[1])
+    return rms_norm(x_BTD, model.norm, config.norm_eps), cache
+
+
+def output_head(model: Llama, x_BTD: jax.Array) -> jax.Array:
+    """Returns the logits [B, T, V], float32, of `hidden_states`."""
+    if model.output is None:
+        logits = matmul("BTD,VD->BTV", x_BTD, model.tok_embeddings)
+    else:
+        logits = matmul("BTD,DV->BTV", x_BTD, model.output)
+    return logits.astype(jnp.float32)
+
+
+def forward(
+    config: ModelConfig,
+    model: Llama,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Returns the logits [B, T, V] float32 of the next token, and the cache after these T.
+
+    Args:
+        config: static under `jax.jit`.
+        model: weights of that config.
+        tokens_BT: int32 token ids in 0 … V-1.
+        positions_BT: int32 position of each token in its own text; default 0, 1, … (with a
+            cache, from its index on).
+        segments_BT: int32 number of each token's text; tokens of different segments never see
+            each other, and 0 stands for padding. Default: all one text.
+        cache: keys and values of earlier tokens, to be continued; it needs T free slots.
+    """
+    x_BTD, cache = hidden_states(config, model, tokens_BT, positions_BT, segments_BT, cache)
+    return output_head(model, x_BTD), cache
