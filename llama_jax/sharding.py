@@ -106,6 +106,6 @@ def divisors(number: int) -> list[int]:
 
 
 def place(array: np.ndarray, dims: str) -> jax.Array:
-    """Returns `array`, this process's rows of it, as a global array split as `act(dims)`."""
+    """Returns `array`, which every process holds whole, on the current mesh as `act(dims)`."""
     sharding = jax.NamedSharding(jax.sharding.get_mesh(), act(dims))
-    return jax.make_array_from_process_local_data(sharding, array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,11 +1,215 @@
-"""Batches as a pure function of the step."""
-from typing import NamedTuple
+"""Batches as a pure function of the step.
+
+A sample is a window of T+1 tokens at a fixed place of the token stream. Which windows make up the
+global batch of a step follows from the seed and the step alone, so nothing but the step has to be
+saved, and any number of hosts reads the very same batches.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
 import jax
 import numpy as np
-class Batch(NamedTuple):
-    """Rows of tokens and what is to be predicted; each [B, T], with a leading A for micro-batches."""
 
-    tokens: np.ndarray | jax.Array  # int32
-    targets: np.ndarray | jax.Array  # int32: the next token, or -1 where no loss is taken
-    positions: np.ndarray | jax.Array  # int32: position in its document, as far as the window shows
-    segments: np.ndarray | jax.Array  # int32: number of its document in the window, from 1
+from llama_jax.config import DataConfig
+from llama_jax.errors import InputError
+from llama_jax.sharding import act
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what is to be predicted, int32 [B, T]; micro-batches add a leading A."""
+
+    tokens: Any
+    targets: Any  # the next token, or -1 where no loss is taken
+    positions: Any  # place in the document, counted from where the window shows it
+    segments: Any  # number of the document in the window, from 1
+
+
+class Tokens:
+    """One split of a folder of token shards, memory-mapped and read as one long stream."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        self.summary = self.meta["splits"][split]
+        shards = self.summary["shards"]
+        self._tokens = [
+            self._open(split, f"tokens-{i:05d}.npy", shard["tokens"])
+            for i, shard in enumerate(shards)
+        ]
+        self._ends = [
+            self._open(split, f"ends-{i:05d}.npy", shard["documents"])
+            for i, shard in enumerate(shards)
+        ]
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._tokens)])
+
+    def _open(self, split: str, name: str, length: int) -> np.ndarray:
+        path = self.folder / split / name
+        try:
+            # An empty file can't be mapped.
+            array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            reason = "is missing" if not path.exists() else "is damaged or cut short"
+            raise InputError(f"{path} {reason}: make the folder again with `tokenize`") from error
+        if len(array) != length:
+            raise InputError(
+                f"{path} holds {len(array):,} entries, but meta.json says {length:,}: make the"
+                " folder again with `tokenize`"
+            )
+        return array
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens [start, stop) as int32, and where documents start inside of them."""
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        tokens, ends = [], []
+        for i in range(first, last + 1):
+            base = self._starts[i]
+            tokens.append(self._tokens[i][max(0, start - base) : stop - base])
+            low, high = np.searchsorted(self._ends[i], (start, stop), side="left")
+            ends.append(self._ends[i][low:high])
+        return np.concatenate(tokens).astype(np.int32), np.concatenate(ends) - start
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Returns the `meta.json` of a folder of token shards.
+
+    Raises:
+        InputError: it is missing or not of this program.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["format"] == 1:
+            return meta
+        problem = f"has the unknown format {meta['format']}"
+    except FileNotFoundError:
+        problem = "has no meta.json"
+    except (ValueError, KeyError, TypeError):
+        problem = "has a damaged meta.json"
+    raise InputError(f"{folder} {problem}: make a folder of token shards with `llama-jax tokenize`")
+
+
+class Windows:
+    """Random access to the windows of T+1 tokens of a stream; each overlaps the next by one."""
+
+    def __init__(self, tokens: Tokens, config: DataConfig):
+        self.tokens = tokens
+        self.length = config.seq_len
+        self.isolate = config.isolate_documents
+        self.count = max(0, len(tokens) - 1) // self.length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Batch:
+        """Returns window `index` as a Batch whose arrays are [T]."""
+        T = self.length
+        start = int(index) * T
+        tokens, starts = self.tokens.read(start, start + T + 1)
+        positions = np.arange(T + 1, dtype=np.int32)
+        segments = np.ones(T + 1, np.int32)
+        if self.isolate:
+            at = starts[(starts > 0) & (starts <= T)]
+            begins = np.zeros(T + 1, np.int32)
+            begins[at] = 1
+            segments += np.cumsum(begins, dtype=np.int32)
+            positions -= np.maximum.accumulate(positions * begins)
+        same = segments[1:] == segments[:-1]
+        targets = np.where(same, tokens[1:], -1).astype(np.int32)
+        return Batch(tokens[:-1], targets, positions[:-1], segments[:-1])
+
+
+class Batches:
+    """The batches of a run: `train(step)` and `validation(i)`, placed on the current mesh."""
+
+    def __init__(self, config: DataConfig, micro_batches: int = 1):
+        self.config = config
+        self.micro_batches = micro_batches
+        folders = list(config.mixture)
+        self.splits = {
+            split: [Tokens(folder, split) for folder in folders]
+            for split in ("train", "validation")
+        }
+        windows = [Windows(tokens, config) for tokens in self.splits["train"]]
+        for folder, source in zip(folders, windows, strict=True):
+            if not len(source):
+                raise InputError(
+                    f"{folder} holds {len(source.tokens):,} training tokens, fewer than one window"
+                    f" of data.seq_len + 1 = {config.seq_len + 1:,}: add text or shorten seq_len"
+                )
+        # Seeds differ, or equally long sources would be read in the same order.
+        shuffled = [
+            grain.MapDataset.source(source).seed(config.seed + i).shuffle().repeat()
+            for i, source in enumerate(windows)
+        ]
+        self._train = (
+            shuffled[0]
+            if len(shuffled) == 1
+            else grain.MapDataset.mix(shuffled, list(config.mixture.values()))
+        )
+        held_out = [Windows(tokens, config) for tokens in self.splits["validation"]]
+        self._validation = [(source, i) for source in held_out for i in range(len(source))]
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What identifies the data: each folder's tokenizer and shards, by their hashes."""
+        return {
+            str(tokens.folder): ":".join(
+                [tokens.meta["tokenizer_sha256"][:16]]
+                + [shard["sha256"]["tokens-%05d.npy" % i][:16]
+                   for i, shard in enumerate(tokens.summary["shards"])]
+            )
+            for tokens in self.splits["train"]
+        }  # fmt: skip
+
+    def train(self, step: int) -> Batch:
+        """Returns the batch of step `step` (0 is the first): arrays [A, B, T], B of a micro-batch.
+
+        Row r of micro-batch a is sample a·B + r of the step, so micro-batches read in turn are
+        the unsplit batch.
+        """
+        first = step * self.config.batch_size
+        return self._place(lambda row: self._train[first + row])
+
+    def validation(self, index: int) -> Batch:
+        """Returns held-out batch `index`, shaped like a training batch.
+
+        Rows past the last window count for nothing.
+        """
+        first = index * self.config.batch_size
+
+        def read(row: int) -> Batch:
+            if first + row < len(self._validation):
+                source, i = self._validation[first + row]
+                return source[i]
+            blank = np.zeros(self.config.seq_len, np.int32)
+            return Batch(blank, blank - 1, blank, blank)
+
+        return self._place(read)
+
+    def validation_batches(self, most: int) -> int:
+        """Returns how many held-out batches there are, at most `most`."""
+        return min(most, -(-len(self._validation) // self.config.batch_size))
+
+    def _place(self, read: Callable[[int], Batch]) -> Batch:
+        """Builds global arrays of which this process reads the rows of its own devices."""
+        A = self.micro_batches
+        B, T = self.config.batch_size // A, self.config.seq_len
+        read = cache(read)
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
+
+        def field(number: int) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                a, b, t = (range(*i.indices(n)) for i, n in zip(index, (A, B, T), strict=True))
+                rows = [[read(i * B + j)[number][t.start : t.stop] for j in b] for i in a]
+                return np.array(rows)
+
+            return jax.make_array_from_callback((A, B, T), sharding, part)
+
+        return Batch(*(field(i) for i in range(len(Batch._fields))))

@@ -1,0 +1,47 @@
+"""From logits to the next token."""
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from llama_jax.family import STRICT
+from llama_jax.sharding import act
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sampling:
+    """How the next token is drawn: temperature first, then top-k, then top-p (as transformers)."""
+
+    temperature: float = Field(0.0, ge=0, description="0 takes the most likely token")
+    top_k: int = Field(0, ge=0, description="draw from the k most likely tokens; 0 for all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the most likely tokens that make up this mass"
+    )
+
+
+def sample(sampling: Sampling, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns a token for each row, int32 [B]. Tokens that tie with the last kept one stay in."""
+    logits_BV = jax.reshard(logits_BV, act("BS"))  # sorting needs the whole vocabulary
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = keep_likely(sampling, logits_BV / sampling.temperature)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+def keep_likely(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits with those that top-k and top-p leave out at -inf.
+
+    top-p keeps the fewest most likely tokens whose mass reaches it (arXiv 1904.09751, section 3.1).
+    """
+    V = logits_BV.shape[-1]
+    if 0 < sampling.top_k < V:
+        kth = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        falling = jnp.sort(logits_BV, axis=-1, descending=True)
+        mass = jax.nn.softmax(falling, axis=-1)
+        mass_before = jnp.cumsum(mass, axis=-1) - mass
+        kept = jnp.where(mass_before < sampling.top_p, falling, jnp.inf)
+        logits_BV = jnp.where(logits_BV < kept.min(axis=-1, keepdims=True), -jnp.inf, logits_BV)
+    return logits_BV
