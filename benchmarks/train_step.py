@@ -83,7 +83,9 @@ def transformers_eager(dtype: str, tokens: np.ndarray) -> Callable[[], float]:
 
 def main() -> None:
     """Prints a table of medians and the ratio, pair by pair."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
@@ -101,7 +103,9 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
         rates = [BATCH * LENGTH / s for s in times]
-        print(f"{name:14} {statistics.median(rates):7.1f} tokens/s  (min {min(rates):.1f}, max {max(rates):.1f})")
+        print(
+            f"{name:14} {statistics.median(rates):7.1f} tokens/s  (min {min(rates):.1f}, max {max(rates):.1f})"
+        )
     if len(seconds) == 2:
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         print(f"llama_jax / transformers, median of pairs: {statistics.median(ratios):.2f}")

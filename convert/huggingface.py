@@ -111,17 +111,13 @@ def load(folder: str | Path) -> tuple[ModelConfig, Llama]:
             raise InputError(f"{path} lacks {full}: the model needs it")
         weight, shape = theirs.pop(full), config.shape(their_dims)
         if weight.size != np.prod(shape):
-            raise InputError(
-                f"{path}: {full} is {weight.shape}, but config.json asks for {shape}"
-            )
+            raise InputError(f"{path}: {full} is {weight.shape}, but config.json asks for {shape}")
         return np.einsum(f"{their_dims}->{dims}", weight.reshape(shape).astype(np.float32))
 
     ends = {name: row for name, row in _ENDS.items() if name != "output" or not config.tied_head}
     weights: dict[str, Any] = {name: take(*row) for name, row in ends.items()}
     weights["layers"] = {
-        name: np.stack(
-            [take(f"model.layers.{i}.{their}", *dims) for i in range(config.n_layers)]
-        )
+        name: np.stack([take(f"model.layers.{i}.{their}", *dims) for i in range(config.n_layers)])
         for name, (their, *dims) in _LAYER.items()
     }
     unknown = [name for name in theirs if not name.endswith("rotary_emb.inv_freq")]

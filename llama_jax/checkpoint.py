@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from pydantic import TypeAdapter, ValidationError
 
-from llama_jax import config as run_config
+from llama_jax import config_file
 from llama_jax.config import CheckpointConfig, Config
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
@@ -204,7 +204,9 @@ def save_model(
     try:
         items = {"model": tree_to_dict(model)}
         ocp.save_checkpointables((partial_folder / "weights").absolute(), items)
-        (partial_folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        (partial_folder / "config.json").write_text(
+            json.dumps(dataclasses.asdict(config), indent=1)
+        )
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial_folder / "tokenizer.model")
         partial_folder.rename(folder)
@@ -243,7 +245,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
 
 def read_run_config(folder: Path) -> Config:
     """Returns the configuration that a run was started with."""
-    return run_config.load(folder / "config.yaml")
+    return config_file.load(folder / "config.yaml")
 
 
 def load_model(

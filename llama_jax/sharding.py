@@ -69,6 +69,14 @@ def one_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
 
 
+def tensor_mesh(model: ModelConfig) -> Mesh:
+    """Returns a mesh that splits the model over as many local devices as divide it."""
+    devices = jax.local_devices()
+    common = math.gcd(model.n_kv_heads, model.n_heads, model.hidden_dim, model.vocab_size)
+    size = max(size for size in divisors(common) if size <= len(devices))
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
+
+
 def check_divides(mesh: Mesh, model: ModelConfig, batch: int | None = None) -> None:
     """Refuses a mesh whose axes don't divide the model's dimensions (or the batch's rows).
 

@@ -5,6 +5,7 @@ global batch of a step follows from the seed and the step alone, so nothing but 
 saved, and any number of hosts reads the very same batches.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
@@ -64,6 +65,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def content_hash(self) -> str:
+        """Returns a SHA-256 over those of all shards, in hexadecimal."""
+        hashes = [shard["sha256"] for shard in self.summary["shards"]]
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens [start, stop) as int32, and where documents start inside of them."""
@@ -157,16 +163,22 @@ class Batches:
         self._validation = [(source, i) for source in held_out for i in range(len(source))]
 
     @property
-    def fingerprint(self) -> dict[str, str]:
-        """What identifies the data: each folder's tokenizer and shards, by their hashes."""
-        return {
-            str(tokens.folder): ":".join(
-                [tokens.meta["tokenizer_sha256"][:16]]
-                + [shard["sha256"]["tokens-%05d.npy" % i][:16]
-                   for i, shard in enumerate(tokens.summary["shards"])]
+    def fingerprint(self) -> list[str]:
+        """What identifies the data: each folder's weight, tokenizer and shards, by their hashes."""
+        return [
+            f"{weight:g}:{tokens.meta['tokenizer_sha256'][:16]}:{tokens.content_hash()[:16]}"
+            for weight, tokens in zip(
+                self.config.mixture.values(), self.splits["train"], strict=True
             )
-            for tokens in self.splits["train"]
-        }  # fmt: skip
+        ]
+
+    @property
+    def unigram_entropy(self) -> float | None:
+        """That of the held-out text [nats per token], where there is any."""
+        splits = [tokens.summary for tokens in self.splits["validation"] if len(tokens)]
+        counted = sum(split["tokens"] for split in splits)
+        weighted = sum(split["tokens"] * split["unigram_entropy"] for split in splits)
+        return weighted / counted if counted else None
 
     def train(self, step: int) -> Batch:
         """Returns the batch of step `step` (0 is the first): arrays [A, B, T], B of a micro-batch.

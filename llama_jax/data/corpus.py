@@ -9,7 +9,6 @@ import collections
 import glob
 import gzip
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -147,7 +146,8 @@ def read_documents(files: Sequence[Path], validation_fraction: float) -> Iterato
     for i, text in enumerate(texts):
         if few and validation_fraction:
             cut = text.rfind("\n", 0, round(len(text) * (1 - validation_fraction))) + 1
-            yield from (Document(t, s) for t, s in zip((text[:cut], text[cut:]), SPLITS) if t)
+            parts = (Document(text[:cut], "train"), Document(text[cut:], "validation"))
+            yield from (part for part in parts if part.text)
         else:
             held_out = int((i + 1) * validation_fraction) > int(i * validation_fraction)
             yield Document(text, SPLITS[held_out])
@@ -209,7 +209,7 @@ _worker_tokenizer: Tokenizer | None = None
 
 
 def _start_worker(path: str) -> None:
-    global _worker_tokenizer  # noqa: PLW0603 (one a process, loaded once)
+    global _worker_tokenizer
     _worker_tokenizer = load_tokenizer(path)
 
 
@@ -331,4 +331,3 @@ def build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
-

@@ -46,6 +46,7 @@ def prefill(
         slots: size of the cache: at least T and the tokens to come [tokens].
     """
     B, T = tokens_BT.shape
+    mask_BT = jax.reshard(mask_BT, act("BT"))
     segments_BT = mask_BT.astype(jnp.int32)
     counted_BT = jnp.cumsum(segments_BT, axis=1)
     cache = init_cache(config, B, slots)
@@ -100,9 +101,7 @@ def decode(
     return made_Bn, state
 
 
-@partial(
-    jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "sampling", "end_ids")
-)
+@partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "sampling", "end_ids"))
 def generate(
     config: ModelConfig,
     model: Llama,
@@ -128,9 +127,7 @@ def generate(
     """
     slots = tokens_BT.shape[1] + max_new_tokens
     state = prefill(config, model, tokens_BT, mask_BT, key, slots=slots)
-    made, _ = decode(
-        config, model, state, n=max_new_tokens, sampling=sampling, end_ids=end_ids
-    )
+    made, _ = decode(config, model, state, n=max_new_tokens, sampling=sampling, end_ids=end_ids)
     return made
 
 

@@ -113,22 +113,22 @@ def hidden_states(
 
     The arguments are those of `forward`.
     """
+    tokens_BT = jax.reshard(tokens_BT, act("BT"))
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
+    segments_BT = jax.reshard(segments_BT, act("BT"))
     if positions_BT is None:
         start = 0 if cache is None else cache.index
         positions_BT = jnp.broadcast_to(
             start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=act("BT")
         )
     if cache is not None:
-        segments_BS = jax.lax.dynamic_update_slice(
-            cache.segments_BS, segments_BT, (0, cache.index)
-        )
+        segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.index))
         cache = cache._replace(segments_BS=segments_BS)
     # A look-up in a table split over fsdp would make the compiler replicate it: gather first.
     table_VD = jax.reshard(model.tok_embeddings[...].astype(config.dtype), act("VD"))
     x_BTD = table_VD.at[tokens_BT].get(out_sharding=act("BTD"))
-    turn = rotation(config, positions_BT)
+    turn = rotation(config, jax.reshard(positions_BT, act("BT")))
 
     def block(carry, layer_and_index):
         x_BTD, cache = carry

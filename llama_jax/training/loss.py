@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from llama_jax.family import ModelConfig
 from llama_jax.data.batches import Batch
+from llama_jax.family import ModelConfig
 from llama_jax.model.transformer import Llama, hidden_states, output_head
 
 

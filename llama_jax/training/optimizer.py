@@ -37,6 +37,4 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def decayed(model: Llama) -> Llama:
     """Returns which weights decay: the matrices, not the scales of the norms."""
-    return jax.tree.map_with_path(
-        lambda path, _: "norm" not in jax.tree_util.keystr(path), model
-    )
+    return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), model)

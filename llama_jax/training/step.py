@@ -82,6 +82,10 @@ def train_step(
 
 @partial(jax.jit, static_argnums=0)
 def eval_step(config: Config, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy [nats] and the counted targets of one micro-batch [B, T]."""
-    _, (nll, targets) = loss_sums(config.model, model, batch, z_loss=0.0)
-    return nll, targets
+    """Returns the summed cross-entropy [nats] and the counted targets of a batch [A, B, T]."""
+
+    def add(sums: tuple[jax.Array, jax.Array], batch: Batch):
+        _, micro = loss_sums(config.model, model, batch, z_loss=0.0)
+        return jax.tree.map(jnp.add, sums, micro), None
+
+    return jax.lax.scan(add, (jnp.float32(0), jnp.int32(0)), batch)[0]

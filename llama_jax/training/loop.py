@@ -1,0 +1,251 @@
+"""A training run from its configuration to its last checkpoint, resumed wherever it stopped."""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llama_jax import checkpoint
+from llama_jax.checkpoint import Progress, TrainingCheckpoints
+from llama_jax.config import Config
+from llama_jax.data import corpus
+from llama_jax.data.batches import Batches
+from llama_jax.errors import InputError
+from llama_jax.sharding import check_divides, make_mesh
+from llama_jax.training.metrics import read_metrics
+from llama_jax.training.optimizer import adamw
+from llama_jax.training.progress import duration, tell
+from llama_jax.training.report import Report, due
+from llama_jax.training.run_folder import check_unchanged, only_run, write_run_files
+from llama_jax.training.step import StepMetrics, eval_step, init_state, train_step
+
+
+class RunStopped(RuntimeError):
+    """A run had to end before its last step; its state is saved and the message says why."""
+
+
+class Outcome(NamedTuple):
+    """How a call of `run` ended."""
+
+    folder: Path
+    step: int  # steps done in all
+    finished: bool  # False: it was asked to stop, and can be resumed
+    validation_loss: float | None  # nats per token
+    unigram_entropy: float | None  # nats per token, of the held-out text
+
+
+def run(config: Config) -> Outcome:
+    """Trains until `training.steps` are done, from the newest checkpoint of the run folder if any.
+
+    SIGTERM and SIGINT end it after the step that is running, with everything saved.
+
+    Raises:
+        InputError: something in the configuration, the data or the run folder is wrong.
+        RunStopped: too many steps in a row had a gradient that is not finite.
+    """
+    mesh = make_mesh(config.mesh)
+    check_divides(mesh, config.model, config.data.batch_size // config.training.micro_batches)
+    folder = Path(config.training.out)
+    with only_run(folder), jax.set_mesh(mesh):
+        checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
+        steps = checkpoints.steps
+        if steps:
+            check_unchanged(config, folder)
+        elif (folder / "config.yaml").exists():
+            tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+        prepare_data(config)
+        data = Batches(config.data, config.training.micro_batches)
+        _check_tokenizer(config, data)
+        if steps and steps[-1] >= config.training.steps:
+            tell(f"{folder} is finished: {steps[-1]} steps are done, nothing is left to train")
+            return _outcome(folder, steps[-1], data, finished=True)
+        state = _State(config, data, checkpoints, steps[-1] if steps else None)
+        write_run_files(config, data, folder)
+        _tell_run(config, data, mesh, state.step)
+        try:
+            finished = _train(config, folder, data, checkpoints, state)
+        finally:
+            checkpoints.close()
+        return _outcome(folder, state.step, data, finished)
+
+
+class _State:
+    """Weights, optimizer state and the number of steps done: fresh, or restored."""
+
+    def __init__(
+        self, config: Config, data: Batches, checkpoints: TrainingCheckpoints, step: int | None
+    ):
+        self.step = 0
+        key = jax.random.key(config.training.seed)
+        if step is not None:
+            model, opt_state = checkpoint.abstract(partial(init_state, config), key)
+            progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
+            self.step = progress.step
+            if progress.data != data.fingerprint:
+                raise InputError(
+                    f"the data in {', '.join(config.data.mixture)} are not those that the run"
+                    f" {config.training.out} was trained on: restore them, or choose another"
+                    " training.out"
+                )
+            tell(f"{config.training.out}: resumes after step {step} of {config.training.steps}")
+        elif config.training.init_from is not None:
+            _, self.model = checkpoint.load_model(config.training.init_from, config.model)
+            self.opt_state = jax.jit(adamw(config.optimizer).init)(self.model)
+        else:
+            self.model, self.opt_state = jax.jit(partial(init_state, config))(key)
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    data: Batches,
+    checkpoints: TrainingCheckpoints,
+    state: _State,
+) -> bool:
+    """Runs the steps that are left and returns whether all are done."""
+    steps, first = config.training.steps, state.step
+    begun = time.monotonic()
+    example = (state.model, state.opt_state, data.train(first), np.int32(first))
+    step_function = train_step.lower(config, *example).compile()
+    tell(f"compiled in {duration(time.monotonic() - begun)}")
+    report = Report(config, folder, data, first)
+    running: tuple[int, StepMetrics] | None = None
+    with _stop_signals() as stop, contextlib.closing(report):
+        while state.step < steps and not stop:
+            step = state.step
+            report.dispatched()
+            batch = data.train(step)
+            state.model, state.opt_state, metrics = step_function(
+                state.model, state.opt_state, batch, np.int32(step)
+            )
+            state.step += 1
+            # The device works on this step while the host reads what the one before it told.
+            if running:
+                report.step(*running)
+            running = (state.step, metrics)
+            validate = state.step == steps or due(state.step, config.training.eval_every)
+            save = state.step == steps or due(state.step, config.checkpoint.every)
+            if validate or save or state.step == first + 1:
+                report.step(*running)
+                running = None
+            if validate:
+                report.validation(state.step, _validate(config, data, state))
+            if save or report.skipped_in_a_row >= config.training.max_skipped:
+                checkpoints.save(
+                    Progress(state.step, data.fingerprint), state.model, state.opt_state
+                )
+            if report.skipped_in_a_row >= config.training.max_skipped:
+                raise RunStopped(
+                    f"the gradient was not finite in {report.skipped_in_a_row} steps in a row, up"
+                    f" to step {state.step}: these steps changed nothing, and the state is saved in"
+                    f" {folder}; look at the data, or lower optimizer.peak_lr in a new run"
+                )
+        if running:
+            report.step(*running)
+        if state.step < steps:
+            tell(f"stopping on {stop[0]}: saving step {state.step} …")
+            progress = Progress(state.step, data.fingerprint)
+            checkpoints.save(progress, state.model, state.opt_state)
+    return state.step >= steps
+
+
+def _validate(config: Config, data: Batches, state: _State) -> float:
+    """Returns the mean loss over the held-out batches [nats per token]."""
+    nll, targets = 0.0, 0
+    for i in range(data.validation_batches(config.training.eval_batches)):
+        batch_nll, batch_targets = eval_step(config, state.model, data.validation(i))
+        nll, targets = nll + float(batch_nll), targets + int(batch_targets)
+    return nll / targets if targets else math.nan
+
+
+def _outcome(folder: Path, step: int, data: Batches, finished: bool) -> Outcome:
+    losses = [
+        record["validation_loss"]
+        for record in read_metrics(folder / "metrics.jsonl")
+        if record.get("validation_loss") is not None
+    ]
+    last = losses[-1] if losses else None
+    return Outcome(folder, step, finished, last, data.unigram_entropy)
+
+
+def prepare_data(config: Config) -> None:
+    """Tokenizes `data.corpus` into the folder of `data.mixture`, where that is not there yet.
+
+    Raises:
+        InputError: the folder is missing and there is no corpus to make it from.
+    """
+    for name in config.data.mixture:
+        if Path(name).exists():
+            continue
+        if not config.data.corpus:
+            raise InputError(
+                f"there is no folder of token shards at {name}: make it with `llama-jax tokenize`,"
+                " or set data.corpus"
+            )
+        tell(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
+        meta = corpus.build(
+            config.data.corpus,
+            name,
+            n_vocab=config.model.vocab_size,
+            tokenizer=config.data.tokenizer,
+            validation_fraction=config.data.validation_fraction,
+            progress=config.logging.progress,
+        )
+        train, held_out = (meta["splits"][split] for split in corpus.SPLITS)
+        tell(f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out")
+
+
+def _check_tokenizer(config: Config, data: Batches) -> None:
+    hashes = {tokens.meta["tokenizer_sha256"] for tokens in data.splits["train"]}
+    if len(hashes) > 1:
+        raise InputError(
+            "the folders of data.mixture were made with different tokenizers: tokenize them with"
+            " one (`llama-jax tokenize --tokenizer`)"
+        )
+    n_vocab = data.splits["train"][0].meta["n_vocab"]
+    if n_vocab > config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer of {next(iter(config.data.mixture))} has {n_vocab} tokens, but"
+            f" model.vocab_size is {config.model.vocab_size}: set it to {n_vocab} or more"
+        )
+
+
+def _tell_run(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
+    devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    tokens = config.data.batch_size * config.data.seq_len
+    kind = jax.devices()[0].device_kind
+    tell(
+        f"{config.model.n_params:,} parameters on {jax.device_count()} {kind} device(s)"
+        f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
+    )
+    for source in data.splits["train"]:
+        epochs = config.training.steps * tokens / len(source)
+        share = config.data.mixture[str(source.folder)] / sum(config.data.mixture.values())
+        tell(f"{source.folder}: {len(source):,} tokens, {share * epochs:.2f} epochs in this run")
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Yields a list that gets the name of SIGTERM or SIGINT when it comes; twice kills."""
+    received: list[str] = []
+
+    def note(number: int, _: Any) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(signal.Signals(number).name)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

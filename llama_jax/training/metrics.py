@@ -1,0 +1,95 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, loss.png."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.config import Config, LoggingConfig
+
+# Peak of one device in dense bfloat16 matrix products [TFLOP/s], from the makers' data sheets, by
+# the start of `jax.Device.device_kind`; the longest start that fits counts.
+PEAK_TFLOPS = {
+    "TPU v3": 61.5,  # a core; JAX shows two a chip
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5": 459.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100": 989.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA B200": 2250.0,
+}
+
+
+def peak_flops(config: LoggingConfig, device: jax.Device) -> float | None:
+    """Returns the peak of one device [FLOP/s], or None where it is not known."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    fitting = [kind for kind in PEAK_TFLOPS if device.device_kind.startswith(kind)]
+    return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None
+
+
+class MetricsLog:
+    """Writes one record a step to metrics.jsonl and where else the configuration says.
+
+    Opened at a step, it first drops the records of later steps: those will be made again.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int):
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.logging.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if config.logging.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.logging.wandb, name=folder.name, id=folder.name, resume="allow"
+            )
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Writes the values of `step` (1 is the first); a non-finite number becomes null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics.jsonl; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,83 @@
+"""Turns what steps tell into records, a progress bar and a picture."""
+
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llama_jax.config import Config
+from llama_jax.data.batches import Batches
+from llama_jax.training.metrics import MetricsLog, peak_flops
+from llama_jax.training.progress import StepProgress, draw_losses
+from llama_jax.training.step import StepMetrics
+
+
+def due(step: int, every: int) -> bool:
+    """Tells whether something that is done each `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+class Report:
+    """The voice of a run, from its first step to its last."""
+
+    def __init__(self, config: Config, folder: Path, data: Batches, first: int):
+        self.config, self.folder, self.data = config, folder, data
+        self.log = MetricsLog(folder, config, first)
+        self.progress = StepProgress(config.training.steps, first, config.logging.progress)
+        self.skipped_in_a_row = self.skipped = 0
+        self._validation = ""
+        self._dispatched = self._done = time.monotonic()
+        device = jax.devices()[0]
+        peak = peak_flops(config.logging, device)
+        self._peak = peak and peak * jax.device_count()
+        self._tokens = config.data.batch_size * config.data.seq_len
+        self._flops = config.model.flops_per_token(config.data.seq_len) * self._tokens
+
+    def dispatched(self) -> None:
+        """Notes that a step is handed to the device now."""
+        self._dispatched = time.monotonic()
+
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        """Waits for the metrics of a step (1 is the first) and tells them."""
+        loss, norm, rate, targets, skipped = (np.asarray(value).item() for value in metrics)
+        now = time.monotonic()
+        # A step begins when the one before it has ended, or when it was handed over.
+        seconds = now - max(self._done, min(self._dispatched, now))
+        self._done = now
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        record = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": self._tokens / seconds,
+            "step_seconds": seconds,
+            "targets": targets,
+            "tokens_seen": step * self._tokens,
+            "skipped": int(skipped),
+        }
+        if self._peak:
+            record["mfu"] = self._flops / seconds / self._peak
+        if due(step, self.config.logging.every) or step == self.config.training.steps:
+            self.log.write(step, record)
+        shown = {"loss": f"{loss:.3f}"}
+        shown |= {"val": self._validation} if self._validation else {}
+        shown |= {"tok/s": f"{record['tokens_per_second']:,.0f}"}
+        shown |= {"MFU": f"{record['mfu']:.1%}"} if self._peak else {}
+        shown |= {"skipped": str(self.skipped)} if self.skipped else {}
+        self.progress.update(step, shown)
+
+    def validation(self, step: int, loss: float) -> None:
+        """Tells the loss on the held-out text after `step` steps."""
+        if not math.isnan(loss):
+            self.log.write(step, {"validation_loss": loss})
+            self._validation = f"{loss:.3f}"
+        self._done = time.monotonic()
+
+    def close(self) -> None:
+        """Closes the files and draws the picture."""
+        self.progress.close()
+        self.log.close()
+        draw_losses(self.folder, self.data.unigram_entropy)
