@@ -82,18 +82,22 @@ class Progress(NamedTuple):
 
 
 class TrainingCheckpoints:
-    """The checkpoints of a run, written in the background."""
+    """The checkpoints of a run, written in the background.
+
+    With a `config`, old ones and what a killed process left half-written are removed; without,
+    they are only read.
+    """
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None):
         policies = ocp.training.preservation_policies
-        kept = None
-        if config is not None:
-            kept = [policies.LatestN(config.keep)]
-            kept += [policies.EveryNSteps(config.keep_every)] if config.keep_every else []
-            kept = policies.AnyPreservationPolicy(kept)
+        kept: list[Any] = [policies.LatestN(config.keep if config else None)]
+        if config and config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         self.folder = folder
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=kept, cleanup_tmp_directories=config is not None
+            str(folder.absolute()),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=config is not None,
         )
 
     @property
@@ -111,7 +115,7 @@ class TrainingCheckpoints:
         self._checkpointer.save_checkpointables_async(
             progress.step,
             {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)},
-            custom_metadata={"data": progress.data},
+            custom_metadata={"data": [*progress.data]},
             force=True,
         )
 
@@ -125,8 +129,8 @@ class TrainingCheckpoints:
         """
         wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
         loaded = self._load(step, wanted)
-        metadata = self._checkpointer.metadata(step).custom_metadata or {}
-        progress = Progress(step, metadata.get("data", []))
+        metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        progress = Progress(step, metadata["data"])
         return (
             progress,
             dict_to_tree(model, loaded["model"]),
@@ -149,7 +153,7 @@ class TrainingCheckpoints:
 def _load_items(load: Any, source: Any, wanted: dict[str, Any], where: Path) -> dict[str, Any]:
     """Loads the items `wanted` of the Orbax checkpoint `where`, whose names and shapes must fit."""
     try:
-        saved = ocp.checkpointables_metadata(where.absolute()).metadata
+        saved = ocp.checkpointables_metadata(str(where.absolute())).metadata
     except Exception as error:  # Orbax and TensorStore raise dozens of types for damaged files
         raise _damaged(where, error) from error
     for item, tree in wanted.items():
@@ -203,7 +207,7 @@ def save_model(
     partial_folder.mkdir(parents=True)
     try:
         items = {"model": tree_to_dict(model)}
-        ocp.save_checkpointables((partial_folder / "weights").absolute(), items)
+        ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)
         (partial_folder / "config.json").write_text(
             json.dumps(dataclasses.asdict(config), indent=1)
         )
@@ -275,5 +279,5 @@ def load_model(
         return config, checkpoints.restore_model(step, model)
     weights = folder / "weights"
     wanted = {"model": tree_to_dict(model)}
-    loaded = _load_items(ocp.load_checkpointables, weights.absolute(), wanted, weights)
+    loaded = _load_items(ocp.load_checkpointables, str(weights.absolute()), wanted, weights)
     return config, dict_to_tree(model, loaded["model"])

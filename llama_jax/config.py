@@ -18,9 +18,11 @@ Flag = Annotated[bool, Field(strict=True)]
 class MeshConfig:
     """How many devices along each axis of the mesh; -1 for one axis that takes the rest."""
 
-    data: AxisSize = Field(1, description="replicas of the weights, across slices or nodes")
-    fsdp: AxisSize = Field(-1, description="parts that weights and batch are split into")
-    tensor: AxisSize = Field(1, description="parts that heads, FFN and vocabulary are split into")
+    data: AxisSize = Field(default=1, description="replicas of the weights, across slices or nodes")
+    fsdp: AxisSize = Field(default=-1, description="parts that weights and batch are split into")
+    tensor: AxisSize = Field(
+        default=1, description="parts that heads, FFN and vocabulary are split into"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
@@ -38,42 +40,44 @@ class DataConfig:
         Field(description="folder of token shards (made by `llama-jax tokenize`): sampling weight"),
     ] = dataclasses.field(hash=False)  # a dict has no hash; a Config needs one
     corpus: tuple[str, ...] = Field(
-        (),
+        default=(),
         description="files, folders or globs of text and JSONL (.gz, .zst) to fill the one folder"
         " of `mixture` from when it is not there yet; python-stdlib is Python's own sources",
     )
     tokenizer: str | None = Field(
-        None, description="tokenizer.model to use for `corpus`; null trains one on it"
+        default=None, description="tokenizer.model to use for `corpus`; null trains one on it"
     )
     validation_fraction: Fraction = Field(
-        0.05, description="share of the documents of `corpus` that is held out"
+        default=0.05, description="share of the documents of `corpus` that is held out"
     )
-    seq_len: Count = Field(2048, description="T, length of a training window [tokens]")
+    seq_len: Count = Field(default=2048, description="T, length of a training window [tokens]")
     batch_size: Count = Field(description="windows in one optimizer step, over all devices")
     isolate_documents: Flag = Field(
-        True,
+        default=True,
         description="documents in a window don't see each other, and no loss is taken on the"
         " first token of one; false reads a window as one text",
     )
-    seed: Whole = Field(0, description="seed of the order of the windows")
+    seed: Whole = Field(default=0, description="seed of the order of the windows")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
     """AdamW and its schedule. The defaults are the paper's (arXiv 2302.13971, section 2.3)."""
 
-    peak_lr: Positive = Field(3e-4, description="learning rate after warm-up")
-    warmup_steps: Whole = Field(2000, description="steps of linear warm-up")
+    peak_lr: Positive = Field(default=3e-4, description="learning rate after warm-up")
+    warmup_steps: Whole = Field(default=2000, description="steps of linear warm-up")
     final_lr_fraction: Fraction = Field(
-        0.1, description="learning rate of the last step, over the peak (cosine in between)"
+        default=0.1, description="learning rate of the last step, over the peak (cosine in between)"
     )
-    b1: Fraction = Field(0.9, description="decay of the first moment")
-    b2: Fraction = Field(0.95, description="decay of the second moment")
-    eps: Positive = Field(1e-8, description="Adam's epsilon (the paper doesn't state its own)")
+    b1: Fraction = Field(default=0.9, description="decay of the first moment")
+    b2: Fraction = Field(default=0.95, description="decay of the second moment")
+    eps: Positive = Field(
+        default=1e-8, description="Adam's epsilon (the paper doesn't state its own)"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="decay of the matrices; norm scales are exempt"
+        default=0.1, description="decay of the matrices; norm scales are exempt"
     )
-    clip_norm: Positive = Field(1.0, description="largest global norm of the gradient")
+    clip_norm: Positive = Field(default=1.0, description="largest global norm of the gradient")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -82,31 +86,37 @@ class TrainingConfig:
 
     out: str = Field(description="run folder, made if missing, resumed if it holds checkpoints")
     init_from: str | None = Field(
-        None, description="model folder to start from; null draws fresh weights"
+        default=None, description="model folder to start from; null draws fresh weights"
     )
     steps: Count = Field(description="optimizer steps of the whole run")
     micro_batches: Count = Field(
-        1, description="pieces a batch is computed in, one after another, to save memory"
+        default=1, description="pieces a batch is computed in, one after another, to save memory"
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of log² Z in the objective (1e-4 is usual; 0 is off)"
+        default=0.0, description="weight of log² Z in the objective (1e-4 is usual; 0 is off)"
     )
-    seed: Whole = Field(0, description="seed of the fresh weights")
+    seed: Whole = Field(default=0, description="seed of the fresh weights")
     max_skipped: Count = Field(
-        10, description="steps in a row with a non-finite gradient after which the run stops"
+        default=10,
+        description="steps in a row with a non-finite gradient after which the run stops",
     )
-    eval_every: Whole = Field(1000, description="steps between validations (0: at the end only)")
-    eval_batches: Count = Field(20, description="largest number of batches in a validation")
+    eval_every: Whole = Field(
+        default=1000, description="steps between validations (0: at the end only)"
+    )
+    eval_batches: Count = Field(default=20, description="largest number of batches in a validation")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When the run is saved, and what is kept."""
 
-    every: Count = Field(1000, description="steps between checkpoints (the last is always saved)")
-    keep: Count = Field(3, description="newest checkpoints that are kept")
+    every: Count = Field(
+        default=1000, description="steps between checkpoints (the last is always saved)"
+    )
+    keep: Count = Field(default=3, description="newest checkpoints that are kept")
     keep_every: Count | None = Field(
-        None, description="steps: checkpoints at multiples of this are kept for ever; null for none"
+        default=None,
+        description="steps: checkpoints at multiples of this are kept for ever; null for none",
     )
 
 
@@ -114,14 +124,16 @@ class CheckpointConfig:
 class LoggingConfig:
     """What the run tells, and where."""
 
-    every: Count = Field(1, description="steps between lines of metrics.jsonl")
-    progress: Flag = Field(True, description="a progress bar on standard error")
-    tensorboard: Flag = Field(True, description="TensorBoard files in the run folder")
-    wandb: str | None = Field(None, description="Weights & Biases project; null for none")
+    every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
+    progress: Flag = Field(default=True, description="a progress bar on standard error")
+    tensorboard: Flag = Field(default=True, description="TensorBoard files in the run folder")
+    wandb: str | None = Field(default=None, description="Weights & Biases project; null for none")
     peak_tflops: Positive | None = Field(
-        None, description="peak of one device, for MFU [TFLOP/s]; null looks the device up"
+        default=None, description="peak of one device, for MFU [TFLOP/s]; null looks the device up"
     )
-    samples: tuple[str, ...] = Field((), description="prompts that are continued at the end")
+    samples: tuple[str, ...] = Field(
+        default=(), description="prompts that are continued at the end"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

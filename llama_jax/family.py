@@ -4,7 +4,7 @@ Sources: LLaMA (arXiv 2302.13971, table 2), Llama 2 (2307.09288), Code Llama (23
 The Llama 3 Herd of Models (2407.21783), with the `params.json` that was released with each.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -21,14 +21,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class RopeScaling:
     """How Llama 3.1 and later stretch the rotary wavelengths to reach a longer context."""
 
-    factor: Positive = Field(8.0, description="by how much the longest wavelengths are stretched")
+    factor: Positive = Field(
+        default=8.0, description="by how much the longest wavelengths are stretched"
+    )
     low_freq_factor: Positive = Field(
-        1.0, description="wavelengths above original_context / this are stretched in full"
+        default=1.0, description="wavelengths above original_context / this are stretched in full"
     )
     high_freq_factor: Positive = Field(
-        4.0, description="wavelengths below original_context / this are left alone"
+        default=4.0, description="wavelengths below original_context / this are left alone"
     )
-    original_context: Count = Field(8192, description="context before stretching [tokens]")
+    original_context: Count = Field(default=8192, description="context before stretching [tokens]")
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
@@ -52,24 +54,30 @@ class ModelConfig:
     head_dim: Count = Field(description="H, size of a head; even")
     hidden_dim: Count = Field(description="F, hidden size of the feed-forward block")
     vocab_size: Count = Field(description="V, rows of the embedding [tokens]")
-    context: Count = Field(2048, description="longest sequence the model is meant for [tokens]")
-    norm_eps: Positive = Field(1e-5, description="epsilon of RMSNorm")
-    rope_theta: Positive = Field(10_000.0, description="base of the rotary wavelengths")
-    rope_scaling: RopeScaling | None = Field(
-        None, description="Llama 3.1 stretching of the wavelengths; null for none"
+    context: Count = Field(
+        default=2048, description="longest sequence the model is meant for [tokens]"
     )
-    tied_head: bool = Field(False, description="the output head is the embedding, transposed")
+    norm_eps: Positive = Field(default=1e-5, description="epsilon of RMSNorm")
+    rope_theta: Positive = Field(default=10_000.0, description="base of the rotary wavelengths")
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="Llama 3.1 stretching of the wavelengths; null for none"
+    )
+    tied_head: bool = Field(
+        default=False, description="the output head is the embedding, transposed"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="type of activations and matrix products"
+        default="bfloat16", description="type of activations and matrix products"
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type the weights are kept in"
+        default="float32", description="type the weights are kept in"
     )
     remat: Literal["none", "full"] = Field(
-        "full", description="what backward recomputes: none keeps all activations, full keeps none"
+        default="full",
+        description="what backward recomputes: none keeps all activations, full keeps none",
     )
     scan: bool = Field(
-        True, description="loop over layers in the program; false unrolls them (long compilation)"
+        default=True,
+        description="loop over layers in the program; false unrolls them (long compilation)",
     )
 
     @model_validator(mode="after")
@@ -124,14 +132,18 @@ def ffn_dim(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
     return -(-hidden // multiple_of) * multiple_of
 
 
-def _member(dim: int, n_layers: int, n_heads: int, hidden_dim: int, **other) -> ModelConfig:
-    shape = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "vocab_size": 32_000}
+def _member(dim: int, n_layers: int, n_heads: int, hidden_dim: int, **other: Any) -> ModelConfig:
+    shape: dict[str, Any] = {
+        "n_kv_heads": n_heads,
+        "head_dim": dim // n_heads,
+        "vocab_size": 32_000,
+    }
     return ModelConfig(
         dim=dim, n_layers=n_layers, n_heads=n_heads, hidden_dim=hidden_dim, **(shape | other)
     )
 
 
-_LLAMA2 = {"context": 4096}
+_LLAMA2: dict[str, Any] = {"context": 4096}
 _CODE = {"context": 16_384, "rope_theta": 1e6}
 _LLAMA3 = {"n_kv_heads": 8, "vocab_size": 128_256, "rope_theta": 5e5, "context": 8192}
 _LLAMA31 = _LLAMA3 | {"context": 131_072, "rope_scaling": RopeScaling(factor=8.0)}

@@ -6,6 +6,7 @@ weights and batch, `tensor` splits heads, feed-forward and vocabulary.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def act(dims: str) -> P:
     return P(*(_ACTIVATION[letter] for letter in dims))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns an Explicit mesh of `devices` (default: all) with the axes data, fsdp, tensor.
 
     Raises:

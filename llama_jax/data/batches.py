@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grain
 import jax
@@ -187,7 +187,7 @@ class Batches:
         the unsplit batch.
         """
         first = step * self.config.batch_size
-        return self._place(lambda row: self._train[first + row])
+        return self._place(lambda row: cast(Batch, self._train[first + row]))
 
     def validation(self, index: int) -> Batch:
         """Returns held-out batch `index`, shaped like a training batch.
@@ -217,7 +217,7 @@ class Batches:
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
 
         def field(number: int) -> jax.Array:
-            def part(index: tuple[slice, ...]) -> np.ndarray:
+            def part(index: Any) -> np.ndarray:
                 a, b, t = (range(*i.indices(n)) for i, n in zip(index, (A, B, T), strict=True))
                 rows = [[read(i * B + j)[number][t.start : t.stop] for j in b] for i in a]
                 return np.array(rows)

@@ -6,6 +6,7 @@ end token) and `ends-NNNNN.npy` (where in the whole split the documents of that 
 """
 
 import collections
+import contextlib
 import glob
 import gzip
 import io
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import zstandard
+from backports import zstd
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -87,13 +88,15 @@ def _inner_suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
-def _open(path: Path) -> IO[str]:
-    raw: Any = open(path, "rb")  # noqa: SIM115 (the reader that is returned closes it)
-    if path.suffix == ".gz":
-        raw = gzip.GzipFile(fileobj=raw)
-    elif path.suffix == ".zst":
-        raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.TextIOWrapper(raw, encoding="utf-8", newline="")  # line ends stay as they are
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[str]]:
+    with contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(open(path, "rb"))
+        if path.suffix == ".gz":
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        elif path.suffix == ".zst":
+            file = stack.enter_context(zstd.ZstdFile(file))
+        yield io.TextIOWrapper(file, encoding="utf-8", newline="")  # line ends stay as they are
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -115,7 +118,7 @@ def read_texts(path: Path) -> Iterator[str]:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start} of a block): convert or leave it out"
         ) from error
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zstd.ZstdError) as error:
         raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from error

@@ -1,12 +1,14 @@
 """Text to token ids and back, behind one interface for every tokenizer of the family."""
 
 import hashlib
+import io
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece as spm
+from sentencepiece import sentencepiece_model_pb2
 
 from llama_jax.errors import InputError
 
@@ -47,10 +49,9 @@ class SentencePiece:
         """
         try:
             ids = self._processor.encode(text)
-        except UnicodeEncodeError as error:
+        except RuntimeError as error:  # SentencePiece's for a text that UTF-8 can't write
             raise InputError(
-                f"the text can't be written as UTF-8 at character {error.start}: remove the lone"
-                " surrogate"
+                "the text holds half of a surrogate pair, which UTF-8 can't write: remove it"
             ) from error
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
@@ -117,16 +118,25 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
     Raises:
         InputError: the texts are empty, or hold too little for so many tokens.
     """
-    lines = (line for text in texts for line in text.split("\n") if line)
+    failed: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from (line for line in text.split("\n") if line)
+        except BaseException as error:  # SentencePiece would lose it
+            failed.append(error)
+            raise
+
     with tempfile.TemporaryDirectory() as folder:
         escape, unescape = Path(folder, "escape.tsv"), Path(folder, "unescape.tsv")
         escape.write_text(_ESCAPE)
         unescape.write_text(_UNESCAPE)
-        prefix = Path(folder, "tokenizer")
+        trained = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(
-                sentence_iterator=lines,
-                model_prefix=str(prefix),
+                sentence_iterator=lines(),
+                model_writer=trained,
                 model_type="bpe",
                 vocab_size=n_vocab,
                 split_digits=True,
@@ -141,9 +151,15 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
                 shuffle_input_sentence=False,
                 minloglevel=2,
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
+            if failed:
+                raise failed[0] from None
             raise InputError(
                 f"the corpus is too small to train a tokenizer of {n_vocab} tokens: add text or"
                 f" ask for fewer (SentencePiece: {str(error).strip().splitlines()[-1]})"
             ) from error
-        Path(path).write_bytes(prefix.with_suffix(".model").read_bytes())
+    model = sentencepiece_model_pb2.ModelProto.FromString(trained.getvalue())
+    # Without the names of temporary files, equal corpora give equal tokenizers.
+    model.normalizer_spec.ClearField("normalization_rule_tsv")
+    model.denormalizer_spec.ClearField("normalization_rule_tsv")
+    Path(path).write_bytes(model.SerializeToString(deterministic=True))

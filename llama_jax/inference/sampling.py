@@ -13,10 +13,13 @@ from llama_jax.sharding import act
 class Sampling:
     """How the next token is drawn: temperature first, then top-k, then top-p (as transformers)."""
 
-    temperature: float = Field(0.0, ge=0, description="0 takes the most likely token")
-    top_k: int = Field(0, ge=0, description="draw from the k most likely tokens; 0 for all")
+    temperature: float = Field(default=0.0, ge=0, description="0 takes the most likely token")
+    top_k: int = Field(default=0, ge=0, description="draw from the k most likely tokens; 0 for all")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="draw from the most likely tokens that make up this mass"
+        default=1.0,
+        gt=0,
+        le=1,
+        description="draw from the most likely tokens that make up this mass",
     )
 
 

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 
 from llama_jax.config import Config, LoggingConfig
 
@@ -28,11 +27,11 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_flops(config: LoggingConfig, device: jax.Device) -> float | None:
+def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
     """Returns the peak of one device [FLOP/s], or None where it is not known."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
-    fitting = [kind for kind in PEAK_TFLOPS if device.device_kind.startswith(kind)]
+    fitting = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
     return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None
 
 
@@ -56,7 +55,7 @@ class MetricsLog:
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if config.logging.wandb:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
             self._wandb = wandb.init(
                 project=config.logging.wandb, name=folder.name, id=folder.name, resume="allow"

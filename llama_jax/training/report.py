@@ -29,8 +29,7 @@ class Report:
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
         self._dispatched = self._done = time.monotonic()
-        device = jax.devices()[0]
-        peak = peak_flops(config.logging, device)
+        peak = peak_flops(config.logging, jax.devices()[0].device_kind)
         self._peak = peak and peak * jax.device_count()
         self._tokens = config.data.batch_size * config.data.seq_len
         self._flops = config.model.flops_per_token(config.data.seq_len) * self._tokens

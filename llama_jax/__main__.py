@@ -1,0 +1,7 @@
+"""`python -m llama_jax` is the command line."""
+
+import sys
+
+from llama_jax.cli import main
+
+sys.exit(main())

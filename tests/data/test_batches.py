@@ -1,0 +1,158 @@
+import shutil
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from llama_jax.config import DataConfig
+from llama_jax.data import corpus
+from llama_jax.data.batches import Batches, Tokens, Windows
+from llama_jax.errors import InputError
+from llama_jax.sharding import one_device_mesh
+
+
+def config(folder, **changes):
+    return DataConfig(**({"mixture": {str(folder): 1.0}, "batch_size": 8, "seq_len": 16} | changes))
+
+
+def as_numpy(batch):
+    return [np.asarray(field) for field in batch]
+
+
+def test_a_window_tells_documents_apart(token_folder):
+    tokens = Tokens(token_folder, "train")
+    windows = Windows(tokens, config(token_folder, seq_len=64))
+    whole, _ = tokens.read(0, len(tokens))
+    crossed = 0
+    for i in range(len(windows)):
+        window = windows[i]
+        part = whole[i * 64 : i * 64 + 65]
+        np.testing.assert_array_equal(window.tokens, part[:-1])
+        begins = np.flatnonzero(part[:-1] == 1)  # the begin token
+        expected = 1 + np.searchsorted(begins[begins > 0], np.arange(64), side="right")
+        np.testing.assert_array_equal(window.segments, expected)
+        starts = np.concatenate([[0], begins[begins > 0]])[expected - 1]
+        np.testing.assert_array_equal(window.positions, np.arange(64) - starts)
+        into_next = part[1:] == 1  # a document's first token is not predicted from another's last
+        np.testing.assert_array_equal(window.targets, np.where(into_next, -1, part[1:]))
+        crossed += into_next.sum()
+    assert crossed > 20
+
+
+def test_documents_can_be_read_as_one_text(token_folder):
+    tokens = Tokens(token_folder, "train")
+    window = Windows(tokens, config(token_folder, seq_len=64, isolate_documents=False))[3]
+    assert set(window.segments) == {1}
+    np.testing.assert_array_equal(window.positions, np.arange(64))
+    np.testing.assert_array_equal(window.targets, tokens.read(193, 257)[0])
+
+
+def test_a_batch_follows_from_seed_and_step_alone(token_folder):
+    with jax.set_mesh(one_device_mesh()):
+        forwards = [as_numpy(Batches(config(token_folder)).train(s)) for s in range(6)]
+        again = Batches(config(token_folder))
+        for s in (5, 0, 3):
+            for a, b in zip(as_numpy(again.train(s)), forwards[s], strict=True):
+                np.testing.assert_array_equal(a, b)
+        other = as_numpy(Batches(config(token_folder, seed=1)).train(0))
+    assert not np.array_equal(other[0], forwards[0][0])
+
+
+def test_an_epoch_holds_every_window_once_and_the_next_another_order(token_folder):
+    data = Batches(config(token_folder))
+    count = len(Windows(Tokens(token_folder, "train"), config(token_folder)))
+    epochs = [[data._train[e * count + i].tokens.tobytes() for i in range(count)] for e in (0, 1)]
+    assert Counter(epochs[0]) == Counter(epochs[1])
+    assert len(set(epochs[0])) == count
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_every_mesh_reads_the_same_global_batch(token_folder, shape):
+    with jax.set_mesh(one_device_mesh()):
+        expected = as_numpy(Batches(config(token_folder)).train(3))
+    with jax.set_mesh(mesh_of(shape)):
+        for a, b in zip(as_numpy(Batches(config(token_folder)).train(3)), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_micro_batches_read_in_turn_are_the_batch(token_folder):
+    with jax.set_mesh(one_device_mesh()):
+        whole = as_numpy(Batches(config(token_folder)).train(2))
+        parts = as_numpy(Batches(config(token_folder), micro_batches=4).train(2))
+    for a, b in zip(whole, parts, strict=True):
+        assert b.shape == (4, 2, 16)
+        np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
+def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(token_folder, other)
+    source = Windows(Tokens(token_folder, "train"), config(token_folder))
+    for path in (other / "train").glob("tokens-*.npy"):
+        np.save(path, np.load(path) ^ 1)  # the same length, other tokens
+    data = Batches(config(token_folder, mixture={str(token_folder): 0.75, str(other): 0.25}))
+    ours = {source[i].tokens.tobytes(): i for i in range(len(source))}
+    drawn = [data._train[i].tokens for i in range(1000)]
+    first = [ours[t.tobytes()] for t in drawn if t.tobytes() in ours]
+    second = [ours[(t ^ 1).tobytes()] for t in drawn if t.tobytes() not in ours]
+    assert len(first) == 750
+    assert len(second) == 250
+    # Equally long sources are shuffled apart.
+    assert sum(a == b for a, b in zip(first, second, strict=False)) < 10
+
+
+def test_validation_covers_every_held_out_window_once(token_folder):
+    settings = config(token_folder)
+    windows = Windows(Tokens(token_folder, "validation"), settings)
+    data = Batches(settings)
+    with jax.set_mesh(one_device_mesh()):
+        batches = [as_numpy(data.validation(i)) for i in range(data.validation_batches(99))]
+    counted = sum((targets >= 0).sum() for _, targets, _, _ in batches)
+    assert counted == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
+    assert data.validation_batches(2) == 2
+
+
+def damage(folder, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda f: (f / "meta.json").unlink(), "has no meta.json"),
+        (lambda f: (f / "meta.json").write_text("{"), "has a damaged meta.json"),
+        (lambda f: (f / "meta.json").write_text('{"format": 9}'), "unknown format 9"),
+        (lambda f: (f / "train/tokens-00000.npy").unlink(), "tokens-00000.npy is missing"),
+        (lambda f: truncate(f / "train/tokens-00000.npy"), "damaged or cut short"),
+        (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "holds 3 entries, but"),
+    ],
+)
+def test_damaged_shards_are_named(token_folder, tmp_path, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Batches(config(damage(token_folder, tmp_path, change)))
+
+
+def test_too_few_tokens_for_a_window_are_refused(token_folder):
+    with pytest.raises(InputError, match=r"fewer than one window of data.seq_len \+ 1 = 1,000,001"):
+        Batches(config(token_folder, seq_len=1_000_000))
+
+
+def test_the_fingerprint_follows_the_content(token_folder, tmp_path):
+    corpus.build(
+        [str(token_folder.parent / "0*.txt")], tmp_path / "less",
+        tokenizer=token_folder / "tokenizer.model", validation_fraction=0.1, progress=False,
+    )  # fmt: skip
+    moved = damage(token_folder, tmp_path, lambda f: None)
+    here = Batches(config(token_folder)).fingerprint
+    assert Batches(config(moved)).fingerprint == here
+    assert Batches(config(tmp_path / "less")).fingerprint != here

@@ -1,0 +1,141 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from backports import zstd
+
+from llama_jax.data import corpus
+from llama_jax.data.batches import Tokens
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.errors import InputError
+
+TEXTS = [f"line {i} of a text\nwith two lines {'ab' * (i % 7)}\n" for i in range(40)]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """The same texts as JSONL, plain, gzipped and in zstd; a text file each where not JSONL."""
+    jsonl = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TEXTS))
+    (tmp_path / "a.jsonl").write_text(jsonl)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl.encode()))
+    half = len(jsonl) // 2  # two frames, as a parallel compressor writes
+    frames = [zstd.compress(part.encode()) for part in (jsonl[:half], jsonl[half:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "texts" / f"{i:02d}.txt").write_text(text)
+    return tmp_path
+
+
+def build(source, out, **options):
+    options = {"n_vocab": 300, "validation_fraction": 0.1, "progress": False} | options
+    return corpus.build([str(source)], out, **options)
+
+
+def stream(folder, split):
+    tokens = Tokens(folder, split)
+    return tokens.read(0, len(tokens))
+
+
+def test_all_formats_give_the_same_shards(sources):
+    expected = build(sources / "a.jsonl", sources / "out-a")
+    for name in ("b.jsonl.gz", "c.jsonl.zst", "texts"):
+        meta = build(sources / name, sources / f"out-{name}")
+        assert meta["splits"] == expected["splits"]
+
+
+def test_documents_come_back_from_the_shards(sources):
+    meta = build(sources / "a.jsonl", sources / "out")
+    tokenizer = load_tokenizer(sources / "out")
+    texts = {}
+    for split in corpus.SPLITS:
+        tokens, _ = stream(sources / "out", split)
+        starts = np.flatnonzero(tokens == tokenizer.bos_id)
+        assert np.all(tokens[starts[1:] - 1] == 2)
+        texts[split] = [tokenizer.decode(part.tolist()) for part in np.split(tokens, starts[1:])]
+        assert meta["splits"][split]["documents"] == len(texts[split])
+    assert texts["validation"] == TEXTS[9::10]
+    assert sorted(texts["train"] + texts["validation"]) == sorted(TEXTS)
+
+
+def test_any_number_of_processes_writes_the_same(sources, monkeypatch):
+    one = build(sources / "texts", sources / "one", workers=1)
+    two = build(sources / "texts", sources / "two", workers=2)
+    assert one == two
+
+
+def test_documents_cross_files_of_a_bounded_size(sources, monkeypatch):
+    whole = build(sources / "texts", sources / "whole")
+    tokenizer = sources / "whole" / "tokenizer.model"
+    monkeypatch.setattr(corpus, "SHARD_TOKENS", 64)
+    build(sources / "texts", sources / "cut", n_vocab=None, tokenizer=tokenizer)
+    assert len(Tokens(sources / "cut", "train").summary["shards"]) > 5
+    assert whole["splits"]["train"]["tokens"] == len(Tokens(sources / "cut", "train"))
+    for a, b in zip(
+        stream(sources / "whole", "train"), stream(sources / "cut", "train"), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_of_a_single_book_the_last_part_is_held_out(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"sentence number {i}\n" for i in range(1000)))
+    build(tmp_path / "book.txt", tmp_path / "out", n_vocab=290)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    texts = [tokenizer.decode(stream(tmp_path / "out", s)[0].tolist()) for s in corpus.SPLITS]
+    assert "".join(texts) == (tmp_path / "book.txt").read_text()
+    assert 0.08 < len(texts[1]) / len("".join(texts)) < 0.12
+    assert texts[1].startswith("sentence")
+
+
+def test_unigram_entropy_is_that_of_the_tokens(sources):
+    meta = build(sources / "texts", sources / "out")
+    tokens, _ = stream(sources / "out", "validation")
+    counts = np.bincount(tokens[tokens != 1])  # the begin token is never predicted
+    share = counts[counts > 0] / counts.sum()
+    expected = -np.sum(share * np.log(share))
+    assert meta["splits"]["validation"]["unigram_entropy"] == pytest.approx(expected)
+
+
+def test_the_standard_library_is_a_corpus():
+    files = corpus.find_files(["python-stdlib"])
+    assert len(files) > 300
+    assert {"argparse.py", "inspect.py"} <= {file.name for file in files}
+    assert not any("site-packages" in file.parts for file in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x.jsonl:2: not valid JSON"),
+        ("x.jsonl", b'{"body": "a"}\n', r'x.jsonl:1: a line needs a string "text"; .* has: body'),
+        ("x.jsonl", b"[1, 2]\n", r"x.jsonl:1: a line needs .* has: list"),
+        ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text"),
+        ("x.txt.gz", gzip.compress(b"text" * 1000)[:30], "x.txt.gz is damaged or cut short"),
+        ("x.txt.gz", b"not gzip at all", "x.txt.gz is damaged or cut short"),
+        ("x.txt.zst", b"not zstd at all", "x.txt.zst is damaged or cut short"),
+    ],
+)
+def test_damaged_files_are_named_and_nothing_is_left(tmp_path, name, content, sentence):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        build(tmp_path / "in" / name, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_zstd_file_that_is_cut_short_is_refused(tmp_path):
+    text = np.random.default_rng(0).bytes(3000).hex()
+    (tmp_path / "x.txt.zst").write_bytes(zstd.compress(text.encode())[:-200])
+    with pytest.raises(InputError, match="damaged or cut short"):
+        list(corpus.read_texts(tmp_path / "x.txt.zst"))
+
+
+def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
+    build(sources / "texts", sources / "out")
+    with pytest.raises(InputError, match="out is already there"):
+        build(sources / "texts", sources / "out")
+    with pytest.raises(InputError, match="no text files at"):
+        build(sources / "nothing*.txt", sources / "other")
+    with pytest.raises(InputError, match="no document for the validation split"):
+        build(sources / "a.jsonl", sources / "other", validation_fraction=0.001)

@@ -1,0 +1,167 @@
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MESHES, mesh_of, tiny_model
+
+from llama_jax.checkpoint import abstract_model
+from llama_jax.convert import huggingface
+from llama_jax.model.cache import init_cache
+from llama_jax.model.transformer import Llama, forward
+from llama_jax.sharding import act, one_device_mesh, place
+
+CONFIG = tiny_model()
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16)).astype(np.int32)
+forward = jax.jit(forward, static_argnums=0)
+make = jax.jit(Llama, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def loss(config, model, tokens, positions, segments, targets):
+    logits, _ = forward(config, model, tokens, positions, segments)
+    chosen = jnp.arange(config.vocab_size) == targets[..., None]
+    nll = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, 0), -1)
+    return jnp.sum(jnp.where(targets >= 0, nll, 0))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with jax.set_mesh(one_device_mesh()):
+        model = make(CONFIG, jax.random.key(0))
+        return model, np.asarray(forward(CONFIG, model, TOKENS)[0])
+
+
+def on_this_mesh(model):
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model(CONFIG))
+    return jax.device_put(model, shardings)
+
+
+def test_fresh_weights_are_the_same_on_every_mesh(on_one_device):
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        model = make(CONFIG, jax.random.key(0))
+    for there, here in zip(*map(jax.tree.leaves, (model, on_one_device[0])), strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_logits_agree_on_every_mesh(on_one_device, mesh):
+    with jax.set_mesh(mesh_of(mesh)):
+        model = on_this_mesh(on_one_device[0])
+        logits = forward(CONFIG, model, place(TOKENS, "BT"))[0]
+        assert logits.sharding.spec == act("BTV")
+        np.testing.assert_allclose(logits, on_one_device[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_cached_decoding_equals_the_full_pass(on_one_device, mesh):
+    with jax.set_mesh(mesh_of(mesh)):
+        model = on_this_mesh(on_one_device[0])
+        cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(CONFIG, 8, 16)
+        logits, cache = forward(CONFIG, model, place(TOKENS[:, :8], "BT"), cache=cache)
+        parts = [np.asarray(logits)]
+        for t in range(8, 16):
+            token = place(TOKENS[:, t : t + 1], "BT")
+            logits, cache = forward(CONFIG, model, token, cache=cache)
+            parts.append(np.asarray(logits))
+    np.testing.assert_allclose(np.concatenate(parts, 1), on_one_device[1], atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+class TestOnOneDevice:
+    def test_a_batch_of_8_equals_8_batches_of_1(self, on_one_device):
+        model, logits = on_one_device
+        apart = [forward(CONFIG, model, TOKENS[i : i + 1])[0] for i in range(8)]
+        np.testing.assert_allclose(np.concatenate(apart), logits, atol=1e-5)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padded_prompts_equal_unpadded_ones(self, on_one_device, side):
+        model, logits = on_one_device
+        length = 11
+        at = slice(5, 16) if side == "left" else slice(0, length)
+        tokens, segments, positions = (np.zeros((8, 16), np.int32) for _ in range(3))
+        tokens[:, at], segments[:, at], positions[:, at] = TOKENS[:, :length], 1, range(length)
+        padded, _ = forward(CONFIG, model, tokens, positions, segments)
+        np.testing.assert_allclose(padded[:, at], logits[:, :length], atol=1e-5)
+
+    def test_a_packed_row_equals_its_documents_run_apart(self, on_one_device):
+        model, _ = on_one_device
+        lengths = (5, 7, 4)
+        row = TOKENS[:1]
+        segments = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
+        positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+        targets = np.roll(row, -1)
+        targets[:, np.cumsum(lengths) - 1] = -1
+        packed, _ = forward(CONFIG, model, row, positions, segments)
+        gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+        packed_grads = gradient(CONFIG, model, row, positions, segments, targets)
+        grads = jax.tree.map(jnp.zeros_like, model)
+        for end, n in zip(np.cumsum(lengths), lengths, strict=True):
+            part = slice(end - n, end)
+            # Apart, with padding behind, so that all are of one shape.
+            alone = [np.zeros((1, 16), np.int32) for _ in range(3)] + [
+                np.full((1, 16), -1, np.int32)
+            ]
+            for field, whole in zip(alone, (row, positions, segments > 0, targets), strict=True):
+                field[:, :n] = whole[:, part]
+            logits, _ = forward(CONFIG, model, *alone[:3])
+            np.testing.assert_allclose(packed[:, part], logits[:, :n], atol=1e-5)
+            grads = jax.tree.map(jnp.add, grads, gradient(CONFIG, model, *alone))
+        for ours, theirs in zip(*map(jax.tree.leaves, (packed_grads, grads)), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()))
+
+    def test_remat_and_unrolling_change_nothing(self, on_one_device):
+        model, logits = on_one_device
+        for changes in ({"remat": "full"}, {"scan": False}, {"remat": "full", "scan": False}):
+            other = forward(tiny_model(**changes), model, TOKENS)[0]
+            np.testing.assert_allclose(other, logits, atol=1e-5)
+
+    def test_a_tied_head_is_the_embedding(self, on_one_device):
+        config = tiny_model(tied_head=True)
+        model = make(config, jax.random.key(0))
+        assert model.output is None
+        untied = jax.tree.map(jnp.copy, on_one_device[0])
+        untied.tok_embeddings, untied.layers, untied.norm = (
+            model.tok_embeddings, model.layers, model.norm,
+        )  # fmt: skip
+        untied.output[...] = model.tok_embeddings[...].T
+        tied, separate = (forward(c, m, TOKENS)[0] for c, m in ((config, model), (CONFIG, untied)))
+        np.testing.assert_allclose(tied, separate, atol=1e-5)
+
+    def test_bfloat16_activations_follow_float32(self, on_one_device):
+        model, logits = on_one_device
+        half = forward(tiny_model(dtype="bfloat16"), model, TOKENS)[0]
+        assert half.dtype == jnp.float32
+        # 8 bits of mantissa, a dozen roundings on the way: 12 · 2^-9 of the logits' size.
+        assert float(jnp.abs(half - logits).max()) < 12 * 2**-9 * float(np.abs(logits).max()) * 2
+
+    @pytest.mark.slow
+    def test_compile_time_does_not_grow_with_depth(self):
+        def compile_seconds(n_layers):
+            config = tiny_model(n_layers=n_layers)
+            model = jax.eval_shape(partial(Llama, config), jax.random.key(0))
+            gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+            lowered = gradient.lower(config, model, *(TOKENS,) * 4)
+            begun = time.process_time()
+            lowered.compile()
+            return time.process_time() - begun
+
+        compile_seconds(3)
+        pairs = [compile_seconds(32) / compile_seconds(4) for _ in range(3)]
+        assert 0.8 < statistics.median(pairs) < 1.2
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", ["llama2_gqa", "llama31_scaled"])
+def test_logits_are_those_of_metas_code(shared_data, name):
+    expected = np.load(shared_data / "meta_reference" / name / "logits.npz")
+    config, model = huggingface.load(shared_data / "meta_reference" / name / "hf")
+    logits, _ = forward(config, model, expected["tokens"])
+    np.testing.assert_allclose(logits, expected["logits"], atol=5e-5)
+    if "long_tokens" in expected:
+        logits, _ = forward(config, model, expected["long_tokens"])
+        at = expected["long_positions"]
+        np.testing.assert_allclose(logits[:, at], expected["long_logits"], atol=5e-5)

@@ -1,0 +1,55 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_model
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config import MeshConfig
+from llama_jax.errors import InputError
+from llama_jax.sharding import act, check_divides, make_mesh, place, tensor_mesh, weight
+
+
+def test_letters_become_axes():
+    assert weight("DNH") == P("fsdp", "tensor", None)
+    assert act("BTD") == P(("data", "fsdp"), None, None)
+
+
+def test_minus_one_fills_an_axis():
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (MeshConfig(data=3), "data 3 × fsdp -1 × tensor 1 does not fit 8 device(s)"),
+        (MeshConfig(data=-1, fsdp=-1), "only one axis can be -1"),
+        (MeshConfig(data=1, fsdp=4, tensor=1), "must multiply to 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make_mesh(config)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would():
+    with pytest.raises(InputError, match=r"tensor 8 does not divide model.n_kv_heads \(4\); sizes"):
+        check_divides(mesh_of((1, 1, 8)), tiny_model())
+    with pytest.raises(InputError, match=r"sizes that divide this model: 1, 2, 4$"):
+        check_divides(mesh_of((1, 1, 8)), tiny_model())
+    with pytest.raises(InputError, match=r"data × fsdp \(8\) does not divide the 12 rows"):
+        check_divides(mesh_of((2, 4, 1)), tiny_model(), batch=12)
+
+
+def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():
+    assert tensor_mesh(tiny_model()).size == 4
+    assert tensor_mesh(tiny_model(n_kv_heads=1, n_heads=8)).size == 1
+
+
+def test_place_puts_every_row_on_its_device():
+    array = np.arange(16).reshape(8, 2)
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        placed = place(array, "BT")
+    assert placed.sharding.spec == act("BT")
+    assert np.array_equal(placed, array)

@@ -1,0 +1,74 @@
+"""The house keeps its shape: imports point down, files stay readable."""
+
+import ast
+from pathlib import Path
+
+from conftest import ROOT
+
+# From the ground up. A module imports from lower floors, or from its own.
+FLOORS = [
+    {"errors"},
+    {"family", "config", "config_file", "sharding", "distributed"},
+    {"model", "data"},
+    {"checkpoint"},
+    {"training", "inference", "evaluation", "convert"},
+    {"plan", "info"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def modules() -> list[Path]:
+    return sorted(p for d in ("llama_jax", "convert") for p in (ROOT / d).rglob("*.py"))
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "convert" else parts[1]
+
+
+def imported(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_jax"):
+            names = [node.module] if node.module != "llama_jax" else []
+            names += [f"llama_jax.{a.name}" for a in node.names] if not names else []
+            rooms |= {name.split(".")[1] for name in names}
+    return {r for r in rooms if r != "__version__"}
+
+
+def test_imports_point_down():
+    for path in modules():
+        here = room(path)
+        if here == "__init__":
+            continue
+        for other in imported(path):
+            same_room = other == here
+            assert same_room or floor(other) <= floor(here), f"{path} imports {other}"
+            beside = {"family", "config", "config_file", "sharding", "distributed", "data", "model"}
+            assert same_room or floor(other) < floor(here) or other in beside, (path, other)
+
+
+def test_orbax_has_one_importer():
+    users = [p.name for p in modules() if "orbax" in p.read_text().split('"""', 2)[2]]
+    assert sorted(set(users)) == ["checkpoint.py"]
+
+
+def test_mesh_axes_are_named_in_one_place():
+    for path in modules():
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        if path.name != "sharding.py":
+            assert not strings & {"fsdp", "tensor"}, path
+
+
+def test_every_file_can_be_read_in_one_sitting():
+    lengths = {p: len(p.read_text().splitlines()) for p in modules()}
+    assert {p: n for p, n in lengths.items() if n > 350} == {}
