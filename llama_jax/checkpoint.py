@@ -158,7 +158,7 @@ def _load_items(load: Any, source: Any, wanted: dict[str, Any], where: Path) -> 
         raise _damaged(where, error) from error
     for item, tree in wanted.items():
         # Compared first, because Orbax would pad or cut an array of another shape.
-        _check_shapes(where, item, saved[item], tree)
+        _check_shapes(where, item, (saved or {}).get(item), tree)
     try:
         return load(source, wanted)
     except Exception as error:
@@ -267,7 +267,8 @@ def load_model(
         InputError: the folder holds no model, it is damaged, or it doesn't fit `config`.
     """
     folder = Path(folder)
-    config = config or read_model_config(folder)
+    own_config = read_model_config(folder)
+    config = config or own_config
     model = abstract_model(config)
     if is_run(folder):
         checkpoints = TrainingCheckpoints(folder / "checkpoints")

@@ -224,6 +224,8 @@ def _continue(
     shape = checkpoint.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(prompt, bos=True)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, shape.context - len(ids)))
     with jax.set_mesh(sharding.tensor_mesh(shape)):

@@ -1,5 +1,6 @@
 """Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from llama_jax.family import ModelConfig
 from llama_jax.sharding import make_mesh, one_device_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is what costs: tests, and the processes they start, share what one of them compiled.
+_cache = tempfile.TemporaryDirectory(prefix="llama_jax-compiled-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -16,6 +16,10 @@ from llama_jax.model.cache import Cache, init_cache
 from llama_jax.model.transformer import Llama, hidden_states, output_head
 from llama_jax.sharding import act, place
 
+# How a character begins whose tokens are not all there: bytes decode to U+FFFD, and U+FDD0 opens an
+# escape of our own tokenizers.
+_UNFINISHED = ("\N{REPLACEMENT CHARACTER}", "\ufdd0")
+
 NO_TOKEN = -1  # fills a row after its end
 
 
@@ -196,8 +200,7 @@ def stream_text(
             continue
         ids.append(token)
         longer = tokenizer.decode(ids)
-        # A character whose bytes are not all there yet decodes to U+FFFD.
-        if not longer.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not longer.endswith(_UNFINISHED):
             yield longer[len(text) :]
             text = longer
     yield tokenizer.decode(ids)[len(text) :]

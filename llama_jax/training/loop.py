@@ -97,7 +97,15 @@ class _State:
                 )
             tell(f"{config.training.out}: resumes after step {step} of {config.training.steps}")
         elif config.training.init_from is not None:
-            _, self.model = checkpoint.load_model(config.training.init_from, config.model)
+            source = config.training.init_from
+            _, self.model = checkpoint.load_model(source, config.model)
+            theirs = checkpoint.read_model_config(source)
+            for name in ("norm_eps", "rope_theta", "rope_scaling"):
+                if getattr(theirs, name) != getattr(config.model, name):
+                    tell(
+                        f"model.{name} is {getattr(config.model, name)}, but {source} was trained"
+                        f" with {getattr(theirs, name)}"
+                    )
             self.opt_state = jax.jit(adamw(config.optimizer).init)(self.model)
         else:
             self.model, self.opt_state = jax.jit(partial(init_state, config))(key)

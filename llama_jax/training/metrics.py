@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-
 from llama_jax.config import Config, LoggingConfig
 
 # Peak of one device in dense bfloat16 matrix products [TFLOP/s], from the makers' data sheets, by

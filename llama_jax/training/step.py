@@ -67,7 +67,7 @@ def train_step(
     and state are donated.
     """
     grads, loss, targets = gradients(config, model, batch)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
     rate = learning_rate(config.optimizer, config.training.steps)(step)

@@ -1,0 +1,161 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import MESHES, mesh_of, tiny_model
+
+from llama_jax.checkpoint import abstract_model
+from llama_jax.convert import huggingface
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.errors import InputError
+from llama_jax.inference.generate import NO_TOKEN, generate, stream, stream_text
+from llama_jax.inference.sampling import Sampling
+from llama_jax.model.transformer import Llama, forward
+from llama_jax.sharding import one_device_mesh, place
+
+CONFIG = tiny_model()
+LENGTHS = [12, 1, 7, 5, 12, 3, 9, 2]
+PROMPTS = [np.random.default_rng(i).integers(3, 320, n).tolist() for i, n in enumerate(LENGTHS)]
+DRAWN = Sampling(temperature=0.8, top_k=50, top_p=0.9)
+
+
+def padded(side):
+    tokens, mask = np.zeros((8, 12), np.int32), np.zeros((8, 12), bool)
+    for i, prompt in enumerate(PROMPTS):
+        at = slice(12 - len(prompt), 12) if side == "left" else slice(0, len(prompt))
+        tokens[i, at], mask[i, at] = prompt, True
+    return tokens, mask
+
+
+def run(model, side="right", sampling=Sampling(), **options):
+    tokens, mask = (place(x, "BT") for x in padded(side))
+    options = {"max_new_tokens": 10} | options
+    key = jax.random.key(3)
+    return np.asarray(generate(CONFIG, model, tokens, mask, key, sampling=sampling, **options))
+
+
+@pytest.fixture(scope="module")
+def model():
+    with jax.set_mesh(one_device_mesh()):
+        return jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    with jax.set_mesh(one_device_mesh()):
+        return run(model)
+
+
+def test_greedy_tokens_are_those_of_full_passes(model, greedy):
+    full = jax.jit(forward, static_argnums=0)
+    with jax.set_mesh(one_device_mesh()):
+        for i in (0, 1, 2):
+            made = [*PROMPTS[i], *greedy[i].tolist()]
+            tokens = np.array([made + [0] * (24 - len(made))], np.int32)
+            logits = np.asarray(full(CONFIG, model, tokens)[0])[0]
+            at = range(len(PROMPTS[i]) - 1, len(made) - 1)
+            assert logits[at].argmax(-1).tolist() == greedy[i].tolist()
+
+
+@pytest.mark.parametrize("mesh", MESHES[2:])
+def test_tokens_are_the_same_on_every_mesh_and_padding(model, greedy, mesh):
+    with jax.set_mesh(mesh_of(mesh)):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_model(CONFIG))
+        there = jax.device_put(model, shardings)
+        np.testing.assert_array_equal(run(there, "left"), greedy)
+
+
+@pytest.mark.usefixtures("one_device")
+class TestOnOneDevice:
+    def test_padding_on_either_side_draws_the_same(self, model):
+        left, right = (run(model, side, DRAWN) for side in ("left", "right"))
+        np.testing.assert_array_equal(left, right)
+
+    def test_any_of_the_end_ids_ends_its_row(self, model, greedy):
+        ends = (int(greedy[0, 4]), int(greedy[3, 2]))
+        made = run(model, end_ids=ends)
+        for row, full in zip(made, greedy, strict=True):
+            hits = np.flatnonzero(np.isin(full, ends))
+            length = hits[0] + 1 if len(hits) else len(full)
+            np.testing.assert_array_equal(row[:length], full[:length])
+            assert np.all(row[length:] == NO_TOKEN)
+        assert (made == NO_TOKEN).any()
+
+    @pytest.mark.parametrize("row", [0, 1])
+    def test_streaming_gives_the_tokens_of_generate(self, model, greedy, row):
+        streamed = list(stream(CONFIG, model, PROMPTS[row], max_new_tokens=10))
+        assert streamed == greedy[row].tolist()
+
+    def test_blocks_of_any_size_draw_the_same(self, model):
+        options = {"max_new_tokens": 11, "sampling": DRAWN, "seed": 5}
+        three, eight = (list(stream(CONFIG, model, PROMPTS[2], block=n, **options)) for n in (3, 8))
+        assert three == eight
+        assert len(three) == 11
+        other = list(stream(CONFIG, model, PROMPTS[2], **(options | {"seed": 6})))
+        assert other != three
+
+    def test_streaming_stops_at_an_end_id(self, model, greedy):
+        end = int(greedy[0, 4])
+        streamed = list(
+            stream(CONFIG, model, PROMPTS[0], max_new_tokens=10, end_ids=frozenset({end}))
+        )
+        assert streamed == greedy[0, : greedy[0].tolist().index(end) + 1].tolist()
+
+    @pytest.mark.parametrize(
+        ("prompt", "sentence"),
+        [
+            ([], "the prompt is empty"),
+            ([320], "token 320 of the prompt is outside the model's vocabulary of 320"),
+            ([1] * 60, "a prompt of 60 tokens and 10 new ones don't fit the model's context of 64"),
+        ],
+    )
+    def test_prompts_that_can_not_be_continued_are_refused(self, model, prompt, sentence):
+        with pytest.raises(InputError, match=sentence):
+            next(stream(CONFIG, model, prompt, max_new_tokens=10))
+
+    def test_stories260k_is_reproduced(self, shared_data):
+        folder = shared_data / "stories260K"
+        config, model = huggingface.load(folder / "hf")
+        tokenizer = load_tokenizer(folder / "hf")
+        arrays = np.load(folder / "stories260K_reference.npz")
+        full = jax.jit(forward, static_argnums=0)
+        reference = json.loads((folder / "stories260K_reference.json").read_text())
+        for i, case in enumerate(reference["prompts"]):
+            ids = tokenizer.encode(case["prompt"], bos=True)
+            assert ids == case["ids"]
+            logits, _ = full(config, model, np.array([ids], np.int32))
+            np.testing.assert_allclose(logits[0], arrays[f"logits_{i}"], atol=5e-5)
+            n = len(case["greedy_ids"])
+            assert list(stream(config, model, ids, max_new_tokens=n)) == case["greedy_ids"]
+        tokens = list(stream(config, model, [tokenizer.bos_id], max_new_tokens=200))
+        assert len(tokens) == 200
+        text = "".join(stream_text(tokenizer, [tokenizer.bos_id], iter(tokens)))
+        assert text == (folder / "greedy_200_expected.txt").read_text()
+        ids = arrays["text_ids"][None].astype(np.int32)
+        logits = np.asarray(full(config, model, ids)[0])[0, :-1]
+        nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[0, 1:]]
+        np.testing.assert_allclose(nll, arrays["text_nll"], atol=5e-5)
+
+    @pytest.mark.parametrize("name", ["llama2_gqa", "llama31_scaled"])
+    def test_greedy_continuations_are_those_of_metas_code(self, shared_data, name):
+        folder = shared_data / "meta_reference" / name
+        expected = np.load(folder / "logits.npz")
+        config, model = huggingface.load(folder / "hf")
+        prompts = expected["tokens"][:, :6]
+        made = generate(
+            config, model, prompts, np.ones_like(prompts, bool), jax.random.key(0),
+            max_new_tokens=expected["greedy"].shape[1],
+        )  # fmt: skip
+        np.testing.assert_array_equal(made, expected["greedy"])
+
+
+def test_text_is_never_cut_inside_a_character(token_folder):
+    tokenizer = load_tokenizer(token_folder)
+    text = "naïve 🦙 ▁ ok"
+    ids = tokenizer.encode(text, bos=True)
+    pieces = list(stream_text(tokenizer, ids[:1], iter([*ids[1:], 2])))
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    cut = list(stream_text(tokenizer, ids[:1], iter(ids[1:6])))
+    assert "".join(cut) == tokenizer.decode(ids[:6])

@@ -1,0 +1,139 @@
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_config, tiny_model
+
+from llama_jax import checkpoint
+from llama_jax.checkpoint import Progress, TrainingCheckpoints, load_model, save_model
+from llama_jax.config import CheckpointConfig
+from llama_jax.errors import InputError
+from llama_jax.training.step import init_state
+
+CONFIG = tiny_config()
+KEY = jax.random.key(0)
+
+
+def equal(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+@pytest.fixture(scope="module")
+def state():
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        return jax.jit(partial(init_state, CONFIG))(KEY)
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    """Steps 1 to 7, of which the last 2 and every 3rd are kept."""
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        checkpoints = TrainingCheckpoints(tmp_path / "c", CheckpointConfig(keep=2, keep_every=3))
+        for step in range(1, 8):
+            checkpoints.save(Progress(step, ["a", "b"]), *state)
+        checkpoints.close()
+    return tmp_path / "c"
+
+
+@pytest.fixture(scope="module")
+def model_folder(state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "m"
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        save_model(folder, CONFIG.model, state[0], None)
+    return folder
+
+
+def test_the_newest_and_every_kth_are_kept(saved):
+    assert TrainingCheckpoints(saved).steps == [3, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
+def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
+    with jax.set_mesh(mesh_of(shape)) as _:
+        abstract = checkpoint.abstract(partial(init_state, CONFIG), KEY)
+        progress, *restored = TrainingCheckpoints(saved).restore(7, *abstract)
+    assert progress == Progress(7, ["a", "b"])
+    assert equal(state, tuple(restored))
+    for leaf, wanted in zip(*map(jax.tree.leaves, (restored, abstract)), strict=True):
+        assert leaf.sharding == wanted.sharding
+        assert leaf.committed
+    assert jax.tree.structure(tuple(restored)) == jax.tree.structure(state)
+
+
+def test_names_on_disk_are_plain(state):
+    names = checkpoint.tree_to_dict(state[0])
+    assert set(names) == {"tok_embeddings", "layers", "norm", "output"}
+    assert set(names["layers"]) == {
+        "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3",
+    }  # fmt: skip
+
+
+def test_a_model_folder_reads_back(model_folder, state):
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        config, model = load_model(model_folder)
+    assert config == CONFIG.model
+    assert equal(model, state[0])
+    assert not list(model_folder.parent.glob(".*"))
+
+
+def test_weights_are_cast_as_asked(model_folder):
+    half = dataclasses.replace(CONFIG.model, param_dtype="bfloat16")
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        _, model = load_model(model_folder, half)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dim": 64}, r"holds model.\S+ as \(.*32.*\), but the configuration says \(.*64.*\)"),
+        ({"n_layers": 3}, r"holds model.layers\S+ as \(2, .*\), but the configuration says \(3,"),
+        ({"tied_head": True}, "holds model.output as .* but the configuration says nothing"),
+    ],
+)
+def test_another_shape_of_model_is_refused(model_folder, changes, sentence):
+    with jax.set_mesh(mesh_of((1, 1, 1))), pytest.raises(InputError, match=sentence):
+        load_model(model_folder, tiny_model(**changes))
+
+
+def largest_file(folder: Path) -> Path:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+# Orbax leaves a coroutine behind when another one of the same load fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("part", ["half", "gone", "metadata", "item"])
+def test_a_damaged_checkpoint_is_refused_by_name(saved, part):
+    step = saved / "7"
+    if part == "half":
+        path = largest_file(step / "model")
+        os.truncate(path, path.stat().st_size // 2)
+    elif part == "gone":
+        largest_file(step / "model").unlink()
+    elif part == "metadata":
+        (step / "model" / "_METADATA").write_text("{")
+    else:
+        (step / "model").rename(step / "elsewhere")
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        abstract = checkpoint.abstract(partial(init_state, CONFIG), KEY)
+        with pytest.raises(InputError, match=r"checkpoint .*7 is damaged or cut short: remove it"):
+            TrainingCheckpoints(saved).restore(7, *abstract)
+
+
+def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
+    with pytest.raises(InputError, match="neither a run folder nor a model folder"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_model(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(InputError, match=r"config.json is not the configuration of a llama_jax"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="is already there"):
+        save_model(model_folder, CONFIG.model, None, None)

@@ -1,0 +1,216 @@
+"""What a user types, and what comes back."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from conftest import ROOT, tiny_model
+
+from llama_jax import config_file
+from llama_jax.checkpoint import save_model
+from llama_jax.cli import main
+from llama_jax.config import Config, DataConfig, LoggingConfig, MeshConfig, TrainingConfig
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import one_device_mesh
+
+
+@pytest.fixture(scope="module")
+def model_folder(token_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    config = tiny_model(context=128)
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(folder, config, model, token_folder / "tokenizer.model")
+    return folder
+
+
+def run(capsys, *argv):
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_resumes_and_writes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    command = ["train", "configs/quickstart.yaml", "mesh.fsdp=1", "mesh.data=8"]
+    command += ["training.eval_every=2", "training.eval_batches=2", "data.seq_len=64"]
+    code, out, err = run(capsys, *command, "training.steps=2")
+    assert code == 0
+    assert "data/quickstart is not there yet: making it from python-stdlib" in err
+    assert "validation loss" in out
+    assert "unigram entropy" in out
+    assert out.count("--- sample") == 3
+    assert 'continue with: llama-jax generate runs/quickstart --prompt "def "' in out
+    code, out, err = run(capsys, *command, "training.steps=4")
+    assert (code, "resumes after step 2 of 4" in err) == (0, True)
+    code, out, err = run(capsys, *command, "training.steps=4")
+    assert (code, "is finished: 4 steps are done" in err) == (0, True)
+    code, out, err = run(
+        capsys, "generate", "runs/quickstart", "--prompt", "def ", "--max-new-tokens", 4
+    )
+    assert (code, out.startswith("def ")) == (0, True)
+    code, out, err = run(capsys, "info", "runs/quickstart")
+    assert "4 of 4 steps saved (finished)" in out
+    assert "4,000,000 parameters" in out
+
+
+def test_generate_writes_the_text_alone_to_standard_output(capsys, model_folder):
+    command = ["generate", model_folder, "--prompt", "aeiou", "--max-new-tokens", 20]
+    code, out, err = run(capsys, *command)
+    assert code == 0
+    assert out.startswith("aeiou")
+    assert "20 tokens in" in err
+    assert run(capsys, *command)[1] == out
+    drawn = [run(capsys, *command, "--temperature", 2, "--seed", s)[1] for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_stories260k_is_written_byte_for_byte(capsys, shared_data, tmp_path):
+    from llama_jax.convert import huggingface
+
+    source = shared_data / "stories260K"
+    with jax.set_mesh(one_device_mesh()):
+        config, model = huggingface.load(source / "hf")
+        save_model(tmp_path / "m", config, model, source / "hf" / "tokenizer.model")
+    command = ["generate", tmp_path / "m", "--ignore-eos", "--max-new-tokens", 200]
+    _, out, _ = run(capsys, *command)
+    assert out == (source / "greedy_200_expected.txt").read_text() + "\n"
+
+
+def test_tokenize_makes_a_folder_that_info_describes(capsys, tmp_path):
+    texts = tmp_path / "t.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(40)))
+    out = tmp_path / "shards"
+    code, said, _ = run(capsys, "tokenize", texts, "--out", out, "--vocab-size", 280)
+    assert code == 0
+    assert "train: 38 documents" in said
+    code, said, _ = run(capsys, "info", out)
+    assert code == 0
+    assert "38 documents" in said
+    assert "280 tokens, begin 1, end 2" in said
+    again = tmp_path / "again"
+    run(capsys, "tokenize", texts, "--out", again, "--tokenizer", out / "tokenizer.model")
+    assert (again / "meta.json").read_text() == (out / "meta.json").read_text()
+
+
+def test_info_describes_a_model(capsys, model_folder):
+    _, out, _ = run(capsys, "info", model_folder)
+    assert "8 heads of 8, 4 key/value heads" in out
+    assert "320 tokens, begin 1, end 2" in out
+
+
+@pytest.mark.parametrize("command", ["train", "tokenize", "generate", "info"])
+def test_help_reads_like_a_manual_with_an_example(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"example:\n  llama-jax {command} " in out
+    if command == "train":
+        for key in config_file.KEYS:
+            assert f"  {key}  (" in out
+
+
+def bad_commands(tmp_path, model_folder, token_folder):
+    """Bad inputs of every kind, and a part of the sentence that each gets."""
+
+    def damaged(change):
+        copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(model_folder, copy)
+        change(copy)
+        return copy
+
+    def written(**sections):
+        values = {
+            "model": tiny_model(),
+            "mesh": MeshConfig(data=8, fsdp=1),
+            "data": DataConfig(mixture={str(token_folder): 1.0}, batch_size=8, seq_len=16),
+            "training": TrainingConfig(out=str(tmp_path / "run"), steps=1),
+            "logging": LoggingConfig(tensorboard=False, progress=False),
+        }
+        path = tmp_path / f"c{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(config_file.dump(Config(**(values | sections))))
+        return path
+
+    good = written()
+    typo = tmp_path / "typo.yaml"
+    typo.write_text(good.read_text().replace("peak_lr:", "peek_lr:"))
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"text": "a"}\n{"text": "b')
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9 " * 100)
+    small = tmp_path / "small.txt"
+    small.write_text("a few words")
+    other_tokenizer = damaged(lambda f: (f / "tokenizer.model").write_bytes(b"junk"))
+    no_weights = damaged(lambda f: shutil.rmtree(f / "weights"))
+    cut = damaged(lambda f: [p.write_bytes(p.read_bytes()[:40]) for p in f.rglob("weights/*/d/*")])
+    wider = damaged(
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"dim": 32', '"dim": 64')
+        )
+    )
+    foreign = damaged(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'))
+    out, tokens = tmp_path / "out", token_folder
+    vocabulary = ["--vocab-size", "300"]
+    return [
+        (["train", tmp_path / "no.yaml"], "can't read the configuration"),
+        (["train", typo], "optimizer.peek_lr is not a known key; did you mean optimizer.peak_lr?"),
+        (["train", good, "training.steps=soon"], "training.steps must be a valid integer"),
+        (["train", good, "training"], "an override is written section.key=value"),
+        (["train", good, "mesh.data=3"], "does not fit 8 device(s)"),
+        (["train", good, "mesh.tensor=8", "mesh.data=1"], "sizes that divide this model: 1, 2, 4"),
+        (["train", good, "data.batch_size=12"], "does not divide the 12 rows"),
+        (["train", good, "data.seq_len=64000", "model.context=64000"], "fewer than one window"),
+        (["train", good, "data.mixture={nowhere: 1}"], "no folder of token shards at nowhere"),
+        (["train", good, f"data.mixture={{{tmp_path}: 1}}"], "has no meta.json"),
+        (["train", good, "model.vocab_size=128"], "has 320 tokens, but model.vocab_size is 128"),
+        (["train", good, f"training.out={good}"], "can't write the run folder"),
+        (["train", good, f"training.init_from={tmp_path}"], "neither a run folder nor a model"),
+        (["tokenize", tmp_path / "no*", "--out", out, *vocabulary], "no text files at"),
+        (["tokenize", torn, "--out", out, *vocabulary], "torn.jsonl:2: not valid JSON"),
+        (["tokenize", latin, "--out", out, *vocabulary], "latin.txt is not UTF-8 text"),
+        (["tokenize", small, "--out", out, "--vocab-size", "9999"], "corpus is too small to train"),
+        (["tokenize", small, "--out", out, "--vocab-size", "5"], "corpus is too small to train"),
+        (["tokenize", small, "--out", out, "--tokenizer", small], "is not a SentencePiece model"),
+        (["tokenize", small, "--out", tokens, *vocabulary], "is already there"),
+        (
+            ["tokenize", small, "--out", out, *vocabulary, "--validation-fraction", "2"],
+            "--validation-fraction must be",
+        ),
+        (["generate", tmp_path], "neither a run folder nor a model folder"),
+        (["generate", tmp_path / "no"], "does not exist"),
+        (["generate", model_folder, "--temperature", "-1"], "--temperature must be greater"),
+        (["generate", model_folder, "--top-p", "0"], "--top-p must be greater than 0"),
+        (["generate", model_folder, "--max-new-tokens", "500"], "don't fit the model's context"),
+        (["generate", model_folder, "--max-new-tokens", "0"], "--max-new-tokens must be at least"),
+        (["generate", other_tokenizer], "is not a SentencePiece model"),
+        (["generate", no_weights], "is damaged or cut short"),
+        (["generate", cut], "is damaged or cut short"),
+        (["generate", wider], "was written with another model configuration"),
+        (["generate", foreign], "is not the configuration of a llama_jax model"),
+        (["info", tmp_path / "no"], "there is no folder"),
+        (["info", tmp_path], "neither a run folder nor a model folder"),
+    ]
+
+
+# Orbax leaves a coroutine behind when another one of the same load fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_every_bad_input_gets_one_sentence_and_exit_code_2(
+    capsys, tmp_path, model_folder, token_folder
+):
+    commands = bad_commands(tmp_path, model_folder, token_folder)
+    assert len(commands) >= 20
+    for argv, sentence in commands:
+        before = {p for p in tmp_path.iterdir() if p.name != "run"}
+        code, out, err = run(capsys, *argv)
+        said = [line for line in err.splitlines() if line.startswith(f"llama-jax {argv[0]}: ")]
+        assert code == 2, argv
+        assert sentence in said[0], (argv, err)
+        assert len(said) == 1
+        assert "Traceback" not in err
+        assert out == ""
+        assert {p for p in tmp_path.iterdir() if p.name != "run"} == before, argv

@@ -1,0 +1,231 @@
+"""A run survives whatever stops it, and goes on as if nothing had happened."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from llama_jax import checkpoint, config_file
+from llama_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from llama_jax.data import corpus
+from llama_jax.errors import InputError
+from llama_jax.training import loop
+from llama_jax.training.metrics import read_metrics
+
+STEPS = 24
+
+
+def config(folder, data, *, mesh=(2, 2, 2), peak_lr=1e-2, every=4, **training):
+    return Config(
+        model=tiny_model(),
+        mesh=MeshConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]),
+        data=DataConfig(mixture={str(data): 1.0}, batch_size=8, seq_len=16),
+        optimizer=OptimizerConfig(warmup_steps=4, peak_lr=peak_lr),
+        training=TrainingConfig(
+            **({"out": str(folder), "steps": STEPS, "eval_every": 8, "eval_batches": 2} | training)
+        ),
+        checkpoint=CheckpointConfig(every=every, keep=2),
+        logging=LoggingConfig(progress=False, tensorboard=False),
+    )
+
+
+def losses(folder):
+    """Returns the loss of every step, each of which must stand in the file once, in order."""
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return np.array([r["loss"] for r in records])
+
+
+@pytest.fixture(scope="module")
+def whole(token_folder, tmp_path_factory):
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = loop.run(config(folder, token_folder))
+    assert outcome.finished
+    assert len(losses(folder)) == STEPS
+    return folder
+
+
+def test_the_loss_falls_and_everything_is_in_the_folder(whole, token_folder):
+    assert losses(whole)[-4:].mean() < losses(whole)[:4].mean() - 0.5
+    assert {p.name for p in whole.iterdir()} == {
+        ".lock", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "tokenizer.model",
+    }  # fmt: skip
+    assert config_file.load(whole / "config.yaml") == config(whole, token_folder)
+    assert checkpoint.TrainingCheckpoints(whole / "checkpoints").steps == [20, 24]
+    records = read_metrics(whole / "metrics.jsonl")
+    assert [r["step"] for r in records if "validation_loss" in r] == [8, 16, 24]
+    assert {"grad_norm", "learning_rate", "tokens_per_second", "step_seconds"} <= records[0].keys()
+    assert records[-2]["tokens_seen"] == STEPS * 8 * 16
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_of_a_finished_one_touches_nothing(whole, token_folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
+    outcome = loop.run(config(whole, token_folder))
+    assert outcome.finished
+    assert outcome.validation_loss == read_metrics(whole / "metrics.jsonl")[-1]["validation_loss"]
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"} == before
+    assert "is finished: 24 steps are done" in capsys.readouterr().err
+
+
+def start(settings, tmp_path):
+    """Starts the command line in a process of its own, on 8 simulated devices."""
+    path = tmp_path / "run.yaml"
+    path.write_text(config_file.dump(settings))
+    command = [sys.executable, "-m", "llama_jax", "train", str(path)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, folder, step):
+    deadline = time.monotonic() + 120
+    while not any(r["step"] >= step for r in read_metrics(folder / "metrics.jsonl")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_at_any_moment_it_resumes_with_the_same_losses(seed, whole, token_folder, tmp_path):
+    rng = random.Random(seed)
+    folder = tmp_path / "run"
+    process = start(config(folder, token_folder), tmp_path)
+    # A random step, and a random moment in it: within a step, a save, or a validation.
+    wait_for_step(process, folder, rng.randrange(1, STEPS - 2))
+    time.sleep(rng.uniform(0, 0.2))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "loss.png").exists()
+    # Seed 0 goes on on another mesh; there sums are rounded in another order.
+    mesh = (1, 2, 4) if seed == 0 else (2, 2, 2)
+    assert loop.run(config(folder, token_folder, mesh=mesh)).finished
+    if seed == 0:
+        np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(losses(folder), losses(whole))
+    assert not list((folder / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
+    folder = tmp_path / "run"
+    settings = config(folder, token_folder, every=1000)
+    process = start(settings, tmp_path)
+    wait_for_step(process, folder, 3)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    step = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps[-1]
+    assert f"saved after step {step}; go on with: llama-jax train" in stderr
+    assert len(losses(folder)) == step
+    assert loop.run(settings).finished
+    np.testing.assert_array_equal(losses(folder), losses(whole))
+
+
+def test_a_run_that_stopped_early_can_be_made_longer(token_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    loop.run(config(folder, token_folder, steps=4))
+    outcome = loop.run(config(folder, token_folder, steps=6))
+    assert outcome.step == 6
+    assert "training.steps changes from 4 to 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"peak_lr": 2e-2}, "was trained with optimizer.peak_lr = 0.01, and now it is 0.02"),
+        ({"seed": 7}, "was trained with training.seed = 0, and now it is 7"),
+    ],
+)
+def test_another_configuration_does_not_resume(whole, token_folder, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        loop.run(config(whole, token_folder, **changes))
+
+
+def test_other_data_do_not_resume(token_folder, tmp_path):
+    folder = tmp_path / "run"
+    loop.run(config(folder, token_folder, steps=2))
+    other = tmp_path / "other"
+    files = str(token_folder.parent / "[0-3]*.txt")
+    tokenizer = str(token_folder / "tokenizer.model")
+    corpus.build([files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False)
+    with pytest.raises(InputError, match="are not those that the run"):
+        loop.run(config(folder, other, steps=4))
+
+
+def test_two_processes_do_not_train_in_one_folder(token_folder, tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process is training in"):
+            loop.run(config(tmp_path, token_folder))
+
+
+def test_a_run_starts_from_a_model_folder(whole, token_folder, tmp_path):
+    outcome = loop.run(
+        config(tmp_path / "tuned", token_folder, steps=2, init_from=str(whole), peak_lr=1e-6)
+    )
+    assert outcome.finished
+    assert losses(tmp_path / "tuned")[0] < losses(whole)[:4].mean() - 0.5
+
+
+def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, tmp_path):
+    folder = tmp_path / "run"
+    # Far too high a learning rate for float32: after the first step the weights overflow.
+    settings = config(folder, token_folder, peak_lr=1e38, every=1000)
+    with pytest.raises(loop.RunStopped, match=r"not finite in 10 steps in a row, up to step (\d+)"):
+        loop.run(settings)
+    records = [r for r in read_metrics(folder / "metrics.jsonl") if "skipped" in r]
+    assert [r["skipped"] for r in records[-10:]] == [1] * 10
+    assert records[-11]["skipped"] == 0
+    assert records[-1]["loss"] is None
+    saved = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps
+    assert saved == [records[-1]["step"]]
+
+
+def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mixture": {"nowhere": 1.0}}, "no folder of token shards at nowhere: make it with"),
+        ({"batch_size": 4}, r"data × fsdp \(8\) does not divide the 4 rows"),
+    ],
+)
+def test_runs_that_can_not_start_say_why(token_folder, tmp_path, changes, sentence):
+    settings = config(tmp_path / "run", token_folder, mesh=(1, 8, 1))
+    values = {"mixture": {str(token_folder): 1.0}, "batch_size": 8, "seq_len": 16} | changes
+    with pytest.raises(InputError, match=sentence):
+        loop.run(replace(settings, data=DataConfig(**values)))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(token_folder, tmp_path):
+    settings = replace(config(tmp_path / "run", token_folder), model=tiny_model(vocab_size=256))
+    with pytest.raises(InputError, match=r"has 320 tokens, but model.vocab_size is 256"):
+        loop.run(settings)

@@ -1,0 +1,174 @@
+"""The training step: equal on every mesh, in any number of pieces, and safe from NaN."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import MESHES, mesh_of, tiny_config, tiny_model
+
+from llama_jax.checkpoint import abstract
+from llama_jax.data.batches import Batch
+from llama_jax.model.transformer import forward
+from llama_jax.sharding import one_device_mesh, place
+from llama_jax.training.step import StepMetrics, eval_step, gradients, init_state, train_step
+
+CONFIG = tiny_config(z_loss=1e-3)
+gradients = jax.jit(gradients, static_argnums=0)
+B, T = 8, 16
+
+
+def make_batch():
+    """Returns packed documents, with most targets of the first rows masked."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.model.vocab_size, (B, T + 1)).astype(np.int32)
+    lengths = np.array([[5, 4, 7], [16, 0, 0], [1, 1, 14], [8, 8, 0]] * 2)
+    segments = np.stack([np.repeat([1, 2, 3], row) for row in lengths]).astype(np.int32)
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    targets = tokens[:, 1:].copy()
+    targets[:3, 2:] = -1
+    return Batch(tokens[:, :-1], targets, positions.astype(np.int32), segments)
+
+
+BATCH = make_batch()
+
+
+def placed(micro_batches=1):
+    shape = (micro_batches, B // micro_batches, T)
+    return Batch(*(place(field.reshape(shape), "ABT") for field in BATCH))
+
+
+@pytest.fixture(scope="module")
+def here():
+    """Weights, optimizer state, and what one device makes of the batch."""
+    with jax.set_mesh(one_device_mesh()):
+        state = jax.jit(partial(init_state, CONFIG))(jax.random.key(1))
+        return state, gradients(CONFIG, state[0], placed())
+
+
+def on_this_mesh(state):
+    """Returns a copy of `state`, which a step may donate, on the current mesh."""
+    wanted = abstract(partial(init_state, CONFIG), jax.random.key(0))
+    copy = jax.tree.map(np.array, state)
+    return jax.device_put(copy, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
+
+
+def test_loss_is_the_mean_over_counted_targets(here):
+    (model, _), (_, loss, targets) = here
+    with jax.set_mesh(one_device_mesh()):
+        logits = jax.jit(forward, static_argnums=0)(
+            CONFIG.model, model, *BATCH._replace(targets=BATCH.positions)[:1], *BATCH[2:]
+        )[0]
+        nll, counted = eval_step(CONFIG, model, placed())
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    rows, columns = np.nonzero(BATCH.targets >= 0)
+    expected = -log_p[rows, columns, BATCH.targets[rows, columns]]
+    assert int(targets) == int(counted) == len(expected) == 5 * 16 + 3 * 2
+    assert float(loss) == pytest.approx(expected.mean(), rel=1e-6)
+    assert float(nll) == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_z_loss_is_in_the_gradient_and_not_in_the_loss(here):
+    (model, _), (grads, loss, _) = here
+    config = tiny_config(z_loss=0.0)
+    with jax.set_mesh(one_device_mesh()):
+        plain, same_loss, _ = gradients(config, model, placed())
+
+        def penalty(model):
+            logits, _ = forward(CONFIG.model, model, BATCH.tokens, *BATCH[2:])
+            log_z = jax.nn.logsumexp(logits, -1)
+            return 1e-3 * jnp.sum(jnp.where(BATCH.targets >= 0, log_z**2, 0)) / 86
+
+        expected = jax.jit(jax.grad(penalty))(model)
+    assert float(same_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(jax.tree.map(jnp.subtract, grads, plain), expected, 1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_loss_and_gradients_agree_on_every_mesh(here, mesh):
+    state, expected = here
+    with jax.set_mesh(mesh_of(mesh)):
+        model, _ = on_this_mesh(state)
+        assert_close(gradients(CONFIG, model, placed()), expected)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "mesh"), [(2, (1, 1, 1)), (8, (1, 1, 1)), (4, (1, 2, 4))]
+)
+def test_micro_batches_equal_the_unsplit_batch(here, micro_batches, mesh):
+    state, expected = here
+    config = tiny_config(z_loss=1e-3, micro_batches=micro_batches)
+    with jax.set_mesh(mesh_of(mesh)):
+        model, _ = on_this_mesh(state)
+        assert_close(gradients(config, model, placed(micro_batches)), expected)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_a_step_is_adamw_by_the_book(here, mesh):
+    state, (grads, loss, _) = here
+    with jax.set_mesh(mesh_of(mesh)):
+        model, opt_state = on_this_mesh(state)
+        new_model, new_state, metrics = train_step(CONFIG, model, opt_state, placed(), jnp.int32(0))
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    rate = 1e-2 / 2  # the first of two warm-up steps
+    assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
+    assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-6)
+    assert float(metrics.learning_rate) == pytest.approx(rate)
+    assert norm > 1  # so that clipping matters
+
+    def expected(path, weight, grad):
+        g = np.asarray(grad, np.float64) / norm
+        m, v = 0.1 * g / (1 - 0.9), 0.05 * g**2 / (1 - 0.95)
+        decay = 0 if "norm" in jax.tree_util.keystr(path) else 0.1
+        return weight - rate * (m / (np.sqrt(v) + 1e-8) + decay * weight)
+
+    wanted = jax.tree.map_with_path(expected, state[0], grads)
+    for a, b, g in zip(*map(jax.tree.leaves, (new_model, wanted, grads)), strict=True):
+        # Where a gradient is all but zero, rounding decides the sign of Adam's first update.
+        clear = np.abs(g) > 1e-6
+        np.testing.assert_allclose(np.asarray(a)[clear], b[clear], atol=1e-5)
+    assert int(new_state[0].count) == 1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(here):
+    state, _ = here
+    with jax.set_mesh(one_device_mesh()):
+        model, opt_state = on_this_mesh(state)
+        broken = np.array(model.layers.w2[...])
+        broken[0, 0, 0] = np.inf
+        model.layers.w2[...] = jax.device_put(broken, model.layers.w2.sharding)
+        before = [np.array(x) for x in jax.tree.leaves((model, opt_state))]
+        model, opt_state, metrics = train_step(CONFIG, model, opt_state, placed(), jnp.int32(3))
+    assert bool(metrics.skipped)
+    assert not np.isfinite(metrics.grad_norm)
+    for a, b in zip(jax.tree.leaves((model, opt_state)), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_whole_batch_masked_is_a_finite_step(here):
+    state, _ = here
+    with jax.set_mesh(one_device_mesh()):
+        model, opt_state = on_this_mesh(state)
+        batch = placed()._replace(targets=placed().targets * 0 - 1)
+        _, _, metrics = train_step(CONFIG, model, opt_state, batch, jnp.int32(0))
+    assert (float(metrics.loss), int(metrics.targets), bool(metrics.skipped)) == (0.0, 0, False)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_optimizer_state_inherits_the_shardings_of_its_weights(remat):
+    config = tiny_config(tiny_model(remat=remat))
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        model, opt_state = abstract(partial(init_state, config), jax.random.key(0))
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(model)]
+    for moments in (opt_state[0].mu, opt_state[0].nu):
+        assert [leaf.sharding.spec for leaf in jax.tree.leaves(moments)] == specs
+    assert StepMetrics._fields[0] == "loss"
+    assert isinstance(opt_state[0], optax.ScaleByAdamState)
