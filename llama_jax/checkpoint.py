@@ -89,7 +89,7 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None):
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(config.keep if config else None)]
         if config and config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))

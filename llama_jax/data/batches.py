@@ -159,8 +159,7 @@ class Batches:
             if len(shuffled) == 1
             else grain.MapDataset.mix(shuffled, list(config.mixture.values()))
         )
-        held_out = [Windows(tokens, config) for tokens in self.splits["validation"]]
-        self._validation = [(source, i) for source in held_out for i in range(len(source))]
+        self._held_out = [Windows(tokens, config) for tokens in self.splits["validation"]]
 
     @property
     def fingerprint(self) -> list[str]:
@@ -197,9 +196,11 @@ class Batches:
         first = index * self.config.batch_size
 
         def read(row: int) -> Batch:
-            if first + row < len(self._validation):
-                source, i = self._validation[first + row]
-                return source[i]
+            i = first + row
+            for source in self._held_out:
+                if i < len(source):
+                    return source[i]
+                i -= len(source)
             blank = np.zeros(self.config.seq_len, np.int32)
             return Batch(blank, blank - 1, blank, blank)
 
@@ -207,7 +208,8 @@ class Batches:
 
     def validation_batches(self, most: int) -> int:
         """Returns how many held-out batches there are, at most `most`."""
-        return min(most, -(-len(self._validation) // self.config.batch_size))
+        windows = sum(len(source) for source in self._held_out)
+        return min(most, -(-windows // self.config.batch_size))
 
     def _place(self, read: Callable[[int], Batch]) -> Batch:
         """Builds global arrays of which this process reads the rows of its own devices."""
