@@ -119,8 +119,13 @@ def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, 
 
 
 def _feed_forward(layer: Block, x_BTD: jax.Array) -> jax.Array:
-    gate_BTF = jax.nn.silu(matmul("BTD,DF->BTF", x_BTD, layer.w1))
-    return matmul("BTF,FD->BTD", gate_BTF * matmul("BTD,DF->BTF", x_BTD, layer.w3), layer.w2)
+    # The gate and its parts are as large as its two inputs, and cheap: made again when needed.
+    @jax.checkpoint
+    def down(gate_BTF, up_BTF, w2):
+        return matmul("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2)
+
+    gate_BTF, up_BTF = (matmul("BTD,DF->BTF", x_BTD, w) for w in (layer.w1, layer.w3))
+    return down(gate_BTF, up_BTF, layer.w2)
 
 
 def hidden_states(
