@@ -27,27 +27,26 @@ def attention(
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
+    whole = isinstance(offset, int)  # where a query stands is known while this is traced
+    size = -(-T // QUERY_BLOCKS) if whole else T
+
+    @jax.checkpoint  # or else every block would keep its own copy of the keys up to its end
+    def blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS):
+        outs = []
+        for start in range(0, T, size):
+            at = slice(start, start + size)
+            seen = slice(0, min(S, offset + start + size) if whole else S)
+            q, k, v = q_BKGTH[:, :, :, at], k_BKSH[:, :, seen], v_BKSH[:, :, seen]
+            segments = segments_BT[:, at], segments_BS[:, seen]
+            outs.append(_block(q, k, v, *segments, offset + start))
+        return jnp.concatenate(outs, axis=3)
+
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=act("BTKGH"))
-    # Heads stand before positions: then every product below is a stack of plain matrices.
+    # Heads stand before positions: then every product is one of stacked plain matrices.
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    whole = isinstance(offset, int)  # the slot of a query is known while this is traced
-    size = -(-T // QUERY_BLOCKS) if whole else T
-    blocks = []
-    for start in range(0, T, size):
-        at = slice(start, start + size)
-        seen = slice(0, min(S, offset + start + size) if whole else S)
-        blocks.append(
-            _block(
-                q_BKGTH[:, :, :, at],
-                k_BKSH[:, :, seen],
-                v_BKSH[:, :, seen],
-                segments_BT[:, at],
-                segments_BS[:, seen],
-                offset + start,
-            )
-        )
-    out_BTKGH = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4)
+    out_BKGTH = blocks(q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS)
+    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, N, H, out_sharding=act("BTNH"))
 
 
