@@ -63,14 +63,36 @@ class Llama(nnx.Module):
         self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w, out_sharding=act(equation.split("->")[1]))
+
+
+def _einsum_forward(equation: str, x: jax.Array, w: jax.Array):
+    return _einsum(equation, x, w), (x, w)
+
+
+def _einsum_backward(equation: str, operands, dy: jax.Array):
+    x, w = operands
+    inputs, y_dims = equation.split("->")
+    x_dims, w_dims = inputs.split(",")
+    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=jax.typeof(x).sharding)
+    dw = jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=jax.typeof(w).sharding)
+    return dx, dw
+
+
+# The gradients are those of jnp.einsum, in an order that no compiler has to turn: what JAX derives
+# for the weight is dyᵀx, transposed, for which XLA's CPU back end writes out the larger operand.
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
 def matmul(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Returns the einsum of an activation and a weight, in the activation's dtype.
 
     The letters after '->' also name how the result is split. The weight is cast first, so that
     it is gathered over `fsdp` in the compute type.
     """
-    out = act(equation.split("->")[1])
-    return jnp.einsum(equation, x, w[...].astype(x.dtype), out_sharding=out)
+    return _einsum(equation, x, w[...].astype(x.dtype))
 
 
 def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
@@ -97,8 +119,13 @@ def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, 
 
 
 def _feed_forward(layer: Block, x_BTD: jax.Array) -> jax.Array:
-    gate_BTF = jax.nn.silu(matmul("BTD,DF->BTF", x_BTD, layer.w1))
-    return matmul("BTF,FD->BTD", gate_BTF * matmul("BTD,DF->BTF", x_BTD, layer.w3), layer.w2)
+    # The gate and its parts are as large as its two inputs, and cheap: made again when needed.
+    @jax.checkpoint
+    def down(gate_BTF, up_BTF, w2):
+        return matmul("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2)
+
+    gate_BTF, up_BTF = (matmul("BTD,DF->BTF", x_BTD, w) for w in (layer.w1, layer.w3))
+    return down(gate_BTF, up_BTF, layer.w2)
 
 
 def hidden_states(
