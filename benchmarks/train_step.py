@@ -1,70 +1,78 @@
 """Tokens per second of one training step (forward, backward, AdamW) beside transformers.
 
     pip install torch transformers        # the peer; without them only llama_jax is timed
-    python benchmarks/train_step.py [--rounds 5] [--dtype float32]
+    python benchmarks/train_step.py [--rounds 9] [--dtype float32]
 
-Shape: dim 512, 8 layers, 8 heads, FFN 1376, vocabulary 32,000, batch 4×512. Both run on the same
-cores in the same process, in turn, so that a drift of the machine's speed meets both.
+Shape: dim 512, 8 layers, 8 heads, FFN 1376, vocabulary 32,000, batch 4×512. Each side has a process
+of its own, as a user would start it, and they step in turn, so that a drift of the machine's speed
+meets both, and the threads of neither wait for work while the other computes.
 """
 
 import argparse
 import importlib.util
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
-from llama_jax.data.batches import Batch
-from llama_jax.family import ModelConfig
-from llama_jax.sharding import one_device_mesh, place
-from llama_jax.training.step import init_state, train_step
-
-BATCH, LENGTH = 4, 512
+BATCH, LENGTH, VOCAB = 4, 512, 32_000
+Dtype = Literal["float32", "bfloat16"]
 
 
-def ours(dtype: str, tokens: np.ndarray) -> Callable[[], float]:
+def llama_jax(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of llama_jax and returns the loss."""
+    import jax
+    import jax.numpy as jnp
+
+    from llama_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
+    from llama_jax.data.batches import Batch
+    from llama_jax.family import ModelConfig
+    from llama_jax.sharding import one_device_mesh, place
+    from llama_jax.training.step import init_state, train_step
+
     config = Config(
         model=ModelConfig(
             dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=1376,
-            vocab_size=32_000, dtype=dtype, remat="none",
+            vocab_size=VOCAB, dtype=dtype, remat="none", scan=False,
         ),
         data=DataConfig(mixture={"random": 1.0}, batch_size=BATCH, seq_len=LENGTH),
         optimizer=OptimizerConfig(warmup_steps=1),
         training=TrainingConfig(out="none", steps=1000),
     )  # fmt: skip
-    fields = (tokens[:, :-1], tokens[:, 1:], np.arange(LENGTH) + 0 * tokens[:, 1:])
-    fields = (*fields, np.ones_like(tokens[:, 1:]))
+    ones = np.ones_like(tokens[:, 1:])
+    fields = (tokens[:, :-1], tokens[:, 1:], ones * np.arange(LENGTH), ones)
     with jax.set_mesh(one_device_mesh()):
         batch = Batch(*(place(x[None].astype(np.int32), "ABT") for x in fields))
         state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
 
-        def step() -> float:
-            nonlocal state
-            with jax.set_mesh(one_device_mesh()):
-                *state, metrics = train_step(config, *state, batch, jnp.int32(0))
-                return float(metrics.loss)
+    def step() -> float:
+        nonlocal state
+        with jax.set_mesh(one_device_mesh()):
+            *state, metrics = train_step(config, *state, batch, jnp.int32(0))
+            return float(metrics.loss)
 
-        return step
+    return step
 
 
-def transformers_eager(dtype: str, tokens: np.ndarray) -> Callable[[], float]:
+def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of transformers with eager PyTorch."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    inputs = torch.from_numpy(tokens.astype(np.int64))
+    inputs = torch.from_numpy(tokens)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -81,32 +89,50 @@ def transformers_eager(dtype: str, tokens: np.ndarray) -> Callable[[], float]:
     return step
 
 
+SIDES = {"llama_jax": llama_jax, "transformers": transformers}
+
+
+def work(name: str, dtype: Dtype, asked: Connection) -> None:
+    """Runs a step whenever it is asked for one, and answers with its seconds."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1))
+    step = SIDES[name](dtype, tokens)
+    step(), step()  # compile and warm up
+    asked.send(0.0)
+    while asked.recv():
+        begun = time.perf_counter()
+        step()
+        asked.send(time.perf_counter() - begun)
+
+
 def main() -> None:
     """Prints a table of medians and the ratio, pair by pair."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each (default 5)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (9)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    tokens = np.random.default_rng(0).integers(0, 32_000, (BATCH, LENGTH + 1))
-    steps = {"llama_jax": ours(args.dtype, tokens)}
-    if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-        steps["transformers"] = transformers_eager(args.dtype, tokens)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():  # compile and warm up
-        step(), step()
+    names = ["llama_jax"]
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        names.append("transformers")
+    fresh = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    sides: dict[str, Connection] = {}
+    for name in names:
+        sides[name], theirs = fresh.Pipe()
+        fresh.Process(target=work, args=(name, args.dtype, theirs), daemon=True).start()
+        theirs.close()  # so that a side that dies is noticed
+        sides[name].recv()
     for _ in range(args.rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+        for name, side in sides.items():
+            time.sleep(0.5)  # threads of the other side come to rest
+            side.send(True)
+            seconds[name].append(side.recv())
     for name, times in seconds.items():
-        rates = [BATCH * LENGTH / s for s in times]
-        print(
-            f"{name:14} {statistics.median(rates):7.1f} tokens/s  (min {min(rates):.1f}, max {max(rates):.1f})"
-        )
-    if len(seconds) == 2:
+        low, middle, high = (BATCH * LENGTH / f(times) for f in (max, statistics.median, min))
+        print(f"{name:13} {middle:6.1f} tokens/s  (min {low:.1f}, max {high:.1f})")
+    for side in sides.values():
+        side.send(False)
+    if len(names) == 2:
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         print(f"llama_jax / transformers, median of pairs: {statistics.median(ratios):.2f}")
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 import sentencepiece as spm
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+)
 
 from llama_jax.errors import InputError
 
@@ -158,7 +160,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
                 f"the corpus is too small to train a tokenizer of {n_vocab} tokens: add text or"
                 f" ask for fewer (SentencePiece: {str(error).strip().splitlines()[-1]})"
             ) from error
-    model = sentencepiece_model_pb2.ModelProto.FromString(trained.getvalue())
+    model = ModelProto.FromString(trained.getvalue())
     # Without the names of temporary files, equal corpora give equal tokenizers.
     model.normalizer_spec.ClearField("normalization_rule_tsv")
     model.denormalizer_spec.ClearField("normalization_rule_tsv")

@@ -56,6 +56,7 @@ def prefill(
     cache = init_cache(config, B, slots)
     positions_BT = jnp.maximum(counted_BT - 1, 0)
     x_BTD, cache = hidden_states(config, model, tokens_BT, positions_BT, segments_BT, cache)
+    assert cache is not None
     last_B = jnp.max(jnp.where(mask_BT, jnp.arange(T), 0), axis=1)
     is_last_BT = jnp.arange(T) == last_B[:, None]
     last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
@@ -95,6 +96,7 @@ def decode(
         x_B1D, cache = hidden_states(
             config, model, drawn_B[:, None], state.positions_B[:, None], cache=state.cache
         )
+        assert cache is not None
         logits_BV = output_head(model, x_B1D)[:, 0]
         after = state.positions_B + 1
         state = DecodeState(cache, logits_BV, after, ended_B, state.step + 1, state.key)

@@ -10,7 +10,7 @@ from llama_jax.sharding import act
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, written in place (donate it) at the slot `index`.
+    """Keys and values of all layers, written in place (donate it) from slot `used` on.
 
     Every row of the batch fills its slots together, padding included: a slot's segment tells
     whether it holds a token of the row's text, and attention never crosses segments.
@@ -19,7 +19,7 @@ class Cache(NamedTuple):
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
     segments_BS: jax.Array  # int32; 0 is padding or not yet written
-    index: jax.Array  # int32 scalar: the next slot to write
+    used: jax.Array  # int32 scalar: slots written so far
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:

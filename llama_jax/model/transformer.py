@@ -102,30 +102,25 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
     return (x * jax.reshard(scale_D[...], act("D"))).astype(x_BTD.dtype)
 
 
-def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, l):
+def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, number):
     q = rotate(matmul("BTD,DNH->BTNH", x_BTD, layer.wq), turn)
     k = rotate(matmul("BTD,DKH->BTKH", x_BTD, layer.wk), turn)
     v = matmul("BTD,DKH->BTKH", x_BTD, layer.wv)
     if cache is None:
         out = attention(q, k, v, segments_BT, segments_BT)
     else:
-        at = (l, 0, cache.index, 0, 0)
+        at = (number, 0, cache.used, 0, 0)
         k_cache = jax.lax.dynamic_update_slice(cache.k_LBSKH, k[None].astype(k.dtype), at)
         v_cache = jax.lax.dynamic_update_slice(cache.v_LBSKH, v[None].astype(v.dtype), at)
         cache = cache._replace(k_LBSKH=k_cache, v_LBSKH=v_cache)
-        k, v = k_cache[l], v_cache[l]
-        out = attention(q, k, v, segments_BT, cache.segments_BS, cache.index)
+        k, v = k_cache[number], v_cache[number]
+        out = attention(q, k, v, segments_BT, cache.segments_BS, cache.used)
     return matmul("BTNH,NHD->BTD", out, layer.wo), cache
 
 
 def _feed_forward(layer: Block, x_BTD: jax.Array) -> jax.Array:
-    # The gate and its parts are as large as its two inputs, and cheap: made again when needed.
-    @jax.checkpoint
-    def down(gate_BTF, up_BTF, w2):
-        return matmul("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w2)
-
-    gate_BTF, up_BTF = (matmul("BTD,DF->BTF", x_BTD, w) for w in (layer.w1, layer.w3))
-    return down(gate_BTF, up_BTF, layer.w2)
+    gate_BTF = jax.nn.silu(matmul("BTD,DF->BTF", x_BTD, layer.w1))
+    return matmul("BTF,FD->BTD", gate_BTF * matmul("BTD,DF->BTF", x_BTD, layer.w3), layer.w2)
 
 
 def hidden_states(
@@ -143,25 +138,25 @@ def hidden_states(
     tokens_BT = jax.reshard(tokens_BT, act("BT"))
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
-    segments_BT = jax.reshard(segments_BT, act("BT"))
+    segments_BT = jax.reshard(jnp.asarray(segments_BT), act("BT"))
     if positions_BT is None:
-        start = 0 if cache is None else cache.index
+        start = 0 if cache is None else cache.used
         positions_BT = jnp.broadcast_to(
             start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=act("BT")
         )
     if cache is not None:
-        segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.index))
-        cache = cache._replace(segments_BS=segments_BS)
+        written = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used))
+        cache = cache._replace(segments_BS=written)
     # A look-up in a table split over fsdp would make the compiler replicate it: gather first.
     table_VD = jax.reshard(model.tok_embeddings[...].astype(config.dtype), act("VD"))
     x_BTD = table_VD.at[tokens_BT].get(out_sharding=act("BTD"))
     turn = rotation(config, jax.reshard(positions_BT, act("BT")))
 
-    def block(carry, layer_and_index):
+    def block(carry, layer_and_number):
         x_BTD, cache = carry
-        layer, l = layer_and_index
+        layer, number = layer_and_number
         h = rms_norm(x_BTD, layer.attention_norm, config.norm_eps)
-        attended, cache = _attend(config, layer, h, turn, segments_BT, cache, l)
+        attended, cache = _attend(config, layer, h, turn, segments_BT, cache, number)
         x_BTD = x_BTD + attended
         h = rms_norm(x_BTD, layer.ffn_norm, config.norm_eps)
         return (x_BTD + _feed_forward(layer, h), cache), None
@@ -171,7 +166,7 @@ def hidden_states(
     layers = (model.layers, jnp.arange(config.n_layers))
     (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers, unroll=not config.scan)
     if cache is not None:
-        cache = cache._replace(index=cache.index + tokens_BT.shape[1])
+        cache = cache._replace(used=cache.used + tokens_BT.shape[1])
     return rms_norm(x_BTD, model.norm, config.norm_eps), cache
 
 

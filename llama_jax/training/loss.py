@@ -1,6 +1,7 @@
 """Cross-entropy of the next token."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,9 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     Only the objective can be differentiated.
     """
     x_BTD, _ = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
-    if model.output is None:
-        w_DV = model.tok_embeddings[...].T
-    else:
-        w_DV = model.output[...]
-    objective, nll = _head_loss(z_loss, x_BTD, w_DV, batch.targets)
+    w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
+    sums: Any = _head_loss(z_loss, x_BTD, w_DV, batch.targets)
+    objective, nll = sums
     return objective, (jax.lax.stop_gradient(nll), jnp.sum(batch.targets >= 0))
 
 
@@ -38,7 +37,8 @@ def _head_loss(z_loss: float, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax
     w_DV = jax.reshard(w_DV.astype(x_BTD.dtype), act("DV"))
 
     def add(sums, chunk):
-        objective, nll, _ = _chunk_loss(z_loss, *chunk, w_DV)
+        x_BTD, targets_BT = chunk
+        objective, nll, _ = _chunk_loss(z_loss, x_BTD, targets_BT, w_DV)
         return (sums[0] + objective, sums[1] + nll), None
 
     zero = jnp.float32(0)
@@ -63,7 +63,7 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     logits_BTV = logits_BTV.astype(jnp.float32)
     counted_BT = targets_BT >= 0
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A gather along the vocabulary is refused where that is split over devices; a masked sum is not.
+    # A gather along the vocabulary is refused where that is split over devices.
     chosen_BTV = jnp.arange(w_DV.shape[1]) == targets_BT[..., None]
     chosen_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
     nll = jnp.sum(jnp.where(counted_BT, log_z_BT - chosen_BT, 0))

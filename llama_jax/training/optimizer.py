@@ -1,5 +1,7 @@
 """AdamW with the paper's schedule (arXiv 2302.13971, section 2.3)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,10 +26,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return lambda step: schedule(step + 1)
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns AdamW without clipping and learning rate, which the training step applies itself.
+def adamw(config: OptimizerConfig) -> Any:
+    """Returns an optax transformation: AdamW without clipping and learning rate.
 
-    Both depend on what the step knows: the norm that it reports, and the number of the step.
+    The training step applies both itself: they depend on what it knows, the norm that it reports
+    and the number of the step.
     """
     return optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),

@@ -70,7 +70,7 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
-    rate = learning_rate(config.optimizer, config.training.steps)(step)
+    rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
     updates, new_state = adamw(config.optimizer).update(
         jax.tree.map(lambda g: g * clip, grads), opt_state, model
     )
