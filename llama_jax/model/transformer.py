@@ -138,14 +138,15 @@ def hidden_states(
     tokens_BT = jax.reshard(tokens_BT, act("BT"))
     if segments_BT is None:
         segments_BT = jnp.ones_like(tokens_BT)
-    segments_BT = jax.reshard(jnp.asarray(segments_BT), act("BT"))
+    segments_BT = jax.reshard(segments_BT, act("BT"))
     if positions_BT is None:
         start = 0 if cache is None else cache.used
         positions_BT = jnp.broadcast_to(
             start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=act("BT")
         )
     if cache is not None:
-        written = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used))
+        new = jnp.asarray(segments_BT)
+        written = jax.lax.dynamic_update_slice(cache.segments_BS, new, (0, cache.used))
         cache = cache._replace(segments_BS=written)
     # A look-up in a table split over fsdp would make the compiler replicate it: gather first.
     table_VD = jax.reshard(model.tok_embeddings[...].astype(config.dtype), act("VD"))

@@ -28,6 +28,14 @@ def loss(config, model, tokens, positions, segments, targets):
     return jnp.sum(jnp.where(targets >= 0, nll, 0))
 
 
+@pytest.fixture
+def compiling_anew():
+    """Turns off the cache of compiled programs that all tests share."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.fixture(scope="module")
 def on_one_device():
     with jax.set_mesh(one_device_mesh()):
@@ -139,7 +147,7 @@ class TestOnOneDevice:
         assert float(jnp.abs(half - logits).max()) < 12 * 2**-9 * float(np.abs(logits).max()) * 2
 
     @pytest.mark.slow
-    def test_compile_time_does_not_grow_with_depth(self):
+    def test_compile_time_does_not_grow_with_depth(self, compiling_anew):
         def compile_seconds(n_layers):
             config = tiny_model(n_layers=n_layers)
             model = jax.eval_shape(partial(Llama, config), jax.random.key(0))
