@@ -141,7 +141,8 @@ def _train(
             running = (state.step, metrics)
             validate = state.step == steps or due(state.step, config.training.eval_every)
             save = state.step == steps or due(state.step, config.checkpoint.every)
-            if validate or save or state.step == first + 1:
+            # After a skipped step the next ones are read at once, to stop at the right one.
+            if validate or save or report.skipped_in_a_row or state.step == first + 1:
                 report.step(*running)
                 running = None
             if validate:
