@@ -188,19 +188,23 @@ class Batches:
         first = step * self.config.batch_size
         return self._place(lambda row: cast(Batch, self._train[first + row]))
 
-    def validation(self, index: int) -> Batch:
-        """Returns held-out batch `index`, shaped like a training batch.
+    def validation(self, index: int, batches: int) -> Batch:
+        """Returns held-out batch `index` of `batches`, shaped like a training batch.
 
-        Rows past the last window count for nothing.
+        Together they hold windows evenly spread over the held-out text, each at most once. Rows
+        past the last window count for nothing.
         """
+        windows = sum(len(source) for source in self._held_out)
+        rows = min(batches * self.config.batch_size, windows)
         first = index * self.config.batch_size
 
         def read(row: int) -> Batch:
-            i = first + row
-            for source in self._held_out:
-                if i < len(source):
-                    return source[i]
-                i -= len(source)
+            if first + row < rows:
+                i = (first + row) * windows // rows
+                for source in self._held_out:
+                    if i < len(source):
+                        return source[i]
+                    i -= len(source)
             blank = np.zeros(self.config.seq_len, np.int32)
             return Batch(blank, blank - 1, blank, blank)
 

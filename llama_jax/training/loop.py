@@ -169,8 +169,9 @@ def _train(
 def _validate(config: Config, data: Batches, state: _State) -> float:
     """Returns the mean loss over the held-out batches [nats per token]."""
     nll, targets = 0.0, 0
-    for i in range(data.validation_batches(config.training.eval_batches)):
-        batch_nll, batch_targets = eval_step(config, state.model, data.validation(i))
+    batches = data.validation_batches(config.training.eval_batches)
+    for i in range(batches):
+        batch_nll, batch_targets = eval_step(config, state.model, data.validation(i, batches))
         nll, targets = nll + float(batch_nll), targets + int(batch_targets)
     return nll / targets if targets else math.nan
 

@@ -109,10 +109,19 @@ def test_validation_covers_every_held_out_window_once(token_folder):
     windows = Windows(Tokens(token_folder, "validation"), settings)
     data = Batches(settings)
     with jax.set_mesh(one_device_mesh()):
-        batches = [as_numpy(data.validation(i)) for i in range(data.validation_batches(99))]
+        count = data.validation_batches(99)
+        batches = [as_numpy(data.validation(i, count)) for i in range(count)]
+        few = [as_numpy(data.validation(i, 2)) for i in range(2)]
     counted = sum((targets >= 0).sum() for _, targets, _, _ in batches)
     assert counted == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
     assert data.validation_batches(2) == 2
+    # Fewer batches are spread over the whole text.
+    tokens = {
+        window.tokens.tobytes(): i
+        for i, window in enumerate(map(windows.__getitem__, range(len(windows))))
+    }
+    places = [tokens[row.tobytes()] for batch in few for row in batch[0][0]]
+    assert places == [r * len(windows) // 16 for r in range(16)]
 
 
 def damage(folder, tmp_path, change):
