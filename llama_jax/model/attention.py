@@ -26,6 +26,10 @@ def attention(
     own. Scores and softmax are float32. Each of the K key/value heads serves N/K query heads in
     turn, as in `repeat_kv` of the reference, without being repeated.
     """
+    q_BTNH = jax.reshard(q_BTNH, act("BTNH"))
+    k_BSKH, v_BSKH = (jax.reshard(x, act("BSKH")) for x in (k_BSKH, v_BSKH))
+    segments_BT = jax.reshard(segments_BT, act("BT"))
+    segments_BS = jax.reshard(segments_BS, act("BS"))
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     # Heads stand before positions: then every product is one of stacked plain matrices.
