@@ -61,8 +61,11 @@ def llama_jax(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
 
 def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of transformers with eager PyTorch."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import torch  # pyright: ignore[reportMissingImports] (the peer is no dependency)
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = LlamaConfig(
@@ -96,7 +99,8 @@ def work(name: str, dtype: Dtype, asked: Connection) -> None:
     """Runs a step whenever it is asked for one, and answers with its seconds."""
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1))
     step = SIDES[name](dtype, tokens)
-    step(), step()  # compile and warm up
+    for _ in range(2):  # compile and warm up
+        step()
     asked.send(0.0)
     while asked.recv():
         begun = time.perf_counter()
