@@ -182,6 +182,7 @@ class Key:
 
 def _keys(cls: type, prefix: str = "") -> Iterator[Key]:
     hints = typing.get_type_hints(cls, include_extras=False)
+    # The type checker does not see the attribute that pydantic adds to the class.
     for name, field in getattr(cls, "__pydantic_fields__").items():  # noqa: B009
         hint = hints[name]
         nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
