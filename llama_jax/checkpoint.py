@@ -5,73 +5,30 @@ A model folder holds `weights/` (Orbax), `config.json` and the tokenizer. A run 
 that have been done. Everything is written beside its place and renamed: what has a name is whole.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
 import shutil
-from functools import partial
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
-from pydantic import TypeAdapter, ValidationError
 
-from llama_jax import config_file
-from llama_jax.config import CheckpointConfig, Config
+from llama_jax.config import CheckpointConfig
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.folders import is_run, read_model_config
 from llama_jax.model.transformer import Llama
+from llama_jax.tree import abstract_model, dict_to_tree, names, tree_to_dict
 
-Tree = TypeVar("Tree")
-
-
-def tree_to_dict(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree in nested dicts, by plain names ('layers' -> 'wq')."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        *parents, last = _names(path)
-        place = nested
-        for name in parents:
-            place = place.setdefault(name, {})
-        place[last] = leaf
-    return nested
-
-
-def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
-    """Returns the leaves in `nested` in the structure of `like`: `tree_to_dict` undone."""
-
-    def leaf(path: tuple[Any, ...], _: Any) -> Any:
-        found: Any = nested
-        for name in _names(path):
-            found = found[name]
-        return found
-
-    return jax.tree.map_with_path(leaf, like)
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-    # An nnx.Param is a node with one leaf, `value`: the weight's own name is enough.
-    return names[:-1] if names[-1] == "value" else names
-
-
-def abstract(make: Any, *args: Any) -> Any:
-    """Returns the shapes, dtypes and shardings on the current mesh of what `make(*args)` makes."""
-    mesh = jax.sharding.get_mesh()
-
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(placed, jax.eval_shape(make, *args))
-
-
-def abstract_model(config: ModelConfig) -> Llama:
-    """Returns the shapes, dtypes and shardings of a model's weights on the current mesh."""
-    return abstract(partial(Llama, config), jax.random.key(0))
+CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
 
 
 class Progress(NamedTuple):
@@ -79,6 +36,23 @@ class Progress(NamedTuple):
 
     step: int  # steps done; also the number of the next step
     data: list[str]  # fingerprint of the data
+
+
+def _by_layers() -> ocp.Context:
+    """Returns a context in which arrays are stored in chunks, cut between layers first.
+
+    So a reader of one layer, or of another mesh, need not read an array whole.
+    """
+    chunked: Any = ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)
+    )
+    context = ocp.Context()
+
+    def options(key: Any, value: Any) -> Any:
+        return chunked if value.ndim else None
+
+    context.array.saving.scoped_storage_options_creator = options
+    return context
 
 
 class TrainingCheckpoints:
@@ -112,12 +86,13 @@ class TrainingCheckpoints:
         """
         if progress.step in self.steps:
             return
-        self._checkpointer.save_checkpointables_async(
-            progress.step,
-            {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)},
-            custom_metadata={"data": [*progress.data]},
-            force=True,
-        )
+        with _by_layers():
+            self._checkpointer.save_checkpointables_async(
+                progress.step,
+                {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)},
+                custom_metadata={"data": [*progress.data]},
+                force=True,
+            )
 
     def restore(
         self, step: int, model: Llama, opt_state: optax.OptState
@@ -155,17 +130,39 @@ def _load_items(load: Any, source: Any, wanted: dict[str, Any], where: Path) -> 
     try:
         saved = ocp.checkpointables_metadata(str(where.absolute())).metadata
     except Exception as error:  # Orbax and TensorStore raise dozens of types for damaged files
-        raise _damaged(where, error) from error
+        raise damaged(where, error) from error
     for item, tree in wanted.items():
         # Compared first, because Orbax would pad or cut an array of another shape.
         _check_shapes(where, item, (saved or {}).get(item), tree)
+    problem: InputError
+    with _silent_orphans():
+        try:
+            return load(source, wanted)
+        except Exception as error:
+            problem = damaged(where, error)
+        # Raised out of reach of Orbax's own error, whose frames keep the orphans alive; some still
+        # wait for their bytes.
+        time.sleep(0.2)
+        gc.collect()
+    raise problem
+
+
+@contextlib.contextmanager
+def _silent_orphans() -> Iterator[None]:
+    """Keeps Python from reporting the reads that Orbax leaves half-done when another one fails.
+
+    It does so when they end or are collected, with pages of text for each weight.
+    """
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
     try:
-        return load(source, wanted)
-    except Exception as error:
-        raise _damaged(where, error) from error
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
-def _damaged(where: Path, error: Exception) -> InputError:
+def damaged(where: Path, error: Exception) -> InputError:
+    """Returns the error for a checkpoint whose files can't be read."""
     reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
     return InputError(
         f"the checkpoint {where} is damaged or cut short: remove it (a run then goes on from an"
@@ -175,7 +172,7 @@ def _damaged(where: Path, error: Exception) -> InputError:
 
 def _check_shapes(where: Path, item: str, saved: Any, wanted: dict[str, Any]) -> None:
     if saved is None:
-        raise _damaged(where, KeyError(f"no {item} in it"))
+        raise damaged(where, KeyError(f"no {item} in it"))
     has = {_dotted(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(saved)}
     wants = {_dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(wanted)}
     for name in sorted(has.keys() | wants.keys()):
@@ -188,7 +185,63 @@ def _check_shapes(where: Path, item: str, saved: Any, wanted: dict[str, Any]) ->
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(_names(path))
+    return ".".join(names(path))
+
+
+class Item(NamedTuple):
+    """The arrays in a checkpoint's `model` item, and how they are stored."""
+
+    names: list[str]  # dotted
+    ocdbt: bool
+    zarr3: bool
+
+
+def open_item(folder: Path) -> tuple[Path, Item]:
+    """Returns where the weights of a model folder, or of a run's newest checkpoint, lie, and how.
+
+    Raises:
+        InputError: there are none, or they are damaged.
+    """
+    place = folder / "weights"
+    if is_run(folder):
+        steps = TrainingCheckpoints(folder / "checkpoints").steps
+        if not steps:
+            raise _no_checkpoint(folder)
+        place = folder / "checkpoints" / str(steps[-1])
+    try:
+        about = json.loads((place / "model" / "_METADATA").read_text())
+        keys = [entry["key_metadata"] for entry in about["tree_metadata"].values()]
+        dotted = [".".join(part["key"] for part in parts) for parts in keys]
+        return place / "model", Item(dotted, about["use_ocdbt"], about["use_zarr3"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(place, error) from error
+
+
+def write_skeleton(folder: Path, dotted: list[str]) -> Path:
+    """Writes a checkpoint of one number for each dotted name into `folder`/weights.
+
+    Each array has a folder of its own below the path that is returned, to be replaced by the real
+    one: so that an array may be written piece by piece, and Orbax reads it like any other.
+    """
+    tree: dict[str, Any] = {}
+    for name in dotted:
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = np.zeros(())
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = False
+    saving.array_metadata_store = None
+    saving.enable_write_sharding_file = False
+    with context:
+        ocp.save_checkpointables(str((folder / "weights").absolute()), {"model": tree})
+    return folder / "weights" / "model"
+
+
+def _no_checkpoint(folder: Path) -> InputError:
+    return InputError(f"{folder} holds no checkpoint yet: let the run reach its first one")
 
 
 def save_model(
@@ -207,7 +260,8 @@ def save_model(
     partial_folder.mkdir(parents=True)
     try:
         items = {"model": tree_to_dict(model)}
-        ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)
+        with _by_layers():
+            ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)
         (partial_folder / "config.json").write_text(
             json.dumps(dataclasses.asdict(config), indent=1)
         )
@@ -217,39 +271,6 @@ def save_model(
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)
         raise
-
-
-def is_run(folder: Path) -> bool:
-    """Tells whether `folder` is a run folder (and not a model folder)."""
-    return (folder / "config.yaml").is_file()
-
-
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """Returns the shape of the model in a model folder or run folder.
-
-    Raises:
-        InputError: the folder is neither, or its configuration is damaged.
-    """
-    folder = Path(folder)
-    if is_run(folder):
-        return read_run_config(folder).model
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "is neither a run folder nor a model folder" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}: give one that has a config.yaml or a config.json")
-    try:
-        return TypeAdapter(ModelConfig).validate_json(path.read_bytes())
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise InputError(
-            f"{path} is not the configuration of a llama_jax model: {key} {problem['msg'].lower()}"
-        ) from error
-
-
-def read_run_config(folder: Path) -> Config:
-    """Returns the configuration that a run was started with."""
-    return config_file.load(folder / "config.yaml")
 
 
 def load_model(
@@ -273,7 +294,7 @@ def load_model(
     if is_run(folder):
         checkpoints = TrainingCheckpoints(folder / "checkpoints")
         if not checkpoints.steps:
-            raise InputError(f"{folder} holds no checkpoint yet: let the run reach its first one")
+            raise _no_checkpoint(folder)
         step = checkpoints.steps[-1] if step is None else step
         if step not in checkpoints.steps:
             raise InputError(f"{folder} holds no checkpoint {step}; it has {checkpoints.steps}")

@@ -1,4 +1,4 @@
-"""The command line: `llama-jax train | tokenize | generate | info`."""
+"""The command line: `llama-jax train | tokenize | generate | convert | info`."""
 
 import argparse
 import logging
@@ -7,66 +7,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llama_jax import __version__, config_file
+from llama_jax import config_file
 from llama_jax.errors import InputError
+from llama_jax.manual import parser
+
+if TYPE_CHECKING:
+    from llama_jax.data.tokenizer import Tokenizer
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
-
-_TRAIN = """\
-Train a model as a configuration file says, or go on where its run folder stopped.
-
-The run folder (training.out) receives config.yaml, checkpoints/, metrics.jsonl, TensorBoard
-files, loss.png and the tokenizer. The same command resumes: the run continues with the very
-batches and losses that it would have had, also on another mesh. SIGTERM and Ctrl-C save and exit.
-A folder of token shards that is missing is made from data.corpus first.
-
-example:
-  llama-jax train configs/quickstart.yaml
-  llama-jax train configs/quickstart.yaml training.steps=600 optimizer.peak_lr=1e-3
-"""
-
-_TOKENIZE = """\
-Turn text or JSONL (one {"text": …} a line; also .gz and .zst) into a folder of token shards.
-
-A tokenizer is trained as LLaMA's was (BPE, split digits, bytes for the unknown, nothing
-normalised) with --vocab-size, or taken with --tokenizer. All cores work. Every 1/fraction-th
-document is held out for validation. The folder appears when it is whole, or not at all.
-
-example:
-  llama-jax tokenize 'corpus/*.jsonl.zst' --out data/mine --vocab-size 32000
-  llama-jax tokenize books/ --out data/books --tokenizer llama/tokenizer.model
-"""
-
-_GENERATE = """\
-Continue a text with the model in a run folder or model folder.
-
-Standard output carries the text alone, as it is made; everything else goes to standard error.
-The default is the most likely token each time; --temperature above 0 draws instead, among the
-tokens that --top-k and --top-p leave (in this order).
-
-example:
-  llama-jax generate runs/quickstart --prompt 'def '
-  llama-jax generate runs/quickstart --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 1
-"""
-
-_INFO = """\
-Show in one screen what a folder holds: a run, a model, or token shards.
-
-example:
-  llama-jax info runs/quickstart
-  llama-jax info data/quickstart
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 for a failed run, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    made = parser()
+    args, rest = made.parse_known_args(argv)
+    # argparse takes overrides in one piece only; they may also stand after the flags.
+    if "overrides" in args and not any(word.startswith("-") for word in rest):
+        args.overrides += rest
+    elif rest:
+        made.error(f"unrecognized arguments: {' '.join(rest)}")
     # Orbax and asyncio log tracebacks of errors that are told in a sentence here.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        return args.command(args)
+        return _COMMANDS[args.name](args)
     except InputError as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
         return 2
@@ -77,84 +43,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llama-jax", description="LLaMA in JAX: train it, run it, look inside."
-    )
-    parser.add_argument("--version", action="version", version=f"llama_jax {__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
-
-    def command(name: str, manual: str, function, **more) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        summary = manual.split("\n")[0]
-        made = commands.add_parser(
-            name, help=summary, description=manual, formatter_class=raw, **more
-        )
-        made.set_defaults(command=function)
-        return made
-
-    keys = "The keys of a configuration file (type, default):\n" + config_file.manual()
-    train = command("train", _TRAIN, _train, epilog=keys)
-    train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
-    )
-
-    tokenize = command("tokenize", _TOKENIZE, _tokenize)
-    tokenize.add_argument("sources", metavar="SOURCE", nargs="+", help="file, folder or glob")
-    tokenize.add_argument("--out", required=True, metavar="FOLDER", help="folder to make")
-    kind = tokenize.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of N tokens")
-    kind.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.model")
-    tokenize.add_argument(
-        "--validation-fraction", type=float, default=0.05, metavar="X", help="held out (0.05)"
-    )
-    tokenize.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
-
-    generate = command("generate", _GENERATE, _generate)
-    generate.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (none)")
-    generate.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="at most N (200, or what the context holds)"
-    )
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
-    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
-    generate.add_argument(
-        "--ignore-eos", action="store_true", help="go on after an end-of-text token"
-    )
-
-    info = command("info", _INFO, _info)
-    info.add_argument("folder", metavar="FOLDER")
-    return parser
-
-
 def _train(args: argparse.Namespace) -> int:
+    from llama_jax import distributed
+
+    with distributed.hosts(args.coordinator, args.processes, args.process):
+        return _train_together(args)
+
+
+def _train_together(args: argparse.Namespace) -> int:
     resolved = config_file.load(args.config, args.overrides)
+    from llama_jax import distributed
     from llama_jax.training import loop
     from llama_jax.training.progress import tell
 
     try:
         outcome = loop.run(resolved)
     except loop.RunStopped as error:
-        print(f"llama-jax train: {error}", file=sys.stderr)
+        tell(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
         again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
+        return 0
+    if not distributed.leads():
         return 0
     if outcome.validation_loss is not None and outcome.unigram_entropy is not None:
         print(
             f"validation loss {outcome.validation_loss:.3f} nats per token; unigram entropy of the"
             f" held-out text {outcome.unigram_entropy:.3f}"
         )
-    for i, prompt in enumerate(resolved.logging.samples):
-        print(f"\n--- sample {i + 1} of {len(resolved.logging.samples)}: {prompt!r}")
+    # Several hosts would have to load and continue together: `generate` does it on one.
+    prompts = () if distributed.several() else resolved.logging.samples
+    for i, prompt in enumerate(prompts):
+        print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
         _continue(outcome.folder, prompt, 80, temperature=0.7, top_p=0.95, seed=i)
     print(f"\nlosses: {outcome.folder / 'loss.png'}")
     print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    config = config_file.load(args.config, args.overrides)
+    from llama_jax.plan import estimate, pod, search, show
+    from llama_jax.training.progress import tell
+
+    place = pod.parse(args.topology)
+    if args.compile < 1:
+        raise InputError(f"--compile must be at least 1, not {args.compile}")
+    if args.search:
+        plans = search.search(config, place, args.compile, tell)
+    else:
+        plans = [estimate.make(config, place, tell)]
+    if args.json:
+        dicts = [show.as_dict(plan) for plan in plans]
+        print(json.dumps(dicts if args.search else dicts[0], indent=1))
+    else:
+        show.show(plans[0])
+    if args.search and not args.json:
+        show.ranking(plans)
+        print(f"\nthe fastest, for the configuration file:\n{search.yaml(plans[0].config)}")
+    return 0 if plans[0].fits else 1
 
 
 def _tokenize(args: argparse.Namespace) -> int:
@@ -186,6 +136,7 @@ def _generate(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
         ignore_eos=args.ignore_eos,
+        chat=args.chat,
     )
     seconds = time.monotonic() - begun
     print(f"{made} tokens in {seconds:.1f} s, loading and compiling included", file=sys.stderr)
@@ -202,6 +153,7 @@ def _continue(
     seed: int,
     top_k: int = 0,
     ignore_eos: bool = False,
+    chat: bool = False,
 ) -> int:
     """Streams prompt and continuation to standard output; returns the number of new tokens."""
     from pydantic import ValidationError
@@ -217,13 +169,13 @@ def _continue(
         raise InputError(f"{name} must be {message}, not {problem['input']}") from error
     import jax
 
-    from llama_jax import checkpoint, sharding
+    from llama_jax import checkpoint, folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
     from llama_jax.inference.generate import stream, stream_text
 
-    shape = checkpoint.read_model_config(folder)
+    shape = folders.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer.encode(prompt, bos=True)
+    ids = _prompt_ids(tokenizer, prompt, chat)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if max_new_tokens is None:
@@ -241,10 +193,63 @@ def _continue(
             seed=seed,
         )
         counted = (tokens.append(token) or token for token in made)
-        for piece in stream_text(tokenizer, ids, counted):
+        pieces = stream_text(tokenizer, ids, counted)
+        if chat:
+            next(pieces)  # what was asked, in the format of the model
+        for piece in pieces:
             print(piece, end="", flush=True)
     print()
     return len(tokens)
+
+
+def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    # An empty text begins somewhere too.
+    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from llama_jax.convert.conversion import convert, parse_mesh, parse_size
+    from llama_jax.convert.stream import give_freed_memory_back
+    from llama_jax.convert.verification import verify
+
+    if args.verify:
+        counts = verify(Path(args.source), args.folder and Path(args.folder))
+        print(f"{args.source}: {_proof(**counts)}")
+        return 0
+    if args.folder is None:
+        raise InputError("name the folder to make: llama-jax convert SRC DST")
+    begun = time.monotonic()
+    give_freed_memory_back()
+    outcome = convert(
+        args.source,
+        args.folder,
+        to=args.to,
+        dtype=args.dtype,
+        max_ram=args.max_ram and parse_size(args.max_ram),
+        model=args.model,
+        tokenizer=args.tokenizer,
+        shards=args.shards,
+        mesh=args.mesh and parse_mesh(args.mesh),
+    )
+    seconds = time.monotonic() - begun
+    for note in outcome.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(
+        f"{outcome.folder}: {outcome.bytes_written / 1e9:.3f} GB in {seconds:.1f} s"
+        f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
+        f" {outcome.peak / 2**30:.2f} GiB"
+    )
+    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    return 0
+
+
+def _proof(identical: int, converted: int) -> str:
+    """Returns what a verification has shown."""
+    parts = [f"{identical} weights give back the source's bits"] if identical else []
+    parts += [f"{converted} equal the source's after the change of type"] if converted else []
+    return ", ".join(parts)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -252,3 +257,13 @@ def _info(args: argparse.Namespace) -> int:
 
     print(info.describe(Path(args.folder)))
     return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "plan": _plan,
+    "tokenize": _tokenize,
+    "generate": _generate,
+    "convert": _convert,
+    "info": _info,
+}

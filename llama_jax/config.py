@@ -20,13 +20,14 @@ class MeshConfig:
 
     data: AxisSize = Field(default=1, description="replicas of the weights, across slices or nodes")
     fsdp: AxisSize = Field(default=-1, description="parts that weights and batch are split into")
+    context: AxisSize = Field(default=1, description="parts that each window is split into")
     tensor: AxisSize = Field(
         default=1, description="parts that heads, FFN and vocabulary are split into"
     )
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
-        if 0 in (self.data, self.fsdp, self.tensor):
+        if 0 in (self.data, self.fsdp, self.context, self.tensor):
             raise ValueError("the size of an axis is at least 1, or -1 to fill")
         return self
 
@@ -159,6 +160,10 @@ class Config:
             raise ValueError(
                 f"data.seq_len ({self.data.seq_len}) is longer than model.context"
                 f" ({self.model.context})"
+            )
+        if self.model.param_dtype == "float16":
+            raise ValueError(
+                "model.param_dtype float16 is for inference alone (updates vanish): take float32"
             )
         if not self.data.mixture:
             raise ValueError("data.mixture must name at least one folder of token shards")

@@ -4,6 +4,7 @@ Sources: LLaMA (arXiv 2302.13971, table 2), Llama 2 (2307.09288), Code Llama (23
 The Llama 3 Herd of Models (2407.21783), with the `params.json` that was released with each.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -39,6 +40,9 @@ class RopeScaling:
         return self
 
 
+_COMPUTED = ("dtype", "param_dtype", "reduce_dtype", "attention", "remat", "scan")
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """The shape of a model and how it is computed.
@@ -68,12 +72,23 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="type of activations and matrix products"
     )
-    param_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="type the weights are kept in"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="type the weights are kept in; float16 (LLaMA as released) is not for training",
     )
-    remat: Literal["none", "full"] = Field(
+    reduce_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="type in which gradients are summed over devices"
+    )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="kernel; auto takes splash on TPU, cudnn on NVIDIA where a window is one text,"
+        " else xla",
+    )
+    remat: Literal["none", "products", "projections", "attention", "full", "offload"] = Field(
         default="full",
-        description="what backward recomputes: none keeps all activations, full keeps none",
+        description="what of a layer is kept for the backward pass, from most memory to least: none"
+        " (all is kept), products (of matrices), projections (q, k, v and attention), attention,"
+        " full (nothing but its input), offload (its input, in the host's memory)",
     )
     scan: bool = Field(
         default=True,
@@ -100,6 +115,11 @@ class ModelConfig:
             "F": self.hidden_dim,
         }
         return tuple(size[letter] for letter in dims)
+
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """Returns the names of what makes it another model (not how the model is computed)."""
+        shape = [name for name in asdict(self) if name not in _COMPUTED]
+        return [name for name in shape if getattr(self, name) != getattr(other, name)]
 
     @property
     def n_params(self) -> int:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-from llama_jax import checkpoint
+from llama_jax import checkpoint, folders
+from llama_jax.convert.detect import read_receipt
+from llama_jax.convert.doubts import doubts
+from llama_jax.convert.receipt import FILE as RECEIPT
 from llama_jax.data.batches import Tokens, read_meta
 from llama_jax.data.corpus import SPLITS
-from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY, ModelConfig
 from llama_jax.training.metrics import read_metrics
@@ -21,11 +24,10 @@ def describe(folder: Path) -> str:
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
     if (folder / "meta.json").exists():
         lines = _tokens(folder)
-    elif checkpoint.is_run(folder):
+    elif folders.is_run(folder):
         lines = _run(folder)
     else:
-        lines = [f"model folder {folder}", *_model(checkpoint.read_model_config(folder))]
-        lines += _tokenizer(folder) if (folder / "tokenizer.model").exists() else ["no tokenizer"]
+        lines = _model_folder(folder)
     return "\n".join(lines)
 
 
@@ -44,6 +46,23 @@ def _model(config: ModelConfig) -> list[str]:
     ]
 
 
+def _model_folder(folder: Path) -> list[str]:
+    config = folders.read_model_config(folder)
+    lines = [f"model folder {folder}", *_model(config)]
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    lines += _tokenizer(folder) if has_tokenizer else []
+    if (folder / RECEIPT).is_file():
+        receipt = read_receipt(folder)
+        proof = receipt["verified"]
+        lines.append(
+            f"receipt     from {receipt['source']['kind']} {receipt['source']['name']}:"
+            f" {proof['identical']} weights proven identical, {proof['converted']} changed in type"
+        )
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    lines += [f"looks wrong {doubt}" for doubt in doubts(config, tokenizer)]
+    return lines
+
+
 def _tokenizer(folder: Path) -> list[str]:
     tokenizer = load_tokenizer(folder)
     ends = ", ".join(map(str, sorted(tokenizer.end_ids)))
@@ -52,7 +71,7 @@ def _tokenizer(folder: Path) -> list[str]:
 
 
 def _run(folder: Path) -> list[str]:
-    config = checkpoint.read_run_config(folder)
+    config = folders.read_run_config(folder)
     records = read_metrics(folder / "metrics.jsonl")
     steps = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps
     done = steps[-1] if steps else 0

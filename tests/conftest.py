@@ -1,16 +1,28 @@
 """Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
+import importlib
+import math
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+# Before JAX is imported, here and in processes that tests start: with the TPU compiler installed
+# it would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
 import pytest
 
+from llama_jax.checkpoint import load_model
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from llama_jax.convert.conversion import convert
 from llama_jax.data import corpus
 from llama_jax.family import ModelConfig
+from llama_jax.folders import read_model_config
+from llama_jax.model.transformer import Llama
 from llama_jax.sharding import make_mesh, one_device_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -22,8 +34,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
-# Meshes (data, fsdp, tensor) on which every result must agree.
+# Checkpoints of ../shared/data/meta_reference: one or two files of Meta's, or Hugging Face's.
+REFERENCES = [
+    *("llama1_mha/mp1", "llama2_mha/mp1", "llama2_mha/mp2"),
+    *("llama2_gqa/mp1", "llama2_gqa/mp2", "llama2_gqa/hf"),
+    *("llama3_gqa/mp1", "llama3_gqa/mp2", "llama31_scaled/mp1", "llama31_scaled/hf"),
+]
+
+# Meshes (data, fsdp, tensor, context) on which every result must agree.
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
+CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]  # training alone
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +57,26 @@ def shared_data() -> Path:
     pytest.skip("needs ../shared/data (reference models and logits), which is not here")
 
 
-def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
-    """Returns a mesh (data, fsdp, tensor) of the first simulated devices."""
-    data, fsdp, tensor = shape
-    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return make_mesh(config, jax.devices()[: data * fsdp * tensor])
+def peer(name: str) -> Any:
+    """Returns a package to compare with, which no user needs; without it the test is skipped."""
+    if "CI" not in os.environ:
+        return pytest.importorskip(name, reason=f"compares with {name}, which is not installed")
+    return importlib.import_module(name)
+
+
+def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """Returns a mesh (data, fsdp, tensor, or also context) of the first simulated devices."""
+    data, fsdp, tensor, context = (*shape, 1)[:4]
+    config = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+    return make_mesh(config, jax.devices()[: math.prod(shape)])
+
+
+def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
+    """Returns the model of a foreign checkpoint on the current mesh, in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = convert(path, Path(folder, "model"), progress=False).folder
+        config = replace(read_model_config(out), dtype="float32", param_dtype="float32")
+        return load_model(out, config)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config, tiny_model
 
-from llama_jax import checkpoint
+from llama_jax import tree
 from llama_jax.checkpoint import Progress, TrainingCheckpoints, load_model, save_model
 from llama_jax.config import CheckpointConfig
 from llama_jax.errors import InputError
@@ -55,7 +55,7 @@ def test_the_newest_and_every_kth_are_kept(saved):
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
 def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
     with jax.set_mesh(mesh_of(shape)):
-        abstract = checkpoint.abstract(partial(init_state, CONFIG), KEY)
+        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
         progress, *restored = TrainingCheckpoints(saved).restore(7, *abstract)
     assert progress == Progress(7, ["a", "b"])
     assert equal(state, tuple(restored))
@@ -66,7 +66,7 @@ def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
 
 
 def test_names_on_disk_are_plain(state):
-    names = checkpoint.tree_to_dict(state[0])
+    names = tree.tree_to_dict(state[0])
     assert set(names) == {"tok_embeddings", "layers", "norm", "output"}
     assert set(names["layers"]) == {
         "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3",
@@ -106,9 +106,6 @@ def largest_file(folder: Path) -> Path:
     return max(files, key=lambda p: p.stat().st_size)
 
 
-# Orbax leaves a coroutine behind when another one of the same load fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("part", ["half", "gone", "metadata", "item"])
 def test_a_damaged_checkpoint_is_refused_by_name(saved, part):
     step = saved / "7"
@@ -122,7 +119,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved, part):
     else:
         (step / "model").rename(step / "elsewhere")
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        abstract = checkpoint.abstract(partial(init_state, CONFIG), KEY)
+        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
         with pytest.raises(InputError, match=r"checkpoint .*7 is damaged or cut short: remove it"):
             TrainingCheckpoints(saved).restore(7, *abstract)
 

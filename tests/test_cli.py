@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -69,12 +71,8 @@ def test_generate_writes_the_text_alone_to_standard_output(capsys, model_folder)
 
 
 def test_stories260k_is_written_byte_for_byte(capsys, shared_data, tmp_path):
-    from llama_jax.convert import huggingface
-
     source = shared_data / "stories260K"
-    with jax.set_mesh(one_device_mesh()):
-        config, model = huggingface.load(source / "hf")
-        save_model(tmp_path / "m", config, model, source / "hf" / "tokenizer.model")
+    assert run(capsys, "convert", source / "meta", tmp_path / "m")[0] == 0
     command = ["generate", tmp_path / "m", "--ignore-eos", "--max-new-tokens", 200]
     _, out, _ = run(capsys, *command)
     assert out == (source / "greedy_200_expected.txt").read_text() + "\n"
@@ -102,7 +100,31 @@ def test_info_describes_a_model(capsys, model_folder):
     assert "320 tokens, begin 1, end 2" in out
 
 
-@pytest.mark.parametrize("command", ["train", "tokenize", "generate", "info"])
+def test_convert_tells_what_it_did_and_proves_it_again(capsys, model_folder, tmp_path):
+    code, out, _ = run(capsys, "convert", model_folder, tmp_path / "hf", "--to", "hf")
+    assert code == 0
+    assert "peak memory" in out
+    assert "21 weights give back the source's bits" in out
+    code, out, _ = run(capsys, "convert", "--verify", tmp_path / "hf", model_folder)
+    assert (code, out) == (0, f"{tmp_path / 'hf'}: 21 weights give back the source's bits\n")
+    code, _, err = run(
+        capsys, "convert", tmp_path / "hf", tmp_path / "m", "--dtype", "bfloat16",
+        "--mesh", "fsdp=2", "--max-ram", "64GiB", "--tokenizer", model_folder,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    _, out, _ = run(capsys, "info", tmp_path / "m")
+    assert "receipt     from huggingface hf: 0 weights proven identical, 21 changed in type" in out
+    assert "looks wrong" not in out
+
+
+def test_convert_runs_from_a_checkout(model_folder, tmp_path):
+    command = [sys.executable, "-m", "convert", model_folder, tmp_path / "hf", "--to", "hf"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "tokenize", "generate", "convert", "info"])
 def test_help_reads_like_a_manual_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -155,6 +177,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
     foreign = damaged(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'))
     out, tokens = tmp_path / "out", token_folder
     vocabulary = ["--vocab-size", "300"]
+    hosts = ["--processes", "2", "--coordinator"]
     return [
         (["train", tmp_path / "no.yaml"], "can't read the configuration"),
         (["train", typo], "optimizer.peek_lr is not a known key; did you mean optimizer.peak_lr?"),
@@ -170,6 +193,9 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["train", good, f"training.out={good}"], "can't write the run folder"),
         (["train", good, f"training.init_from={tmp_path}"], "neither a run folder nor a model"),
         (["tokenize", tmp_path / "no*", "--out", out, *vocabulary], "no text files at"),
+        (["train", good, "--process", "0"], "--processes and --process go together"),
+        (["train", good, *hosts, "h", "--process", "0"], "--coordinator h: write HOST:PORT"),
+        (["train", good, *hosts, "h:1", "--process", "2"], "--process 2 with --processes 2: the"),
         (["tokenize", torn, "--out", out, *vocabulary], "torn.jsonl:2: not valid JSON"),
         (["tokenize", latin, "--out", out, *vocabulary], "latin.txt is not UTF-8 text"),
         (["tokenize", small, "--out", out, "--vocab-size", "9999"], "corpus is too small to train"),
@@ -191,14 +217,30 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", cut], "is damaged or cut short"),
         (["generate", wider], "was written with another model configuration"),
         (["generate", foreign], "is not the configuration of a llama_jax model"),
+        (["convert", tmp_path / "no", out], "there is no"),
+        (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),
+        (["convert", small, out], "small.txt is no checkpoint"),
+        (["convert", model_folder], "name the folder to make"),
+        (["convert", model_folder, tokens], "is already there"),
+        (["convert", model_folder, out, "--shards", "2"], "--shards is for --to meta"),
+        (
+            ["convert", model_folder, out, "--to", "meta"],
+            "Meta's format has heads of dim / n_heads",
+        ),
+        (["convert", model_folder, out, "--max-ram", "lots"], "'lots' is no size"),
+        (["convert", model_folder, out, "--max-ram", "1MB"], "is too little: the largest weight"),
+        (["convert", model_folder, out, "--mesh", "rows=2"], "'rows=2' is no axis of a mesh"),
+        (["convert", model_folder, out, "--model", "llama-9b"], "is not known; the family is"),
+        (["convert", model_folder, out, "--model", "llama-7b"], "asks for (32000, 4096)"),
+        (["convert", model_folder, out, "--tokenizer", small], "is not a SentencePiece model"),
+        (["convert", no_weights, out], "holds no weights"),
+        (["convert", cut, out], "is damaged or cut short"),
+        (["convert", "--verify", model_folder], "has no receipt.json"),
         (["info", tmp_path / "no"], "there is no folder"),
         (["info", tmp_path], "neither a run folder nor a model folder"),
     ]
 
 
-# Orbax leaves a coroutine behind when another one of the same load fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_every_bad_input_gets_one_sentence_and_exit_code_2(
     capsys, tmp_path, model_folder, token_folder
 ):

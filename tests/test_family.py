@@ -1,9 +1,9 @@
 import jax
 import pytest
 
-from llama_jax.checkpoint import abstract_model
 from llama_jax.family import FAMILY, ffn_dim
 from llama_jax.sharding import one_device_mesh
+from llama_jax.tree import abstract_model
 
 # Parameter counts as published with the weights.
 COUNTS = {

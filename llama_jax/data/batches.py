@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     tokens: Any
     targets: Any  # the next token, or -1 where no loss is taken
     positions: Any  # place in the document, counted from where the window shows it
-    segments: Any  # number of the document in the window, from 1
+    segments: Any  # number of the document in the window, from 1; None: all is one text
 
 
 class Tokens:
@@ -230,4 +230,6 @@ class Batches:
 
             return jax.make_array_from_callback((A, B, T), sharding, part)
 
-        return Batch(*(field(i) for i in range(len(Batch._fields))))
+        placed = Batch(*(field(i) for i in range(len(Batch._fields))))
+        # Attention that need not compare segments is faster.
+        return placed if self.config.isolate_documents else placed._replace(segments=None)

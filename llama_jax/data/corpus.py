@@ -27,7 +27,8 @@ from backports import zstd
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_jax.data.tokenizer import Tokenizer, file_hash, load_tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import Tokenizer, file_hash, load_tokenizer
+from llama_jax.data.tokenizer_training import train_tokenizer
 from llama_jax.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -273,7 +274,7 @@ def build(
         sources: what `find_files` takes.
         out: the folder to make. It appears when it is whole, or not at all.
         n_vocab: tokens of a tokenizer to train on the corpus, where `tokenizer` is None.
-        tokenizer: tokenizer.model to use.
+        tokenizer: file or folder of the tokenizer to use.
         validation_fraction: share of the documents that is held out.
         workers: processes; default: one a core.
         progress: show a bar on standard error.
@@ -292,8 +293,9 @@ def build(
     try:
         model = partial / "tokenizer.model"
         if tokenizer is not None:
-            load_tokenizer(tokenizer)
-            shutil.copyfile(tokenizer, model)
+            for name, data in load_tokenizer(tokenizer).files.items():
+                (partial / name).write_bytes(data)
+            model = load_tokenizer(partial).path
         elif n_vocab is not None:
             if progress:
                 print(f"training a tokenizer of {n_vocab} tokens …", file=sys.stderr, flush=True)

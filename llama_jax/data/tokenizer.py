@@ -1,18 +1,19 @@
 """Text to token ids and back, behind one interface for every tokenizer of the family."""
 
 import hashlib
-import io
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import sentencepiece as spm
-from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
-)
-
+from llama_jax.data.chat import Message
+from llama_jax.data.tokenizer_gguf import gguf_tokenizer_files, is_gguf
+from llama_jax.data.tokenizer_json import TokenizerJson
+from llama_jax.data.tokenizer_sentencepiece import SentencePiece, from_llama2c, is_llama2c
+from llama_jax.data.tokenizer_settings import side_files
+from llama_jax.data.tokenizer_tiktoken import Tiktoken, is_tiktoken
 from llama_jax.errors import InputError
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
 class Tokenizer(Protocol):
@@ -21,147 +22,79 @@ class Tokenizer(Protocol):
     path: Path
     n_vocab: int
     bos_id: int
+    eos_id: int  # what encode(…, eos=True) puts at the end
     end_ids: frozenset[int]  # any of these ends a text
+    template: str | None  # of chats, in Jinja; None where the format is Llama's own, or none
+    add_bos: bool  # whether the model's prompts begin with bos_id
+    files: dict[str, bytes]  # what a model folder holds so that load_tokenizer gives this again
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Returns the ids of `text`, between the begin and the end token where asked for."""
+        """Returns the ids of `text`, between the begin and the end token where asked for.
+
+        The text of a special token is a text like any other.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens have none."""
+        """Returns the text of `ids`; control tokens have none.
+
+        Bytes that are not (yet) a character of UTF-8 come as U+FFFD.
+        """
         ...
 
-
-class SentencePiece:
-    """The tokenizer of LLaMA and Llama 2: a SentencePiece `tokenizer.model`."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._processor = _processor(self.path)
-        self.n_vocab: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self.end_ids = frozenset({self.eos_id})
-
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Returns the ids of `text`, between <s> and </s> where asked for.
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, from the begin token up to where the model is to answer.
 
         Raises:
-            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+            InputError: the messages are not a chat that the model's format knows, or there is no
+                format.
         """
-        try:
-            ids = self._processor.encode(text)
-        except RuntimeError as error:  # SentencePiece's for a text that UTF-8 can't write
-            raise InputError(
-                "the text holds half of a surrogate pair, which UTF-8 can't write: remove it"
-            ) from error
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`.
-
-        Raises:
-            InputError: an id is outside the vocabulary.
-        """
-        ids = [int(i) for i in ids]
-        strange = [i for i in ids if not 0 <= i < self.n_vocab]
-        if strange:
-            raise InputError(
-                f"token {strange[0]} is outside the {self.n_vocab} tokens of {self.path}: the model"
-                " and the tokenizer don't belong together"
-            )
-        return self._processor.decode(ids)
-
-
-def _processor(path: Path) -> spm.SentencePieceProcessor:
-    if not path.is_file():
-        raise InputError(f"there is no tokenizer at {path}: name a SentencePiece tokenizer.model")
-    try:
-        return spm.SentencePieceProcessor(model_proto=path.read_bytes())
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a SentencePiece model (or is cut short): give a tokenizer.model file"
-        ) from error
+        ...
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer in the file `path`, or in the folder's `tokenizer.model`.
+    """Returns the tokenizer in a file, or in a model folder; its content tells the kind.
+
+    Kinds: SentencePiece's `tokenizer.model` (LLaMA, Llama 2), tiktoken's `tokenizer.model`
+    (Llama 3), `tokenizer.json`, llama2.c's `tokenizer.bin`, and any `.gguf` file. A folder's first
+    of these in that order is taken. The JSON files beside it (tokenizer_config.json,
+    generation_config.json, …) add end ids and the chat template.
 
     Raises:
         InputError: there is none, or it can't be read.
     """
     path = Path(path)
-    return SentencePiece(path / "tokenizer.model" if path.is_dir() else path)
+    if path.is_dir():
+        named = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        path = next(iter([*named, *sorted(path.glob("*.gguf"))]), path / TOKENIZER_FILES[0])
+    if not path.is_file():
+        raise InputError(
+            f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
+            " folder that holds one"
+        )
+    with open(path, "rb") as file:
+        if is_gguf(file.read(4)):
+            return _of_files(path, gguf_tokenizer_files(path))
+    data = path.read_bytes()
+    files = side_files(path.parent)
+    if is_llama2c(data):
+        return SentencePiece(path, from_llama2c(data, path), files)
+    if data.lstrip()[:1] == b"{":
+        return _of_files(path, files | {"tokenizer.json": data})
+    beside = path.with_name("tokenizer.json")
+    if not is_tiktoken(data) and beside.is_file():
+        files["tokenizer.json"] = beside.read_bytes()  # reads what a chat template makes
+    return _of_files(path, files | {"tokenizer.model": data})
+
+
+def _of_files(path: Path, files: Mapping[str, bytes]) -> Tokenizer:
+    if "tokenizer.model" not in files:
+        return TokenizerJson(path, files["tokenizer.json"], files)
+    data = files["tokenizer.model"]
+    return (Tiktoken if is_tiktoken(data) else SentencePiece)(path, data, files)
 
 
 def file_hash(path: str | Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# SentencePiece writes a space as U+2581, so on decoding a real U+2581 would come back as a space.
-# Escape it with a code point that Unicode reserves for internal use, and escape that with itself.
-_ESCAPE = "2581\tFDD0 FDD2\nFDD0\tFDD0 FDD1\n"
-_UNESCAPE = "FDD0 FDD2\t2581\nFDD0 FDD1\tFDD0\n"
-
-
-def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> None:
-    """Trains a tokenizer as LLaMA's was (arXiv 2302.13971, section 2.1) and writes it to `path`.
-
-    Byte-pair encoding; numbers are split into digits, unknown characters into UTF-8 bytes, and
-    nothing is normalised: decode(encode(text)) is text, for every text that UTF-8 can write.
-
-    Args:
-        texts: what to learn from; a line is a training sentence.
-        path: the `tokenizer.model` to write.
-        n_vocab: number of tokens, with 3 control tokens and 256 bytes among them.
-
-    Raises:
-        InputError: the texts are empty, or hold too little for so many tokens.
-    """
-    failed: list[BaseException] = []
-
-    def lines() -> Iterator[str]:
-        try:
-            for text in texts:
-                yield from (line for line in text.split("\n") if line)
-        except BaseException as error:  # SentencePiece would lose it
-            failed.append(error)
-            raise
-
-    with tempfile.TemporaryDirectory() as folder:
-        escape, unescape = Path(folder, "escape.tsv"), Path(folder, "unescape.tsv")
-        escape.write_text(_ESCAPE)
-        unescape.write_text(_UNESCAPE)
-        trained = io.BytesIO()
-        try:
-            spm.SentencePieceTrainer.train(
-                sentence_iterator=lines(),
-                model_writer=trained,
-                model_type="bpe",
-                vocab_size=n_vocab,
-                split_digits=True,
-                byte_fallback=True,
-                normalization_rule_tsv=str(escape),
-                denormalization_rule_tsv=str(unescape),
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                character_coverage=0.99995,
-                max_sentence_length=1 << 16,
-                input_sentence_size=2_000_000,
-                shuffle_input_sentence=False,
-                minloglevel=2,
-            )
-        except Exception as error:
-            if failed:
-                raise failed[0] from None
-            raise InputError(
-                f"the corpus is too small to train a tokenizer of {n_vocab} tokens: add text or"
-                f" ask for fewer (SentencePiece: {str(error).strip().splitlines()[-1]})"
-            ) from error
-    model = ModelProto.FromString(trained.getvalue())
-    # Without the names of temporary files, equal corpora give equal tokenizers.
-    model.normalizer_spec.ClearField("normalization_rule_tsv")
-    model.denormalizer_spec.ClearField("normalization_rule_tsv")
-    Path(path).write_bytes(model.SerializeToString(deterministic=True))

@@ -50,7 +50,7 @@ def prefill(
         slots: size of the cache: at least T and the tokens to come [tokens].
     """
     B, T = tokens_BT.shape
-    mask_BT = jax.reshard(mask_BT, act("BT"))
+    mask_BT = jax.reshard(mask_BT, act("BS"))
     segments_BT = mask_BT.astype(jnp.int32)
     counted_BT = jnp.cumsum(segments_BT, axis=1)
     cache = init_cache(config, B, slots)
@@ -59,8 +59,9 @@ def prefill(
     assert cache is not None
     last_B = jnp.max(jnp.where(mask_BT, jnp.arange(T), 0), axis=1)
     is_last_BT = jnp.arange(T) == last_B[:, None]
+    x_BTD = jax.reshard(x_BTD, act("BSD"))
     last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
-    logits_BV = output_head(model, last_BTD)[:, 0]
+    logits_BV = output_head(config, model, last_BTD)[:, 0]
     ended_B = jnp.zeros((B,), bool, out_sharding=act("B"))
     return DecodeState(cache, logits_BV, counted_BT[:, -1], ended_B, jnp.int32(0), key)
 
@@ -97,12 +98,12 @@ def decode(
             config, model, drawn_B[:, None], state.positions_B[:, None], cache=state.cache
         )
         assert cache is not None
-        logits_BV = output_head(model, x_B1D)[:, 0]
+        logits_BV = output_head(config, model, x_B1D)[:, 0]
         after = state.positions_B + 1
         state = DecodeState(cache, logits_BV, after, ended_B, state.step + 1, state.key)
         return i + 1, made_Bn, state
 
-    empty_Bn = jnp.full((B, n), NO_TOKEN, jnp.int32, out_sharding=act("BT"))
+    empty_Bn = jnp.full((B, n), NO_TOKEN, jnp.int32, out_sharding=act("BS"))
     _, made_Bn, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), empty_Bn, state))
     return made_Bn, state
 

@@ -3,8 +3,11 @@ import random
 
 import pytest
 
-from llama_jax.data.tokenizer import SentencePiece, load_tokenizer, train_tokenizer
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import SentencePiece
+from llama_jax.data.tokenizer_training import train_tokenizer
 from llama_jax.errors import InputError
+from llama_jax.inference.generate import stream_text
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,76 @@ def test_the_begin_and_end_tokens_are_put_where_asked(trained):
     assert trained.encode("a", bos=True) == [1, *plain]
     assert trained.encode("a", eos=True) == [*plain, 2]
     assert trained.encode("") == []
+
+
+def test_a_streamed_text_comes_in_whole_characters(trained):
+    ids = trained.encode("é🦙 x ▁")
+    texts = list(stream_text(trained, ids[:1], iter(ids[1:])))
+    assert "".join(texts) == "é🦙 x ▁"
+    assert not any("\ufffd" in text for text in texts)
+
+
+def test_the_json_files_beside_a_model_add_end_ids_and_the_template(shared_data, tmp_path):
+    model = (shared_data / "tokenizers" / "tok512.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
+    template = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "a"}]
+    config = {"chat_template": template, "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_ids == {2, 7}
+    assert not tokenizer.add_bos
+    assert isinstance(tokenizer, SentencePiece)
+    assert tokenizer.template == "a"
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("b")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_ids == {2, 9}
+    assert tokenizer.template == "b"
+    # The files of a model folder say all of this again, though its config.json is another.
+    again = tmp_path / "again"
+    again.mkdir()
+    for name, data in tokenizer.files.items():
+        (again / name).write_bytes(data)
+    assert load_tokenizer(again).end_ids == {2, 9}
+    assert load_tokenizer(again).files == tokenizer.files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "give a token's id, or a list of them"),
+        ("tokenizer_config.json", '{"chat_template": 1}', "give a Jinja template"),
+        ("tokenizer_config.json", '{"chat_template": [{}]}', "list without a template of the name"),
+    ],
+)
+def test_damaged_files_beside_a_model_are_refused(trained, tmp_path, name, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(trained.path.read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_the_tokenizer_of_llama2c_is_read(shared_data, tmp_path):
+    folder = shared_data / "tokenizers"
+    tokenizer = load_tokenizer(folder / "tok512.bin")
+    model = load_tokenizer(folder / "tok512.model")
+    assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.end_ids) == (512, 1, {2})
+    cases = json.loads((folder / "tok512_vectors.json").read_text())["cases"]
+    # The model of this file removes extra spaces, which the file can't say.
+    cases = [case for case in cases if case["decoded"] == case["text"]]
+    assert len(cases) == 39
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"]
+    assert all(tokenizer.decode([300, i]) == model.decode([300, i]) for i in range(1, 512))
+    data = (folder / "tok512.bin").read_bytes()
+    for end in (100, 1000, len(data) - 1):
+        (tmp_path / "tokenizer.bin").write_bytes(data[:end])
+        with pytest.raises(InputError, match=r"tokenizer\.bin"):
+            load_tokenizer(tmp_path)
 
 
 def test_bad_tokenizers_and_texts_are_refused(trained, tmp_path):

@@ -3,16 +3,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import MESHES, mesh_of, tiny_model
+from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 
-from llama_jax.checkpoint import abstract_model
-from llama_jax.convert import huggingface
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.inference.generate import NO_TOKEN, generate, stream, stream_text
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.transformer import Llama, forward
 from llama_jax.sharding import one_device_mesh, place
+from llama_jax.tree import abstract_model
 
 CONFIG = tiny_model()
 LENGTHS = [12, 1, 7, 5, 12, 3, 9, 2]
@@ -116,7 +115,7 @@ class TestOnOneDevice:
 
     def test_stories260k_is_reproduced(self, shared_data):
         folder = shared_data / "stories260K"
-        config, model = huggingface.load(folder / "hf")
+        config, model = load_reference(folder / "hf")
         tokenizer = load_tokenizer(folder / "hf")
         arrays = np.load(folder / "stories260K_reference.npz")
         full = jax.jit(forward, static_argnums=0)
@@ -137,11 +136,11 @@ class TestOnOneDevice:
         nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[0, 1:]]
         np.testing.assert_allclose(nll, arrays["text_nll"], atol=5e-5)
 
-    @pytest.mark.parametrize("name", ["llama2_gqa", "llama31_scaled"])
+    @pytest.mark.parametrize("name", REFERENCES)
     def test_greedy_continuations_are_those_of_metas_code(self, shared_data, name):
         folder = shared_data / "meta_reference" / name
-        expected = np.load(folder / "logits.npz")
-        config, model = huggingface.load(folder / "hf")
+        expected = np.load(folder.parent / "logits.npz")
+        config, model = load_reference(folder)
         prompts = expected["tokens"][:, :6]
         made = generate(
             config, model, prompts, np.ones_like(prompts, bool), jax.random.key(0),

@@ -1,0 +1,197 @@
+"""The manual pages of the command line and its arguments."""
+
+import argparse
+
+from llama_jax import __version__, config_file
+
+_TRAIN = """\
+Train a model as a configuration file says, or go on where its run folder stopped.
+
+The run folder (training.out) receives config.yaml, checkpoints/, metrics.jsonl, TensorBoard
+files, loss.png and the tokenizer. The same command resumes: the run continues with the very
+batches and losses that it would have had, also on another mesh. SIGTERM and Ctrl-C save and exit.
+A folder of token shards that is missing is made from data.corpus first.
+
+On a TPU pod, under SLURM, Open MPI or a JobSet of Kubernetes, run it on every host: they find each
+other. Elsewhere give each host the three flags. training.out and the data lie on shared storage.
+
+example:
+  llama-jax train configs/quickstart.yaml
+  llama-jax train configs/quickstart.yaml training.steps=600 optimizer.peak_lr=1e-3
+  llama-jax train configs/llama-7b.yaml --coordinator 10.0.0.2:8476 --processes 4 --process 0
+"""
+
+_TOKENIZE = """\
+Turn text or JSONL (one {"text": …} a line; also .gz and .zst) into a folder of token shards.
+
+A tokenizer is trained as LLaMA's was (BPE, split digits, bytes for the unknown, nothing
+normalised) with --vocab-size, or taken with --tokenizer. All cores work. Every 1/fraction-th
+document is held out for validation. The folder appears when it is whole, or not at all.
+
+example:
+  llama-jax tokenize 'corpus/*.jsonl.zst' --out data/mine --vocab-size 32000
+  llama-jax tokenize books/ --out data/books --tokenizer llama/tokenizer.model
+"""
+
+_GENERATE = """\
+Continue a text with the model in a run folder or model folder.
+
+Standard output carries the text alone, as it is made; everything else goes to standard error.
+The default is the most likely token each time; --temperature above 0 draws instead, among the
+tokens that --top-k and --top-p leave (in this order).
+
+example:
+  llama-jax generate runs/quickstart --prompt 'def '
+  llama-jax generate runs/quickstart --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 1
+  llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
+"""
+
+_CONVERT = """\
+Bring a LLaMA checkpoint from any format into another, and prove that nothing was lost.
+
+Reads Meta folders (params.json, consolidated.NN.pth), Hugging Face folders (safetensors or
+PyTorch files), GGUF files, llama2.c's .bin files, and model and run folders of llama_jax. Writes
+a model folder (--to orbax), a Hugging Face folder (hf) or a Meta folder (meta), with the
+tokenizer. No PyTorch is needed, and nothing that a checkpoint contains is run. One weight at a
+time is in memory. At the end what was written is read back and turned into the source's tensors
+again, bit for bit; receipt.json tells it. The folder appears when it is whole, or not at all.
+--verify does that proof once more, with the source hashed again where it is named.
+
+example:
+  llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
+  llama-jax convert models/llama3.1-8b export/llama3.1-8b --to hf
+  llama-jax convert Llama-2-70b mp16 --to meta --shards 16
+  llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
+"""
+
+_PLAN = """\
+Tell what a training run will need and reach on a TPU pod, without the pod.
+
+The very step that would run is compiled by XLA's TPU compiler, which needs no TPU (install it with
+pip install -e '.[plan]'), three times: whole, for the memory that it takes, and with one and with
+two layers, unrolled, for what a layer and what the rest cost, since the compiler counts the body
+of a loop once. All figures are estimates:
+
+  the compiler's estimate alone   its cost model of every operation but kernels and network
+  + attention, by a model         7 products (9 where it is computed twice), half of them masked,
+                                  at 50 % of the peak (less for heads below 128)
+  + network that nothing hides    collectives that the schedule does not run beside computation,
+                                  at the links' full speed; the others count as hidden
+
+MFU is that of the model's own FLOPs, with the causal half of attention or all of it (full); HFU
+counts what is computed twice as well. --search tries meshes, rematerialisation and micro-batches:
+it leaves out by arithmetic what can't fit, compiles what is left of the fastest, and ranks them.
+
+example:
+  llama-jax plan configs/llama-7b.yaml --topology v5p:4x4x4
+  llama-jax plan configs/llama-65b.yaml --topology v5p:8x8x16 --json
+  llama-jax plan configs/llama3-8b.yaml --topology '2*v5e:16x16' --search
+"""
+
+_INFO = """\
+Show in one screen what a folder holds: a run, a model, or token shards.
+
+example:
+  llama-jax info runs/quickstart
+  llama-jax info data/quickstart
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line; `name` becomes the command's."""
+    made = argparse.ArgumentParser(
+        prog="llama-jax", description="LLaMA in JAX: train it, run it, look inside."
+    )
+    made.add_argument("--version", action="version", version=f"llama_jax {__version__}")
+    commands = made.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def command(name: str, manual: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        summary = manual.split("\n")[0]
+        return commands.add_parser(
+            name, help=summary, description=manual, epilog=epilog, formatter_class=raw
+        )
+
+    keys = "The keys of a configuration file (type, default):\n" + config_file.manual()
+    train = command("train", _TRAIN, epilog=keys)
+    train.add_argument("config", metavar="CONFIG", help="YAML file")
+    train.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
+    )
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, for the others")
+    train.add_argument("--processes", type=int, metavar="N", help="processes in all, one a host")
+    train.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
+
+    plan = command("plan", _PLAN)
+    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
+    )
+    plan.add_argument(
+        "--topology", required=True, metavar="POD", help="v5p:4x4x4, v6e:16x16, 2*v5e:16x16 …"
+    )
+    plan.add_argument("--json", action="store_true", help="figures in bytes, seconds and shares")
+    plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
+    plan.add_argument(
+        "--compile", type=int, default=4, metavar="N", help="ways that --search compiles (4)"
+    )
+
+    tokenize = command("tokenize", _TOKENIZE)
+    tokenize.add_argument("sources", metavar="SOURCE", nargs="+", help="file, folder or glob")
+    tokenize.add_argument("--out", required=True, metavar="FOLDER", help="folder to make")
+    kind = tokenize.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of N tokens")
+    kind.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer (file or folder)")
+    tokenize.add_argument(
+        "--validation-fraction", type=float, default=0.05, metavar="X", help="held out (0.05)"
+    )
+    tokenize.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+
+    generate = command("generate", _GENERATE)
+    generate.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (none)")
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask the prompt in the model's chat format",
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="at most N (200, or what the context holds)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    generate.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-text token"
+    )
+
+    convert = command("convert", _CONVERT)
+    convert.add_argument("source", metavar="SRC", help="checkpoint: a folder or a file")
+    convert.add_argument("folder", metavar="DST", nargs="?", help="folder to make")
+    convert.add_argument(
+        "--to", choices=["orbax", "hf", "meta"], default="orbax", help="format (orbax)"
+    )
+    convert.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (as stored)"
+    )
+    convert.add_argument(
+        "--max-ram", metavar="SIZE", help="4GiB, 800MB … (the largest tensor × 3 + 1GiB)"
+    )
+    convert.add_argument(
+        "--model",
+        metavar="NAME",
+        help="member of the family, instead of what the files say",
+    )
+    convert.add_argument("--tokenizer", metavar="FILE", help="instead of the checkpoint's own")
+    convert.add_argument("--shards", type=int, default=1, metavar="N", help="files, with --to meta")
+    convert.add_argument(
+        "--mesh", metavar="fsdp=8,tensor=4", help="cut the chunks of a model folder for this mesh"
+    )
+    convert.add_argument(
+        "--verify", action="store_true", help="prove SRC once more, against the source DST if named"
+    )
+
+    info = command("info", _INFO)
+    info.add_argument("folder", metavar="FOLDER")
+    return made

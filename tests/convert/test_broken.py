@@ -1,0 +1,226 @@
+"""Broken checkpoints by the hundred: each refused in a sentence, or converted as if it were whole.
+
+A case is a whole tiny checkpoint, a way to break it and a number; the case's name seeds what the
+breaking draws. Bytes of the weights themselves are left alone (no format has a checksum of them),
+and so are values that another whole checkpoint could have.
+"""
+
+import errno
+import os
+import pickle
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import ways_to_break as ways
+from whole_checkpoints import write_all
+
+from llama_jax import cli
+from llama_jax.convert.conversion import Outcome, convert
+from llama_jax.convert.stream import peak_resident
+from llama_jax.convert.verification import verify
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.folders import read_model_config
+from llama_jax.weights import WeightsReader
+
+Way = Callable[[Path, ways.Rng], ways.Options]
+# After these the checkpoint may still be whole: nothing that matters was hit.
+ENDURED = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
+ADVICE = re.compile(
+    r"\b(fetch|give|correct|convert|remove|choose|save|write|lay|name|start|make|load|leave|one of"
+    r"|must hold|must be|not valid|add|numbers that do|the family is)\b"
+)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_all(tmp_path_factory.mktemp("whole"))
+
+
+class Case(NamedTuple):
+    base: str
+    breaking: Way
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.base}-{self.breaking.__name__}-{self.number}"
+
+
+FOLDERS = ("meta1", "meta2", "hf1", "hf3", "bin1", "bin3")
+HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
+    ways.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
+    ways.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
+    ways.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
+    ways.missing: ((*FOLDERS, "model", "run"), 2),
+    ways.value: (("meta1", "hf1", "model", "run"), 14),
+    ways.metadata: (("f32", "q8"), 9),
+    ways.sizes: (("legacy", "version1"), 5),
+    ways.dropped: ((*FOLDERS, "f32", "q8"), 1),
+    ways.renamed: ((*FOLDERS, "f32"), 1),
+    ways.added: ((*FOLDERS, "q8"), 1),
+    ways.transposed: ((*FOLDERS, "f32", "q8"), 1),
+    ways.reshaped: ((*FOLDERS, "f32"), 2),
+    ways.retyped: ((*FOLDERS, "f32"), 1),
+    ways.infinite: ((*FOLDERS, "f32"), 1),
+    ways.unlike: (("meta2",), 3),
+    ways.swapped: (("meta2", "hf3", "bin3"), 2),
+    ways.foreign: (("meta2", "hf3"), 3),
+    ways.beyond: (("meta1", "meta2"), 3),
+    ways.index: (("hf3", "bin3"), 8),
+    ways.runs: (("meta1", "bin3"), 8),
+    ways.pickled: (("meta1", "bin1"), 5),
+    ways.huge: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
+    ways.stacked: (("model",), 5),
+    ways.tokenizer: (("meta1", "export", "model"), 6),
+    ways.vocabulary: (("meta1", "hf1"), 2),
+    ways.template: (("export",), 1),
+    ways.destination: (("meta1", "q8"), 5),
+    ways.asked: (("hf1",), 5),
+    ways.nothing: (("hf1",), 12),
+    ways.receipt: (("model",), 16),
+}
+CASES = [Case(b, how, i) for how, (bs, n) in HOW_MANY.items() for b in bs for i in range(n)]
+
+
+class Made(NamedTuple):
+    """What a conversion came to, as far as it can be compared."""
+
+    config: ModelConfig
+    tokenizer: Any
+    bits: dict[str, bytes]
+    notes: set[str]
+
+
+def made(outcome: Outcome) -> Made:
+    reader = WeightsReader(outcome.folder)
+    bits = {name: reader.read(name, None).tobytes() for name in reader.arrays}
+    told = None
+    if list(outcome.folder.glob("tokenizer.*")):
+        known = load_tokenizer(outcome.folder)
+        told = (
+            known.encode("ab hé", bos=True, eos=True),
+            known.n_vocab,
+            known.end_ids,
+            known.add_bos,
+        )
+    config = replace(read_model_config(outcome.folder), remat="none", scan=True)  # no matter here
+    return Made(config, told, bits, set(outcome.notes))
+
+
+@pytest.fixture(scope="session")
+def clean(whole: dict[str, Path]) -> Callable[[str], Made]:
+    """Returns what the whole checkpoint of a name is converted to."""
+    found: dict[str, Made] = {}
+
+    def of(name: str) -> Made:
+        if name not in found:
+            found[name] = made(convert(whole[name], whole[name].with_name("clean-" + name)))
+        return found[name]
+
+    return of
+
+
+def everything(folder: Path) -> Iterator[str]:
+    return (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")))
+
+
+def check_sentence(message: str, at: Path) -> None:
+    """A sentence of its own: where, what, and what to do."""
+    assert len(message) < 600 + 2 * len(str(at)), len(message)
+    assert message.isprintable(), message
+    assert not re.search(r"Traceback|[A-Za-z]Error", message), message
+    named = ("weight", "layers.", "norm", "--")
+    assert str(at) in message or any(part in message for part in named), message
+    assert ADVICE.search(message.replace(str(at), "")), message
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 400
+    assert len(set(map(str, CASES))) == len(CASES)
+    assert sum(map(on_command_line, CASES)) >= 40
+
+
+def on_command_line(case: Case) -> bool:
+    return case.number == 0
+
+
+def run(
+    options: dict[str, Any], command_line: bool, err: Callable[[], str]
+) -> Outcome | str | None:
+    """Returns what a conversion came to (None for a verification), or why it was refused."""
+    verifies = options.pop("verify", False)
+    if not command_line:
+        try:
+            if verifies:
+                verify(options["path"], progress=False)
+                return None
+            return convert(**options, progress=False)
+        except InputError as error:
+            return str(error)
+    path, folder = str(options.pop("path")), options.pop("folder")
+    pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
+    target = ["--verify"] if verifies else [str(folder)]
+    status = cli.main(["convert", path, *target, *(part for pair in pairs for part in pair)])
+    told = err()
+    assert status == (2 if told.startswith("llama-jax convert: ") else 0)
+    if status:
+        return told.removeprefix("llama-jax convert: ").removesuffix("\n")
+    assert all(line.startswith("warning: ") for line in told.splitlines()), told
+    notes = tuple(line.removeprefix("warning: ") for line in told.splitlines())
+    return None if verifies else Outcome(folder, notes, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_refused_in_a_sentence_or_converted_as_if_whole(case, whole, clean, tmp_path, capfd):
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    source, out = whole[case.base], tmp_path / "out"
+    place = tmp_path / "in" / source.name
+    place.parent.mkdir()
+    out.mkdir()
+    (tmp_path / "whole").symlink_to(source.parent)
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
+    expected = clean(case.base)
+    options = {"path": place, "folder": out / "model"} | dict(case.breaking(place, rng) or {})
+    before, begun, held = list(everything(place.parent)), time.monotonic(), peak_resident()
+    capfd.readouterr()
+    outcome = run(options, on_command_line(case), lambda: capfd.readouterr().err)
+    assert time.monotonic() - begun < 5
+    assert peak_resident() - held < 256 << 20
+    assert not (tmp_path / "in/canary").exists()
+    assert list(everything(place.parent)) == before
+    if isinstance(outcome, Outcome):
+        new = set(outcome.notes) - expected.notes
+        assert new or case.breaking.__name__ in ENDURED, "nothing was noticed"
+        assert new or made(outcome) == expected
+    else:
+        assert list(out.iterdir()) == []
+        assert outcome or case.breaking is ways.receipt
+        check_sentence(outcome or f"{tmp_path} give", tmp_path)
+
+
+def test_the_pickles_would_run_code_elsewhere(tmp_path):
+    """Python's own reader of pickles does what the converter must not do."""
+    for seed in range(30):
+        canary = tmp_path / f"canary{seed}"
+        pickle.loads(ways.runs_code(np.random.default_rng(seed), canary))
+        assert canary.exists()
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
+def test_a_full_disk_is_told_and_leaves_nothing(whole, tmp_path, monkeypatch, to):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"No space left on device.*: make room, or choose"):
+        convert(whole["meta1"], tmp_path / "out/model", to=to, progress=False)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,121 @@
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from llama_jax.convert import huggingface, meta, orbax
+from llama_jax.convert.layout import AXES, Layout, Weight, same_bits, weights
+from llama_jax.errors import InputError
+from llama_jax.family import FAMILY, ffn_dim
+from llama_jax.tree import abstract_model, tree_to_dict
+
+# Heads 6, key/value heads 3: n_heads / n_kv_heads differs from n_kv_heads, so no mistake hides.
+CONFIG = tiny_model(dim=48, n_heads=6, n_kv_heads=3, head_dim=8, hidden_dim=66, vocab_size=96)
+
+
+def random(weight: Weight) -> np.ndarray:
+    shape = CONFIG.shape(AXES[weight.name].ours)
+    return np.random.default_rng(hash(weight) % 1000).standard_normal(shape, np.float32)
+
+
+def test_the_table_has_the_axes_of_the_model():
+    with jax.set_mesh(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))):
+        model = tree_to_dict(abstract_model(CONFIG))
+    for weight in weights(CONFIG):
+        place = model if weight.layer is None else model["layers"]
+        shape = place[weight.name].shape
+        stacked = shape if weight.layer is None else shape[1:]
+        assert stacked == CONFIG.shape(AXES[weight.name].ours), weight
+    stored = {n for n in model if n != "layers"} | set(model["layers"])
+    assert stored == {weight.name for weight in weights(CONFIG)}
+
+
+@pytest.mark.parametrize("name", ["wq", "wk"])
+def test_neighbours_that_turn_together_come_to_stand_half_a_head_apart(name):
+    heads = {"wq": 6, "wk": 3}[name]
+    theirs = np.random.default_rng(0).standard_normal((heads * 8, 48), np.float32)
+    ours = Layout(meta.NAMES, interleaved=True).to_ours(CONFIG, Weight(name, 0), [theirs])
+    for head in range(heads):
+        for pair in range(4):
+            for part in range(2):
+                row = theirs[head * 8 + 2 * pair + part]
+                np.testing.assert_array_equal(ours[:, head, pair + 4 * part], row)
+    same = Layout(huggingface.NAMES).to_ours(CONFIG, Weight(name, 0), [theirs])
+    np.testing.assert_array_equal(same.reshape(48, -1).T, theirs)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("shards", [1, 3, 6])
+def test_any_number_of_shards_comes_back(shards, split):
+    layout = Layout(meta.NAMES, interleaved=True, shards=shards, embedding_split=split)
+    for weight in weights(CONFIG):
+        ours = random(weight)
+        pieces = layout.from_ours(CONFIG, weight, ours)
+        assert [piece.shape for piece in pieces] == [p[2] for p in layout.pieces(CONFIG, weight)]
+        assert same_bits(layout.to_ours(CONFIG, weight, pieces), ours)
+
+
+def test_metas_order_of_ranks_is_that_of_heads_and_columns():
+    """What rank 1 of 2 holds is the second half of what one file holds, cut as Meta cuts it."""
+    one = Layout(meta.NAMES, interleaved=True)
+    two = Layout(meta.NAMES, interleaved=True, shards=3, embedding_split=1)
+    cut = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+    for weight in weights(CONFIG):
+        (whole,) = one.from_ours(CONFIG, weight, random(weight))
+        parts = two.from_ours(CONFIG, weight, random(weight))
+        axis = 1 if weight.name == "tok_embeddings" else cut.get(weight.name)
+        wanted = [whole] * 3 if axis is None else np.split(whole, 3, axis)
+        assert all(same_bits(a, b) for a, b in zip(parts, wanted, strict=True)), weight
+
+
+def test_405b_in_16_files_holds_each_key_value_head_twice():
+    layout = meta.writer_layout(FAMILY["llama3.1-405b"], 16)
+    pieces = layout.pieces(FAMILY["llama3.1-405b"], Weight("wk", 0))
+    assert {shape for _, _, shape in pieces} == {(128, 16_384)}
+
+
+def test_a_key_value_head_that_stands_twice_must_be_the_same():
+    layout = Layout(meta.NAMES, interleaved=True, shards=6)
+    pieces = layout.from_ours(CONFIG, Weight("wv", 0), random(Weight("wv", 0)))
+    assert same_bits(pieces[0], pieces[1])
+    pieces[1] = pieces[1] + 1
+    with pytest.raises(InputError, match="of shard 1 differs from shard 0's"):
+        layout.to_ours(CONFIG, Weight("wv", 0), pieces)
+
+
+@pytest.mark.parametrize(("name", "fits"), [("llama-33b", [1, 2, 4]), ("llama-7b", [1, 2, 4, 8])])
+def test_heads_are_not_cut(name, fits):
+    for shards in (1, 2, 4, 8):
+        if shards in fits:
+            assert meta.writer_layout(FAMILY[name], shards).shards == shards
+        else:
+            with pytest.raises(InputError, match=r"numbers that do: 1, 2, 4"):
+                meta.writer_layout(FAMILY[name], shards)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_params_json_says_the_shape_of_every_member(name):
+    member = FAMILY[name]
+    params = meta.params_json(member)
+    multiplier = params.get("ffn_dim_multiplier")
+    assert ffn_dim(member.dim, params["multiple_of"], multiplier) == member.hidden_dim
+    assert params.get("n_kv_heads", params["n_heads"]) == member.n_kv_heads
+    assert params.get("rope_scaling_factor", 8.0) == getattr(member.rope_scaling, "factor", 8.0)
+
+
+def test_a_format_without_a_head_size_refuses_another():
+    with pytest.raises(InputError, match="Meta's format has heads of dim / n_heads"):
+        meta.writer_layout(tiny_model(head_dim=16), 1)
+
+
+def test_our_own_layout_changes_nothing():
+    for weight in weights(CONFIG):
+        ours = random(weight)
+        assert orbax.LAYOUT.from_ours(CONFIG, weight, ours)[0] is ours
+
+
+def test_bits_are_compared_not_values():
+    a = np.array([np.nan, 0.0], np.float32)
+    assert same_bits(a, a.copy())
+    assert not same_bits(a, np.array([np.nan, -0.0], np.float32))
+    assert not same_bits(a, a.astype(np.float16))
