@@ -1,15 +1,18 @@
 """Where a dimension letter meets a mesh axis: the only place that names the axes of the mesh.
 
 Axes: `data` replicates the weights (across slices or nodes, over the slow network), `fsdp` splits
-weights and batch, `tensor` splits heads, feed-forward and vocabulary.
+weights and batch, `context` splits the sequence, `tensor` splits heads, feed-forward and
+vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +20,7 @@ from llama_jax.config import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # Weights at rest. Stacked layers (L) are never split: every device holds its part of each layer.
@@ -26,7 +29,8 @@ _WEIGHT |= {"F": "tensor"}
 
 # Everything that a forward pass makes: activations, gathered weights, the cache. A stands for the
 # micro-batches of gradient accumulation, G for the query heads that share a key/value head.
-_ACTIVATION = {"A": None, "B": BATCH_AXES, "T": None, "S": None, "L": None, "D": None, "H": None}
+_ACTIVATION = {"A": None, "B": BATCH_AXES, "T": "context", "S": None, "L": None, "D": None}
+_ACTIVATION |= {"H": None}
 _ACTIVATION |= {"N": "tensor", "K": "tensor", "G": None, "F": "tensor", "V": "tensor"}
 
 
@@ -36,12 +40,12 @@ def weight(dims: str) -> P:
 
 
 def act(dims: str) -> P:
-    """Returns how an activation is split: 'BTD' -> P(('data', 'fsdp'), None, None)."""
+    """Returns how an activation is split: 'BTD' -> P(('data', 'fsdp'), 'context', None)."""
     return P(*(_ACTIVATION[letter] for letter in dims))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns an Explicit mesh of `devices` (default: all) with the axes data, fsdp, tensor.
+    """Returns an Explicit mesh of `devices` (default: all) with the axes of `AXES`.
 
     Raises:
         InputError: the axes don't multiply to the number of devices.
@@ -60,9 +64,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh: {asked} does not fit {len(devices)} device(s): the sizes must multiply to"
             f" {len(devices)}; set one of them to -1 to fill"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Explicit,) * 3, devices=list(devices)
-    )
+    types = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=list(devices))
+    return Mesh(_across_slices(sizes, slices, devices), AXES, axis_types=types)
+
+
+def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices of several slices (or GPU nodes), with `data` across them.
+
+    Raises:
+        InputError: `data` is no multiple of the number of TPU slices.
+    """
+    if sizes["data"] % slices == 0:
+        within = tuple((sizes | {"data": sizes["data"] // slices}).values())
+        across = (slices, *(1 for _ in AXES[1:]))
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    if devices[0].platform == "tpu":
+        raise InputError(
+            f"mesh: data {sizes['data']} is no multiple of the {slices} slices, and no other axis"
+            " may cross the network between them: set it to one, or to -1"
+        )
+    ordered = sorted(devices, key=lambda device: (device.slice_index, device.id))
+    return np.array(ordered).reshape(*sizes.values())
 
 
 def one_device_mesh() -> Mesh:
@@ -78,8 +103,10 @@ def tensor_mesh(model: ModelConfig) -> Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
 
 
-def check_divides(mesh: Mesh, model: ModelConfig, batch: int | None = None) -> None:
-    """Refuses a mesh whose axes don't divide the model's dimensions (or the batch's rows).
+def check_divides(
+    mesh: Mesh, model: ModelConfig, batch: int | None = None, seq_len: int | None = None
+) -> None:
+    """Refuses a mesh whose axes don't divide the model's dimensions (or the batch's rows, or T).
 
     Raises:
         InputError: names the dimension and the sizes of the axis that would divide it.
@@ -101,12 +128,132 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch: int | None = None) -> N
                 f"mesh: {axis} {mesh.shape[axis]} does not divide {name} ({size});"
                 f" sizes that divide this model: {fitting}"
             )
+    chunks = 2 * mesh.shape["context"]
+    if mesh.shape["context"] > 1 and seq_len is not None and seq_len % chunks:
+        raise InputError(
+            f"mesh: context {mesh.shape['context']} cuts windows into {chunks} chunks, which don't"
+            f" divide data.seq_len ({seq_len}); sizes of context that do:"
+            f" {', '.join(str(n // 2) for n in divisors(seq_len) if n % 2 == 0)}"
+        )
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch is not None and batch % rows:
         raise InputError(
             f"mesh: data × fsdp ({rows}) does not divide the {batch} rows of a (micro-)batch;"
             f" sizes that do: {', '.join(map(str, divisors(batch)))}"
         )
+
+
+def gather(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
+    """Returns a weight in `dtype`, gathered over `fsdp`: cast first, so that fewer bytes travel."""
+    return jax.reshard(w.astype(dtype), act(dims))
+
+
+def platform() -> str:
+    """Returns what the program is compiled for: 'cpu', 'gpu' or 'tpu'."""
+    return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
+def context_parts() -> int:
+    """Returns how many parts the current mesh splits a sequence into."""
+    return jax.sharding.get_abstract_mesh().shape["context"]
+
+
+def _balanced_order() -> np.ndarray:
+    parts = context_parts()
+    return np.array([chunk for i in range(parts) for chunk in (i, 2 * parts - 1 - i)])
+
+
+def in_balanced_order(sequence: np.ndarray) -> np.ndarray:
+    """Returns a sequence [T] as it is split over `context`, in twice as many chunks as parts.
+
+    Part i holds the chunks i and 2·parts - 1 - i: an early one, whose queries see few keys, and a
+    late one, so that causal attention costs all parts the same (arXiv 2407.21783, section 3.3.2).
+    """
+    if context_parts() == 1:
+        return sequence
+    return sequence.reshape(2 * context_parts(), -1)[_balanced_order()].reshape(-1)
+
+
+def balance(x_BT: jax.Array) -> jax.Array:
+    """Returns rows in balanced order, split as `act("BT")`."""
+    if context_parts() == 1:
+        return jax.reshard(x_BT, act("BT"))
+    x_BT = jax.reshard(x_BT, P(BATCH_AXES, None))
+    order = in_balanced_order(np.arange(x_BT.shape[1]))
+    return jax.reshard(x_BT[:, order], act("BT"))
+
+
+def sequence_part(x: jax.Array, axis: int) -> jax.Array:
+    """Returns this device's part of what all have whole. For use in `jax.shard_map`."""
+    size = x.shape[axis] // context_parts()
+    start = jax.lax.axis_index("context") * size
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def gather_sequence(x: jax.Array) -> jax.Array:
+    """Returns all of a sequence [B, T, …] in the order of the text, from a part of it.
+
+    For use in `jax.shard_map`. The gradient is summed as it is scattered.
+    """
+    if context_parts() == 1:
+        return x
+    return in_text_order(jax.lax.all_gather(x, "context", axis=1, tiled=True))
+
+
+def in_text_order(x: jax.Array) -> jax.Array:
+    """Returns a whole sequence [B, T, …] that was in balanced order in that of the text."""
+    if context_parts() == 1:
+        return x
+    chunks = x.reshape(x.shape[0], 2 * context_parts(), -1, *x.shape[2:])
+    return chunks[:, np.argsort(_balanced_order())].reshape(x.shape)
+
+
+def text_positions(T: int) -> jax.Array:
+    """Returns where in the text this device's T positions of a balanced sequence stand, [T].
+
+    For use in `jax.shard_map`.
+    """
+    parts, half = context_parts(), T // 2
+    if parts == 1:
+        return jnp.arange(T)
+    part = jax.lax.axis_index("context")
+    early, late = part * half, (2 * parts - 1 - part) * half
+    return jnp.concatenate([early + jnp.arange(half), late + jnp.arange(half)])
+
+
+def sum_gradient(gradient: jax.Array, dims: str, dtype: str) -> jax.Array:
+    """Returns this device's part of a weight's gradient, from what each device's tokens gave.
+
+    For use in `jax.shard_map`. What travels is of the type `dtype`. The sum over `fsdp` is a
+    reduce-scatter, and only the part that is left is summed over the other axes.
+    """
+    sizes, out = jax.sharding.get_abstract_mesh().shape, gradient.dtype
+    gradient = gradient.astype(dtype)
+    if sizes["fsdp"] > 1:
+        at = [_WEIGHT[letter] for letter in dims].index("fsdp")
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=at, tiled=True)
+    others = tuple(axis for axis in ("data", "context") if sizes[axis] > 1)
+    return (jax.lax.psum(gradient, others) if others else gradient).astype(out)
+
+
+def vocabulary_parts() -> int:
+    """Returns how many parts the current mesh splits the vocabulary into."""
+    return jax.sharding.get_abstract_mesh().shape[_WEIGHT["V"]]
+
+
+def vocabulary_start(size: int) -> jax.Array:
+    """Returns the first token of this device's `size`. For use in `jax.shard_map`."""
+    return jax.lax.axis_index(_WEIGHT["V"]) * size
+
+
+def over_vocabulary(reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """Returns `jax.lax.psum` or `pmax` of the vocabulary's parts. For use in `jax.shard_map`."""
+    return reduction(x, _WEIGHT["V"]) if vocabulary_parts() > 1 else x
+
+
+def sum_over_tokens(x: jax.Array) -> jax.Array:
+    """Returns the sum over all devices with other tokens. For use in `jax.shard_map`."""
+    return jax.lax.psum(x, (*BATCH_AXES, "context"))
 
 
 def divisors(number: int) -> list[int]:

@@ -8,22 +8,35 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config import MeshConfig
 from llama_jax.errors import InputError
-from llama_jax.sharding import act, check_divides, make_mesh, place, tensor_mesh, weight
+from llama_jax.sharding import (
+    _across_slices,
+    act,
+    check_divides,
+    make_mesh,
+    place,
+    tensor_mesh,
+    weight,
+)
 
 
 def test_letters_become_axes():
     assert weight("DNH") == P("fsdp", "tensor", None)
-    assert act("BTD") == P(("data", "fsdp"), None, None)
+    assert act("BTD") == P(("data", "fsdp"), "context", None)
 
 
 def test_minus_one_fills_an_axis():
-    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "context": 1,
+        "tensor": 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (MeshConfig(data=3), "data 3 × fsdp -1 × tensor 1 does not fit 8 device(s)"),
+        (MeshConfig(data=3), "data 3 × fsdp -1 × context 1 × tensor 1 does not fit 8 device(s)"),
         (MeshConfig(data=-1, fsdp=-1), "only one axis can be -1"),
         (MeshConfig(data=1, fsdp=4, tensor=1), "must multiply to 8"),
     ],
@@ -40,6 +53,33 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would(
         check_divides(mesh_of((1, 1, 8)), tiny_model())
     with pytest.raises(InputError, match=r"data × fsdp \(8\) does not divide the 12 rows"):
         check_divides(mesh_of((2, 4, 1)), tiny_model(), batch=12)
+
+
+def test_a_context_that_does_not_divide_the_windows_is_refused():
+    sentence = r"context 8 cuts windows into 16 chunks, which don't divide data.seq_len \(24\)"
+    with pytest.raises(InputError, match=sentence + r".*sizes of context that do: 1, 2, 3, 4, 6"):
+        check_divides(mesh_of((1, 1, 1, 8)), tiny_model(), batch=8, seq_len=24)
+
+
+class Elsewhere:
+    """A device of one of several slices."""
+
+    def __init__(self, number, slice_index, platform):
+        self.id, self.slice_index, self.platform = number, slice_index, platform
+        self.process_index, self.device_kind = slice_index, "some chip"
+        self.coords, self.core_on_chip = (number % 2, number % 4 // 2, 0), 0
+
+
+def test_data_runs_across_slices():
+    devices = [Elsewhere(i, i // 4, "tpu") for i in range(8)]
+    placed = _across_slices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
+    assert [d.slice_index for d in placed[:, 0, 0, 0]] == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="data 1 is no multiple of the 2 slices, and no other"):
+        _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, devices)
+    # GPU nodes are slices too, and there fsdp may cross.
+    nodes = [Elsewhere(i, i // 4, "gpu") for i in reversed(range(8))]
+    placed = _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
+    assert [d.id for d in placed.ravel()] == list(range(8))
 
 
 def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():

@@ -6,12 +6,15 @@ reference's model.py).
 """
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.family import ModelConfig
+from llama_jax.sharding import platform
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
@@ -39,9 +42,46 @@ def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, j
     return jnp.sin(angle), jnp.cos(angle)
 
 
-def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Returns x with each pair (i, i + H/2) of a head turned, computed in float32."""
-    sin, cos = (r[:, :, None] for r in rotation)
+def rotate(
+    x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array], scale: float = 1.0
+) -> jax.Array:
+    """Returns x with each pair (i, i + H/2) of a head turned, times `scale`; all in float32."""
+    turned: Any = _rotate(x_BTNH, rotation, scale)
+    return turned
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rotate(x_BTNH, rotation, scale):
+    sin, cos = (scale * r[:, :, None] for r in rotation)
+    if x_BTNH.dtype == jnp.bfloat16 and platform() == "tpu":
+        swapped = jnp.einsum(
+            "BTNH,HG->BTNG", x_BTNH, _swap(x_BTNH.shape[-1]), preferred_element_type=jnp.float32
+        )
+        cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+        return (x_BTNH.astype(jnp.float32) * cos + swapped * sin).astype(x_BTNH.dtype)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+
+
+def _swap(H: int) -> jax.Array:
+    """Returns the matrix that swaps the halves of a head.
+
+    On a TPU half a head is half a vector register: cutting it costs more than a product with this
+    matrix, which is exact: 0.2 instead of 0.5 ms for the queries of a 7B layer, forward and
+    backward, by the compiler's estimate for v5p.
+    """
+    return jnp.asarray(np.roll(np.eye(H), H // 2, axis=0), jnp.bfloat16)
+
+
+def _rotate_forward(x_BTNH, rotation, scale):
+    return _rotate(x_BTNH, rotation, scale), rotation
+
+
+def _rotate_backward(scale, rotation, dy_BTNH):
+    sin, cos = rotation
+    # The inverse of a rotation is the rotation back.
+    return _rotate(dy_BTNH, (-sin, cos), scale), None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)

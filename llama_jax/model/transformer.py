@@ -9,13 +9,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llama_jax.family import ModelConfig
-from llama_jax.model.attention import attention
+from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache
+from llama_jax.model.linear import embed, matmul
+from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
-from llama_jax.sharding import act, weight
+from llama_jax.sharding import act, balance, in_balanced_order, in_text_order, weight
 
 
 def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> nnx.Param:
@@ -63,38 +66,6 @@ class Llama(nnx.Module):
         self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, w, out_sharding=act(equation.split("->")[1]))
-
-
-def _einsum_forward(equation: str, x: jax.Array, w: jax.Array):
-    return _einsum(equation, x, w), (x, w)
-
-
-def _einsum_backward(equation: str, operands, dy: jax.Array):
-    x, w = operands
-    inputs, y_dims = equation.split("->")
-    x_dims, w_dims = inputs.split(",")
-    dx = jnp.einsum(f"{y_dims},{w_dims}->{x_dims}", dy, w, out_sharding=jax.typeof(x).sharding)
-    dw = jnp.einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, out_sharding=jax.typeof(w).sharding)
-    return dx, dw
-
-
-# The gradients are those of jnp.einsum, in an order that no compiler has to turn: what JAX derives
-# for the weight is dyᵀx, transposed, for which XLA's CPU back end writes out the larger operand.
-_einsum.defvjp(_einsum_forward, _einsum_backward)
-
-
-def matmul(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-    """Returns the einsum of an activation and a weight, in the activation's dtype.
-
-    The letters after '->' also name how the result is split. The weight is cast first, so that
-    it is gathered over `fsdp` in the compute type.
-    """
-    return _einsum(equation, x, w[...].astype(x.dtype))
-
-
 def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
     """Returns x / √(mean(x²) + eps) · scale, computed in float32 (arXiv 1910.07467)."""
     x = x_BTD.astype(jnp.float32)
@@ -103,24 +74,27 @@ def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
 
 
 def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, number):
-    q = rotate(matmul("BTD,DNH->BTNH", x_BTD, layer.wq), turn)
-    k = rotate(matmul("BTD,DKH->BTKH", x_BTD, layer.wk), turn)
-    v = matmul("BTD,DKH->BTKH", x_BTD, layer.wv)
+    q = matmul(config, "BTD,DNH->BTNH", x_BTD, layer.wq)
+    q = keep("query", rotate(q, turn, config.head_dim**-0.5))  # attention wants its scores scaled
+    k = keep("key", rotate(matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wk), turn))
+    v = keep("value", matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wv))
     if cache is None:
-        out = attention(q, k, v, segments_BT, segments_BT)
+        out = attention(q, k, v, segments_BT, config.attention)
     else:
         at = (number, 0, cache.used, 0, 0)
+        k, v = (jax.reshard(x, act("BSKH")) for x in (k, v))
         k_cache = jax.lax.dynamic_update_slice(cache.k_LBSKH, k[None].astype(k.dtype), at)
         v_cache = jax.lax.dynamic_update_slice(cache.v_LBSKH, v[None].astype(v.dtype), at)
         cache = cache._replace(k_LBSKH=k_cache, v_LBSKH=v_cache)
         k, v = k_cache[number], v_cache[number]
-        out = attention(q, k, v, segments_BT, cache.segments_BS, cache.used)
-    return matmul("BTNH,NHD->BTD", out, layer.wo), cache
+        out = cached_attention(q, k, v, segments_BT, cache.segments_BS, cache.used)
+    return matmul(config, "BTNH,NHD->BTD", out, layer.wo), cache
 
 
-def _feed_forward(layer: Block, x_BTD: jax.Array) -> jax.Array:
-    gate_BTF = jax.nn.silu(matmul("BTD,DF->BTF", x_BTD, layer.w1))
-    return matmul("BTF,FD->BTD", gate_BTF * matmul("BTD,DF->BTF", x_BTD, layer.w3), layer.w2)
+def _feed_forward(config: ModelConfig, layer: Block, x_BTD: jax.Array) -> jax.Array:
+    gate_BTF = keep("gate", matmul(config, "BTD,DF->BTF", x_BTD, layer.w1))
+    up_BTF = keep("up", matmul(config, "BTD,DF->BTF", x_BTD, layer.w3))
+    return matmul(config, "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, layer.w2)
 
 
 def hidden_states(
@@ -133,50 +107,48 @@ def hidden_states(
 ) -> tuple[jax.Array, Cache | None]:
     """Returns what the output head reads, [B, T, D] in config.dtype, and the cache after T more.
 
-    The arguments are those of `forward`.
+    The arguments are those of `forward`. On a mesh that splits sequences, T is in balanced order
+    in arguments and result (`sharding.balance`).
     """
     tokens_BT = jax.reshard(tokens_BT, act("BT"))
-    if segments_BT is None:
-        segments_BT = jnp.ones_like(tokens_BT)
-    segments_BT = jax.reshard(segments_BT, act("BT"))
     if positions_BT is None:
         start = 0 if cache is None else cache.used
-        positions_BT = jnp.broadcast_to(
-            start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape, out_sharding=act("BT")
-        )
+        positions_T = start + jnp.asarray(in_balanced_order(np.arange(tokens_BT.shape[1])))
+        positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape, out_sharding=act("BT"))
     if cache is not None:
-        new = jnp.asarray(segments_BT)
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        new = jax.reshard(segments_BT, act("BS"))
         written = jax.lax.dynamic_update_slice(cache.segments_BS, new, (0, cache.used))
         cache = cache._replace(segments_BS=written)
-    # A look-up in a table split over fsdp would make the compiler replicate it: gather first.
-    table_VD = jax.reshard(model.tok_embeddings[...].astype(config.dtype), act("VD"))
-    x_BTD = table_VD.at[tokens_BT].get(out_sharding=act("BTD"))
+    x_BTD = embed(config, model.tok_embeddings, tokens_BT)
     turn = rotation(config, jax.reshard(positions_BT, act("BT")))
 
     def block(carry, layer_and_number):
         x_BTD, cache = carry
+        x_BTD = keep("input", x_BTD)
         layer, number = layer_and_number
         h = rms_norm(x_BTD, layer.attention_norm, config.norm_eps)
         attended, cache = _attend(config, layer, h, turn, segments_BT, cache, number)
-        x_BTD = x_BTD + attended
+        x_BTD = x_BTD + keep("attended", attended)
         h = rms_norm(x_BTD, layer.ffn_norm, config.norm_eps)
-        return (x_BTD + _feed_forward(layer, h), cache), None
+        return (x_BTD + _feed_forward(config, layer, h), cache), None
 
-    if config.remat == "full":
-        block = jax.checkpoint(block, prevent_cse=not config.scan)
     layers = (model.layers, jnp.arange(config.n_layers))
-    (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers, unroll=not config.scan)
+    (x_BTD, cache), _ = jax.lax.scan(
+        rematerialized(config, block), (x_BTD, cache), layers, unroll=not config.scan
+    )
     if cache is not None:
         cache = cache._replace(used=cache.used + tokens_BT.shape[1])
     return rms_norm(x_BTD, model.norm, config.norm_eps), cache
 
 
-def output_head(model: Llama, x_BTD: jax.Array) -> jax.Array:
+def output_head(config: ModelConfig, model: Llama, x_BTD: jax.Array) -> jax.Array:
     """Returns the logits [B, T, V], float32, of `hidden_states`."""
     if model.output is None:
-        logits = matmul("BTD,VD->BTV", x_BTD, model.tok_embeddings)
+        logits = matmul(config, "BTD,VD->BTV", x_BTD, model.tok_embeddings)
     else:
-        logits = matmul("BTD,DV->BTV", x_BTD, model.output)
+        logits = matmul(config, "BTD,DV->BTV", x_BTD, model.output)
     return logits.astype(jnp.float32)
 
 
@@ -200,5 +172,10 @@ def forward(
             each other, and 0 stands for padding. Default: all one text.
         cache: keys and values of earlier tokens, to be continued; it needs T free slots.
     """
+    if cache is None:
+        tokens_BT = balance(tokens_BT)
+        positions_BT = None if positions_BT is None else balance(positions_BT)
+        segments_BT = None if segments_BT is None else balance(segments_BT)
     x_BTD, cache = hidden_states(config, model, tokens_BT, positions_BT, segments_BT, cache)
-    return output_head(model, x_BTD), cache
+    logits_BSV = jax.reshard(output_head(config, model, x_BTD), act("BSV"))
+    return (in_text_order(logits_BSV) if cache is None else logits_BSV), cache

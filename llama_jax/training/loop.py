@@ -1,6 +1,7 @@
 """A training run from its configuration to its last checkpoint, resumed wherever it stopped."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -13,19 +14,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax import checkpoint
+from llama_jax import checkpoint, distributed, folders
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
+from llama_jax.chips import chip_of
 from llama_jax.config import Config
 from llama_jax.data import corpus
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.sharding import check_divides, make_mesh
+from llama_jax.training.memory import keep_freed_memory
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.progress import duration, tell
 from llama_jax.training.report import Report, due
-from llama_jax.training.run_folder import check_unchanged, only_run, write_run_files
+from llama_jax.training.run_folder import check_unchanged, flat, only_run, write_run_files
 from llama_jax.training.step import StepMetrics, eval_step, init_state, train_step
+from llama_jax.tree import abstract
 
 
 class RunStopped(RuntimeError):
@@ -45,36 +49,46 @@ class Outcome(NamedTuple):
 def run(config: Config) -> Outcome:
     """Trains until `training.steps` are done, from the newest checkpoint of the run folder if any.
 
-    SIGTERM and SIGINT end it after the step that is running, with everything saved.
+    SIGTERM and SIGINT end it after the step that is running, with everything saved; where there are
+    several hosts, on all after the same step when it comes to any.
 
     Raises:
         InputError: something in the configuration, the data or the run folder is wrong.
         RunStopped: too many steps in a row had a gradient that is not finite.
     """
+    keep_freed_memory()
+    distributed.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
     mesh = make_mesh(config.mesh)
-    check_divides(mesh, config.model, config.data.batch_size // config.training.micro_batches)
+    rows = config.data.batch_size // config.training.micro_batches
+    check_divides(mesh, config.model, rows, config.data.seq_len)
     folder = Path(config.training.out)
     with only_run(folder), jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
-        steps = checkpoints.steps
-        if steps:
-            check_unchanged(config, folder)
-        elif (folder / "config.yaml").exists():
-            tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
-        prepare_data(config)
+        newest = distributed.decided(lambda: max(checkpoints.steps, default=None))
+        distributed.decided(lambda: _prepare(config, folder, newest))
         data = Batches(config.data, config.training.micro_batches)
+        distributed.agreed({"the content of data.mixture": data.fingerprint})
         _check_tokenizer(config, data)
-        if steps and steps[-1] >= config.training.steps:
-            tell(f"{folder} is finished: {steps[-1]} steps are done, nothing is left to train")
-            return _outcome(folder, steps[-1], data, finished=True)
-        state = _State(config, data, checkpoints, steps[-1] if steps else None)
-        write_run_files(config, data, folder)
+        if newest is not None and newest >= config.training.steps:
+            tell(f"{folder} is finished: {newest} steps are done, nothing is left to train")
+            return _outcome(folder, newest, data, finished=True)
+        state = _State(config, data, checkpoints, newest)
+        distributed.decided(lambda: write_run_files(config, data, folder))
         _tell_run(config, data, mesh, state.step)
         try:
             finished = _train(config, folder, data, checkpoints, state)
         finally:
             checkpoints.close()
         return _outcome(folder, state.step, data, finished)
+
+
+def _prepare(config: Config, folder: Path, newest: int | None) -> None:
+    """Does what must be done once before the run goes on from its checkpoint `newest`."""
+    if newest is not None:
+        check_unchanged(config, folder)
+    elif (folder / "config.yaml").exists():
+        tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+    prepare_data(config)
 
 
 class _State:
@@ -86,7 +100,7 @@ class _State:
         self.step = 0
         key = jax.random.key(config.training.seed)
         if step is not None:
-            model, opt_state = checkpoint.abstract(partial(init_state, config), key)
+            model, opt_state = abstract(partial(init_state, config), key)
             progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
             self.step = progress.step
             if progress.data != data.fingerprint:
@@ -99,7 +113,7 @@ class _State:
         elif config.training.init_from is not None:
             source = config.training.init_from
             _, self.model = checkpoint.load_model(source, config.model)
-            theirs = checkpoint.read_model_config(source)
+            theirs = folders.read_model_config(source)
             for name in ("norm_eps", "rope_theta", "rope_scaling"):
                 if getattr(theirs, name) != getattr(config.model, name):
                     tell(
@@ -122,12 +136,17 @@ def _train(
     steps, first = config.training.steps, state.step
     begun = time.monotonic()
     example = (state.model, state.opt_state, data.train(first), np.int32(first))
-    step_function = train_step.lower(config, *example).compile()
+    chip = chip_of(jax.devices()[0].device_kind)
+    options: Any = {**chip.options} if chip else {}
+    step_function = train_step.lower(config, *example).compile(compiler_options=options)
     tell(f"compiled in {duration(time.monotonic() - begun)}")
     report = Report(config, folder, data, first)
     running: tuple[int, StepMetrics] | None = None
     with _stop_signals() as stop, contextlib.closing(report):
-        while state.step < steps and not stop:
+        while state.step < steps:
+            if why := distributed.stop_before(state.step, stop[0] if stop else None):
+                tell(f"stopping on {why}: saving step {state.step} …")
+                break
             step = state.step
             report.dispatched()
             batch = data.train(step)
@@ -160,7 +179,6 @@ def _train(
         if running:
             report.step(*running)
         if state.step < steps:
-            tell(f"stopping on {stop[0]}: saving step {state.step} …")
             progress = Progress(state.step, data.fingerprint)
             checkpoints.save(progress, state.model, state.opt_state)
     return state.step >= steps
@@ -231,9 +249,10 @@ def _check_tokenizer(config: Config, data: Batches) -> None:
 def _tell_run(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
-    kind = jax.devices()[0].device_kind
+    hosts = f" of {jax.process_count()} hosts" if distributed.several() else ""
+    kind = jax.devices()[0].device_kind + " device(s)" + hosts
     tell(
-        f"{config.model.n_params:,} parameters on {jax.device_count()} {kind} device(s)"
+        f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
     )
     for source in data.splits["train"]:

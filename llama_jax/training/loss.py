@@ -1,19 +1,31 @@
 """Cross-entropy of the next token."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.data.batches import Batch
 from llama_jax.family import ModelConfig
+from llama_jax.model.linear import wide
 from llama_jax.model.transformer import Llama, hidden_states
-from llama_jax.sharding import act
+from llama_jax.sharding import (
+    act,
+    balance,
+    gather,
+    over_vocabulary,
+    sum_gradient,
+    sum_over_tokens,
+    vocabulary_start,
+    weight,
+)
 
-# Positions whose logits exist at a time. [B, T, V] in float32 is the largest array of a training
-# step, many times over; a chunk of it costs nothing but reading the head's gradient once more.
-CHUNK = 128
+# Logits that a device holds at a time, in float32. [B, T, V] whole is the largest array of a
+# training step, many times over; in chunks of T it costs nothing but reading the head's gradient
+# once more for each.
+CHUNK_BYTES = 1 << 30
 
 
 def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
@@ -24,48 +36,69 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     divides by is the number of targets of the whole batch, over all micro-batches and devices.
     Only the objective can be differentiated.
     """
+    batch = jax.tree.map(balance, batch)
     x_BTD, _ = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
     w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
-    sums: Any = _head_loss(z_loss, x_BTD, w_DV, batch.targets)
+    static = _Static(z_loss, config.reduce_dtype, not config.scan)
+    sums: Any = _head_loss(static, x_BTD, w_DV, batch.targets)
     objective, nll = sums
     return objective, (jax.lax.stop_gradient(nll), jnp.sum(batch.targets >= 0))
 
 
+class _Static(NamedTuple):
+    z_loss: float
+    reduce_dtype: str
+    unroll: bool  # of the loop over chunks
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(z_loss: float, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array):
-    """Returns objective and cross-entropy, summed over the chunks of T."""
-    w_DV = jax.reshard(w_DV.astype(x_BTD.dtype), act("DV"))
+def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array):
+    """Returns objective and cross-entropy, summed over all tokens."""
 
-    def add(sums, chunk):
-        x_BTD, targets_BT = chunk
-        objective, nll, _ = _chunk_loss(z_loss, x_BTD, targets_BT, w_DV)
-        return (sums[0] + objective, sums[1] + nll), None
+    def local(x_BTD, w_DV, targets_BT):
+        def add(sums, chunk):
+            x_BTD, targets_BT = chunk
+            objective, nll, _ = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
+            return (sums[0] + objective, sums[1] + nll), None
 
-    zero = jnp.float32(0)
-    return jax.lax.scan(add, (zero, zero), _chunks(x_BTD, targets_BT))[0]
+        zero = jnp.float32(0)
+        chunks = _chunks(x_BTD, targets_BT, w_DV.shape[1])
+        sums, _ = jax.lax.scan(add, (zero, zero), chunks, unroll=static.unroll)
+        return jax.tree.map(sum_over_tokens, sums)
+
+    specs = act("BTD"), act("DV"), act("BT")
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=(P(), P()), check_vma=False)
+    return mapped(x_BTD, gather(w_DV, "DV", x_BTD.dtype), targets_BT)
 
 
-def _chunks(x_BTD, targets_BT):
+def _chunks(x_BTD, targets_BT, V: int):
     """Returns both with T cut into a leading axis of chunks; what is padded does not count."""
     B, T, D = x_BTD.shape
-    size = min(CHUNK, T)
+    fitting = max(1, CHUNK_BYTES // (4 * B * V))
+    size = min(T, 1 << (fitting.bit_length() - 1))
     padding = (0, -T % size)
     x_BTD = jnp.pad(x_BTD, ((0, 0), padding, (0, 0)))
     targets_BT = jnp.pad(targets_BT, ((0, 0), padding), constant_values=-1)
-    x = x_BTD.reshape(B, -1, size, D, out_sharding=act("BATD"))
-    targets = targets_BT.reshape(B, -1, size, out_sharding=act("BAT"))
+    x, targets = x_BTD.reshape(B, -1, size, D), targets_BT.reshape(B, -1, size)
     return x.swapaxes(0, 1), targets.swapaxes(0, 1)
 
 
 def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
-    """Returns the objective and the cross-entropy of one chunk, and d objective / d logits."""
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, out_sharding=act("BTV"))
+    """Returns the objective and the cross-entropy of one chunk, and d objective / d logits.
+
+    V is this device's part of the vocabulary.
+    """
+    V = w_DV.shape[1]
+    out = wide(x_BTD.dtype)
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=out)
     logits_BTV = logits_BTV.astype(jnp.float32)
     counted_BT = targets_BT >= 0
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A gather along the vocabulary is refused where that is split over devices.
-    chosen_BTV = jnp.arange(w_DV.shape[1]) == targets_BT[..., None]
+    largest_BT1 = over_vocabulary(jax.lax.pmax, jnp.max(logits_BTV, axis=-1, keepdims=True))
+    total_BT = over_vocabulary(jax.lax.psum, jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1))
+    log_z_BT = largest_BT1[..., 0] + jnp.log(total_BT)
+    chosen_BTV = vocabulary_start(V) + jnp.arange(V) == targets_BT[..., None]
     chosen_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
+    chosen_BT = over_vocabulary(jax.lax.psum, chosen_BT)
     nll = jnp.sum(jnp.where(counted_BT, log_z_BT - chosen_BT, 0))
     objective = nll + z_loss * jnp.sum(jnp.where(counted_BT, log_z_BT**2, 0))
     scale_BT = jnp.where(counted_BT, 1 + 2 * z_loss * log_z_BT, 0)
@@ -73,26 +106,40 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     return objective, nll, d_logits_BTV.astype(x_BTD.dtype)
 
 
-def _head_loss_forward(z_loss, x_BTD, w_DV, targets_BT):
-    """Makes the gradients along with the loss, chunk by chunk, so that no logits are kept."""
-    B, T, D = x_BTD.shape
-    w = jax.reshard(w_DV.astype(x_BTD.dtype), act("DV"))
+def _head_loss_forward(static: _Static, x_BTD, w_DV, targets_BT):
+    """Makes the gradients along with the loss, chunk by chunk, so that no logits are kept.
 
-    def add(sums, chunk):
-        x_BTD, targets_BT = chunk
-        objective, nll, d_logits = _chunk_loss(z_loss, x_BTD, targets_BT, w)
-        dx = jnp.einsum("BTV,DV->BTD", d_logits, w, out_sharding=act("BTD"))
-        dw = jnp.einsum("BTD,BTV->DV", x_BTD, d_logits, out_sharding=jax.typeof(w_DV).sharding)
-        return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx
+    The head's is summed over the chunks on each device, and over the devices once.
+    """
 
-    zero = jnp.float32(0)
-    start = zero, zero, jnp.zeros_like(w_DV, jnp.float32)
-    (objective, nll, dw), dx = jax.lax.scan(add, start, _chunks(x_BTD, targets_BT))
-    dx = dx.swapaxes(0, 1).reshape(B, -1, D, out_sharding=act("BTD"))[:, :T]
-    return (objective, nll), (dx, dw.astype(w_DV.dtype))
+    def local(x_BTD, w_DV, targets_BT):
+        B, T, D = x_BTD.shape
+
+        def add(sums, chunk):
+            # Else an unrolled loop would make the logits of several chunks before it needs them.
+            (x_BTD, targets_BT), sums = jax.lax.optimization_barrier((chunk, sums))
+            objective, nll, d_logits = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
+            dx = jnp.einsum("BTV,DV->BTD", d_logits, w_DV)
+            out = wide(x_BTD.dtype)
+            dw = jnp.einsum("BTD,BTV->DV", x_BTD, d_logits, preferred_element_type=out)
+            return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx
+
+        zero = jnp.float32(0)
+        start = zero, zero, jnp.zeros(w_DV.shape, jnp.float32)
+        chunks = _chunks(x_BTD, targets_BT, w_DV.shape[1])
+        (objective, nll, dw), dx = jax.lax.scan(add, start, chunks, unroll=static.unroll)
+        dx = over_vocabulary(jax.lax.psum, dx).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+        sums = sum_over_tokens(objective), sum_over_tokens(nll)
+        return sums, dx, sum_gradient(dw, "DV", static.reduce_dtype)
+
+    specs = act("BTD"), act("DV"), act("BT")
+    out_specs = (P(), P()), act("BTD"), weight("DV")
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
+    sums, dx, dw = mapped(x_BTD, gather(w_DV, "DV", x_BTD.dtype), targets_BT)
+    return sums, (dx, dw.astype(w_DV.dtype))
 
 
-def _head_loss_backward(z_loss, gradients, d_sums):
+def _head_loss_backward(static: _Static, gradients, d_sums):
     dx, dw = gradients
     d_objective, _ = d_sums
     return (d_objective * dx).astype(dx.dtype), (d_objective * dw).astype(dw.dtype), None

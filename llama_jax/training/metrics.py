@@ -5,33 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llama_jax.chips import chip_of
 from llama_jax.config import Config, LoggingConfig
-
-# Peak of one device in dense bfloat16 matrix products [TFLOP/s], from the makers' data sheets, by
-# the start of `jax.Device.device_kind`; the longest start that fits counts.
-PEAK_TFLOPS = {
-    "TPU v3": 61.5,  # a core; JAX shows two a chip
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5e": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "NVIDIA A100": 312.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100": 989.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA B200": 2250.0,
-}
 
 
 def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
     """Returns the peak of one device [FLOP/s], or None where it is not known."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
-    fitting = [kind for kind in PEAK_TFLOPS if device_kind.startswith(kind)]
-    return PEAK_TFLOPS[max(fitting, key=len)] * 1e12 if fitting else None
+    chip = chip_of(device_kind)
+    return chip.tflops * 1e12 if chip else None
 
 
 class MetricsLog:

@@ -8,23 +8,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from llama_jax.distributed import leads
 from llama_jax.training.metrics import read_metrics
 
 
 def tell(text: str) -> None:
-    """Prints a line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line for people, on the standard error of host 0."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 class StepProgress:
     """Shows where a run stands: a bar on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, steps: int, start: int, shown: bool):
-        self.steps, self.start, self.shown = steps, start, shown
+        self.steps, self.start, self.shown = steps, start, shown and leads()
         self.console = Console(stderr=True)
         self._begun = self._told = time.monotonic()
         self._bar: Progress | None = None
-        if shown and self.console.is_terminal:
+        if self.shown and self.console.is_terminal:
             columns = (BarColumn(bar_width=20), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._task = self._bar.add_task("compiling …", total=steps, completed=start)

@@ -9,6 +9,7 @@ import numpy as np
 
 from llama_jax.config import Config
 from llama_jax.data.batches import Batches
+from llama_jax.distributed import leads
 from llama_jax.training.metrics import MetricsLog, peak_flops
 from llama_jax.training.progress import StepProgress, draw_losses
 from llama_jax.training.step import StepMetrics
@@ -20,11 +21,11 @@ def due(step: int, every: int) -> bool:
 
 
 class Report:
-    """The voice of a run, from its first step to its last."""
+    """The voice of a run, from its first step to its last: that of host 0."""
 
     def __init__(self, config: Config, folder: Path, data: Batches, first: int):
         self.config, self.folder, self.data = config, folder, data
-        self.log = MetricsLog(folder, config, first)
+        self.log = MetricsLog(folder, config, first) if leads() else None
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
@@ -59,7 +60,8 @@ class Report:
         }
         if self._peak:
             record["mfu"] = self._flops / seconds / self._peak
-        if due(step, self.config.logging.every) or step == self.config.training.steps:
+        wanted = due(step, self.config.logging.every) or step == self.config.training.steps
+        if self.log and wanted:
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
         shown |= {"val": self._validation} if self._validation else {}
@@ -71,12 +73,14 @@ class Report:
     def validation(self, step: int, loss: float) -> None:
         """Tells the loss on the held-out text after `step` steps."""
         if not math.isnan(loss):
-            self.log.write(step, {"validation_loss": loss})
+            if self.log:
+                self.log.write(step, {"validation_loss": loss})
             self._validation = f"{loss:.3f}"
         self._done = time.monotonic()
 
     def close(self) -> None:
         """Closes the files and draws the picture."""
         self.progress.close()
-        self.log.close()
-        draw_losses(self.folder, self.data.unigram_entropy)
+        if self.log:
+            self.log.close()
+            draw_losses(self.folder, self.data.unigram_entropy)

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import fcntl
-import shutil
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax import checkpoint, config_file
+from llama_jax import config_file, distributed, folders
 from llama_jax.config import Config
 from llama_jax.data.batches import Batches
 from llama_jax.data.tokenizer import load_tokenizer
@@ -21,30 +22,59 @@ CHANGEABLE += ("data.validation_fraction", "training.out", "training.steps")
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
 CHANGEABLE += ("training.eval_batches", "checkpoint", "logging")
 
+VISIBLE_SECONDS = 60.0  # after which any network file system shows what another host wrote
+
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Makes the run folder and keeps a second process out of it while this one runs."""
+    """Makes the run folder and keeps other runs out of it while this one goes on.
+
+    Raises:
+        InputError: another run is in it, it can't be written, or it isn't there on all hosts.
+    """
+    with contextlib.ExitStack() as held:
+        mark = distributed.decided(lambda: _lock(folder, held))
+        _check_shared(folder, mark)
+        yield
+
+
+def _lock(folder: Path, held: contextlib.ExitStack) -> str:
+    """Locks the folder as long as `held` is open; returns what now stands in the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 (closed below)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 (closed with `held`)
     except OSError as error:
         raise InputError(f"can't write the run folder {folder}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    held.enter_context(lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise InputError(
+            f"another process is training in {folder}: wait for it, or choose another training.out"
+        ) from error
+    mark = os.urandom(8).hex()
+    lock.truncate(0)
+    lock.write(mark)
+    lock.flush()
+    os.fsync(lock.fileno())
+    return mark
+
+
+def _check_shared(folder: Path, mark: str) -> None:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (folder / ".lock").is_file() or (folder / ".lock").read_text() != mark:
+        if time.monotonic() > deadline:
             raise InputError(
-                f"another process is training in {folder}: wait for it, or choose another"
-                " training.out"
-            ) from error
-        yield
+                f"the run folder {folder.absolute()} is not that of host 0: training.out must lie"
+                " on storage that all hosts share, under the same name"
+            )
+        time.sleep(0.2)
 
 
 def check_unchanged(config: Config, folder: Path) -> None:
     """Refuses to resume with another configuration, and tells of harmless changes."""
-    before = dict(_flat(dataclasses.asdict(checkpoint.read_run_config(folder))))
-    for name, value in _flat(dataclasses.asdict(config)):
+    before = dict(flat(dataclasses.asdict(folders.read_run_config(folder))))
+    for name, value in flat(dataclasses.asdict(config)):
         old = before.get(name)
         if value == old:
             continue
@@ -57,10 +87,11 @@ def check_unchanged(config: Config, folder: Path) -> None:
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the keys of a configuration, as 'section.key', and their values."""
     for name, value in values.items():
         if isinstance(value, dict) and prefix + name != "data.mixture":
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -70,7 +101,7 @@ def write_run_files(config: Config, data: Batches, folder: Path) -> None:
     partial = folder / ".config.partial"
     partial.write_text(config_file.dump(config))
     partial.replace(folder / "config.yaml")
-    tokenizer = load_tokenizer(data.splits["train"][0].folder).path
-    if not (folder / tokenizer.name).exists():
-        shutil.copyfile(tokenizer, partial)
-        partial.replace(folder / tokenizer.name)
+    for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
+        if not (folder / name).exists():
+            partial.write_bytes(content)
+            partial.replace(folder / name)

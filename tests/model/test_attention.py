@@ -1,23 +1,27 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of
 
-from llama_jax.model.attention import attention
-
-pytestmark = pytest.mark.usefixtures("one_device")
+from llama_jax.errors import InputError
+from llama_jax.model import attention as attention_module
+from llama_jax.model.attention import attention, cached_attention
+from llama_jax.sharding import in_balanced_order
 
 
 def reference(q, k, v, segments):
     """Attention in float64, a query at a time."""
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     G = N // k.shape[2]
     out = np.zeros(q.shape)
     for b in range(B):
         for t in range(T):
             seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
             for n in range(N):
-                scores = k[b, seen, n // G] @ q[b, t, n] / np.sqrt(H)
+                scores = k[b, seen, n // G] @ q[b, t, n]
                 weights = np.exp(scores - scores.max())
                 out[b, t, n] = weights @ v[b, seen, n // G] / weights.sum()
     return out
@@ -27,51 +31,114 @@ def random(shape, seed):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def some_segments(B, T):
+    return np.sort(np.random.default_rng(3).integers(1, 4, (B, T)), axis=1).astype(np.int32)
+
+
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("K", [1, 2, 6])
-@pytest.mark.parametrize("T", [13, 100])
-def test_equals_a_plain_reference_in_float64(K, T):
+@pytest.mark.parametrize(("kernel", "T"), [("xla", 13), ("xla", 100), ("splash", 256)])
+def test_equals_a_plain_reference_in_float64(K, kernel, T):
     B, N, H = 2, 6, 8
     q, k, v = random((B, T, N, H), 0), random((B, T, K, H), 1), random((B, T, K, H), 2)
-    segments = np.sort(np.random.default_rng(3).integers(1, 4, (B, T)), axis=1).astype(np.int32)
-    out = jax.jit(attention)(q, k, v, segments, segments)
-    # Sums of at most 100 products of float32 numbers of size 1: 100 · 6e-8.
+    q /= np.sqrt(H)
+    segments = some_segments(B, T)
+    out = jax.jit(attention, static_argnums=4)(q, k, v, segments, kernel)
+    # Sums of at most 256 products of float32 numbers of size 1: 256 · 6e-8.
     np.testing.assert_allclose(
-        out, reference(*(np.float64(x) for x in (q, k, v)), segments), atol=6e-6
+        out, reference(*(np.float64(x) for x in (q, k, v)), segments), atol=6e-8 * max(100, T)
     )
 
 
-def test_nothing_crosses_a_segment_in_values_or_gradients():
-    B, T, N, H = 1, 12, 2, 4
-    q, k, v = (random((B, T, N, H), i) for i in range(3))
-    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(("kernel", "T", "end"), [("xla", 12, 5), ("splash", 256, 100)])
+def test_nothing_crosses_a_segment_in_values_or_gradients(kernel, T, end):
+    """The gate: a kernel that fails it may not be used with packed documents."""
+    q, k, v = (random((1, T, 2, 4), i) for i in range(3))
+    segments = jnp.asarray([[1] * end + [2] * (T - end)])
 
     def second_document(q, k, v):
-        return jnp.sum(attention(q, k, v, jnp.asarray(segments), jnp.asarray(segments))[:, 5:] ** 2)
+        return jnp.sum(attention(q, k, v, segments, kernel)[:, end:] ** 2)
 
     value_and_grads = jax.jit(jax.value_and_grad(second_document, argnums=(0, 1, 2)))
     value, grads = value_and_grads(q, k, v)
     for grad in grads:
-        assert np.all(np.asarray(grad)[:, :5] == 0)
-        assert np.all(np.abs(np.asarray(grad)[:, 6:]).sum((0, 2, 3)) > 0)
+        assert np.all(np.asarray(grad)[:, :end] == 0)
+        assert np.all(np.abs(np.asarray(grad)[:, end + 1 :]).sum((0, 2, 3)) > 0)
     for x in (q, k, v):
-        x[:, :5] = 1e3
+        x[:, :end] = 1e3
     assert value_and_grads(q, k, v)[0] == value
 
 
-def test_the_future_is_not_seen():
-    q, k, v = (random((1, 9, 2, 4), i) for i in range(3))
-    ones = jnp.ones((1, 9), jnp.int32)
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(("kernel", "T"), [("xla", 9), ("splash", 128)])
+def test_the_future_is_not_seen(kernel, T):
+    q, k, v = (random((1, T, 2, 4), i) for i in range(3))
 
     def early(q, k, v):
-        return jnp.sum(attention(q, k, v, ones, ones)[:, :4] ** 2)
+        return jnp.sum(attention(q, k, v, None, kernel)[:, :4] ** 2)
 
     for grad in jax.jit(jax.grad(early, argnums=(1, 2)))(q, k, v):
         assert np.all(np.asarray(grad)[:, 4:] == 0)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_every_kernel_agrees_on_every_mesh(kernel, shape, packed):
+    """Values and gradients, with and without documents, of sequences that are split or not."""
+    B, T, N, K, H = 2, 1024, 4, 2, 8
+    q, k, v = random((B, T, N, H), 0), random((B, T, K, H), 1), random((B, T, K, H), 2)
+    q /= np.sqrt(H)
+    segments = some_segments(B, T) if packed else None
+
+    def loss(kernel, q, k, v, segments, weights):
+        out = attention(q, k, v, segments, kernel)
+        return jnp.sum(out * jax.reshard(weights, jax.typeof(out).sharding.spec)), out
+
+    made = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
+    weights = random(q.shape, 4)
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        expected = made("xla", q, k, v, segments, weights)
+    with jax.set_mesh(mesh_of(shape)):
+        order = in_balanced_order(np.arange(T))
+        operands = [x if x is None else x[:, order] for x in (q, k, v, segments, weights)]
+        found = made(kernel, *operands)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Sums of at most 1024 float32 products of size 1: 1024 · 6e-8.
+        np.testing.assert_allclose(one, np.asarray(other)[:, order], atol=6e-5)
+
+
+@pytest.mark.usefixtures("one_device")
 def test_an_offset_places_queries_at_later_slots():
     q, k, v = (random((1, 10, 4, 8), i) for i in range(3))
     ones = np.ones((1, 10), np.int32)
-    whole = jax.jit(attention)(q, k, v, ones, ones)
-    part = jax.jit(attention)(q[:, 6:8], k, v, ones[:, 6:8], ones, 6)
+    whole = jax.jit(attention)(q, k, v, ones)
+    part = jax.jit(cached_attention)(q[:, 6:8], k, v, ones[:, 6:8], ones, 6)
     np.testing.assert_allclose(part, whole[:, 6:8], atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize(
+    ("kernel", "T", "sentence"),
+    [
+        ("splash", 100, "splash needs a multiple of 128 positions, and has 100 in all; take auto"),
+        ("cudnn", 128, "cudnn needs an NVIDIA GPU, and this is a cpu; take auto or xla"),
+    ],
+)
+def test_a_kernel_that_cannot_is_refused_by_name(kernel, T, sentence):
+    q = jnp.zeros((1, T, 2, 8))
+    with pytest.raises(InputError, match=sentence):
+        jax.jit(partial(attention, kernel=kernel))(q, q, q, None)
+
+
+@pytest.mark.parametrize(
+    ("platform", "packed", "kernel"),
+    [("tpu", True, "splash"), ("gpu", False, "cudnn"), ("gpu", True, "xla"), ("cpu", True, "xla")],
+)
+def test_auto_takes_the_kernel_of_the_platform(monkeypatch, platform, packed, kernel):
+    monkeypatch.setattr(attention_module, "platform", lambda: platform)
+    monkeypatch.setattr(attention_module, "context_parts", lambda: 1)
+    q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
+    segments = jnp.ones((1, 128), jnp.int32) if packed else None
+    assert attention_module._chosen("auto", q, segments) == kernel

@@ -1,6 +1,7 @@
 """The training step: equal on every mesh, in any number of pieces, and safe from NaN."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import optax
 import pytest
 from conftest import MESHES, mesh_of, tiny_config, tiny_model
 
-from llama_jax.checkpoint import abstract
 from llama_jax.data.batches import Batch
 from llama_jax.model.transformer import forward
 from llama_jax.sharding import one_device_mesh, place
+from llama_jax.training import loss as loss_module
 from llama_jax.training.step import StepMetrics, eval_step, gradients, init_state, train_step
+from llama_jax.tree import abstract
 
 CONFIG = tiny_config(z_loss=1e-3)
 gradients = jax.jit(gradients, static_argnums=0)
@@ -92,12 +94,79 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_loss(here):
     assert_close(jax.tree.map(jnp.subtract, grads, plain), expected, 1e-6)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
+@pytest.mark.parametrize("mesh", [*MESHES[1:], (2, 1, 2, 2)])
 def test_loss_and_gradients_agree_on_every_mesh(here, mesh):
     state, expected = here
     with jax.set_mesh(mesh_of(mesh)):
         model, _ = on_this_mesh(state)
         assert_close(gradients(CONFIG, model, placed()), expected)
+
+
+# Each axis alone, and each pair of them: (data, fsdp, tensor, context).
+WAYS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 1), (1, 1, 1, 8), (2, 4, 1, 1), (2, 1, 4, 1)]
+WAYS += [(2, 1, 1, 4), (1, 4, 2, 1), (1, 2, 1, 4), (1, 1, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def losses_here(here):
+    return losses_of_20_steps(here[0], (1, 1, 1, 1))
+
+
+def losses_of_20_steps(state, mesh):
+    losses = []
+    with jax.set_mesh(mesh_of(mesh)):
+        model, opt_state = on_this_mesh(state)
+        batch = placed()
+        lowered = train_step.lower(CONFIG, model, opt_state, batch, jnp.int32(0))
+        # Ten programs are compiled, and each runs for a moment.
+        quickly: Any = {
+            "xla_backend_optimization_level": 0,
+            "xla_llvm_disable_expensive_passes": True,
+        }
+        compiled = lowered.compile(compiler_options=quickly)
+        for step in range(20):
+            model, opt_state, metrics = compiled(model, opt_state, batch, jnp.int32(step))
+            losses.append(float(metrics.loss))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", WAYS)
+def test_every_parallel_way_gives_the_losses_of_one_device(here, losses_here, mesh):
+    assert losses_here[-1] < 0.5 * losses_here[0]  # it learns the batch
+    np.testing.assert_allclose(losses_of_20_steps(here[0], mesh), losses_here, rtol=1e-5)
+
+
+def test_the_logits_of_a_batch_are_never_there_at_once(monkeypatch):
+    B, T, V = 32, 64, 16_384
+    config = tiny_config(tiny_model(vocab_size=V))
+
+    def temporaries(chunk_bytes):
+        monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+        with jax.set_mesh(one_device_mesh()):
+            model, _ = abstract(partial(init_state, config), jax.random.key(0))
+            batch = Batch(*(jax.ShapeDtypeStruct((1, B, T), jnp.int32) for _ in range(4)))
+            made = jax.jit(lambda model, batch: gradients.__wrapped__(config, model, batch))
+            return made.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 4 * B * T * V
+    assert temporaries(1 << 40) > logits
+    assert temporaries(1 << 20) < 0.5 * logits
+
+
+def test_bfloat16_trains_too(here):
+    """The loss falls as in float32, within bfloat16's 8 bits."""
+    config = tiny_config(tiny_model(dtype="bfloat16", reduce_dtype="bfloat16"))
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        model, opt_state = on_this_mesh(here[0])
+        losses = []
+        for step in range(5):
+            model, opt_state, metrics = train_step(
+                config, model, opt_state, placed(), jnp.int32(step)
+            )
+            losses.append(float(metrics.loss))
+    assert losses[0] == pytest.approx(float(here[1][1]), rel=2**-7)
+    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""Activations times weights: where weights are gathered, and how their gradients are summed."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama_jax.family import ModelConfig
+from llama_jax.sharding import (
+    act,
+    gather,
+    platform,
+    sum_gradient,
+    vocabulary_parts,
+    vocabulary_start,
+    weight,
+)
+
+
+def _einsum_in_order(equation: str, x: jax.Array, y: jax.Array, sharding) -> jax.Array:
+    """Returns the einsum, summed over its letters as they come: N, H where jnp.einsum takes H, N.
+
+    It sorts them, and XLA's CPU back end then writes out both operands turned.
+    """
+    letters = sorted(set(equation) - set(",->"), key=equation.index)
+    ascending = str.maketrans({letter: chr(ord("a") + i) for i, letter in enumerate(letters)})
+    return jnp.einsum(equation.translate(ascending), x, y, out_sharding=sharding)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _einsum(equation: str, reduce_dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    w_dims, y_dims = equation.split(",")[1].split("->")
+    return _einsum_in_order(equation, x, gather(w, w_dims, x.dtype), act(y_dims))
+
+
+def _einsum_forward(equation: str, reduce_dtype: str, x: jax.Array, w: jax.Array):
+    return _einsum(equation, reduce_dtype, x, w), (x, w)
+
+
+def _einsum_backward(equation: str, reduce_dtype: str, operands, dy: jax.Array):
+    x, w = operands
+    inputs, y_dims = equation.split("->")
+    x_dims, w_dims = inputs.split(",")
+    w_gathered = gather(w, w_dims, x.dtype)
+    dx = _einsum_in_order(f"{y_dims},{w_dims}->{x_dims}", dy, w_gathered, jax.typeof(x).sharding)
+
+    def weight_gradient(x, dy):
+        # All positions of the batch in one row: as two letters, they would be summed one by one.
+        x, dy = (a.reshape(-1, *a.shape[2:]) for a in (x, dy))
+        dims = f"M{x_dims[2:]},M{y_dims[2:]}->{w_dims}"
+        dw = jnp.einsum(dims, x, dy, preferred_element_type=wide(x.dtype)).astype(w.dtype)
+        return sum_gradient(dw, w_dims, reduce_dtype)
+
+    specs = act(x_dims), act(y_dims)
+    mapped = jax.shard_map(
+        weight_gradient, in_specs=specs, out_specs=weight(w_dims), check_vma=False
+    )
+    return dx, mapped(jax.reshard(x, specs[0]), dy)
+
+
+# The gradients are those of jnp.einsum, in an order that no compiler has to turn: what JAX derives
+# for the weight is dyᵀx, transposed, and a sum over B and T apart, for both of which XLA's CPU back
+# end writes out an operand turned. Where it is summed over devices is not left to the compiler.
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def matmul(config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
+    """Returns the einsum of an activation and a weight, in the activation's dtype.
+
+    The letters name how the operands and the result are split. The weight is cast first, so that
+    it is gathered over `fsdp` in the compute type; its gradient is reduced in
+    `config.reduce_dtype`.
+    """
+    product: Any = _einsum(equation, config.reduce_dtype, x, w[...])
+    return product
+
+
+def wide(dtype: Any) -> Any:
+    """Returns the type in which products of `dtype` come out with all that they summed up.
+
+    XLA's CPU back end has no products of bfloat16 that come out as float32.
+    """
+    return dtype if platform() == "cpu" else jnp.float32
+
+
+def embed(config: ModelConfig, table_VD: nnx.Param, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the rows of the embedding that the tokens name, [B, T, D] in config.dtype."""
+    rows: Any = _embed(config.dtype, config.reduce_dtype, table_VD[...], tokens_BT)
+    return rows
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _embed(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    # A look-up in a table split over fsdp would make the compiler replicate it: gathered first.
+    return gather(table_VD, "VD", dtype).at[tokens_BT].get(out_sharding=act("BTD"))
+
+
+def _embed_forward(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT: jax.Array):
+    return _embed(dtype, reduce_dtype, table_VD, tokens_BT), (table_VD, tokens_BT)
+
+
+def _embed_backward(dtype: str, reduce_dtype: str, operands, dx_BTD: jax.Array):
+    """Adds up in the table's own type: a common token comes hundreds of times in a batch."""
+    table_VD, tokens_BT = operands
+
+    def table_gradient(tokens_BT, dx_BTD):
+        size = table_VD.shape[0] // vocabulary_parts()
+        rows_BT = tokens_BT - vocabulary_start(size)
+        rows_BT = jnp.where(rows_BT < 0, size, rows_BT)  # another device's
+        d_table_VD = jnp.zeros((size, dx_BTD.shape[-1]), table_VD.dtype)
+        d_table_VD = d_table_VD.at[rows_BT].add(dx_BTD.astype(table_VD.dtype), mode="drop")
+        return sum_gradient(d_table_VD, "VD", reduce_dtype)
+
+    specs = act("BT"), act("BTD")
+    mapped = jax.shard_map(table_gradient, in_specs=specs, out_specs=weight("VD"), check_vma=False)
+    return mapped(tokens_BT, dx_BTD), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
