@@ -16,9 +16,12 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from llama_jax.family import ModelConfig
 
 BATCH, LENGTH, VOCAB = 4, 512, 32_000
 Dtype = Literal["float32", "bfloat16"]
@@ -26,35 +29,49 @@ Dtype = Literal["float32", "bfloat16"]
 
 def llama_jax(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of llama_jax and returns the loss."""
+    from llama_jax.family import ModelConfig
+
+    model = ModelConfig(
+        dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=1376,
+        vocab_size=VOCAB, dtype=dtype, remat="none", scan=False,
+    )  # fmt: skip
+    step = stepper(model, tokens)
+    return lambda: float(step())
+
+
+def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> Callable[[], Any]:
+    """Returns a function that begins one step on `tokens` [B, T + 1] and returns its loss.
+
+    Without `segments` rows are plain texts, as other projects' benchmarks have them.
+    """
     import jax
     import jax.numpy as jnp
 
     from llama_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
     from llama_jax.data.batches import Batch
-    from llama_jax.family import ModelConfig
     from llama_jax.sharding import one_device_mesh, place
+    from llama_jax.training.memory import keep_freed_memory
     from llama_jax.training.step import init_state, train_step
 
+    keep_freed_memory()  # as `llama-jax train` does
+    B, T = tokens[:, 1:].shape
     config = Config(
-        model=ModelConfig(
-            dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=1376,
-            vocab_size=VOCAB, dtype=dtype, remat="none", scan=False,
-        ),
-        data=DataConfig(mixture={"random": 1.0}, batch_size=BATCH, seq_len=LENGTH),
+        model=model,
+        data=DataConfig(mixture={"random": 1.0}, batch_size=B, seq_len=T),
         optimizer=OptimizerConfig(warmup_steps=1),
         training=TrainingConfig(out="none", steps=1000),
-    )  # fmt: skip
+    )
     ones = np.ones_like(tokens[:, 1:])
-    fields = (tokens[:, :-1], tokens[:, 1:], ones * np.arange(LENGTH), ones)
+    fields = (tokens[:, :-1], tokens[:, 1:], ones * np.arange(T), ones if segments else None)
     with jax.set_mesh(one_device_mesh()):
-        batch = Batch(*(place(x[None].astype(np.int32), "ABT") for x in fields))
+        batch = Batch(*(x if x is None else place(x[None].astype(np.int32), "ABT") for x in fields))
         state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
 
-    def step() -> float:
+    def step() -> jax.Array:
         nonlocal state
         with jax.set_mesh(one_device_mesh()):
             *state, metrics = train_step(config, *state, batch, jnp.int32(0))
-            return float(metrics.loss)
+        return metrics.loss
 
     return step
 

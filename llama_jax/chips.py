@@ -1,0 +1,62 @@
+"""What is known of each kind of accelerator, and how programs are compiled for it.
+
+The one table that training and plans both read, so that what is planned is what runs.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of accelerator. Numbers are from its maker's data sheet.
+
+    Attributes:
+        kind: how `jax.Device.device_kind` begins.
+        tflops: dense bfloat16 matrix products of one device [TFLOP/s].
+        hbm: memory of one device [GiB]; this and what follows only where plans are made.
+        dimensions: of its network.
+        link: bandwidth of one link of the network, in one direction [GB/s].
+        settings: what the TPU compiler wants to know of it.
+        options: of XLA, for training; the reasons stand beside them.
+    """
+
+    kind: str
+    tflops: float
+    hbm: float = 0.0
+    dimensions: int = 0
+    link: float = 0.0
+    settings: str = "default"
+    options: dict[str, str] = field(default_factory=dict)
+
+
+# Tried and left on v5p: more fast memory for tiles (xla_tpu_scoped_vmem_limit_kib 32768) makes the
+# estimate 1 % better, triples the time to compile, and no gather is hidden any more.
+_OVERLAP = {
+    # Weights are gathered in steps inside of the products that run meanwhile.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    # One gather may go on through several products.
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    # The core that computes may also drive the network.
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
+CHIPS = {
+    "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, "megacore", _OVERLAP),
+    "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, options=_OVERLAP),
+    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _OVERLAP),
+    "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, options=_OVERLAP),
+    "v3": Chip("TPU v3", 61.5),  # a core; JAX shows two a chip
+    "a100": Chip("NVIDIA A100", 312.0),
+    "h100-pcie": Chip("NVIDIA H100 PCIe", 756.0),
+    "h100": Chip("NVIDIA H100", 989.0),
+    "h200": Chip("NVIDIA H200", 989.0),
+    "b200": Chip("NVIDIA B200", 2250.0),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the chip whose kind is the longest start of `device_kind`, or None."""
+    fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
+    return max(fitting, key=lambda chip: len(chip.kind), default=None)

@@ -1,0 +1,186 @@
+"""What a run on a pod will need and reach, from what the compiler says of its training step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from llama_jax.chips import Chip
+from llama_jax.config import Config, MeshConfig
+from llama_jax.plan import pod as pods
+from llama_jax.plan import program
+from llama_jax.plan.pod import Pod
+from llama_jax.plan.program import Collective, DoesNotFit, Program
+from llama_jax.sharding import check_divides, make_mesh
+
+# The share of the peak that attention kernels reach with heads of 128: published measurements of
+# splash attention lie between 40 and 60 %. Smaller heads fill the matrix unit in part.
+ATTENTION_EFFICIENCY = 0.5
+_RECOMPUTES_ATTENTION = ("full", "offload")
+_BETWEEN_SLICES = 6.25  # GB/s for each chip: a host's 200 Gbit/s, over its 4 chips
+
+
+@dataclass
+class Plan:
+    """What a run will need and reach. Bytes are of one chip, seconds of one step.
+
+    Attributes:
+        memory: bytes by kind.
+        compiler: the compiler's own estimate of a step, without attention and network [s]; 0 where
+            the run does not fit or the compiler gives none that makes sense.
+        attention: time of the attention kernels, by the model of `attention_seconds` [s].
+        network: time of the collectives that no computation hides [s].
+        sent: bytes that a chip sends, by kind of collective.
+        exposed: of these, those that no computation hides.
+        flops: of the hardware, attention included, on one chip in a step.
+    """
+
+    config: Config
+    pod: Pod
+    memory: dict[str, float] = field(default_factory=dict)
+    compiler: float = 0.0
+    attention: float = 0.0
+    network: float = 0.0
+    sent: dict[str, float] = field(default_factory=dict)
+    exposed: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    compile_seconds: float = 0.0
+
+    @property
+    def needed(self) -> float:
+        """Bytes of memory that a chip needs."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Tells whether that is there."""
+        return self.needed <= self.pod.chip.hbm * 2**30
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step, all in all."""
+        return self.compiler + self.attention + self.network
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.config.data.batch_size * self.config.data.seq_len
+
+    def mfu(self, seconds: float, *, causal: bool = True) -> float:
+        """Returns the share of the peak that the model's FLOPs are, in a step of `seconds`.
+
+        Causal counting takes the half of attention that causality leaves; full counting, which
+        some publish, takes all of it.
+        """
+        model, T = self.config.model, self.config.data.seq_len
+        a_token = model.flops_per_token(T)
+        if not causal:
+            a_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
+        return a_token * self.tokens / seconds / (self.pod.size * self.pod.chip.tflops * 1e12)
+
+    @property
+    def hfu(self) -> float:
+        """The same share of all FLOPs that the hardware does, what is done twice included."""
+        return self.flops / self.step / (self.pod.chip.tflops * 1e12)
+
+
+def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
+    """Compiles the step of a run three times, and returns what it tells.
+
+    The whole program says how much memory it takes. Two of one and of two layers, unrolled, say
+    what a layer and what the rest costs, because the compiler counts the body of a loop once.
+
+    Args:
+        tell: is told what is being done.
+
+    Raises:
+        InputError: the mesh does not divide the pod, the model or the batch.
+    """
+    mesh = make_mesh(config.mesh, pods.devices(pod))
+    rows = config.data.batch_size // config.training.micro_batches
+    check_divides(mesh, config.model, rows, config.data.seq_len)
+    config = replace(config, mesh=MeshConfig(**dict(mesh.shape)))  # -1 is filled
+    plan = Plan(config, pod)
+    tell("compiling the whole step, for its memory …")
+    try:
+        whole = program.compiled(config, mesh, pod.chip)
+    except DoesNotFit as error:
+        plan.memory = {"all": float(error.needed or 0) or float("inf")}
+        return plan
+    tell(f"compiled in {whole.compile_seconds:.0f} s; now a layer, for its time …")
+    one, two = (program.compiled(program.of_depth(config, n), mesh, pod.chip) for n in (1, 2))
+    layers, micro = config.model.n_layers, config.training.micro_batches
+
+    def extrapolated(first: float, second: float) -> float:
+        return micro * (first + (layers - 1) * (second - first))
+
+    plan.memory = _memory(config, whole, one, two)
+    if not 0 < one.seconds < two.seconds:
+        # Collectives on the SparseCore make it negative.
+        tell(f"the compiler gives no usable estimate of time for {pod}: memory alone is told")
+        return plan
+    plan.compiler = extrapolated(one.seconds, two.seconds)
+    plan.attention = attention_seconds(config, dict(mesh.shape), pod.chip)
+    plan.flops = extrapolated(one.flops, two.flops)
+    plan.flops += plan.attention * ATTENTION_EFFICIENCY * pod.chip.tflops * 1e12
+    for kind in sorted({c.kind for p in (one, two) for c in p.collectives}):
+        sums = [_sums(p.collectives, kind, pod) for p in (one, two)]
+        plan.sent[kind], plan.exposed[kind], seconds = map(extrapolated, *sums)
+        plan.network += seconds
+    plan.compile_seconds = sum(p.compile_seconds for p in (whole, one, two))
+    return plan
+
+
+def _memory(config: Config, whole: Program, one: Program, two: Program) -> dict[str, float]:
+    """Returns the bytes by kind; activations are what one more layer adds to the temporaries.
+
+    What one more layer's gradient adds is about one more layer's weights.
+    """
+    layers = config.model.n_layers
+    a_layer = two.temporaries - one.temporaries - (two.weights - one.weights)
+    activations = min(max(0, a_layer * layers), whole.temporaries)
+    return {
+        "weights": whole.weights,
+        "optimizer": whole.optimizer,
+        "batch": whole.arguments - whole.weights - whole.optimizer,
+        "activations": activations,
+        "temporaries": whole.temporaries - activations,
+    }
+
+
+def _sums(found: list[Collective], kind: str, pod: Pod) -> tuple[float, float, float]:
+    """Returns the bytes sent, those of them that nothing hides, and the seconds of these."""
+    mine = [c for c in found if c.kind == kind]
+    exposed = [c for c in mine if not c.hidden]
+    seconds = sum(c.bytes / (network_bandwidth(pod, c.devices) * 1e9) for c in exposed)
+    return sum(c.bytes for c in mine), sum(c.bytes for c in exposed), seconds
+
+
+def network_bandwidth(pod: Pod, devices: int) -> float:
+    """Returns how fast a chip sends within a group of `devices` [GB/s].
+
+    A group spans the fewest dimensions of the network that hold it, and uses both links of each.
+    One that is larger than a slice waits for the network between slices.
+    """
+    if devices > pod.size // pod.slices:
+        return _BETWEEN_SLICES
+    held, spanned = 1, 0
+    for size in sorted(pod.shape):
+        if held >= devices:
+            break
+        held, spanned = held * size, spanned + 1
+    return 2 * pod.chip.link * max(1, spanned)
+
+
+def attention_seconds(config: Config, mesh: dict[str, int], chip: Chip) -> float:
+    """Returns the time of the attention kernels of a step.
+
+    They make two products forward and five backward, of which causality leaves half, and the
+    forward ones again where `model.remat` keeps none of attention's results; at
+    `ATTENTION_EFFICIENCY` of the peak.
+    """
+    model, T = config.model, config.data.seq_len
+    products = 9 if model.remat in _RECOMPUTES_ATTENTION else 7
+    a_product = config.data.batch_size * T * T * model.n_heads * model.head_dim  # half of 2·T²
+    chips = math.prod(mesh.values())
+    efficiency = ATTENTION_EFFICIENCY * min(1.0, model.head_dim / 128)
+    return products * model.n_layers * a_product / chips / (chip.tflops * 1e12 * efficiency)

@@ -1,0 +1,194 @@
+import dataclasses
+import json
+import math
+
+import pytest
+from conftest import mesh_of, peer, tiny_config, tiny_model
+
+from llama_jax import cli
+from llama_jax.config import Config, DataConfig, MeshConfig, TrainingConfig
+from llama_jax.errors import InputError
+from llama_jax.family import FAMILY
+from llama_jax.plan import estimate, pod, program, search, show
+from llama_jax.plan.estimate import Plan
+
+TOPOLOGY = "v5p:4x4x4"
+
+
+def run_of(name: str, batch: int, seq_len: int, **changes) -> Config:
+    return Config(
+        model=dataclasses.replace(FAMILY[name], **changes),
+        mesh=MeshConfig(),
+        data=DataConfig(mixture={"x": 1.0}, batch_size=batch, seq_len=seq_len),
+        training=TrainingConfig(out="x", steps=1000),
+    )
+
+
+@pytest.mark.parametrize(
+    ("topology", "sentence"),
+    [
+        ("v5p", r"write KIND:SHAPE as in v5p:4x4x4"),
+        ("v9:4x4", r"kinds: v4, v5e, v5p, v6e$"),
+        ("v5p:4x4", r"v5p has a network of 3 dimensions, as in v5p:4x4x8"),
+        ("0*v5e:4x4", r"v5e has a network of 2 dimensions"),
+    ],
+)
+def test_a_topology_that_is_not_one_is_refused(topology, sentence):
+    with pytest.raises(InputError, match=sentence):
+        pod.parse(topology)
+
+
+def test_a_topology_reads_back():
+    assert [str(pod.parse(t)) for t in ("v5p:4x4x8", "2*v6e:16x16")] == ["v5p:4x4x8", "2*v6e:16x16"]
+    assert pod.parse("2*v6e:16x16").size == 512
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("mesh['axis_0'=16,'axis_1'=4], device_ids=([4,16]T(1,0)) {'axis_0'}, dimensions={1}", 16),
+        ("mesh['axis_0'=16,'axis_1'=4] {'axis_0','axis_1'}, use_global", 64),
+        ("{{0,16,32,48},{1,17,33,49}}, use_global_device_ids=true", 4),
+        ("[4,16]<=[64], use_global_device_ids=true", 16),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_notation(groups, size):
+    assert program.group_size(groups) == size
+
+
+def test_collectives_are_read_from_the_text_of_a_program():
+    text = """\
+%async_collective_fusion.1 (p: bf16[4,256]) -> bf16[64,256] {
+  %all-gather.1 = bf16[64,256]{1,0} all-gather(%p), channel_id=7, replica_groups=[4,16]<=[64]
+}
+%fused_computation.2 (p: bf16[4,256]) -> bf16[64,256] {
+  %all-gather.2 = bf16[64,256]{1,0} all-gather(%p), channel_id=7, replica_groups=[4,16]<=[64]
+}
+ENTRY %main (p: f32[64,256]) -> f32[4,256] {
+  %r.1 = f32[4,256]{1,0} reduce-scatter(%p), channel_id=1, replica_groups=[4,16]<=[64], to_apply=%a
+  %r.2 = f32[4,256]{1,0} reduce-scatter(%p), channel_id=1, replica_groups=[4,16]<=[64], to_apply=%a
+  %a = (f32[8]{0}, f32[8]{0}) all-reduce(%p, %q), channel_id=2, replica_groups={{0,1},{2,3}}, to
+}
+"""
+    gathered = 64 * 256 * 2 * 15 / 16
+    assert list(program.collectives(text)) == [
+        ("all-gather", gathered, 16, True),
+        ("reduce-scatter", 2 * gathered, 16, False),
+        ("reduce-scatter", 2 * gathered, 16, False),
+        ("all-reduce", 64, 2, False),
+    ]
+
+
+def test_mfu_is_the_papers_count():
+    """65B on 2,048 A100 at 380 tokens/s each is 48.6 % with causal attention."""
+    config = run_of("llama-65b", 2048, 2048)
+    plan = Plan(config, pod.Pod("v5p", (8, 8, 32), 1))
+    seconds = plan.tokens / 380 / 2048
+    assert plan.mfu(seconds) * 459 / 312 == pytest.approx(0.486, abs=0.002)
+    assert plan.mfu(seconds, causal=False) > plan.mfu(seconds)
+
+
+def test_attention_takes_its_products_at_half_the_peak():
+    config = run_of("llama-7b", 256, 2048, remat="none")
+    chip = pod.parse("v5p:4x4x4").chip
+    seven = estimate.attention_seconds(config, {"fsdp": 64}, chip)
+    flops = 7 * 32 * 4 * 2048**2 * 32 * 128  # layers, rows of a chip, T², heads of 128
+    assert seven == pytest.approx(flops / (459e12 / 2))
+    full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+    assert estimate.attention_seconds(full, {"fsdp": 64}, chip) == pytest.approx(seven * 9 / 7)
+
+
+def test_a_group_uses_the_links_of_the_dimensions_that_it_spans():
+    place = pod.parse("2*v5p:4x4x4")
+    speeds = [estimate.network_bandwidth(place, n) for n in (4, 16, 64, 128)]
+    assert speeds == [180, 360, 540, estimate._BETWEEN_SLICES]
+
+
+def test_what_is_searched_divides_and_keeps_what_it_says():
+    config = run_of("llama2-70b", 1024, 4096)
+    place = pod.parse("v5e:16x16")
+    ways = list(search.candidates(config, place))
+    assert len(ways) > 50
+    for way in ways:
+        assert math.prod(dataclasses.astuple(way.mesh)) == place.size
+        assert way.data.batch_size % (way.mesh.data * way.mesh.fsdp) == 0
+    by_remat = {w.model.remat: search.memory(w) for w in ways if w.mesh == ways[0].mesh}
+    kept = ["none", "products", "projections", "attention", "full"]
+    assert sorted(by_remat, key=lambda remat: -by_remat[remat]) == kept
+    long = run_of("llama3.1-8b", 16, 131_072)
+    assert {way.mesh.context for way in search.candidates(long, place)} > {16}
+
+
+@pytest.fixture(scope="module")
+def tiny_plan():
+    peer("libtpu")
+    # Each part fills the tiles of a TPU: else the compiler sums first and cuts then.
+    model = tiny_model(
+        dim=512, hidden_dim=1024, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=128,
+        vocab_size=1024, context=256, dtype="bfloat16",
+    )  # fmt: skip
+    config = dataclasses.replace(
+        tiny_config(model, steps=1000),
+        mesh=MeshConfig(data=16, fsdp=4),
+        data=DataConfig(mixture={"x": 1.0}, batch_size=128, seq_len=256),
+    )
+    return estimate.make(config, pod.parse(TOPOLOGY), lambda _: None)
+
+
+def test_a_plan_knows_its_memory(tiny_plan):
+    n_params = tiny_plan.config.model.n_params
+    assert tiny_plan.memory["weights"] == pytest.approx(4 * n_params / 4, rel=1e-3)
+    assert tiny_plan.memory["optimizer"] == pytest.approx(8 * n_params / 4, rel=1e-3)
+    assert tiny_plan.fits
+    assert 0 < tiny_plan.mfu(tiny_plan.step) < tiny_plan.mfu(tiny_plan.compiler) < 1
+
+
+def test_communication_is_as_designed(tiny_plan):
+    """Weights are gathered in bfloat16, twice; gradients are scattered as they are summed, once."""
+    model = tiny_plan.config.model
+    # The embedding is read forward and the head's gradient is made at once: both gathered once.
+    ends = 2 * model.vocab_size * model.dim
+    layers = model.n_params - ends
+    # The last layer's backward pass may find them still there.
+    twice = (2 * layers + ends) * 2 * 3 / 4
+    assert 0.9 * twice < tiny_plan.sent["all-gather"] < 1.02 * twice
+    scattered = model.n_params * 4 * 3 / 4
+    assert tiny_plan.sent["reduce-scatter"] == pytest.approx(scattered, rel=0.02)
+    # What is left of each, a quarter, is summed over the replicas: there and back.
+    summed = 2 * model.n_params / 4 * 4 * 15 / 16
+    assert tiny_plan.sent["all-reduce"] == pytest.approx(summed, rel=0.02)
+    assert tiny_plan.exposed["all-gather"] < 0.2 * tiny_plan.sent["all-gather"]
+
+
+def test_a_plan_is_told_as_a_table_and_as_json(tiny_plan, capsys):
+    show.show(tiny_plan)
+    told = capsys.readouterr().out
+    for part in ("fits in 95 GiB", "+ attention, by a model", "reduce-scatter", "chip-hours"):
+        assert part in told
+    about = json.loads(json.dumps(show.as_dict(tiny_plan)))
+    assert about["step_seconds"]["all"] == pytest.approx(tiny_plan.step)
+    assert about["chips"] == 64
+
+
+def test_plan_refuses_what_does_not_divide(capsys, tmp_path):
+    peer("libtpu")
+    (tmp_path / "run.yaml").write_text(
+        "model: {family: llama-7b}\ndata: {mixture: {data/x: 1}, batch_size: 12}\n"
+        "training: {out: runs/x, steps: 10}\n"
+    )
+    assert cli.main(["plan", str(tmp_path / "run.yaml"), "--topology", TOPOLOGY]) == 2
+    assert "does not divide the 12 rows" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / "run.yaml"), "--topology", "v5p:2"]) == 2
+
+
+def test_an_estimate_that_makes_no_sense_is_not_told(monkeypatch):
+    monkeypatch.setattr(estimate, "make_mesh", lambda *_: mesh_of((1, 1, 1)))
+    monkeypatch.setattr(pod, "devices", lambda _: [])
+    made = program.Program(8, 16, 24, 100, -10.9, 1e12, [], 1.0)
+    monkeypatch.setattr(program, "compiled", lambda *_: made)
+    told: list[str] = []
+    plan = estimate.make(tiny_config(), pod.parse("v6e:16x16"), told.append)
+    assert plan.compiler == 0
+    assert "no usable estimate of time for v6e:16x16" in told[-1]
+    assert plan.needed == 124
+    assert "step_seconds" not in show.as_dict(plan)
