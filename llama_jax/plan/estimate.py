@@ -13,7 +13,7 @@ from llama_jax.plan.program import Collective, DoesNotFit, Program
 from llama_jax.sharding import check_divides, make_mesh
 
 # The share of the peak that attention kernels reach with heads of 128: published measurements of
-# splash attention lie between 40 and 60 %. Smaller heads fill the matrix unit in part.
+# splash attention lie between 40 and 60 %.
 ATTENTION_EFFICIENCY = 0.5
 _RECOMPUTES_ATTENTION = ("full", "offload")
 _BETWEEN_SLICES = 6.25  # GB/s for each chip: a host's 200 Gbit/s, over its 4 chips
@@ -107,13 +107,20 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
         plan.memory = {"all": float(error.needed or 0) or float("inf")}
         return plan
     tell(f"compiled in {whole.compile_seconds:.0f} s; now a layer, for its time …")
-    one, two = (program.compiled(program.of_depth(config, n), mesh, pod.chip) for n in (1, 2))
+    plan.memory = _memory(whole, 0)
+    try:
+        one, two = (program.compiled(program.of_depth(config, n), mesh, pod.chip) for n in (1, 2))
+    except DoesNotFit:
+        tell("the whole step fits, layers out of their loop do not: memory alone is told")
+        return plan
     layers, micro = config.model.n_layers, config.training.micro_batches
 
     def extrapolated(first: float, second: float) -> float:
         return micro * (first + (layers - 1) * (second - first))
 
-    plan.memory = _memory(config, whole, one, two)
+    # What one more layer's gradient adds is about one more layer's weights.
+    a_layer = two.temporaries - one.temporaries - (two.weights - one.weights)
+    plan.memory = _memory(whole, a_layer * layers)
     if not 0 < one.seconds < two.seconds:
         # Collectives on the SparseCore make it negative.
         tell(f"the compiler gives no usable estimate of time for {pod}: memory alone is told")
@@ -121,7 +128,7 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     plan.compiler = extrapolated(one.seconds, two.seconds)
     plan.attention = attention_seconds(config, dict(mesh.shape), pod.chip)
     plan.flops = extrapolated(one.flops, two.flops)
-    plan.flops += plan.attention * ATTENTION_EFFICIENCY * pod.chip.tflops * 1e12
+    plan.flops += attention_flops(config, dict(mesh.shape))
     for kind in sorted({c.kind for p in (one, two) for c in p.collectives}):
         sums = [_sums(p.collectives, kind, pod) for p in (one, two)]
         plan.sent[kind], plan.exposed[kind], seconds = map(extrapolated, *sums)
@@ -130,14 +137,9 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     return plan
 
 
-def _memory(config: Config, whole: Program, one: Program, two: Program) -> dict[str, float]:
-    """Returns the bytes by kind; activations are what one more layer adds to the temporaries.
-
-    What one more layer's gradient adds is about one more layer's weights.
-    """
-    layers = config.model.n_layers
-    a_layer = two.temporaries - one.temporaries - (two.weights - one.weights)
-    activations = min(max(0, a_layer * layers), whole.temporaries)
+def _memory(whole: Program, activations: float) -> dict[str, float]:
+    """Returns the bytes by kind; activations are what more layers add to the temporaries."""
+    activations = min(max(0, activations), whole.temporaries)
     return {
         "weights": whole.weights,
         "optimizer": whole.optimizer,
@@ -171,16 +173,22 @@ def network_bandwidth(pod: Pod, devices: int) -> float:
     return 2 * pod.chip.link * max(1, spanned)
 
 
-def attention_seconds(config: Config, mesh: dict[str, int], chip: Chip) -> float:
-    """Returns the time of the attention kernels of a step.
+def attention_flops(config: Config, mesh: dict[str, int]) -> float:
+    """Returns what the attention kernels of a step compute on one chip.
 
     They make two products forward and five backward, of which causality leaves half, and the
-    forward ones again where `model.remat` keeps none of attention's results; at
-    `ATTENTION_EFFICIENCY` of the peak.
+    forward ones again where `model.remat` keeps none of attention's results.
     """
     model, T = config.model, config.data.seq_len
     products = 9 if model.remat in _RECOMPUTES_ATTENTION else 7
     a_product = config.data.batch_size * T * T * model.n_heads * model.head_dim  # half of 2·T²
-    chips = math.prod(mesh.values())
-    efficiency = ATTENTION_EFFICIENCY * min(1.0, model.head_dim / 128)
-    return products * model.n_layers * a_product / chips / (chip.tflops * 1e12 * efficiency)
+    return products * model.n_layers * a_product / math.prod(mesh.values())
+
+
+def attention_seconds(config: Config, mesh: dict[str, int], chip: Chip) -> float:
+    """Returns the time of the attention kernels of a step, at `ATTENTION_EFFICIENCY` of the peak.
+
+    Heads below 128 fill the matrix unit in part.
+    """
+    efficiency = ATTENTION_EFFICIENCY * min(1.0, config.model.head_dim / 128)
+    return attention_flops(config, mesh) / (chip.tflops * 1e12 * efficiency)
