@@ -67,8 +67,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=list(devices))
-    return Mesh(_across_slices(sizes, slices, devices), AXES, axis_types=types)
+        # An axis of 16 on a pod of 8 × 8 × 8 takes one of its dimensions and a part of another.
+        placed = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    else:
+        placed = _across_slices(sizes, slices, devices)
+    return Mesh(placed, AXES, axis_types=types)
 
 
 def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
@@ -80,7 +85,9 @@ def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -
     if sizes["data"] % slices == 0:
         within = tuple((sizes | {"data": sizes["data"] // slices}).values())
         across = (slices, *(1 for _ in AXES[1:]))
-        return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     if devices[0].platform == "tpu":
         raise InputError(
             f"mesh: data {sizes['data']} is no multiple of the {slices} slices, and no other axis"

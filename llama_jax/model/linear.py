@@ -49,9 +49,12 @@ def _einsum_backward(equation: str, reduce_dtype: str, operands, dy: jax.Array):
     def weight_gradient(x, dy):
         # All positions of the batch in one row: as two letters, they would be summed one by one.
         x, dy = (a.reshape(-1, *a.shape[2:]) for a in (x, dy))
-        dims = f"M{x_dims[2:]},M{y_dims[2:]}->{w_dims}"
-        dw = jnp.einsum(dims, x, dy, preferred_element_type=wide(x.dtype)).astype(w.dtype)
-        return sum_gradient(dw, w_dims, reduce_dtype)
+        # On 64 TPU chips the compiler scatters w2's gradient as it sums it, and sums w1's whole.
+        dims = "FD" if w_dims == "DF" and platform() == "tpu" else w_dims
+        equation = f"M{x_dims[2:]},M{y_dims[2:]}->{dims}"
+        dw = jnp.einsum(equation, x, dy, preferred_element_type=wide(x.dtype)).astype(w.dtype)
+        dw = sum_gradient(dw, dims, reduce_dtype)
+        return dw if dims == w_dims else dw.T
 
     specs = act(x_dims), act(y_dims)
     mapped = jax.shard_map(

@@ -16,6 +16,7 @@ from llama_jax.family import ModelConfig
 from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache
 from llama_jax.model.linear import embed, matmul
+from llama_jax.model.pointwise import rms_norm, swiglu
 from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
 from llama_jax.sharding import act, balance, in_balanced_order, in_text_order, weight
@@ -66,11 +67,8 @@ class Llama(nnx.Module):
         self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
 
 
-def rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
-    """Returns x / √(mean(x²) + eps) · scale, computed in float32 (arXiv 1910.07467)."""
-    x = x_BTD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return (x * jax.reshard(scale_D[...], act("D"))).astype(x_BTD.dtype)
+def _norm(config: ModelConfig, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:
+    return rms_norm(x_BTD, jax.reshard(scale_D[...], act("D")), config.norm_eps)
 
 
 def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, number):
@@ -94,7 +92,7 @@ def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, 
 def _feed_forward(config: ModelConfig, layer: Block, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = keep("gate", matmul(config, "BTD,DF->BTF", x_BTD, layer.w1))
     up_BTF = keep("up", matmul(config, "BTD,DF->BTF", x_BTD, layer.w3))
-    return matmul(config, "BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, layer.w2)
+    return matmul(config, "BTF,FD->BTD", swiglu(gate_BTF, up_BTF), layer.w2)
 
 
 def hidden_states(
@@ -128,10 +126,10 @@ def hidden_states(
         x_BTD, cache = carry
         x_BTD = keep("input", x_BTD)
         layer, number = layer_and_number
-        h = rms_norm(x_BTD, layer.attention_norm, config.norm_eps)
+        h = _norm(config, x_BTD, layer.attention_norm)
         attended, cache = _attend(config, layer, h, turn, segments_BT, cache, number)
         x_BTD = x_BTD + keep("attended", attended)
-        h = rms_norm(x_BTD, layer.ffn_norm, config.norm_eps)
+        h = _norm(config, x_BTD, layer.ffn_norm)
         return (x_BTD + _feed_forward(config, layer, h), cache), None
 
     layers = (model.layers, jnp.arange(config.n_layers))
@@ -140,7 +138,7 @@ def hidden_states(
     )
     if cache is not None:
         cache = cache._replace(used=cache.used + tokens_BT.shape[1])
-    return rms_norm(x_BTD, model.norm, config.norm_eps), cache
+    return _norm(config, x_BTD, model.norm), cache
 
 
 def output_head(config: ModelConfig, model: Llama, x_BTD: jax.Array) -> jax.Array:

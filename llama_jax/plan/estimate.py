@@ -1,7 +1,9 @@
 """What a run on a pod will need and reach, from what the compiler says of its training step."""
 
 import math
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from llama_jax.chips import Chip
@@ -9,7 +11,8 @@ from llama_jax.config import Config, MeshConfig
 from llama_jax.plan import pod as pods
 from llama_jax.plan import program
 from llama_jax.plan.pod import Pod
-from llama_jax.plan.program import Collective, DoesNotFit, Program
+from llama_jax.plan.program import DoesNotFit, Program
+from llama_jax.plan.schedule import Collective, Traffic, traffic
 from llama_jax.sharding import check_divides, make_mesh
 
 # The share of the peak that attention kernels reach with heads of 128: published measurements of
@@ -26,11 +29,9 @@ class Plan:
     Attributes:
         memory: bytes by kind.
         compiler: the compiler's own estimate of a step, without attention and network [s]; 0 where
-            the run does not fit or the compiler gives none that makes sense.
+            the run does not fit.
         attention: time of the attention kernels, by the model of `attention_seconds` [s].
-        network: time of the collectives that no computation hides [s].
-        sent: bytes that a chip sends, by kind of collective.
-        exposed: of these, those that no computation hides.
+        traffic: what each kind of collective costs.
         flops: of the hardware, attention included, on one chip in a step.
     """
 
@@ -39,9 +40,7 @@ class Plan:
     memory: dict[str, float] = field(default_factory=dict)
     compiler: float = 0.0
     attention: float = 0.0
-    network: float = 0.0
-    sent: dict[str, float] = field(default_factory=dict)
-    exposed: dict[str, float] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
     flops: float = 0.0
     compile_seconds: float = 0.0
 
@@ -54,6 +53,11 @@ class Plan:
     def fits(self) -> bool:
         """Tells whether that is there."""
         return self.needed <= self.pod.chip.hbm * 2**30
+
+    @property
+    def network(self) -> float:
+        """Seconds in which collectives travel and nothing computes."""
+        return sum(kind.exposed for kind in self.traffic.values())
 
     @property
     def step(self) -> float:
@@ -100,16 +104,20 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     check_divides(mesh, config.model, rows, config.data.seq_len)
     config = replace(config, mesh=MeshConfig(**dict(mesh.shape)))  # -1 is filled
     plan = Plan(config, pod)
-    tell("compiling the whole step, for its memory …")
+    tell("compiling the whole step for its memory, one layer and two for their time …")
+    begun = time.monotonic()
+    runs = (config, program.of_depth(config, 1), program.of_depth(config, 2))
+    with ThreadPoolExecutor() as pool:  # one compilation keeps more than one core busy in part
+        whole, one, two = (pool.submit(program.compiled, run, mesh, pod.chip) for run in runs)
+    plan.compile_seconds = time.monotonic() - begun
     try:
-        whole = program.compiled(config, mesh, pod.chip)
+        whole = whole.result()
     except DoesNotFit as error:
         plan.memory = {"all": float(error.needed or 0) or float("inf")}
         return plan
-    tell(f"compiled in {whole.compile_seconds:.0f} s; now a layer, for its time …")
     plan.memory = _memory(whole, 0)
     try:
-        one, two = (program.compiled(program.of_depth(config, n), mesh, pod.chip) for n in (1, 2))
+        one, two = one.result(), two.result()
     except DoesNotFit:
         tell("the whole step fits, layers out of their loop do not: memory alone is told")
         return plan
@@ -121,19 +129,13 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     # What one more layer's gradient adds is about one more layer's weights.
     a_layer = two.temporaries - one.temporaries - (two.weights - one.weights)
     plan.memory = _memory(whole, a_layer * layers)
-    if not 0 < one.seconds < two.seconds:
-        # Collectives on the SparseCore make it negative.
-        tell(f"the compiler gives no usable estimate of time for {pod}: memory alone is told")
-        return plan
     plan.compiler = extrapolated(one.seconds, two.seconds)
     plan.attention = attention_seconds(config, dict(mesh.shape), pod.chip)
     plan.flops = extrapolated(one.flops, two.flops)
     plan.flops += attention_flops(config, dict(mesh.shape))
-    for kind in sorted({c.kind for p in (one, two) for c in p.collectives}):
-        sums = [_sums(p.collectives, kind, pod) for p in (one, two)]
-        plan.sent[kind], plan.exposed[kind], seconds = map(extrapolated, *sums)
-        plan.network += seconds
-    plan.compile_seconds = sum(p.compile_seconds for p in (whole, one, two))
+    # Cycles and seconds are two models of the compiler's: the schedule is played at their ratio.
+    hertz = sum(event.cycles for event in two.events) / two.seconds
+    plan.traffic = traffic(whole.events, hertz, lambda collective: _seconds(collective, pod))
     return plan
 
 
@@ -149,28 +151,25 @@ def _memory(whole: Program, activations: float) -> dict[str, float]:
     }
 
 
-def _sums(found: list[Collective], kind: str, pod: Pod) -> tuple[float, float, float]:
-    """Returns the bytes sent, those of them that nothing hides, and the seconds of these."""
-    mine = [c for c in found if c.kind == kind]
-    exposed = [c for c in mine if not c.hidden]
-    seconds = sum(c.bytes / (network_bandwidth(pod, c.devices) * 1e9) for c in exposed)
-    return sum(c.bytes for c in mine), sum(c.bytes for c in exposed), seconds
+def _seconds(collective: Collective, pod: Pod) -> float:
+    return collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
 
 
 def network_bandwidth(pod: Pod, devices: int) -> float:
     """Returns how fast a chip sends within a group of `devices` [GB/s].
 
-    A group spans the fewest dimensions of the network that hold it, and uses both links of each.
-    One that is larger than a slice waits for the network between slices.
+    A group spans the fewest dimensions of the network that hold it: both links of those that it
+    fills, which are rings, and one of another, in which it is a line. One that is larger than a
+    slice waits for the network between slices.
     """
     if devices > pod.size // pod.slices:
         return _BETWEEN_SLICES
-    held, spanned = 1, 0
+    held, links = 1, 0
     for size in sorted(pod.shape):
-        if held >= devices:
-            break
-        held, spanned = held * size, spanned + 1
-    return 2 * pod.chip.link * max(1, spanned)
+        if held < devices:
+            links += 2 if devices >= held * size else 1
+            held *= size
+    return pod.chip.link * max(1, links)
 
 
 def attention_flops(config: Config, mesh: dict[str, int]) -> float:

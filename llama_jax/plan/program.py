@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import re
-import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,18 +11,10 @@ import jax.numpy as jnp
 from llama_jax.chips import Chip
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch
+from llama_jax.plan.schedule import Event, events
 from llama_jax.sharding import act
 from llama_jax.training.step import init_state, train_step
 from llama_jax.tree import abstract
-
-
-class Collective(NamedTuple):
-    """An operation between devices, in a compiled program."""
-
-    kind: str  # all-gather, reduce-scatter, all-reduce, …
-    bytes: float  # that a device sends
-    devices: int  # that take part
-    hidden: bool  # started before it is waited for, or inside of a product
 
 
 class Program(NamedTuple):
@@ -36,8 +26,7 @@ class Program(NamedTuple):
     temporaries: int
     seconds: float  # the compiler's estimate; a loop's body counts once, kernels not at all
     flops: float
-    collectives: list[Collective]
-    compile_seconds: float
+    events: list[Event]
 
 
 class DoesNotFit(Exception):
@@ -58,7 +47,6 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
     Raises:
         DoesNotFit: it needs more memory than a device has.
     """
-    begun = time.monotonic()
     with jax.set_mesh(mesh):
         model, opt_state = abstract(lambda: init_state(config, jax.random.key(0)))
         A, B = config.training.micro_batches, config.data.batch_size
@@ -82,11 +70,20 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        seconds=cost["optimal_seconds"],
+        seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.tflops * 1e12)),
         flops=cost["flops"],
-        collectives=list(collectives(executable.as_text() or "")),
-        compile_seconds=time.monotonic() - begun,
+        events=events(executable.as_text() or ""),
     )
+
+
+def _known(seconds: float, least: float) -> float:
+    """Returns the compiler's sum without what it doesn't know.
+
+    It counts whatever it has no estimate for (all that is handed to the SparseCore) as -1 s. No
+    step of a layer or two is a second slower than its FLOPs at the peak, so the least number of
+    whole seconds that is missing is theirs.
+    """
+    return seconds + max(0, math.ceil(least - seconds))
 
 
 def of_depth(config: Config, layers: int) -> Config:
@@ -112,60 +109,3 @@ def _used(message: str) -> int | None:
     """Returns the bytes that the compiler says it would need: '… temporaries (102.24G) …'."""
     found = re.search(r"(?:Used|temporaries) \(?([\d.]+)([KMGT])\b", message)
     return found and int(float(found[1]) * 1024 ** (" KMGT".index(found[2])))
-
-
-_OPERATION = re.compile(
-    r" *(?:ROOT )?%[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<kind>all-gather|reduce-scatter|all-reduce"
-    r"|all-to-all|collective-permute)(?P<start>-start)?"
-    r"\(.*?channel_id=(?P<channel>\d+), (?:replica_groups|source_target_pairs)=(?P<groups>.*)"
-)
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
-
-
-def collectives(text: str) -> Iterator[Collective]:
-    """Yields the collectives in the text of a compiled program.
-
-    One that is started, or done step by step inside of products, stands in fusions: several times,
-    with one number.
-    """
-    fused, seen = False, set[str]()
-    for line in text.splitlines():
-        if line.startswith(("%", "ENTRY")):
-            fused = line.startswith(("%fused_computation", "%async_collective_fusion"))
-        found = _OPERATION.match(line)
-        if found is None or (fused and found["channel"] in seen):
-            continue
-        if fused:
-            seen.add(found["channel"])
-        devices, size, kind = group_size(found["groups"]), _size(found["type"]), found["kind"]
-        # A started all-gather's type holds what goes in and what comes out.
-        if found["start"] and kind == "all-gather":
-            size = size * devices // (devices + 1)
-        if kind == "reduce-scatter":
-            size *= devices
-        share = 1.0 if kind == "collective-permute" else (devices - 1) / devices
-        sent = size * share * (2 if kind == "all-reduce" else 1)
-        hidden = fused or bool(found["start"])
-        yield Collective(kind, sent, devices, hidden)
-
-
-def _size(shapes: str) -> int:
-    """Returns the bytes of 'bf16[4096,64]{…}', or of a tuple of such."""
-    found = re.findall(r"\b(\w+)\[([\d,]*)\]", shapes)
-    return sum(
-        _BYTES.get(dtype, 0) * math.prod(int(n) for n in sizes.split(",") if n)
-        for dtype, sizes in found
-    )
-
-
-def group_size(groups: str) -> int:
-    """Returns how many devices a group of `replica_groups` has, in any of XLA's notations."""
-    if groups.startswith("mesh["):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
-        axes = re.search(r"\{('[^}]*)\}", groups)
-        return (
-            math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes[1])) if axes else 1
-        )
-    if groups.startswith("{{"):
-        return groups.partition("}")[0].count(",") + 1
-    return int(re.findall(r"\d+", groups)[1])

@@ -40,8 +40,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "mfu_causal_compiler_alone": plan.mfu(plan.compiler),
         "mfu_causal_with_attention": plan.mfu(plan.compiler + plan.attention),
         "hfu": plan.hfu,
-        "sent": plan.sent,
-        "exposed": plan.exposed,
+        "traffic": {kind: sums._asdict() for kind, sums in plan.traffic.items()},
         "compile_seconds": plan.compile_seconds,
     }
 
@@ -69,9 +68,11 @@ def show(plan: Plan) -> None:
         step.add_row(name, f"{part * 1e3:,.1f}", *shares)
     step.add_row("all", f"{plan.step * 1e3:,.1f}", "", f"HFU {plan.hfu:.1%}")
     console.print(step)
-    network = _table("a chip sends in a step", "GB", "not hidden")
-    for kind, sent in plan.sent.items():
-        network.add_row(kind, f"{sent / 1e9:.2f}", f"{plan.exposed[kind] / max(sent, 1):.0%}")
+    network = _table("a chip sends in a step", "GB", "ms", "not hidden")
+    for kind, sums in sorted(plan.traffic.items()):
+        exposed = sums.exposed / sums.seconds if sums.seconds else 0.0
+        figures = f"{sums.bytes / 1e9:.2f}", f"{sums.seconds * 1e3:,.1f}", f"{exposed:.0%}"
+        network.add_row(kind, *figures)
     console.print(network)
     total = plan.step * plan.config.training.steps
     console.print(
