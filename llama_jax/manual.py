@@ -68,15 +68,16 @@ _PLAN = """\
 Tell what a training run will need and reach on a TPU pod, without the pod.
 
 The very step that would run is compiled by XLA's TPU compiler, which needs no TPU (install it with
-pip install -e '.[plan]'), three times: whole, for the memory that it takes, and with one and with
-two layers, unrolled, for what a layer and what the rest cost, since the compiler counts the body
+pip install -e '.[plan]'), three times: whole, for its memory and its schedule, and with one and
+with two layers, unrolled, for what a layer and what the rest cost, since it counts the body
 of a loop once. All figures are estimates:
 
   the compiler's estimate alone   its cost model of every operation but kernels and network
   + attention, by a model         7 products (9 where it is computed twice), half of them masked,
                                   at 50 % of the peak (less for heads below 128)
-  + network that nothing hides    collectives that the schedule does not run beside computation,
-                                  at the links' full speed; the others count as hidden
+  + network that nothing hides    the whole schedule is played, loops as often as they go round:
+                                  one collective travels after the other, at the links' full
+                                  speed, and what computes must wait for what has not arrived
 
 MFU is that of the model's own FLOPs, with the causal half of attention or all of it (full); HFU
 counts what is computed twice as well. --search tries meshes, rematerialisation and micro-batches:

@@ -11,7 +11,7 @@ from llama_jax.config import Config, MeshConfig
 from llama_jax.plan import pod as pods
 from llama_jax.plan import program
 from llama_jax.plan.pod import Pod
-from llama_jax.plan.program import DoesNotFit, Program
+from llama_jax.plan.program import DoesNotFit
 from llama_jax.plan.schedule import Collective, Traffic, traffic
 from llama_jax.sharding import check_divides, make_mesh
 
@@ -115,7 +115,13 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     except DoesNotFit as error:
         plan.memory = {"all": float(error.needed or 0) or float("inf")}
         return plan
-    plan.memory = _memory(whole, 0)
+    plan.memory = {
+        "weights": whole.weights,
+        "optimizer": whole.optimizer,
+        "batch": whole.arguments - whole.weights - whole.optimizer,
+        "activations": whole.kept,
+        "temporaries": whole.temporaries,
+    }
     try:
         one, two = one.result(), two.result()
     except DoesNotFit:
@@ -126,9 +132,6 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     def extrapolated(first: float, second: float) -> float:
         return micro * (first + (layers - 1) * (second - first))
 
-    # What one more layer's gradient adds is about one more layer's weights.
-    a_layer = two.temporaries - one.temporaries - (two.weights - one.weights)
-    plan.memory = _memory(whole, a_layer * layers)
     plan.compiler = extrapolated(one.seconds, two.seconds)
     plan.attention = attention_seconds(config, dict(mesh.shape), pod.chip)
     plan.flops = extrapolated(one.flops, two.flops)
@@ -137,18 +140,6 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     hertz = sum(event.cycles for event in two.events) / two.seconds
     plan.traffic = traffic(whole.events, hertz, lambda collective: _seconds(collective, pod))
     return plan
-
-
-def _memory(whole: Program, activations: float) -> dict[str, float]:
-    """Returns the bytes by kind; activations are what more layers add to the temporaries."""
-    activations = min(max(0, activations), whole.temporaries)
-    return {
-        "weights": whole.weights,
-        "optimizer": whole.optimizer,
-        "batch": whole.arguments - whole.weights - whole.optimizer,
-        "activations": activations,
-        "temporaries": whole.temporaries - activations,
-    }
 
 
 def _seconds(collective: Collective, pod: Pod) -> float:

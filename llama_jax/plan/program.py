@@ -23,7 +23,8 @@ class Program(NamedTuple):
     weights: int  # bytes, and so on
     optimizer: int
     arguments: int
-    temporaries: int
+    kept: int  # of the forward pass for the backward one
+    temporaries: int  # all others
     seconds: float  # the compiler's estimate; a loop's body counts once, kernels not at all
     flops: float
     events: list[Event]
@@ -54,7 +55,8 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         rows = jax.ShapeDtypeStruct((A, B // A, config.data.seq_len), jnp.int32, sharding=sharding)
         batch = Batch(rows, rows, rows, rows if config.data.isolate_documents else None)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = train_step.lower(config, model, opt_state, batch, step)
+        traced = train_step.trace(config, model, opt_state, batch, step)
+        lowered = traced.lower()
     try:
         executable = lowered.compile(compiler_options={**chip.options})
     except jax.errors.JaxRuntimeError as error:
@@ -63,17 +65,34 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         raise
     memory: Any = executable.memory_analysis()
     cost: Any = executable.cost_analysis()
+    kept = _kept(traced.jaxpr.jaxpr, config.model.n_layers)
     return Program(
-        weights=_bytes_on_a_device(model),
-        optimizer=_bytes_on_a_device(opt_state),
+        weights=sum(map(_on_a_device, jax.tree.leaves(model))),
+        optimizer=sum(map(_on_a_device, jax.tree.leaves(opt_state))),
         arguments=memory.argument_size_in_bytes,
+        kept=kept,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        - memory.alias_size_in_bytes
+        - kept,
         seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.tflops * 1e12)),
         flops=cost["flops"],
         events=events(executable.as_text() or ""),
     )
+
+
+def _kept(jaxpr: Any, layers: int) -> int:
+    """Returns the bytes that the first loop over layers stacks up: what it keeps."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == layers:
+            stacked = equation.outvars[equation.params["num_carry"] :]
+            if stacked:
+                return sum(_on_a_device(variable.aval) for variable in stacked)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and (found := _kept(inner, layers)):
+                return found
+    return 0
 
 
 def _known(seconds: float, least: float) -> float:
@@ -98,11 +117,8 @@ def of_depth(config: Config, layers: int) -> Config:
     )
 
 
-def _bytes_on_a_device(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+def _on_a_device(array: Any) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _used(message: str) -> int | None:

@@ -54,7 +54,7 @@ def memory(config: Config) -> float:
     tokens /= mesh.data * mesh.fsdp * mesh.context
     kept = {"full": 0, "attention": NH, "projections": 2 * NH + 2 * KH}
     kept["products"] = kept["projections"] + D + 2 * F
-    kept["none"] = kept["products"] + 2 * D + F
+    kept["none"] = kept["products"] + 2 * D + NH + F
     split = kept[model.remat] / mesh.tensor
     activations = tokens * size * (L * (D + split) + 2 * F / mesh.tensor + 4 * D)
     gathered = 2 * size * model.n_params / L / mesh.tensor
