@@ -105,9 +105,9 @@ def test_a_plan_knows_its_memory(tiny_plan):
     n_params = tiny_plan.config.model.n_params
     assert tiny_plan.memory["weights"] == pytest.approx(4 * n_params / 4, rel=1e-3)
     assert tiny_plan.memory["optimizer"] == pytest.approx(8 * n_params / 4, rel=1e-3)
-    # A token's bfloat16s of a layer: 4 of D, 5 of the heads (2 of them keys and values), 3 of F;
-    # and float32s, of each head and of two norms.
-    a_token = 2 * (4 * 512 + 5 * 512 + 3 * 1024) + 4 * (4 + 2)
+    # A token's bfloat16s in a layer: 4 of D, queries and twice attention's output, keys and values,
+    # 3 of F; and a float32 for each head and each of two norms.
+    a_token = 2 * (4 * 512 + 3 * 512 + 2 * 256 + 3 * 1024) + 4 * (4 + 2)
     assert tiny_plan.memory["activations"] == pytest.approx(4 * 2 * 256 * a_token, rel=0.01)
     assert tiny_plan.fits
     assert 0 < tiny_plan.mfu(tiny_plan.step) < tiny_plan.mfu(tiny_plan.compiler) < 1
