@@ -28,6 +28,7 @@ class Plan:
 
     Attributes:
         memory: bytes by kind.
+        refused: the compiler found no program that fits.
         compiler: the compiler's own estimate of a step, without attention and network [s]; 0 where
             the run does not fit.
         attention: time of the attention kernels, by the model of `attention_seconds` [s].
@@ -38,6 +39,7 @@ class Plan:
     config: Config
     pod: Pod
     memory: dict[str, float] = field(default_factory=dict)
+    refused: bool = False
     compiler: float = 0.0
     attention: float = 0.0
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -51,8 +53,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Tells whether that is there."""
-        return self.needed <= self.pod.chip.hbm * 2**30
+        """Tells whether that is there: the compiler keeps a little for itself."""
+        return not self.refused and self.needed <= self.pod.chip.hbm * 2**30
 
     @property
     def network(self) -> float:
@@ -104,29 +106,29 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     check_divides(mesh, config.model, rows, config.data.seq_len)
     config = replace(config, mesh=MeshConfig(**dict(mesh.shape)))  # -1 is filled
     plan = Plan(config, pod)
-    tell("compiling the whole step for its memory, one layer and two for their time …")
+    tell("compiling the whole step, for its memory and its schedule …")
     begun = time.monotonic()
-    runs = (config, program.of_depth(config, 1), program.of_depth(config, 2))
-    with ThreadPoolExecutor() as pool:  # one compilation keeps more than one core busy in part
-        whole, one, two = (pool.submit(program.compiled, run, mesh, pod.chip) for run in runs)
-    plan.compile_seconds = time.monotonic() - begun
     try:
-        whole = whole.result()
+        whole = program.compiled(config, mesh, pod.chip)
     except DoesNotFit as error:
-        plan.memory = {"all": float(error.needed or 0) or float("inf")}
+        plan.refused, plan.memory = True, {"all": float(error.needed or math.inf)}
         return plan
     plan.memory = {
         "weights": whole.weights,
         "optimizer": whole.optimizer,
         "batch": whole.arguments - whole.weights - whole.optimizer,
         "activations": whole.kept,
-        "temporaries": whole.temporaries,
+        "temporaries": whole.peak - whole.arguments - whole.kept,
     }
+    tell(f"compiled in {time.monotonic() - begun:.0f} s; now one layer and two, for their time …")
+    depths = (program.of_depth(config, layers) for layers in (1, 2))
     try:
-        one, two = one.result(), two.result()
+        with ThreadPoolExecutor() as pool:  # a compilation keeps more than one core busy in part
+            one, two = pool.map(lambda run: program.compiled(run, mesh, pod.chip), depths)
     except DoesNotFit:
         tell("the whole step fits, layers out of their loop do not: memory alone is told")
         return plan
+    plan.compile_seconds = time.monotonic() - begun
     layers, micro = config.model.n_layers, config.training.micro_batches
 
     def extrapolated(first: float, second: float) -> float:

@@ -24,7 +24,7 @@ class Program(NamedTuple):
     optimizer: int
     arguments: int
     kept: int  # of the forward pass for the backward one
-    temporaries: int  # all others
+    peak: int  # of all that is held at once
     seconds: float  # the compiler's estimate; a loop's body counts once, kernels not at all
     flops: float
     events: list[Event]
@@ -71,10 +71,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         optimizer=sum(map(_on_a_device, jax.tree.leaves(opt_state))),
         arguments=memory.argument_size_in_bytes,
         kept=kept,
-        temporaries=memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        - kept,
+        peak=memory.peak_memory_in_bytes,
         seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.tflops * 1e12)),
         flops=cost["flops"],
         events=events(executable.as_text() or ""),

@@ -161,7 +161,7 @@ def test_memory_is_told_also_where_layers_out_of_their_loop_do_not_fit(monkeypat
     def compiled(config, *_):
         if not config.model.scan:
             raise program.DoesNotFit(None)
-        return program.Program(8, 16, 24, 40, 60, 0.1, 1e12, [])
+        return program.Program(8, 16, 24, 40, 124, 0.1, 1e12, [])
 
     monkeypatch.setattr(estimate, "make_mesh", lambda *_: mesh_of((1, 1, 1)))
     monkeypatch.setattr(pod, "devices", lambda _: [])
@@ -172,3 +172,15 @@ def test_memory_is_told_also_where_layers_out_of_their_loop_do_not_fit(monkeypat
     assert "layers out of their loop do not" in told[-1]
     assert plan.needed == 124
     assert "step_seconds" not in show.as_dict(plan)
+
+
+def test_what_the_compiler_refuses_does_not_fit_however_little_is_missing(monkeypatch):
+    def compiled(*_):
+        raise program.DoesNotFit(int(31.9 * 2**30))
+
+    monkeypatch.setattr(estimate, "make_mesh", lambda *_: mesh_of((1, 1, 1)))
+    monkeypatch.setattr(pod, "devices", lambda _: [])
+    monkeypatch.setattr(program, "compiled", compiled)
+    plan = estimate.make(tiny_config(), pod.parse("v6e:16x16"), lambda _: None)
+    assert not plan.fits
+    assert plan.needed < 32 * 2**30
