@@ -39,7 +39,6 @@ _SPARSE_CORE = {
     # The same over two dimensions of the network at once.
     _OFFLOAD + "2d_all_gather": "true",
     _OFFLOAD + "reduce_scatter": "true",
-    _OFFLOAD + "all_reduce": "true",
     # What it moves keeps the TensorCore's layout, and one program moves it for both cores.
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
@@ -47,6 +46,9 @@ _SPARSE_CORE = {
     "xla_tpu_enable_all_gather_offload_tracing": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
+
+# For v6e the compiler of libtpu 0.0.42.1 may overflow its stack at large sums over 256 chips.
+_SUMS = {_OFFLOAD + "all_reduce": "true"}
 
 # Where there is none, or an old one: the core that computes drives the network as well.
 _OVERLAP = {
@@ -62,7 +64,7 @@ _OVERLAP = {
 CHIPS = {
     "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, "megacore", _OVERLAP),
     "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, options=_OVERLAP),
-    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _SPARSE_CORE),
+    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _SPARSE_CORE | _SUMS),
     "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, options=_SPARSE_CORE),
     "v3": Chip("TPU v3", 61.5),  # a core; JAX shows two a chip
     "a100": Chip("NVIDIA A100", 312.0),

@@ -82,9 +82,14 @@ def _kept(jaxpr: Any, layers: int) -> int:
     """Returns the bytes that the first loop over layers stacks up: what it keeps."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == layers:
-            stacked = equation.outvars[equation.params["num_carry"] :]
+            of_a_layer = equation.params["jaxpr"].out_avals
+            stacked = [
+                variable.aval
+                for variable, one in zip(equation.outvars, of_a_layer, strict=True)
+                if variable.aval.ndim > one.ndim
+            ]
             if stacked:
-                return sum(_on_a_device(variable.aval) for variable in stacked)
+                return sum(map(_on_a_device, stacked))
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns") and (found := _kept(inner, layers)):

@@ -2,15 +2,21 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 from conftest import mesh_of, peer, tiny_config, tiny_model
 
 from llama_jax import cli
 from llama_jax.config import Config, DataConfig, MeshConfig, TrainingConfig
+from llama_jax.data.batches import Batch
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY
 from llama_jax.plan import estimate, pod, program, search, show
 from llama_jax.plan.estimate import Plan
+from llama_jax.sharding import act
+from llama_jax.training.step import init_state, train_step
+from llama_jax.tree import abstract
 
 TOPOLOGY = "v5p:4x4x4"
 
@@ -149,6 +155,20 @@ def test_plan_refuses_what_does_not_divide(capsys, tmp_path):
     assert cli.main(["plan", str(tmp_path / "run.yaml"), "--topology", TOPOLOGY]) == 2
     assert "does not divide the 12 rows" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path / "run.yaml"), "--topology", "v5p:2"]) == 2
+
+
+def test_what_a_layer_keeps_is_read_from_the_step():
+    config = tiny_config(tiny_model(n_layers=4, remat="full"))
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        model, opt_state = abstract(lambda: init_state(config, jax.random.key(0)))
+        B, T = config.data.batch_size, config.data.seq_len
+        rows = jax.ShapeDtypeStruct(
+            (1, B, T), jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        traced = train_step.trace(config, model, opt_state, Batch(*[rows] * 4), step)
+    # What a layer reads, of a device's share of the batch, in float32.
+    assert program._kept(traced.jaxpr.jaxpr, 4) == 4 * (4 * B // 4 * T * config.model.dim)
 
 
 def test_what_the_compiler_does_not_know_is_taken_out_of_its_sum():
