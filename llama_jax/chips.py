@@ -32,7 +32,7 @@ class Chip:
 # Tried and left on v5p: more fast memory for tiles (xla_tpu_scoped_vmem_limit_kib 65536) makes the
 # estimate 2 % better and takes five times as long to compile.
 
-# Where a SparseCore can drive the network while the TensorCore computes: all collectives go there.
+# Where a SparseCore can drive the network while the TensorCore computes, it gathers and scatters.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _SPARSE_CORE = {
     _OFFLOAD + "all_gather": "true",

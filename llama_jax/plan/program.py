@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from llama_jax.chips import Chip
 from llama_jax.config import Config
 from llama_jax.data.batches import Batch
+from llama_jax.errors import InputError
 from llama_jax.plan.schedule import Event, events
 from llama_jax.sharding import act
 from llama_jax.training.step import init_state, train_step
@@ -47,6 +48,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
 
     Raises:
         DoesNotFit: it needs more memory than a device has.
+        InputError: the compiler fails.
     """
     with jax.set_mesh(mesh):
         model, opt_state = abstract(lambda: init_state(config, jax.random.key(0)))
@@ -62,7 +64,11 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
             raise DoesNotFit(_used(str(error))) from error
-        raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"the TPU compiler itself failed on this step ({reason}): try another mesh,"
+            " model.remat or training.micro_batches"
+        ) from error
     memory: Any = executable.memory_analysis()
     cost: Any = executable.cost_analysis()
     kept = _kept(traced.jaxpr.jaxpr, config.model.n_layers)

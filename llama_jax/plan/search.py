@@ -104,9 +104,15 @@ def search(config: Config, pod: Pod, compile_best: int, tell: Callable[[str], No
     plans: list[Plan] = []
     for i, way in enumerate(_distinct(ranked, compile_best)):
         tell(f"{i + 1} of {compile_best}: {fragment(way)}, by arithmetic {seconds(way, pod):.2f} s")
-        plan = estimate.make(way, pod, lambda _: None)
+        try:
+            plan = estimate.make(way, pod, lambda _: None)
+        except InputError as error:
+            tell(f"    {error}")
+            continue
         tell(f"    {_verdict(plan)}")
         plans.append(plan)
+    if not plans:
+        raise InputError(f"none of the {compile_best} ways that were tried compiles for {pod}")
     return sorted(plans, key=lambda plan: (not plan.fits, not plan.compiler, plan.step))
 
 

@@ -91,6 +91,25 @@ def test_what_is_searched_divides_and_keeps_what_it_says():
     assert {way.mesh.context for way in search.candidates(long, place)} > {16}
 
 
+def test_a_search_ranks_what_compiles(monkeypatch):
+    tried = []
+
+    def make(config, place, tell):
+        tried.append(config)
+        if len(tried) == 1:
+            raise InputError("the TPU compiler itself failed")
+        return Plan(config, place, memory={"all": 2.0**30}, compiler=1 / len(tried))
+
+    monkeypatch.setattr(estimate, "make", make)
+    told: list[str] = []
+    config, place = run_of("llama-7b", 256, 2048), pod.parse(TOPOLOGY)
+    found = search.search(config, place, 4, told.append)
+    assert [plan.compiler for plan in found] == [1 / 4, 1 / 3, 1 / 2]
+    assert "    the TPU compiler itself failed" in told
+    assert all(search.memory(way) < 0.9 * 95 * 2**30 for way in tried)
+    assert len(tried) == len(set(map(search.fragment, tried)))
+
+
 @pytest.fixture(scope="module")
 def tiny_plan():
     peer("libtpu")
@@ -204,3 +223,20 @@ def test_what_the_compiler_refuses_does_not_fit_however_little_is_missing(monkey
     plan = estimate.make(tiny_config(), pod.parse("v6e:16x16"), lambda _: None)
     assert not plan.fits
     assert plan.needed < 32 * 2**30
+
+
+def test_a_compiler_that_fails_is_told_in_a_sentence(monkeypatch):
+    class Fails:
+        jaxpr = lower = lambda *_: Fails()
+
+        def compile(self, **_):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nand more")
+
+    class Step:
+        trace = lambda *_: Fails()  # noqa: E731
+
+    monkeypatch.setattr(program, "train_step", Step())
+    with pytest.raises(
+        InputError, match=r"itself failed on this step \(INTERNAL: RET_CHECK failure\)"
+    ):
+        program.compiled(tiny_config(), mesh_of((1, 1, 1)), pod.parse(TOPOLOGY).chip)
