@@ -6,6 +6,7 @@ import pytest
 from conftest import mesh_of, tiny_model
 from jax.sharding import PartitionSpec as P
 
+from llama_jax import sharding
 from llama_jax.config import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.sharding import (
@@ -14,6 +15,7 @@ from llama_jax.sharding import (
     check_divides,
     make_mesh,
     place,
+    sum_gradient,
     tensor_mesh,
     weight,
 )
@@ -93,3 +95,31 @@ def test_place_puts_every_row_on_its_device():
         placed = place(array, "BT")
     assert placed.sharding.spec == act("BT")
     assert np.array_equal(placed, array)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
+def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
+    """Columns of a square of devices, then rows: each ends with its own part."""
+    given = np.random.default_rng(0).standard_normal((8, 16, 4)).astype(np.float32)
+
+    def summed():
+        def local(x):
+            return sum_gradient(x[0], "DF", "float32")
+
+        mapped = jax.shard_map(
+            local, in_specs=P(sharding.BATCH_AXES), out_specs=weight("DF"), check_vma=False
+        )
+        with jax.set_mesh(mesh_of(shape)):
+            rows = jax.NamedSharding(jax.sharding.get_mesh(), P(sharding.BATCH_AXES))
+            x = jax.device_put(given, rows)
+            return np.asarray(jax.jit(mapped)(x))
+
+    np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
+    monkeypatch.setattr(sharding, "_scatters", lambda parts, _: sharding.in_a_square(parts))
+    np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
+
+
+def test_a_square_of_devices_may_be_longer_than_high():
+    columns, rows = sharding.in_a_square(8)
+    assert columns == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
