@@ -33,6 +33,7 @@ class Chip:
 # estimate 2 % better and takes five times as long to compile.
 
 # Where a SparseCore can drive the network while the TensorCore computes, it gathers and scatters.
+# Not sums as well: at large ones the compiler of libtpu 0.0.42.1 overflows its stack.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _SPARSE_CORE = {
     _OFFLOAD + "all_gather": "true",
@@ -46,9 +47,6 @@ _SPARSE_CORE = {
     "xla_tpu_enable_all_gather_offload_tracing": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
-
-# For v6e the compiler of libtpu 0.0.42.1 may overflow its stack at large sums over 256 chips.
-_SUMS = {_OFFLOAD + "all_reduce": "true"}
 
 # Where there is none, or an old one: the core that computes drives the network as well.
 _OVERLAP = {
@@ -64,7 +62,7 @@ _OVERLAP = {
 CHIPS = {
     "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, "megacore", _OVERLAP),
     "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, options=_OVERLAP),
-    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _SPARSE_CORE | _SUMS),
+    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _SPARSE_CORE),
     "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, options=_SPARSE_CORE),
     "v3": Chip("TPU v3", 61.5),  # a core; JAX shows two a chip
     "a100": Chip("NVIDIA A100", 312.0),
