@@ -108,7 +108,8 @@ def _known(seconds: float, least: float) -> float:
 
     It counts whatever it has no estimate for (all that is handed to the SparseCore) as -1 s. No
     step of a layer or two is a second slower than its FLOPs at the peak, so the least number of
-    whole seconds that is missing is theirs.
+    whole seconds that is missing is theirs. The sum is a float32: beside 50 such seconds it is good
+    to 4 µs an operation, which layers of tens of milliseconds hardly feel.
     """
     return seconds + max(0, math.ceil(least - seconds))
 
