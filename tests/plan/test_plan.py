@@ -135,8 +135,8 @@ def test_a_plan_knows_its_memory(tiny_plan):
     a_token = 2 * (4 * 512 + 3 * 512 + 2 * 256 + 3 * 1024) + 4 * (4 + 2)
     assert tiny_plan.memory["activations"] == pytest.approx(4 * 2 * 256 * a_token, rel=0.01)
     assert tiny_plan.fits
-    # Not below 1: the compiler adds up in float32, whose steps beside its -1 s are 4 µs and more, and
-    # these layers take less.
+    # The compiler adds up in float32, whose steps beside its -1 s are 4 µs and more: these layers
+    # take less, so nothing is asked of their MFU.
     assert 0 < tiny_plan.compiler < tiny_plan.step
 
 
