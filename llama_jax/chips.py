@@ -29,11 +29,10 @@ class Chip:
     options: dict[str, str] = field(default_factory=dict)
 
 
-# Tried and left on v5p: more fast memory for tiles (xla_tpu_scoped_vmem_limit_kib 65536) makes the
-# estimate 2 % better and takes five times as long to compile.
-
 # Where a SparseCore can drive the network while the TensorCore computes, it gathers and scatters.
-# Not sums as well: at large ones the compiler of libtpu 0.0.42.1 overflows its stack.
+# Tried and left on v5p: sums as well, at large ones of which the compiler of libtpu 0.0.42.1
+# overflows its stack; and more fast memory for tiles (xla_tpu_scoped_vmem_limit_kib 65536), which
+# makes the estimate 2 % better and takes five times as long to compile.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _SPARSE_CORE = {
     _OFFLOAD + "all_gather": "true",

@@ -234,10 +234,7 @@ def test_a_compiler_that_fails_is_told_in_a_sentence(monkeypatch):
         def compile(self, **_):
             raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nand more")
 
-    class Step:
-        trace = lambda *_: Fails()  # noqa: E731
-
-    monkeypatch.setattr(program, "train_step", Step())
+    monkeypatch.setattr(program.train_step, "trace", lambda *_: Fails(), raising=False)
     with pytest.raises(
         InputError, match=r"itself failed on this step \(INTERNAL: RET_CHECK failure\)"
     ):
