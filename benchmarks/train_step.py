@@ -1,11 +1,12 @@
 """Tokens per second of one training step (forward, backward, AdamW) beside transformers.
 
     pip install torch transformers        # the peer; without them only llama_jax is timed
-    python benchmarks/train_step.py [--rounds 9] [--dtype float32]
+    python benchmarks/train_step.py [--rounds 9] [--dtype float32] [--alone]
 
 Shape: dim 512, 8 layers, 8 heads, FFN 1376, vocabulary 32,000, batch 4×512. Each side has a process
 of its own, as a user would start it, and they step in turn, so that a drift of the machine's speed
-meets both, and the threads of neither wait for work while the other computes.
+meets both, and the threads of neither wait for work while the other computes. With --alone the
+processes come one after the other, twice each, and nothing of the other side is in memory.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
 
 if TYPE_CHECKING:
     from llama_jax.family import ModelConfig
@@ -125,34 +128,49 @@ def work(name: str, dtype: Dtype, asked: Connection) -> None:
         asked.send(time.perf_counter() - begun)
 
 
-def main() -> None:
-    """Prints a table of medians and the ratio, pair by pair."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (9)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    args = parser.parse_args()
-    names = ["llama_jax"]
-    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        names.append("transformers")
+def timed(names: Sequence[str], dtype: Dtype, rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of `rounds` steps of each side, which step in turn."""
     fresh = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sides: dict[str, Connection] = {}
+    workers = []
     for name in names:
         sides[name], theirs = fresh.Pipe()
-        fresh.Process(target=work, args=(name, args.dtype, theirs), daemon=True).start()
+        workers.append(fresh.Process(target=work, args=(name, dtype, theirs), daemon=True))
+        workers[-1].start()
         theirs.close()  # so that a side that dies is noticed
         sides[name].recv()
-    for _ in range(args.rounds):
+    for _ in range(rounds):
         for name, side in sides.items():
             time.sleep(0.5)  # threads of the other side come to rest
             side.send(True)
             seconds[name].append(side.recv())
+    for side, worker in zip(sides.values(), workers, strict=True):
+        side.send(False)
+        worker.join()
+    return seconds
+
+
+def main() -> None:
+    """Prints a table of medians and the ratio."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (9)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--alone", action="store_true", help="one process at a time")
+    args = parser.parse_args()
+    names = ["llama_jax"]
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        names.append("transformers")
+    if args.alone:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for name in (*names, *names):
+            seconds[name] += timed([name], args.dtype, args.rounds)[name]
+    else:
+        seconds = timed(names, args.dtype, args.rounds)
     for name, times in seconds.items():
         low, middle, high = (BATCH * LENGTH / f(times) for f in (max, statistics.median, min))
         print(f"{name:13} {middle:6.1f} tokens/s  (min {low:.1f}, max {high:.1f})")
-    for side in sides.values():
-        side.send(False)
     if len(names) == 2:
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         print(f"llama_jax / transformers, median of pairs: {statistics.median(ratios):.2f}")
