@@ -1,6 +1,6 @@
 """Attention in plain JAX, block by block: for every platform; other kernels are held to it."""
 
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -43,11 +43,14 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _scores(q_BKGTH, k_BKSH, visible: Visible) -> jax.Array:
     visible_BTS = (visible.positions_T[:, None] >= jnp.arange(k_BKSH.shape[2]))[None]
     if visible.segments_BT is not None and visible.segments_BS is not None:
         visible_BTS &= visible.segments_BT[:, :, None] == visible.segments_BS[:, None, :]
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     return jnp.where(visible_BTS[:, None, None], scores, -jnp.inf)
 
 
@@ -57,8 +60,8 @@ def block(q_BKGTH, k_BKSH, v_BKSH, visible: Visible) -> tuple[jax.Array, jax.Arr
     largest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    seen = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH)
-    return (seen / total).astype(seen.dtype), largest + jnp.log(total)
+    seen = _product("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH)
+    return (seen / total).astype(v_BKSH.dtype), largest + jnp.log(total)
 
 
 def _cuts(T: int, S: int) -> list[tuple[slice, slice]]:
@@ -100,12 +103,12 @@ def _whole_texts_backward(residuals, d_out_BKGTH):
         q, k, v = q_BKGTH[:, :, :, at], k_BKSH[:, :, seen], v_BKSH[:, :, seen]
         d_out = d_out_BKGTH[:, :, :, at]
         weights = jnp.exp(_scores(q, k, visible.part(at, seen)) - log_sum)
-        d_weights = jnp.einsum("BKGTH,BKSH->BKGTS", d_out, v, preferred_element_type=jnp.float32)
+        d_weights = _product("BKGTH,BKSH->BKGTS", d_out, v)
         d_scores = (weights * (d_weights - sums_BKGT1[:, :, :, at])).astype(q.dtype)
-        dq.append(jnp.einsum("BKGTS,BKSH->BKGTH", d_scores, k))
+        dq.append(_product("BKGTS,BKSH->BKGTH", d_scores, k).astype(q.dtype))
         # With H before S it is the small operand that has to be turned, not the scores.
-        dk = jnp.einsum("BKGTH,BKGTS->BKHS", q, d_scores)
-        dv = jnp.einsum("BKGTH,BKGTS->BKHS", d_out, weights.astype(v.dtype))
+        dk = _product("BKGTH,BKGTS->BKHS", q, d_scores).astype(k.dtype)
+        dv = _product("BKGTH,BKGTS->BKHS", d_out, weights.astype(v.dtype)).astype(v.dtype)
         rest = ((0, 0), (0, 0), (0, 0), (0, S - seen.stop))
         dk_BKHS.append(jnp.pad(dk, rest))
         dv_BKHS.append(jnp.pad(dv, rest))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.data.batches import Batch
 from llama_jax.family import ModelConfig
-from llama_jax.model.linear import wide
+from llama_jax.model.linear import summed_product, whole
 from llama_jax.model.transformer import Llama, hidden_states
 from llama_jax.sharding import (
     act,
@@ -89,9 +89,7 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     V is this device's part of the vocabulary.
     """
     V = w_DV.shape[1]
-    out = wide(x_BTD.dtype)
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=out)
-    logits_BTV = logits_BTV.astype(jnp.float32)
+    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
     counted_BT = targets_BT >= 0
     largest_BT1 = over_vocabulary(jax.lax.pmax, jnp.max(logits_BTV, axis=-1, keepdims=True))
     total_BT = over_vocabulary(jax.lax.psum, jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1))
@@ -119,10 +117,10 @@ def _head_loss_forward(static: _Static, x_BTD, w_DV, targets_BT):
             # Else an unrolled loop would make the logits of several chunks before it needs them.
             (x_BTD, targets_BT), sums = jax.lax.optimization_barrier((chunk, sums))
             objective, nll, d_logits = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
-            dx = jnp.einsum("BTV,DV->BTD", d_logits, w_DV)
-            out = wide(x_BTD.dtype)
-            dw = jnp.einsum("BTD,BTV->DV", x_BTD, d_logits, preferred_element_type=out)
-            return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx
+            out = whole(x_BTD.dtype)
+            dx = jnp.einsum("BTV,DV->BTD", d_logits, w_DV, preferred_element_type=out)
+            dw = summed_product("BTD,BTV->DV", x_BTD, d_logits)
+            return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx.astype(x_BTD.dtype)
 
         zero = jnp.float32(0)
         start = zero, zero, jnp.zeros(w_DV.shape, jnp.float32)
