@@ -274,7 +274,10 @@ def save_model(
 
 
 def load_model(
-    folder: str | Path, config: ModelConfig | None = None, step: int | None = None
+    folder: str | Path,
+    config: ModelConfig | None = None,
+    step: int | None = None,
+    like: Llama | None = None,
 ) -> tuple[ModelConfig, Llama]:
     """Returns a model from a model folder, or from a checkpoint of a run, on the current mesh.
 
@@ -283,6 +286,7 @@ def load_model(
         config: how to compute it; default: as the folder says. Weights are cast to its
             `param_dtype`.
         step: checkpoint of a run; default: the newest.
+        like: shapes, dtypes and shardings of the weights; default: those of `config`.
 
     Raises:
         InputError: the folder holds no model, it is damaged, or it doesn't fit `config`.
@@ -290,7 +294,7 @@ def load_model(
     folder = Path(folder)
     own_config = read_model_config(folder)
     config = config or own_config
-    model = abstract_model(config)
+    model = like or abstract_model(config)
     if is_run(folder):
         checkpoints = TrainingCheckpoints(folder / "checkpoints")
         if not checkpoints.steps:

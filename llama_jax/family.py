@@ -40,7 +40,7 @@ class RopeScaling:
         return self
 
 
-_COMPUTED = ("dtype", "param_dtype", "reduce_dtype", "attention", "remat", "scan")
+_COMPUTED = ("dtype", "param_dtype", "cache_dtype", "reduce_dtype", "attention", "remat", "scan")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,6 +75,10 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="type the weights are kept in; float16 (LLaMA as released) is not for training",
+    )
+    cache_dtype: Literal["same", "int8"] = Field(
+        default="same",
+        description="type of cached keys and values when text is generated: same (as dtype) or int8",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"

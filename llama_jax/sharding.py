@@ -102,12 +102,17 @@ def one_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
 
 
-def tensor_mesh(model: ModelConfig) -> Mesh:
-    """Returns a mesh that splits the model over as many local devices as divide it."""
-    devices = jax.local_devices()
-    common = math.gcd(model.n_kv_heads, model.n_heads, model.hidden_dim, model.vocab_size)
-    size = max(size for size in divisors(common) if size <= len(devices))
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
+def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns a mesh that splits the model over as many devices (default: local) as divide it.
+
+    Where there are fewer key/value heads than devices, each is held by several of these.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    K = model.n_kv_heads
+    common = math.gcd(model.n_heads, model.hidden_dim, model.vocab_size)
+    fitting = [n for n in divisors(common) if n <= len(devices) and (K % n == 0 or n % K == 0)]
+    config = MeshConfig(data=1, fsdp=1, tensor=max(fitting))
+    return make_mesh(config, devices[: max(fitting)])
 
 
 def check_divides(
@@ -263,6 +268,11 @@ def in_a_square(parts: int) -> list[list[list[int]] | None]:
     rows = max(n for n in divisors(parts) if n * n <= parts)
     table = np.arange(parts).reshape(rows, -1)
     return [table.T.tolist(), table.tolist()]
+
+
+def head_parts() -> int:
+    """Returns how many parts the current mesh splits the heads into."""
+    return jax.sharding.get_abstract_mesh().shape[_WEIGHT["N"]]
 
 
 def vocabulary_parts() -> int:

@@ -1,4 +1,4 @@
-"""Continuing texts: prefill of the prompts, then cached decoding."""
+"""Continuing texts: reading the prompts, then making token after token."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,9 +11,9 @@ import numpy as np
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.inference.sampling import Sampling, sample
+from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, hidden_states, output_head
+from llama_jax.model.transformer import Llama, Unrolled, continued, hidden_states, output_head
 from llama_jax.sharding import act, place
 
 # How a character begins whose tokens are not all there: bytes decode to U+FFFD, and U+FDD0 opens an
@@ -23,142 +23,264 @@ _UNFINISHED = ("\N{REPLACEMENT CHARACTER}", "\ufdd0")
 NO_TOKEN = -1  # fills a row after its end
 
 
-class DecodeState(NamedTuple):
+class Rows(NamedTuple):
+    """What is asked for each row of a batch, and how far it has come."""
+
+    left_B: jax.Array  # int32: tokens that may still be made; 0: the row has ended
+    made_B: jax.Array  # int32: tokens made so far
+    ends_BE: jax.Array  # int32: ids that end the row; NO_TOKEN fills
+    keys_B: jax.Array  # random keys; token number i is drawn with fold_in(key, i)
+    knobs: Knobs
+    counts: Counts
+
+
+class State(NamedTuple):
     """A batch in the middle of being continued."""
 
     cache: Cache
-    logits_BV: jax.Array  # of the next token
-    positions_B: jax.Array  # of the next token
-    ended_B: jax.Array
-    step: jax.Array  # tokens made so far
-    key: jax.Array
+    logits_BV: jax.Array  # float32, of each row's next token
+    rows: Rows
+
+
+class Made(NamedTuple):
+    """Tokens that were made, NO_TOKEN after a row's end, and their logarithms of probability.
+
+    These are of the model's own distribution, before temperature and penalties [nats].
+    """
+
+    tokens_Bn: jax.Array
+    logprobs_Bn: jax.Array
+    top_tokens_BnA: jax.Array  # the A most likely alternatives of each
+    top_logprobs_BnA: jax.Array
+
+
+def new_rows(
+    samplings: Sequence[Sampling],
+    seeds: Sequence[int],
+    max_new_tokens: Sequence[int],
+    end_ids: Sequence[Sequence[int]],
+    prompts_BV: np.ndarray,
+) -> Rows:
+    """Returns rows that have not begun; all arguments hold one entry a row.
+
+    Args:
+        samplings: how each row's tokens are drawn.
+        seeds: of the draws; a row draws the same alone and in company.
+        max_new_tokens: after which a row ends.
+        end_ids: any of these ends its row, and stands as its last token.
+        prompts_BV: bool, the tokens of each row's prompt, for penalties.
+    """
+    widest = max([1, *map(len, end_ids)])
+    ends = [[*ids, *[NO_TOKEN] * (widest - len(ids))] for ids in end_ids]
+    keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+    return Rows(
+        place(np.array(max_new_tokens, np.int32), "B"),
+        place(np.zeros(len(seeds), np.int32), "B"),
+        place(np.array(ends, np.int32), "BS"),
+        jax.reshard(keys_B, act("B")),
+        Knobs(*(place(np.asarray(knob), "B") for knob in knobs(samplings))),
+        Counts(place(prompts_BV, "BS"), place(np.zeros(prompts_BV.shape, np.int32), "BS")),
+    )
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="slots")
 def prefill(
     config: ModelConfig,
-    model: Llama,
+    model: Llama | Unrolled,
     tokens_BT: jax.Array,
-    mask_BT: jax.Array,
-    key: jax.Array,
+    lengths_B: jax.Array,
     *,
     slots: int,
-) -> DecodeState:
-    """Returns the state after the prompts. See `generate` for the arguments.
-
-    Args:
-        slots: size of the cache: at least T and the tokens to come [tokens].
-    """
-    B, T = tokens_BT.shape
-    mask_BT = jax.reshard(mask_BT, act("BS"))
-    segments_BT = mask_BT.astype(jnp.int32)
-    counted_BT = jnp.cumsum(segments_BT, axis=1)
-    cache = init_cache(config, B, slots)
-    positions_BT = jnp.maximum(counted_BT - 1, 0)
-    x_BTD, cache = hidden_states(config, model, tokens_BT, positions_BT, segments_BT, cache)
-    assert cache is not None
-    last_B = jnp.max(jnp.where(mask_BT, jnp.arange(T), 0), axis=1)
-    is_last_BT = jnp.arange(T) == last_B[:, None]
-    x_BTD = jax.reshard(x_BTD, act("BSD"))
-    last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
-    logits_BV = output_head(config, model, last_BTD)[:, 0]
-    ended_B = jnp.zeros((B,), bool, out_sharding=act("B"))
-    return DecodeState(cache, logits_BV, counted_BT[:, -1], ended_B, jnp.int32(0), key)
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("n", "sampling", "end_ids"), donate_argnums=2)
-def decode(
-    config: ModelConfig,
-    model: Llama,
-    state: DecodeState,
-    *,
-    n: int,
-    sampling: Sampling,
-    end_ids: tuple[int, ...],
-) -> tuple[jax.Array, DecodeState]:
-    """Returns the next `n` tokens [B, n] and the state after them; stops when all rows ended.
-
-    Token number i of a row is drawn with fold_in(key, i): the same in blocks of any size.
-    """
-    B = state.positions_B.shape[0]
-
-    def going_on(carry: tuple[jax.Array, jax.Array, DecodeState]) -> jax.Array:
-        i, _, state = carry
-        return (i < n) & ~jnp.all(state.ended_B)
-
-    def one(carry: tuple[jax.Array, jax.Array, DecodeState]):
-        i, made_Bn, state = carry
-        drawn_B = sample(sampling, state.logits_BV, jax.random.fold_in(state.key, state.step))
-        made_B = jnp.where(state.ended_B, NO_TOKEN, drawn_B)
-        made_Bn = jax.lax.dynamic_update_slice(made_Bn, made_B[:, None], (0, i))
-        ended_B = state.ended_B
-        for end in end_ids:
-            ended_B = ended_B | (drawn_B == end)
-        x_B1D, cache = hidden_states(
-            config, model, drawn_B[:, None], state.positions_B[:, None], cache=state.cache
-        )
-        assert cache is not None
-        logits_BV = output_head(config, model, x_B1D)[:, 0]
-        after = state.positions_B + 1
-        state = DecodeState(cache, logits_BV, after, ended_B, state.step + 1, state.key)
-        return i + 1, made_Bn, state
-
-    empty_Bn = jnp.full((B, n), NO_TOKEN, jnp.int32, out_sharding=act("BS"))
-    _, made_Bn, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), empty_Bn, state))
-    return made_Bn, state
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "sampling", "end_ids"))
-def generate(
-    config: ModelConfig,
-    model: Llama,
-    tokens_BT: jax.Array,
-    mask_BT: jax.Array,
-    key: jax.Array,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    end_ids: tuple[int, ...] = (),
-) -> jax.Array:
-    """Returns what follows the prompts, int32 [B, max_new_tokens], NO_TOKEN after a row's end.
+) -> tuple[Cache, jax.Array]:
+    """Returns a cache of `slots` (T at least) with the prompts, and the logits [B, V] after them.
 
     Args:
         config: static.
         model: weights of that config.
-        tokens_BT: prompts, padded on either side to one length; rows need not be equally long.
-        mask_BT: True on the tokens of a prompt, at least one a row; False on padding.
-        key: random key; a greedy `sampling` does not use it.
-        max_new_tokens: at most so many tokens are added to each row.
-        sampling: how tokens are drawn; the default is greedy.
-        end_ids: any of these ends its row, and stands as its last token.
+        tokens_BT: prompts, padded on the right to one length.
+        lengths_B: tokens of each, 1 … T.
+        slots: of each row, for prompt and continuation.
     """
-    slots = tokens_BT.shape[1] + max_new_tokens
-    state = prefill(config, model, tokens_BT, mask_BT, key, slots=slots)
-    made, _ = decode(config, model, state, n=max_new_tokens, sampling=sampling, end_ids=end_ids)
+    cache = init_cache(config, len(tokens_BT), slots)
+    return read(config, model, cache, tokens_BT, lengths_B)
+
+
+def read(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Returns the cache with more tokens, and the logits [B, V] after each row's last one."""
+    x_BTD, cache = continued(config, model, cache, tokens_BT, lengths_B)
+    is_last_BT = jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1
+    x_BTD = jax.reshard(x_BTD, act("BSD"))
+    last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
+    return cache, output_head(config, model, last_BTD)[:, 0]
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("room", "top"), donate_argnums=2)
+def decode(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    state: State,
+    n: jax.Array | int,
+    *,
+    room: int,
+    top: int = 0,
+) -> tuple[Made, State]:
+    """Returns the next `n` tokens of each row that goes on, and the state after them.
+
+    It stops when all rows have ended. The result has `room` columns, `n` at most of which are used:
+    so that one program makes any number of tokens. Each row needs a free slot more than tokens.
+    """
+    B = len(state.rows.left_B)
+
+    def going_on(carry: tuple[jax.Array, Made, State]) -> jax.Array:
+        i, _, state = carry
+        return (i < n) & jnp.any(state.rows.left_B > 0)
+
+    def one(carry: tuple[jax.Array, Made, State]):
+        i, made, (cache, logits_BV, rows) = carry
+        going_B = rows.left_B > 0
+        keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.made_B)
+        token_B = sample(rows.knobs, rows.counts, logits_BV, keys_B)
+        told = (token_B, *_told(logits_BV, token_B, top))
+        made = Made(*(_column(all_, i, new, going_B) for all_, new in zip(made, told, strict=True)))
+        rows = after(rows, token_B)
+        cache, logits_BV = read(
+            config, model, cache, token_B[:, None], going_B.astype(jnp.int32)
+        )
+        return i + 1, made, State(cache, logits_BV, rows)
+
+    def empty(value: float, dtype: type, *more: int) -> jax.Array:
+        return jnp.full((B, room, *more), value, dtype, out_sharding=act("BSS"[: 2 + len(more)]))
+
+    made = Made(
+        empty(NO_TOKEN, jnp.int32),
+        empty(0.0, jnp.float32),
+        empty(NO_TOKEN, jnp.int32, top),
+        empty(0.0, jnp.float32, top),
+    )
+    _, made, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), made, state))
+    return made, state
+
+
+def after(rows: Rows, token_B: jax.Array) -> Rows:
+    """Returns the rows after one more token of each that goes on."""
+    going_B = rows.left_B > 0
+    ended_B = jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
+    chosen_BV = jnp.arange(rows.counts.made_BV.shape[1]) == token_B[:, None]
+    made_BV = rows.counts.made_BV + (chosen_BV & going_B[:, None])
+    return rows._replace(
+        left_B=jnp.where(going_B & ~ended_B, rows.left_B - 1, 0),
+        made_B=rows.made_B + going_B,
+        counts=rows.counts._replace(made_BV=made_BV),
+    )
+
+
+def _told(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Array, ...]:
+    chosen_B, top_logprobs_BA, top_tokens_BA = logprobs(logits_BV, token_B, top)
+    return chosen_B, top_tokens_BA, top_logprobs_BA
+
+
+def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array) -> jax.Array:
+    """Returns what was made with column `i` of the rows that go on."""
+    old_B_ = jax.lax.dynamic_index_in_dim(made_Bn_, i, axis=1, keepdims=False)
+    going_B_ = going_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
+    kept_B_ = jnp.where(going_B_, new_B_.astype(old_B_.dtype), old_B_)
+    return jax.lax.dynamic_update_index_in_dim(made_Bn_, kept_B_, i, axis=1)
+
+
+@partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("sampling", "max_new_tokens", "end_ids", "top", "left_padded"),
+)
+def generate(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    sampling: Sampling | tuple[Sampling, ...],
+    seeds_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    end_ids: tuple[int, ...] = (),
+    top: int = 0,
+    left_padded: bool = False,
+) -> Made:
+    """Returns what follows the prompts, up to `max_new_tokens` of each; stops when all have ended.
+
+    Args:
+        config: static.
+        model: weights of that config.
+        tokens_BT: int32 prompts, padded to one length.
+        lengths_B: int32 tokens of each, 1 … T.
+        sampling: static; how tokens are drawn, in all rows or in each.
+        seeds_B: uint32 seed of each row's draws; a row draws the same alone and in company.
+        max_new_tokens: at most so many tokens are added to each row.
+        end_ids: any of these ends its row, and stands as its last token.
+        top: alternatives that are told of each token.
+        left_padded: the padding stands before the prompts, not behind them.
+    """
+    B, T = tokens_BT.shape
+    if left_padded:
+        tokens_BT = jax.vmap(lambda row, length: jnp.roll(row, length))(tokens_BT, lengths_B)
+    samplings = (sampling,) * B if isinstance(sampling, Sampling) else sampling
+    rows = Rows(
+        jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=act("B")),
+        jnp.zeros((B,), jnp.int32, out_sharding=act("B")),
+        jnp.broadcast_to(
+            jnp.array([*end_ids, NO_TOKEN], jnp.int32), (B, len(end_ids) + 1), out_sharding=act("BS")
+        ),
+        jax.reshard(jax.vmap(jax.random.key)(seeds_B), act("B")),
+        Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs(samplings))),
+        _counts(config, tokens_BT, lengths_B),
+    )
+    slots = T + max_new_tokens + 1
+    cache, logits_BV = prefill(config, model, tokens_BT, lengths_B, slots=slots)
+    state = State(cache, logits_BV, rows)
+    made, _ = decode(config, model, state, max_new_tokens, room=max_new_tokens, top=top)
     return made
 
 
-def stream(
-    config: ModelConfig,
-    model: Llama,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    end_ids: frozenset[int] = frozenset(),
-    seed: int = 0,
-    block: int = 8,
-) -> Iterator[int]:
-    """Yields the tokens that follow one prompt as they are made; those that `generate` gives.
+def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Counts:
+    """Returns the counts of rows that have made nothing yet."""
+    shape = len(tokens_BT), config.vocab_size
+    none_BV = jnp.zeros(shape, jnp.int32, out_sharding=act("BS"))
 
-    Prompt and cache are padded to powers of two, so that few programs are compiled.
+    def add(seen_BV: jax.Array, column: tuple[jax.Array, jax.Array]):
+        token_B, there_B = column
+        return seen_BV | ((jnp.arange(shape[1]) == token_B[:, None]) & there_B[:, None]), None
 
-    Args:
-        prompt: token ids, at least one.
-        block: tokens made in one dispatch.
+    there_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    columns = (jax.reshard(x, act("BS")).T for x in (tokens_BT, there_BT))
+    prompt_BV, _ = jax.lax.scan(add, none_BV.astype(bool), tuple(columns))
+    return Counts(prompt_BV, none_BV)
+
+
+@partial(jax.jit, static_argnums=0)
+def prompt_logprobs(
+    config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array
+) -> jax.Array:
+    """Returns the log-probability [B, T - 1] float32 of each token but the first, given those before.
+
+    Padding on the right changes nothing before it.
+    """
+    tokens_BT = jax.reshard(tokens_BT, act("BS"))
+    logits_BTV = output_head(config, model, hidden_states(config, model, tokens_BT))
+    logits_BTV = jax.nn.log_softmax(jax.reshard(logits_BTV, act("BSD"))[:, :-1])
+    chosen_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[:, 1:, None]
+    return jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Checks that a prompt can be continued.
 
     Raises:
-        InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
+        InputError: it is empty, holds unknown ids, or doesn't fit the model's context.
     """
     if not prompt:
         raise InputError("the prompt is empty: give at least the begin-of-text token")
@@ -173,22 +295,73 @@ def stream(
             f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones don't fit the model's"
             f" context of {config.context}: shorten the prompt or ask for fewer"
         )
-    padding = _power_of_two(len(prompt)) - len(prompt)
-    tokens = np.array([[0] * padding + list(prompt)], np.int32)
-    mask = np.arange(tokens.shape[1])[None] >= padding
-    blocks = -(-max_new_tokens // block)
-    slots = _power_of_two(tokens.shape[1] + blocks * block)
-    key = jax.random.key(seed)
-    state = prefill(config, model, place(tokens, "BT"), place(mask, "BT"), key, slots=slots)
-    ends = tuple(sorted(end_ids))
+
+
+def begin(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    seed: int,
+    spare: int,
+) -> State:
+    """Returns the state after one prompt, with room for the new tokens and `spare` slots.
+
+    Lengths are rounded up to powers of two, so that few programs serve all.
+    """
+    tokens = np.zeros((1, _power_of_two(len(prompt))), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, list(prompt)] = True
+    slots = _power_of_two(max(tokens.shape[1], len(prompt) + max_new_tokens) + spare)
+    lengths = place(np.array([len(prompt)], np.int32), "B")
+    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
+    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
+    return State(cache, logits, rows)
+
+
+def stream(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    end_ids: frozenset[int] = frozenset(),
+    seed: int = 0,
+    block: int = 16,
+) -> Iterator[int]:
+    """Yields the tokens that follow one prompt, as they are made; an end id is the last.
+
+    Args:
+        config: of the model.
+        model: weights of that config.
+        prompt: token ids, at least one.
+        max_new_tokens: at most so many.
+        sampling: how tokens are drawn; the default is greedy.
+        end_ids: any of these ends the text.
+        seed: of the draws.
+        block: tokens made in one dispatch.
+
+    Raises:
+        InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
+    """
+    check_prompt(config, prompt, max_new_tokens)
+    state = begin(
+        config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
+        end_ids=end_ids, seed=seed, spare=1,
+    )  # fmt: skip
     left = max_new_tokens
-    for _ in range(blocks):
-        made, state = decode(config, model, state, n=block, sampling=sampling, end_ids=ends)
-        for token in np.asarray(made)[0, :left].tolist():
+    while left > 0:
+        made, state = decode(config, model, state, block, room=block)
+        for token in np.asarray(made.tokens_Bn)[0].tolist():
             if token == NO_TOKEN:
                 return
             yield token
-        left -= block
+            left -= 1
 
 
 def stream_text(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import InputError
 from llama_jax.model import attention_splash, attention_xla
+from llama_jax.model.cache import KeysValues
 from llama_jax.model.remat import keep
 from llama_jax.sharding import act, context_parts, gather_sequence, platform
 
@@ -92,28 +93,15 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     return keep("attention", out_BTNH)
 
 
-def cached_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    segments_BT: jax.Array,
-    segments_BS: jax.Array,
-    offset: jax.Array | int,
-) -> jax.Array:
-    """Returns what `attention` does, for T queries that stand at the slots `offset` + t of a cache.
+def cached_attention(q_BTNH: jax.Array, kept: KeysValues, positions_BT: jax.Array) -> jax.Array:
+    """Returns what `attention` does, for queries whose keys and values are in a cache.
 
-    They see the slots up to their own whose segment is theirs.
+    They see the slots up to their own, which are their positions.
     """
     q_BTNH = jax.reshard(q_BTNH, act("BTNH"))
-    k_BSKH, v_BSKH = (jax.reshard(x, act("BSKH")) for x in (k_BSKH, v_BSKH))
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = kept.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=act("BTKGH"))
-    out_BKGTH, _ = attention_xla.block(
-        q_BTKGH.transpose(0, 2, 3, 1, 4),
-        k_BSKH.swapaxes(1, 2),
-        v_BSKH.swapaxes(1, 2),
-        attention_xla.Visible(offset + jnp.arange(T), segments_BT, segments_BS),
-    )
+    out_BKGTH = attention_xla.cached(q_BTKGH.transpose(0, 2, 3, 1, 4), kept, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, N, H, out_sharding=act("BTNH"))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.cache import KeysValues
 from llama_jax.model.remat import keep
 from llama_jax.sharding import context_parts, text_positions
 
@@ -17,16 +18,16 @@ QUERY_BLOCK = 256
 class Visible(NamedTuple):
     """What decides which keys a query sees."""
 
-    positions_T: jax.Array  # slot of each query; it sees the slots up to its own
+    positions_BT: jax.Array  # slot of each query (B or 1 rows); it sees the slots up to its own
     segments_BT: jax.Array | None  # of the queries; None: all is one text
     segments_BS: jax.Array | None  # of the keys
 
     def part(self, at: slice, seen: slice) -> "Visible":
         """Returns it for some of the queries and keys."""
         if self.segments_BT is None or self.segments_BS is None:
-            return Visible(self.positions_T[at], None, None)
+            return Visible(self.positions_BT[:, at], None, None)
         segments = self.segments_BT[:, at], self.segments_BS[:, seen]
-        return Visible(self.positions_T[at], *segments)
+        return Visible(self.positions_BT[:, at], *segments)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
@@ -38,7 +39,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
     K = k_BSKH.shape[2]
     # Heads stand before positions: then every product is one of stacked plain matrices.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    visible = Visible(text_positions(T), segments_BT, segments_BS)
+    visible = Visible(text_positions(T)[None], segments_BT, segments_BS)
     out_BKGTH = _whole_texts(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), visible)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -46,11 +47,13 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _scores(q_BKGTH, k_BKSH, visible: Visible) -> jax.Array:
-    visible_BTS = (visible.positions_T[:, None] >= jnp.arange(k_BKSH.shape[2]))[None]
+def _scores(q_BKGTH, k_BKSH, visible: Visible, scale_BKS=None) -> jax.Array:
+    visible_BTS = visible.positions_BT[:, :, None] >= jnp.arange(k_BKSH.shape[2])
     if visible.segments_BT is not None and visible.segments_BS is not None:
         visible_BTS &= visible.segments_BT[:, :, None] == visible.segments_BS[:, None, :]
     scores = _product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    if scale_BKS is not None:
+        scores *= scale_BKS[:, :, None, None]
     return jnp.where(visible_BTS[:, None, None], scores, -jnp.inf)
 
 
@@ -62,6 +65,18 @@ def block(q_BKGTH, k_BKSH, v_BKSH, visible: Visible) -> tuple[jax.Array, jax.Arr
     total = jnp.sum(weights, axis=-1, keepdims=True)
     seen = _product("BKGTS,BKSH->BKGTH", weights.astype(v_BKSH.dtype), v_BKSH)
     return (seen / total).astype(v_BKSH.dtype), largest + jnp.log(total)
+
+
+def cached(q_BKGTH: jax.Array, kept: KeysValues, positions_BT: jax.Array) -> jax.Array:
+    """Returns what queries at `positions_BT` see of a cache, [B, K, G, T, H] in q's dtype."""
+    dtype = q_BKGTH.dtype
+    visible = Visible(positions_BT, None, None)
+    scores = _scores(q_BKGTH, kept.k_BKSH.astype(dtype), visible, kept.k_scale_BKS)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if kept.v_scale_BKS is not None:
+        weights *= kept.v_scale_BKS[:, :, None, None]
+    seen = _product("BKGTS,BKSH->BKGTH", weights.astype(dtype), kept.v_BKSH.astype(dtype))
+    return seen.astype(dtype)
 
 
 def _cuts(T: int, S: int) -> list[tuple[slice, slice]]:

@@ -1,5 +1,6 @@
-"""The key/value cache of a batch that is being continued."""
+"""The keys and values of texts that are being continued."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,25 +10,103 @@ from llama_jax.family import ModelConfig
 from llama_jax.sharding import act
 
 
-class Cache(NamedTuple):
-    """Keys and values of all layers, written in place (donate it) from slot `used` on.
+class KeysValues(NamedTuple):
+    """Keys and values of one layer, in the cache's type; int8 comes with a scale for each."""
 
-    Every row of the batch fills its slots together, padding included: a slot's segment tells
-    whether it holds a token of the row's text, and attention never crosses segments.
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    v_scale_BKS: jax.Array | None = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of a batch, written in place (donate it).
+
+    Slot s of a row holds those of the row's token number s. What stands beyond `used_B` is never
+    seen: a query sees the slots up to its own. Layers stand one by one, because XLA's CPU back end
+    copies a layer that it takes out of a stack.
     """
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    segments_BS: jax.Array  # int32; 0 is padding or not yet written
-    used: jax.Array  # int32 scalar: slots written so far
+    layers: tuple[KeysValues, ...]
+    used_B: jax.Array  # int32: tokens of each row that the model has read
+
+    @property
+    def slots(self) -> int:
+        """Slots of each row."""
+        return self.layers[0].k_BKSH.shape[2]
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Returns an empty cache for `batch` rows of at most `slots` tokens, in `config.dtype`."""
-    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
-    return Cache(
-        jnp.zeros(shape, config.dtype, out_sharding=act("LBSKH")),
-        jnp.zeros(shape, config.dtype, out_sharding=act("LBSKH")),
-        jnp.zeros((batch, slots), jnp.int32, out_sharding=act("BS")),
-        jnp.int32(0),
+    """Returns an empty cache for `batch` rows of at most `slots` tokens, in `config.cache_dtype`."""
+    dims = (batch, config.n_kv_heads, slots, config.head_dim)
+
+    def empty() -> KeysValues:
+        def zeros(dtype: str, shape: tuple[int, ...], letters: str) -> jax.Array:
+            return jnp.zeros(shape, dtype, out_sharding=act(letters))
+
+        if config.cache_dtype != "int8":
+            dtype = config.dtype
+            return KeysValues(zeros(dtype, dims, "BKSH"), zeros(dtype, dims, "BKSH"))
+        numbers = (zeros("int8", dims, "BKSH") for _ in "kv")
+        return KeysValues(*numbers, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
+
+    used_B = jnp.zeros((batch,), jnp.int32, out_sharding=act("B"))
+    return Cache(tuple(empty() for _ in range(config.n_layers)), used_B)
+
+
+def write(kept: KeysValues, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array) -> KeysValues:
+    """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
+
+    The slots must be there: XLA would write over earlier ones.
+    """
+    k_BKTH, v_BKTH = (jax.reshard(x.swapaxes(1, 2), act("BKSH")) for x in (k_BTKH, v_BTKH))
+    if kept.k_scale_BKS is None or kept.v_scale_BKS is None:
+        k, v = k_BKTH.astype(kept.k_BKSH.dtype), v_BKTH.astype(kept.v_BKSH.dtype)
+        return KeysValues(_put(kept.k_BKSH, k, used_B), _put(kept.v_BKSH, v, used_B))
+    (k, k_scale), (v, v_scale) = _rounded(k_BKTH), _rounded(v_BKTH)
+    return KeysValues(
+        _put(kept.k_BKSH, k, used_B),
+        _put(kept.v_BKSH, v, used_B),
+        _put(kept.k_scale_BKS, k_scale, used_B),
+        _put(kept.v_scale_BKS, v_scale, used_B),
     )
+
+
+def _put(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
+    def row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots_KS_, new_KT_, used, axis=1)
+
+    return jax.vmap(row)(slots_BKS_, new_BKT_, used_B)
+
+
+def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns each head of each token as int8, and the scale that its largest number sets."""
+    x = x_BKTH.astype(jnp.float32)
+    largest_BKT = jnp.max(jnp.abs(x), axis=-1)
+    scale_BKT = jnp.where(largest_BKT == 0, 1.0, largest_BKT / 127)
+    return jnp.round(x / scale_BKT[..., None]).astype(jnp.int8), scale_BKT
+
+
+@partial(jax.jit, static_argnames="slots")
+def resized(cache: Cache, *, slots: int) -> Cache:
+    """Returns the cache with more or fewer slots; what fewer don't hold is lost."""
+
+    def change(x_BKS_: jax.Array) -> jax.Array:
+        missing = slots - x_BKS_.shape[2]
+        if missing <= 0:
+            return x_BKS_[:, :, :slots]
+        return jnp.pad(x_BKS_, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x_BKS_.ndim - 3))
+
+    return cache._replace(layers=jax.tree.map(change, cache.layers))
+
+
+@partial(jax.jit, donate_argnums=0)
+def copy_row(cache: Cache, source: jax.Array, target: jax.Array, used: jax.Array) -> Cache:
+    """Returns the cache with row `source` in row `target` too, which holds `used` tokens of it."""
+
+    def copied(x_BKS_: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(x_BKS_, source, 1, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(x_BKS_, row, target, axis=0)
+
+    used_B = jnp.where(jnp.arange(len(cache.used_B)) == target, used, cache.used_B)
+    return Cache(jax.tree.map(copied, cache.layers), used_B)

@@ -6,6 +6,7 @@ H head size, F feed-forward size. Weights carry Meta's names, with axes [in…, 
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 
 from llama_jax.family import ModelConfig
 from llama_jax.model.attention import attention, cached_attention
-from llama_jax.model.cache import Cache
+from llama_jax.model.cache import Cache, KeysValues, write
 from llama_jax.model.linear import embed, matmul
 from llama_jax.model.pointwise import rms_norm, swiglu
 from llama_jax.model.remat import keep, rematerialized
@@ -67,26 +68,48 @@ class Llama(nnx.Module):
         self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
 
 
+class Unrolled(NamedTuple):
+    """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
+
+    XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
+    """
+
+    tok_embeddings: nnx.Param
+    layers: tuple[Block, ...]
+    norm: nnx.Param
+    output: nnx.Param | None
+
+
+def unrolled(model: Llama) -> Unrolled:
+    """Returns a model layer by layer. Its stacked weights are deleted, one after the other.
+
+    At most the largest of them is in memory twice meanwhile.
+    """
+    stacked, tree = jax.tree.flatten(model.layers)
+    apart = []
+    for w_L in stacked:
+        apart.append([w_L[i] for i in range(len(w_L))])
+        jax.block_until_ready(apart[-1])
+        w_L.delete()
+    layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
+    return Unrolled(model.tok_embeddings, layers, model.norm, model.output)
+
+
 def _norm(config: ModelConfig, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:
     return rms_norm(x_BTD, jax.reshard(scale_D[...], act("D")), config.norm_eps)
 
 
-def _attend(config: ModelConfig, layer: Block, x_BTD, turn, segments_BT, cache, number):
+def _attend(config: ModelConfig, layer: Block, x_BTD, turn, seen, kept):
     q = matmul(config, "BTD,DNH->BTNH", x_BTD, layer.wq)
     q = keep("query", rotate(q, turn, config.head_dim**-0.5))  # attention wants its scores scaled
     k = keep("key", rotate(matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wk), turn))
     v = keep("value", matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wv))
-    if cache is None:
-        out = attention(q, k, v, segments_BT, config.attention)
+    if kept is None:
+        out = attention(q, k, v, seen.segments_BT, config.attention)
     else:
-        at = (number, 0, cache.used, 0, 0)
-        k, v = (jax.reshard(x, act("BSKH")) for x in (k, v))
-        k_cache = jax.lax.dynamic_update_slice(cache.k_LBSKH, k[None].astype(k.dtype), at)
-        v_cache = jax.lax.dynamic_update_slice(cache.v_LBSKH, v[None].astype(v.dtype), at)
-        cache = cache._replace(k_LBSKH=k_cache, v_LBSKH=v_cache)
-        k, v = k_cache[number], v_cache[number]
-        out = cached_attention(q, k, v, segments_BT, cache.segments_BS, cache.used)
-    return matmul(config, "BTNH,NHD->BTD", out, layer.wo), cache
+        kept = write(kept, k, v, seen.positions_BT[:, 0])
+        out = cached_attention(q, kept, seen.positions_BT)
+    return matmul(config, "BTNH,NHD->BTD", out, layer.wo), kept
 
 
 def _feed_forward(config: ModelConfig, layer: Block, x_BTD: jax.Array) -> jax.Array:
@@ -95,53 +118,89 @@ def _feed_forward(config: ModelConfig, layer: Block, x_BTD: jax.Array) -> jax.Ar
     return matmul(config, "BTF,FD->BTD", swiglu(gate_BTF, up_BTF), layer.w2)
 
 
+class _Seen(NamedTuple):
+    """What decides which keys a query sees: with a cache its position, without one its segment."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+
+
 def hidden_states(
     config: ModelConfig,
-    model: Llama,
+    model: Llama | Unrolled,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
-    cache: Cache | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Returns what the output head reads, [B, T, D] in config.dtype, and the cache after T more.
+) -> jax.Array:
+    """Returns what the output head reads, [B, T, D] in config.dtype.
 
     The arguments are those of `forward`. On a mesh that splits sequences, T is in balanced order
     in arguments and result (`sharding.balance`).
     """
     tokens_BT = jax.reshard(tokens_BT, act("BT"))
     if positions_BT is None:
-        start = 0 if cache is None else cache.used
-        positions_T = start + jnp.asarray(in_balanced_order(np.arange(tokens_BT.shape[1])))
+        positions_T = jnp.asarray(in_balanced_order(np.arange(tokens_BT.shape[1])))
         positions_BT = jnp.broadcast_to(positions_T, tokens_BT.shape, out_sharding=act("BT"))
-    if cache is not None:
-        if segments_BT is None:
-            segments_BT = jnp.ones_like(tokens_BT)
-        new = jax.reshard(segments_BT, act("BS"))
-        written = jax.lax.dynamic_update_slice(cache.segments_BS, new, (0, cache.used))
-        cache = cache._replace(segments_BS=written)
-    x_BTD = embed(config, model.tok_embeddings, tokens_BT)
-    turn = rotation(config, jax.reshard(positions_BT, act("BT")))
+    x_BTD, block = _begin(config, model, tokens_BT, _Seen(positions_BT, segments_BT))
+    if isinstance(model, Unrolled):
+        for layer in model.layers:
+            x_BTD, _ = block(x_BTD, layer)
+    else:
+        once = rematerialized(config, block)
+        x_BTD, _ = jax.lax.scan(once, x_BTD, model.layers, unroll=not config.scan)
+    return _norm(config, x_BTD, model.norm)
 
-    def block(carry, layer_and_number):
-        x_BTD, cache = carry
+
+def continued(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Returns `hidden_states` of the next T tokens of each row, and the cache with them.
+
+    Args:
+        config: static under `jax.jit`.
+        model: weights of that config.
+        cache: what the rows' earlier tokens left; T more slots must be free in each row.
+        tokens_BT: int32; what stands behind a row's length is not part of its text.
+        lengths_B: int32 0 … T, tokens of each row; default: all T.
+    """
+    tokens_BT = jax.reshard(tokens_BT, act("BT"))
+    T = tokens_BT.shape[1]
+    positions_BT = cache.used_B[:, None] + jnp.arange(T)
+    x_BTD, block = _begin(config, model, tokens_BT, _Seen(positions_BT, None))
+    kept = []
+    for number, of_layer in enumerate(cache.layers):
+        x_BTD, new = block(x_BTD, _layer(model, number), of_layer)
+        kept.append(new)
+    used_B = cache.used_B + (T if lengths_B is None else lengths_B)
+    return _norm(config, x_BTD, model.norm), Cache(tuple(kept), used_B)
+
+
+def _layer(model: Llama | Unrolled, number: int) -> Block:
+    if isinstance(model, Unrolled):
+        return model.layers[number]
+    return jax.tree.map(lambda w_L: w_L[number], model.layers)
+
+
+def _begin(config: ModelConfig, model: Llama | Unrolled, tokens_BT, seen: _Seen):
+    """Returns the embedded tokens, and the function of one layer."""
+    turn = rotation(config, jax.reshard(seen.positions_BT, act("BT")))
+
+    def block(x_BTD: jax.Array, layer: Block, kept: KeysValues | None = None):
         x_BTD = keep("input", x_BTD)
-        layer, number = layer_and_number
         h = _norm(config, x_BTD, layer.attention_norm)
-        attended, cache = _attend(config, layer, h, turn, segments_BT, cache, number)
+        attended, kept = _attend(config, layer, h, turn, seen, kept)
         x_BTD = x_BTD + keep("attended", attended)
         h = _norm(config, x_BTD, layer.ffn_norm)
-        return (x_BTD + _feed_forward(config, layer, h), cache), None
+        return x_BTD + _feed_forward(config, layer, h), kept
 
-    layers = (model.layers, jnp.arange(config.n_layers))
-    (x_BTD, cache), _ = jax.lax.scan(
-        rematerialized(config, block), (x_BTD, cache), layers, unroll=not config.scan
-    )
-    if cache is not None:
-        cache = cache._replace(used=cache.used + tokens_BT.shape[1])
-    return _norm(config, x_BTD, model.norm), cache
+    return embed(config, model.tok_embeddings, tokens_BT), block
 
 
-def output_head(config: ModelConfig, model: Llama, x_BTD: jax.Array) -> jax.Array:
+def output_head(config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array) -> jax.Array:
     """Returns the logits [B, T, V], float32, of `hidden_states`."""
     if model.output is None:
         logits = matmul(config, "BTD,VD->BTV", x_BTD, model.tok_embeddings)
@@ -152,28 +211,24 @@ def output_head(config: ModelConfig, model: Llama, x_BTD: jax.Array) -> jax.Arra
 
 def forward(
     config: ModelConfig,
-    model: Llama,
+    model: Llama | Unrolled,
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
-    cache: Cache | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Returns the logits [B, T, V] float32 of the next token, and the cache after these T.
+) -> jax.Array:
+    """Returns the logits [B, T, V] float32 of the next token.
 
     Args:
         config: static under `jax.jit`.
         model: weights of that config.
         tokens_BT: int32 token ids in 0 … V-1.
-        positions_BT: int32 position of each token in its own text; default 0, 1, … (with a
-            cache, from its index on).
+        positions_BT: int32 position of each token in its own text; default 0, 1, …
         segments_BT: int32 number of each token's text; tokens of different segments never see
-            each other, and 0 stands for padding. Default: all one text.
-        cache: keys and values of earlier tokens, to be continued; it needs T free slots.
+            each other. Default: all one text.
     """
-    if cache is None:
-        tokens_BT = balance(tokens_BT)
-        positions_BT = None if positions_BT is None else balance(positions_BT)
-        segments_BT = None if segments_BT is None else balance(segments_BT)
-    x_BTD, cache = hidden_states(config, model, tokens_BT, positions_BT, segments_BT, cache)
+    tokens_BT = balance(tokens_BT)
+    positions_BT = None if positions_BT is None else balance(positions_BT)
+    segments_BT = None if segments_BT is None else balance(segments_BT)
+    x_BTD = hidden_states(config, model, tokens_BT, positions_BT, segments_BT)
     logits_BSV = jax.reshard(output_head(config, model, x_BTD), act("BSV"))
-    return (in_text_order(logits_BSV) if cache is None else logits_BSV), cache
+    return in_text_order(logits_BSV)

@@ -37,7 +37,7 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     Only the objective can be differentiated.
     """
     batch = jax.tree.map(balance, batch)
-    x_BTD, _ = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
+    x_BTD = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
     w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
     static = _Static(z_loss, config.reduce_dtype, not config.scan)
     sums: Any = _head_loss(static, x_BTD, w_DV, batch.targets)

@@ -159,7 +159,7 @@ class TestTransformers:
             expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
         with jax.set_mesh(one_device_mesh()):
             _, model = load_model(tmp_path / "m", config)
-            logits, _ = forward(config, model, tokens)
+            logits = forward(config, model, tokens)
         np.testing.assert_allclose(logits, expected, atol=5e-5)
 
     def test_reads_files_cut_at_a_size(self, shared_data, tmp_path, monkeypatch):

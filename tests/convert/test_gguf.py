@@ -139,7 +139,7 @@ def test_a_really_trained_model_answers_as_in_transformers(smollm2, tmp_path):
         _, model = load_model(folder, config)
         made = list(stream(config, model, ids, max_new_tokens=8))
         assert tokenizer.decode(made).startswith(" Paris")
-        logits = np.asarray(forward(config, model, np.array([[*ids, *made]], np.int32))[0])
+        logits = np.asarray(forward(config, model, np.array([[*ids, *made]], np.int32)))
     torch, transformers = peer("torch"), peer("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32

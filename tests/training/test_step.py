@@ -85,7 +85,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_loss(here):
         plain, same_loss, _ = gradients(config, model, placed())
 
         def penalty(model):
-            logits, _ = forward(CONFIG.model, model, BATCH.tokens, *BATCH[2:])
+            logits = forward(CONFIG.model, model, BATCH.tokens, *BATCH[2:])
             log_z = jax.nn.logsumexp(logits, -1)
             return 1e-3 * jnp.sum(jnp.where(BATCH.targets >= 0, log_z**2, 0)) / 86
 

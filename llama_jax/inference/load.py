@@ -1,0 +1,63 @@
+"""Models as inference wants them: layer by layer, on the current mesh."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax import checkpoint
+from llama_jax.family import ModelConfig
+from llama_jax.folders import read_model_config
+from llama_jax.model.transformer import Unrolled, unrolled
+from llama_jax.sharding import head_parts, weight
+from llama_jax.tree import abstract_model
+
+
+def load(folder: str | Path, config: ModelConfig | None = None) -> tuple[ModelConfig, Unrolled]:
+    """Returns a model from a model folder or a run folder, straight onto the current mesh.
+
+    Over more devices than it has key/value heads, each device holds the one that its query heads
+    want: the configuration that is returned counts these copies as heads of their own, and gives
+    the same results.
+
+    Args:
+        folder: a model folder, or a run folder (its newest checkpoint).
+        config: how to compute it; default: as the folder says.
+
+    Raises:
+        InputError: as `checkpoint.load_model`.
+    """
+    config = config or read_model_config(folder)
+    copies = max(1, head_parts() // config.n_kv_heads)
+    if copies == 1:
+        config, model = checkpoint.load_model(folder, config)
+        return config, unrolled(model)
+    wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
+    like = abstract_model(wide)
+    for name in ("wk", "wv"):
+        setattr(like.layers, name, jax.tree.map(partial(_stored, config), getattr(like.layers, name)))
+    _, model = checkpoint.load_model(folder, config, like=like)
+    for name in ("wk", "wv"):
+        copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))
+        setattr(model.layers, name, copied)
+    return wide, unrolled(model)
+
+
+def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns a leaf [L, D, K, H] with the heads that are stored, all of them on every device."""
+    L, D, _, H = leaf.shape
+    sharding: Any = leaf.sharding
+    spec = P(*sharding.spec[:2], None, None)
+    shape = (L, D, config.n_kv_heads, H)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec))
+
+
+@partial(jax.jit, static_argnums=0)
+def _copied(copies: int, w_LDKH: jax.Array) -> jax.Array:
+    """Returns each head `copies` times, as the query heads that read it lie on the devices."""
+    return jax.reshard(jnp.repeat(w_LDKH, copies, axis=2), weight("LDKH"))
