@@ -1,7 +1,15 @@
-"""From logits to the next token."""
+"""From logits to the next token: every row of a batch with settings of its own.
+
+The settings are arrays, so that none of them is compiled in. What is done, and in what order, is
+what transformers does: penalties, temperature, top-k, top-p, min-p.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -11,40 +19,261 @@ from llama_jax.sharding import act
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn: temperature first, then top-k, then top-p (as transformers)."""
+    """How the next token is drawn. The default takes the most likely one."""
 
-    temperature: float = Field(default=0.0, ge=0, description="0 takes the most likely token")
-    top_k: int = Field(default=0, ge=0, description="draw from the k most likely tokens; 0 for all")
+    # Temperature and repetition penalty end where float32 logits could overflow or vanish.
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="divides the logits; 0 takes the most likely token",
+    )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        le=2**31 - 1,
+        description="draw from the k most likely tokens; 0 for all",
+    )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
+        allow_inf_nan=False,
         description="draw from the most likely tokens that make up this mass",
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="draw from tokens at least this times as likely as the most likely one",
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        ge=1e-6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="above 1, tokens of the prompt and of what was made become less likely",
+    )
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="taken from the logit of a token that was made",
+    )
+    frequency_penalty: float = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="taken from the logit of a token each time that it was made",
     )
 
 
-def sample(sampling: Sampling, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns a token for each row, int32 [B]. Tokens that tie with the last kept one stay in."""
-    logits_BV = jax.reshard(logits_BV, act("BS"))  # sorting needs the whole vocabulary
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = keep_likely(sampling, logits_BV / sampling.temperature)
-    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+class Knobs(NamedTuple):
+    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `act("B")`."""
+
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    min_p_B: jax.Array | np.ndarray
+    repetition_B: jax.Array | np.ndarray
+    presence_B: jax.Array | np.ndarray
+    frequency_B: jax.Array | np.ndarray
 
 
-def keep_likely(sampling: Sampling, logits_BV: jax.Array) -> jax.Array:
-    """Returns the logits with those that top-k and top-p leave out at -inf.
+class Counts(NamedTuple):
+    """The tokens that penalties look at. Split as `act("BS")`: no part of the vocabulary away."""
 
-    top-p keeps the fewest most likely tokens whose mass reaches it (arXiv 1904.09751, section 3.1).
+    prompt_BV: jax.Array  # bool: tokens of the prompt
+    made_BV: jax.Array  # int32: how often each token was made
+
+
+def knobs(samplings: Sequence[Sampling]) -> Knobs:
+    """Returns the settings of rows as NumPy arrays, for the caller to place."""
+
+    def column(name: str, dtype: type = np.float32) -> np.ndarray:
+        return np.array([getattr(sampling, name) for sampling in samplings], dtype)
+
+    return Knobs(
+        temperature_B=column("temperature"),
+        top_k_B=column("top_k", np.int32),
+        top_p_B=column("top_p"),
+        min_p_B=column("min_p"),
+        repetition_B=column("repetition_penalty"),
+        presence_B=column("presence_penalty"),
+        frequency_B=column("frequency_penalty"),
+    )
+
+
+def process(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits that rows draw from, float32 [B, V], with tokens left out at -inf.
+
+    A greedy row's are penalised and no more. Other rows are shifted, the most likely token to 0.
+
+    Args:
+        knobs: settings of the rows.
+        counts: may be None where no row has penalties.
+        logits_BV: of the next token, of any float type, split in any way.
     """
+    logits_BV = _penalised(knobs, counts, logits_BV)
+    drawn_B = knobs.temperature_B > 0
+    return jax.lax.cond(
+        jnp.any(drawn_B),
+        lambda: jnp.where(drawn_B[:, None], _likely(knobs, logits_BV), logits_BV),
+        lambda: logits_BV,
+    )
+
+
+def sample(
+    knobs: Knobs, counts: Counts | None, logits_BV: jax.Array, keys_B: jax.Array
+) -> jax.Array:
+    """Returns a token for each row, int32 [B]. Greedy rows alone cost one argmax.
+
+    Args:
+        knobs, counts, logits_BV: as of `process`.
+        keys_B: typed random keys. A row's draw depends on its own key, logits and settings alone;
+            a greedy row's not on the key.
+    """
+    logits_BV = _penalised(knobs, counts, logits_BV)
+    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    drawn_B = knobs.temperature_B > 0
+    keys_B = jax.reshard(keys_B, act("B"))
+
+    def draw() -> jax.Array:
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, _likely(knobs, logits_BV))
+        return jnp.where(drawn_B, tokens_B.astype(jnp.int32), likeliest_B)
+
+    return jax.lax.cond(jnp.any(drawn_B), draw, lambda: likeliest_B)
+
+
+def logprobs(
+    logits_BV: jax.Array, tokens_B: jax.Array, top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns what the model itself thinks of tokens: before temperature and penalties.
+
+    Args:
+        logits_BV: of any float type, split in any way.
+        tokens_B: tokens of the vocabulary.
+        top: how many of the most likely tokens to return; static, at most V.
+
+    Returns:
+        The tokens' log-probabilities, float32 [B] (nats), and the most likely tokens, best first:
+        log-probabilities, float32 [B, top], and tokens, int32 [B, top].
+    """
+    logits_BV = jax.reshard(logits_BV, act("BS")).astype(jnp.float32)
+    is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[:, None]
+    chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
+    total_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    top_BK, top_tokens_BK = jax.lax.top_k(logits_BV, top)
+    return chosen_B - total_B, top_BK - total_B[:, None], top_tokens_BK
+
+
+def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
+    """Returns float32 logits after penalties, split as `act("BS")`.
+
+    Repetition: CTRL (arXiv 1909.05858, section 4.1), with the signs of transformers. Presence and
+    frequency: OpenAI's API reference, logit - frequency · count - presence · (count > 0).
+    """
+    logits_BV = jax.reshard(logits_BV, act("BS")).astype(jnp.float32)
+    if counts is None:
+        return logits_BV
+
+    def penalise() -> jax.Array:
+        repetition_B1 = knobs.repetition_B[:, None]
+        was_made_BV = counts.made_BV > 0
+        less_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
+        left_BV = jnp.where(counts.prompt_BV | was_made_BV, less_BV, logits_BV)
+        left_BV -= knobs.frequency_B[:, None] * counts.made_BV
+        return left_BV - knobs.presence_B[:, None] * was_made_BV
+
+    any_B = (knobs.repetition_B != 1) | (knobs.presence_B != 0) | (knobs.frequency_B != 0)
+    return jax.lax.cond(jnp.any(any_B), penalise, lambda: logits_BV)
+
+
+def _likely(knobs: Knobs, logits_BV: jax.Array) -> jax.Array:
+    """Returns logits over temperature, the best at 0, those that are left out at -inf.
+
+    Tokens that tie with the last one kept stay (transformers leaves some of them out by top-p, as
+    its sort happens to put them). Rows of temperature 0 hold nothing of use.
+    """
+    drawn_B = knobs.temperature_B > 0
+    best_B = jnp.max(logits_BV, axis=-1)
+    # Before the division, lest it make ties.
+    in_top_k_BV = _in_top_k(jnp.where(drawn_B, knobs.top_k_B, 0), logits_BV, best_B)
+    temperature_B = jnp.maximum(knobs.temperature_B, jnp.finfo(jnp.float32).tiny)
+    scaled_BV = (logits_BV - best_B[:, None]) / temperature_B[:, None]
+    scaled_BV = jnp.where(in_top_k_BV, scaled_BV, -jnp.inf)
+    in_top_p_BV = _in_top_p(jnp.where(drawn_B, knobs.top_p_B, 1), scaled_BV)
+    in_min_p_BV = jnp.exp(scaled_BV) >= knobs.min_p_B[:, None]
+    return jnp.where(in_top_p_BV & in_min_p_BV, scaled_BV, -jnp.inf)
+
+
+def _in_top_k(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Array:
+    """Returns whether a token is among the k most likely; all are where k is 0."""
     V = logits_BV.shape[-1]
-    if 0 < sampling.top_k < V:
-        kth = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        falling = jnp.sort(logits_BV, axis=-1, descending=True)
-        mass = jax.nn.softmax(falling, axis=-1)
-        mass_before = jnp.cumsum(mass, axis=-1) - mass
-        kept = jnp.where(mass_before < sampling.top_p, falling, jnp.inf)
-        logits_BV = jnp.where(logits_BV < kept.min(axis=-1, keepdims=True), -jnp.inf, logits_BV)
-    return logits_BV
+    k_B = jnp.where(k_B > 0, k_B, V)
+
+    def enough(least_B: jax.Array) -> jax.Array:
+        return jnp.sum(logits_BV >= least_B[:, None], axis=-1) >= k_B
+
+    return jax.lax.cond(
+        jnp.any(k_B < V),
+        lambda: logits_BV >= _highest(enough, best_B)[:, None],
+        lambda: jnp.ones_like(logits_BV, bool),
+    )
+
+
+def _in_top_p(p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
+    """Returns whether a token is among the fewest most likely whose mass reaches p.
+
+    arXiv 1904.09751, section 3.1. As in transformers the tail is what is summed: at most 1 - p of
+    the mass is left out. All tokens are in where p is 1.
+    """
+
+    def keeps() -> jax.Array:
+        mass_BV = jnp.exp(scaled_BV)
+        # Nothing is left out where p is 1, not even tokens of no mass.
+        tail_B = jnp.where(p_B < 1, 1 - p_B, -1) * jnp.sum(mass_BV, axis=-1)
+
+        def few_below(least_B: jax.Array) -> jax.Array:
+            below_BV = scaled_BV < least_B[:, None]
+            return jnp.sum(jnp.where(below_BV, mass_BV, 0), axis=-1) <= tail_B
+
+        return scaled_BV >= _highest(few_below, jnp.zeros_like(tail_B))[:, None]
+
+    return jax.lax.cond(jnp.any(p_B < 1), keeps, lambda: jnp.ones_like(scaled_BV, bool))
+
+
+def _highest(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:
+    """Returns the highest float32 up to `most_B` of which `holds` is true, -inf where of none.
+
+    `holds` must be true below some number and false above it. All 32 bits are bisected, which reads
+    a vocabulary 32 times and still costs a tenth of sorting it.
+    """
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = ends
+        middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # rounded up, without overflow
+        holds_B = holds(_float_at(middle_B))
+        return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
+
+    ends = _rank(jnp.full_like(most_B, -jnp.inf)), _rank(most_B)
+    return _float_at(jax.lax.fori_loop(0, 32, halve, ends)[0])
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """Returns integers in the order of float32 numbers."""
+    return _flip(jax.lax.bitcast_convert_type(x, jnp.int32))
+
+
+def _float_at(rank: jax.Array) -> jax.Array:
+    """Returns the float32 numbers of these ranks."""
+    return jax.lax.bitcast_convert_type(_flip(rank), jnp.float32)
+
+
+def _flip(bits: jax.Array) -> jax.Array:
+    """Turns the order of negative floats' bits, which count away from zero, around; and back."""
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

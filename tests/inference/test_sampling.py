@@ -2,24 +2,105 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mesh_of, peer
+from pydantic import ValidationError
 
-from llama_jax.inference.sampling import Sampling, keep_likely, sample
+from llama_jax.inference.sampling import Counts, Sampling, knobs, logprobs, process, sample
+from llama_jax.sharding import act, one_device_mesh, place
+
+SHARES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+LOGITS = np.log(np.stack([SHARES, SHARES[::-1]])).astype(np.float32)
+V = 96
+
+PROCESS, SAMPLE = jax.jit(process), jax.jit(sample)
+LOGPROBS = jax.jit(logprobs, static_argnums=2)
 
 pytestmark = pytest.mark.usefixtures("one_device")
-LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.3, 0.4]]))
 
 
-def kept(logits=LOGITS, **settings):
-    return np.isfinite(keep_likely(Sampling(**settings), logits)).tolist()
+def settings(rows, seed):
+    """Settings of all kinds in one batch, each of them off in about a third of the rows."""
+    rng = np.random.default_rng(seed)
+
+    def some(value, off):
+        return value if rng.random() < 2 / 3 else off
+
+    return [
+        Sampling(
+            temperature=some(float(rng.uniform(0.3, 2)), 1.0),
+            top_k=some(int(rng.integers(1, V + 9)), 0),
+            top_p=some(float(rng.uniform(0.05, 0.999)), 1.0),
+            min_p=some(float(rng.uniform(0, 0.3)), 0.0),
+            repetition_penalty=some(float(rng.uniform(0.7, 1.6)), 1.0),
+        )
+        for _ in range(rows)
+    ]
 
 
-def test_greedy_takes_the_most_likely():
-    assert sample(Sampling(), LOGITS, jax.random.key(0)).tolist() == [0, 4]
+def contexts(rows, seed):
+    """Tokens of prompts [rows, 9] and of what was made [rows, 12]; some are in both, some twice."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, V, (rows, 9)), rng.integers(0, V // 3, (rows, 12))
+
+
+def counted(prompts, made, vocabulary=V):
+    counts = np.stack([np.bincount(row, minlength=vocabulary) for row in made])
+    in_prompt = np.stack([np.bincount(row, minlength=vocabulary) > 0 for row in prompts])
+    return Counts(place(in_prompt, "BS"), place(counts.astype(np.int32), "BS"))
+
+
+def placed(samplings):
+    return jax.tree.map(lambda column: place(column, "B"), knobs(samplings))
+
+
+def normal(rows, seed, vocabulary=V):
+    return np.random.default_rng(seed).normal(0, 3, (rows, vocabulary)).astype(np.float32)
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def kept(**changes):
+    rows = placed([Sampling(**({"temperature": 1.0} | changes))] * 2)
+    return np.isfinite(PROCESS(rows, None, LOGITS)).tolist()
+
+
+def draws(sampling, logits_V, n, seed=0):
+    logits_BV = np.repeat(logits_V[None], n, axis=0)
+    return np.asarray(SAMPLE(placed([sampling] * n), None, logits_BV, keys(n, seed)))
+
+
+def test_greedy_takes_the_most_likely_whatever_the_keys():
+    narrow = Sampling(top_k=3, top_p=0.5, min_p=0.1)  # nothing is drawn: they change nothing
+    for seed in (0, 1):
+        rows = placed([Sampling(), narrow])
+        assert SAMPLE(rows, None, LOGITS, keys(2, seed)).tolist() == [0, 4]
+        np.testing.assert_array_equal(PROCESS(rows, None, LOGITS), LOGITS)
+
+
+def test_greedy_takes_the_most_likely_after_penalties():
+    counts = counted([[1], [1]], [[0, 0], [4, 4]], 5)
+    rows = placed([Sampling(frequency_penalty=0.5), Sampling(frequency_penalty=0.1)])
+    assert SAMPLE(rows, counts, LOGITS, keys(2)).tolist() == [1, 4]
+
+
+def test_all_greedy_rows_cost_one_argmax():
+    """Outside of conditions, which look at the settings, nothing else touches the logits."""
+    shape = normal(2, 0).shape
+    counts = counted(*contexts(2, 0))
+    program = jax.make_jaxpr(sample)(placed([Sampling()] * 2), counts, normal(2, 0), keys(2))
+    reads = [
+        eqn.primitive.name
+        for eqn in program.eqns
+        if any(getattr(operand.aval, "shape", None) == shape for operand in eqn.invars)
+    ]
+    assert [name for name in reads if name != "reshard"] == ["cond", "argmax", "cond"]
 
 
 def test_top_k_keeps_k():
     assert kept(top_k=2) == [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
-    assert kept(top_k=99) == kept(top_k=0) == [[1] * 5] * 2
+    assert kept(top_k=99) == kept(top_k=5) == kept(top_k=0) == [[1] * 5] * 2
 
 
 @pytest.mark.parametrize(("p", "count"), [(0.3, 1), (0.41, 2), (0.69, 2), (0.71, 3), (1.0, 5)])
@@ -35,18 +116,238 @@ def test_top_p_counts_the_mass_that_top_k_left():
 
 def test_temperature_comes_before_top_p():
     # At temperature 1/2 the masses are squared: 0.4² of 0.285 is 56 %, so p = 0.5 keeps one.
-    cold = Sampling(temperature=0.5, top_p=0.5)
-    draws = sample(cold, jnp.repeat(LOGITS[:1], 100, axis=0), jax.random.key(0))
-    assert set(draws.tolist()) == {0}
+    assert kept(temperature=0.5, top_p=0.5)[0] == [1, 0, 0, 0, 0]
     assert kept(top_p=0.5)[0] == [1, 1, 0, 0, 0]
 
 
-def test_draws_follow_the_distribution():
+def test_min_p_is_a_share_of_the_most_likely():
+    assert kept(min_p=0.37)[0] == [1, 1, 1, 0, 0]  # 0.15 of 0.4 is 0.375
+    assert kept(min_p=0.38)[0] == [1, 1, 0, 0, 0]
+    assert kept(min_p=1.0)[0] == [1, 0, 0, 0, 0]
+    assert kept(temperature=0.5, min_p=0.37)[0] == [1, 1, 0, 0, 0]  # 0.14 after temperature
+
+
+def test_ties_stay_together():
+    tied = np.array([[2, 1, 1, 1, 0], [-1, 3, 3, 3, 3]], np.float32)
+    rows = placed([Sampling(temperature=0.7, top_k=2), Sampling(temperature=0.7, top_p=0.4)])
+    finite = np.isfinite(PROCESS(rows, None, tied)).tolist()
+    assert finite == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_the_most_likely_stays_at_any_size_of_logits_and_settings(scale):
+    harsh = [Sampling(temperature=t, top_p=p) for t in (1e-37, 1e-30, 1e6) for p in (1e-9, 1.0)]
+    logits = np.repeat(np.array([[-np.inf, -1, 3, 2, -3]], np.float32) * np.float32(scale), 6, 0)
+    logits = np.concatenate([logits, -np.inf * np.ones((6, V - 5), np.float32)], axis=1)
+    done = np.asarray(PROCESS(placed(harsh), None, logits))
+    assert not np.isnan(done).any()
+    assert done[:, 2].tolist() == [0] * 6
+    assert not np.isfinite(done[:, [0, *range(5, V)]]).any()
+
+
+def in_transformers(sampling, ids, scores):
+    """What transformers' generate does to the scores [1, V] of one sequence ids [1, T]."""
+    generation = peer("transformers").generation
+    chain = [
+        generation.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+        generation.TemperatureLogitsWarper(sampling.temperature),
+    ]
+    if sampling.top_k:
+        chain.append(generation.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(generation.TopPLogitsWarper(sampling.top_p))
+    chain.append(generation.MinPLogitsWarper(sampling.min_p))
+    return generation.LogitsProcessorList(chain)(ids, scores)
+
+
+def test_distributions_are_those_of_transformers():
+    torch = peer("torch")
+    rows = 400
+    samplings, (prompts, made) = settings(rows, seed=1), contexts(rows, seed=2)
+    logits = normal(rows, seed=3)
+    ours = np.asarray(PROCESS(placed(samplings), counted(prompts, made), logits))
+    ids = torch.tensor(np.concatenate([prompts, made], axis=1))
+    theirs = torch.cat(
+        [
+            in_transformers(samplings[i], ids[i : i + 1], torch.tensor(logits[i : i + 1]))
+            for i in range(rows)
+        ]
+    )
+    left = np.isfinite(ours)
+    np.testing.assert_array_equal(left, np.isfinite(theirs.numpy()))
+    # Few and many are kept: the test looks at what it means to.
+    assert (left.sum(axis=1) == 1).any()
+    assert (left.sum(axis=1) == V).any()
+    assert len(set(left.sum(axis=1).tolist())) > 20
+    # Likely tokens' logits over temperature are below 64, so float32 rounds each by up to 2^-19,
+    # and a share changes by at most a quarter of what two of them differ by: 2^-20. Ours, which
+    # are near 0, are rounded by less.
+    probabilities = torch.softmax(torch.tensor(ours).double(), dim=-1).numpy()
+    expected = torch.softmax(theirs.double(), dim=-1).numpy()
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-6)
+
+
+def test_the_order_is_that_of_transformers():
+    generation = peer("transformers").generation
+    config = generation.GenerationConfig(
+        do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.2
+    )
+    mixin = generation.GenerationMixin()
+    mixin.config = peer("transformers").LlamaConfig()
+    chain = mixin._get_logits_processor(config, input_ids_seq_length=3)
+    assert [type(step).__name__ for step in chain] == [
+        "RepetitionPenaltyLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "MinPLogitsWarper",
+    ]
+
+
+def test_presence_and_frequency_penalties_are_openais():
+    rows = 50
+    rng = np.random.default_rng(4)
+    presence, frequency = rng.uniform(-2, 2, (2, rows)) * (rng.random((2, rows)) < 0.7)
+    samplings = [
+        Sampling(presence_penalty=float(a), frequency_penalty=float(b))
+        for a, b in zip(presence, frequency, strict=True)
+    ]
+    prompts, made = contexts(rows, seed=5)
+    logits = normal(rows, seed=6)
+    c = np.stack([np.bincount(row, minlength=V) for row in made])
+    expected = logits - c * frequency[:, None] - (c > 0) * presence[:, None]
+    got = PROCESS(placed(samplings), counted(prompts, made), logits)
+    # Three roundings of numbers below 32, half of 2^-19 each, and those of the two penalties.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4 * 2**-20)
+
+
+def test_repetition_is_penalised_before_presence():
+    # The logit of a token of the prompt that was made: -1 · 2 - 0.5; of one of the prompt: 3 / 2.
+    logits = np.array([[-1, 3, 0.25, -4, 2]], np.float32)
+    rows = placed([Sampling(repetition_penalty=2, presence_penalty=0.5)])
+    got = PROCESS(rows, counted([[0, 1]], [[0, 4]], 5), logits)
+    assert got.tolist() == [[-2.5, 1.5, 0.25, -4, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shares"),
+    [
+        (Sampling(temperature=1), SHARES),
+        (Sampling(temperature=2), np.sqrt(SHARES)),
+        (Sampling(temperature=1, top_k=3, top_p=0.99), SHARES * [1, 1, 1, 0, 0]),
+        (Sampling(temperature=0.5, min_p=0.1), SHARES**2 * [1, 1, 1, 0, 0]),
+    ],
+)
+def test_draws_follow_the_distribution(sampling, shares):
     n = 20_000
-    logits = jnp.repeat(LOGITS[:1], n, axis=0)
-    drawn = sample(Sampling(temperature=2.0), logits, jax.random.key(0))
-    share = np.bincount(drawn, minlength=5) / n
-    expected = np.sqrt([0.4, 0.3, 0.15, 0.1, 0.05])
-    expected /= expected.sum()
-    # Five standard deviations of a binomial share.
-    np.testing.assert_allclose(share, expected, atol=5 * np.sqrt(0.25 / n))
+    share = np.bincount(draws(sampling, LOGITS[0], n), minlength=5) / n
+    expected = shares / shares.sum()
+    # Five standard deviations of a binomial share; where none is expected, none.
+    bound = 5 * np.sqrt(expected * (1 - expected) / n)
+    assert (np.abs(share - expected) <= bound).all()
+
+
+def test_a_row_draws_the_same_alone_and_in_company():
+    rows = 24
+    samplings, logits = settings(rows, seed=7), normal(rows, seed=8)
+    samplings[::5] = [Sampling()] * len(samplings[::5])
+    counts = counted(*contexts(rows, seed=9))
+    every = keys(rows)
+    together = SAMPLE(placed(samplings), counts, logits, every).tolist()
+    alone = [
+        SAMPLE(
+            placed(samplings[i : i + 1]),
+            Counts(*(array[i : i + 1] for array in counts)),
+            logits[i : i + 1],
+            every[i : i + 1],
+        ).tolist()[0]
+        for i in range(rows)
+    ]
+    assert together == alone
+    assert len(set(together)) > rows // 2  # not all the same token
+
+
+def test_settings_are_not_compiled_in():
+    traced = []
+
+    @jax.jit
+    def counting(*arguments):
+        traced.append(1)
+        return sample(*arguments)
+
+    for seed in (0, 1):
+        counting(placed(settings(2, seed)), None, LOGITS, keys(2))
+    assert len(traced) == 1
+
+
+def test_logprobs_are_of_the_raw_logits():
+    rows = 8
+    logits = normal(rows, seed=10)
+    tokens = np.random.default_rng(11).integers(0, V, rows)
+    exact = logits.astype(np.float64)
+    exact = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    chosen, top, top_tokens = LOGPROBS(logits, tokens, 5)
+    # Below 32 in size, with the roundings of log-sum-exp and of the difference.
+    bound = {"rtol": 0, "atol": 4 * 2**-20}
+    np.testing.assert_allclose(chosen, exact[np.arange(rows), tokens], **bound)
+    best = np.argsort(-logits, axis=1)[:, :5]
+    assert top_tokens.tolist() == best.tolist()
+    np.testing.assert_allclose(top, np.take_along_axis(exact, best, axis=1), **bound)
+    assert (top.dtype, top_tokens.dtype) == (jnp.float32, jnp.int32)
+
+
+def test_no_top_logprobs_cost_nothing():
+    chosen, top, top_tokens = LOGPROBS(normal(8, 10), np.zeros(8, np.int32), 0)
+    assert (chosen.shape, top.shape, top_tokens.shape) == ((8,), (8, 0), (8, 0))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 2, 2)])
+def test_sharded_vocabularies_give_the_same(mesh):
+    rows = 8
+    samplings, logits = settings(rows, seed=12), normal(rows, seed=13)
+    samplings[3] = Sampling(repetition_penalty=1.3)
+    prompts, made = contexts(rows, seed=14)
+
+    @jax.jit
+    def three(rows, counts, logits_BV, keys_B):
+        """Three tokens, as decoding makes them: in a loop, each counted."""
+
+        def one(carry):
+            i, counts, made = carry
+            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+            drawn = sample(rows, counts, logits_BV, step_keys)
+            made_BV = counts.made_BV + (jnp.arange(V) == drawn[:, None])
+            made = jax.lax.dynamic_update_slice(made, drawn[:, None], (0, i))
+            return i + 1, Counts(counts.prompt_BV, made_BV), made
+
+        empty = jnp.zeros_like(counts.made_BV[:, :3])
+        made = jax.lax.while_loop(lambda carry: carry[0] < 3, one, (0, counts, empty))[2]
+        return made, process(rows, counts, logits_BV), logprobs(logits_BV, made[:, 0], 4)
+
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            keys_B = jax.reshard(keys(rows, 3), act("B"))
+            arguments = placed(samplings), counted(prompts, made), place(logits, "BV"), keys_B
+            return [np.asarray(x) for x in jax.tree.leaves(three(*arguments))]
+
+    made_there, *there = run(mesh_of(mesh))
+    made_here, *here = run(one_device_mesh())
+    assert made_there.tolist() == made_here.tolist()
+    for ours, theirs in zip(there, here, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=4 * 2**-20)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("temperature", -0.1), ("temperature", np.inf), ("temperature", np.nan)),
+        *(("temperature", 1e7), ("top_k", -1), ("top_k", 2**31), ("top_k", 1.5)),
+        *(("top_p", 0.0), ("top_p", 1.01), ("top_p", np.nan), ("min_p", -0.1), ("min_p", 1.1)),
+        *(("repetition_penalty", 0.0), ("repetition_penalty", np.inf)),
+        *(("presence_penalty", 2.1), ("presence_penalty", np.nan), ("frequency_penalty", -2.1)),
+        ("best_of", 2),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(name, wrong):
+    with pytest.raises(ValidationError, match=name):
+        Sampling(**{name: wrong})
