@@ -169,9 +169,10 @@ def _continue(
         raise InputError(f"{name} must be {message}, not {problem['input']}") from error
     import jax
 
-    from llama_jax import checkpoint, folders, sharding
+    from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
     from llama_jax.inference.generate import stream, stream_text
+    from llama_jax.inference.load import load
 
     shape = folders.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -181,7 +182,7 @@ def _continue(
     if max_new_tokens is None:
         max_new_tokens = max(1, min(200, shape.context - len(ids)))
     with jax.set_mesh(sharding.tensor_mesh(shape)):
-        _, model = checkpoint.load_model(folder)
+        shape, model = load(folder)
         tokens = list[int]()
         made = stream(
             shape,

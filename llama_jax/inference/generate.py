@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
@@ -149,9 +150,7 @@ def decode(
         told = (token_B, *_told(logits_BV, token_B, top))
         made = Made(*(_column(all_, i, new, going_B) for all_, new in zip(made, told, strict=True)))
         rows = after(rows, token_B)
-        cache, logits_BV = read(
-            config, model, cache, token_B[:, None], going_B.astype(jnp.int32)
-        )
+        cache, logits_BV = read(config, model, cache, token_B[:, None], going_B.astype(jnp.int32))
         return i + 1, made, State(cache, logits_BV, rows)
 
     def empty(value: float, dtype: type, *more: int) -> jax.Array:
@@ -195,8 +194,8 @@ def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.A
 
 @partial(
     jax.jit,
-    static_argnums=0,
-    static_argnames=("sampling", "max_new_tokens", "end_ids", "top", "left_padded"),
+    static_argnums=(0, 4),
+    static_argnames=("max_new_tokens", "end_ids", "top", "left_padded"),
 )
 def generate(
     config: ModelConfig,
@@ -227,13 +226,18 @@ def generate(
     """
     B, T = tokens_BT.shape
     if left_padded:
-        tokens_BT = jax.vmap(lambda row, length: jnp.roll(row, length))(tokens_BT, lengths_B)
+        rows_B1, all_B = jnp.arange(B)[:, None], jax.reshard(lengths_B, P(None))
+        moved_BT = (jnp.arange(T) - all_B[:, None]) % T
+        all_BT = jax.reshard(tokens_BT, P(None, None))
+        tokens_BT = all_BT.at[rows_B1, moved_BT].get(out_sharding=act("BT"))
     samplings = (sampling,) * B if isinstance(sampling, Sampling) else sampling
     rows = Rows(
         jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=act("B")),
         jnp.zeros((B,), jnp.int32, out_sharding=act("B")),
         jnp.broadcast_to(
-            jnp.array([*end_ids, NO_TOKEN], jnp.int32), (B, len(end_ids) + 1), out_sharding=act("BS")
+            jnp.array([*end_ids, NO_TOKEN], jnp.int32),
+            (B, len(end_ids) + 1),
+            out_sharding=act("BS"),
         ),
         jax.reshard(jax.vmap(jax.random.key)(seeds_B), act("B")),
         Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs(samplings))),

@@ -40,7 +40,9 @@ def load(folder: str | Path, config: ModelConfig | None = None) -> tuple[ModelCo
     wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
     like = abstract_model(wide)
     for name in ("wk", "wv"):
-        setattr(like.layers, name, jax.tree.map(partial(_stored, config), getattr(like.layers, name)))
+        setattr(
+            like.layers, name, jax.tree.map(partial(_stored, config), getattr(like.layers, name))
+        )
     _, model = checkpoint.load_model(folder, config, like=like)
     for name in ("wk", "wv"):
         copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))

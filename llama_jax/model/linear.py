@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.family import ModelConfig
 from llama_jax.sharding import (
@@ -24,14 +25,32 @@ def _einsum_in_order(equation: str, x: jax.Array, y: jax.Array, sharding) -> jax
 
     It sorts them, and XLA's CPU back end then writes out both operands turned.
     """
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and x.shape[1] == 1:
+        return _of_single_tokens(equation, x, y, sharding)
     letters = sorted(set(equation) - set(",->"), key=equation.index)
     ascending = str.maketrans({letter: chr(ord("a") + i) for i, letter in enumerate(letters)})
     equation = equation.translate(ascending)
-    rows = x.shape[:2]
-    if platform() == "cpu" and x.dtype == jnp.bfloat16 and rows == (1, 1):
-        x = jnp.concatenate([x, x])  # one row alone would not be given to the matrix unit
     out = jnp.einsum(equation, x, y, out_sharding=sharding, preferred_element_type=whole(x.dtype))
-    return out[: rows[0]].astype(x.dtype)
+    return out.astype(x.dtype)
+
+
+def _of_single_tokens(equation: str, x: jax.Array, w: jax.Array, sharding) -> jax.Array:
+    """Returns the einsum where each row is one token, as XLA's CPU back end reads weights fastest.
+
+    A row alone would not be given to the matrix unit, and a [V, D] table in second place would be
+    written out turned: 29 and 17 ms against 3 ms for the head of SmolLM2-135M.
+    """
+    B = x.shape[0]
+    x = jnp.concatenate([x, x]) if B == 1 else x
+    inputs, out_dims = equation.split("->")
+    x_dims, w_dims = inputs.split(",")
+    if w_dims[-1] in x_dims:
+        equation, x, w = f"{w_dims},{x_dims}->{out_dims[2:]}{out_dims[:2]}", w, x
+        sharding = P(*sharding[2:], *sharding[:2])
+    out = jnp.einsum(equation, x, w, out_sharding=sharding, preferred_element_type=jnp.float32)
+    if w_dims[-1] in x_dims:
+        out = jnp.moveaxis(out, (-2, -1), (0, 1))
+    return out[:B].astype(jnp.bfloat16)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -112,7 +131,13 @@ def embed(config: ModelConfig, table_VD: nnx.Param, tokens_BT: jax.Array) -> jax
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _embed(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     # A look-up in a table split over fsdp would make the compiler replicate it: gathered first.
-    return gather(table_VD, "VD", dtype).at[tokens_BT].get(out_sharding=act("BTD"))
+    table_VD = gather(table_VD, "VD", dtype)
+    if platform() == "cpu" and table_VD.dtype == jnp.bfloat16:
+        # XLA's CPU back end would make the whole table float32 first.
+        bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
+        bits_BTD = bits_VD.at[tokens_BT].get(out_sharding=act("BTD"))
+        return jax.lax.bitcast_convert_type(bits_BTD, jnp.bfloat16)
+    return table_VD.at[tokens_BT].get(out_sharding=act("BTD"))
 
 
 def _embed_forward(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT: jax.Array):

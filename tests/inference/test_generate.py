@@ -5,12 +5,20 @@ import numpy as np
 import pytest
 from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 
+from llama_jax.checkpoint import save_model
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import NO_TOKEN, generate, stream, stream_text
+from llama_jax.inference.generate import (
+    NO_TOKEN,
+    generate,
+    prompt_logprobs,
+    stream,
+    stream_text,
+)
+from llama_jax.inference.load import load
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.transformer import Llama, forward
-from llama_jax.sharding import one_device_mesh, place
+from llama_jax.sharding import one_device_mesh, place, tensor_mesh
 from llama_jax.tree import abstract_model
 
 CONFIG = tiny_model()
@@ -20,18 +28,21 @@ DRAWN = Sampling(temperature=0.8, top_k=50, top_p=0.9)
 
 
 def padded(side):
-    tokens, mask = np.zeros((8, 12), np.int32), np.zeros((8, 12), bool)
-    for i, prompt in enumerate(PROMPTS):
-        at = slice(12 - len(prompt), 12) if side == "left" else slice(0, len(prompt))
-        tokens[i, at], mask[i, at] = prompt, True
-    return tokens, mask
+    tokens = np.zeros((8, 12), np.int32)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        row[slice(12 - len(prompt), 12) if side == "left" else slice(0, len(prompt))] = prompt
+    return tokens
 
 
-def run(model, side="right", sampling=Sampling(), **options):
-    tokens, mask = (place(x, "BT") for x in padded(side))
-    options = {"max_new_tokens": 10} | options
-    key = jax.random.key(3)
-    return np.asarray(generate(CONFIG, model, tokens, mask, key, sampling=sampling, **options))
+def made(model, side="right", sampling=Sampling(), config=CONFIG, **options):
+    tokens, lengths = place(padded(side), "BT"), place(np.array(LENGTHS, np.int32), "B")
+    options = {"max_new_tokens": 10, "left_padded": side == "left"} | options
+    seeds = place(np.arange(8, dtype=np.uint32), "B")
+    return generate(config, model, tokens, lengths, sampling, seeds, **options)
+
+
+def run(*args, **options):
+    return np.asarray(made(*args, **options).tokens_Bn)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +61,10 @@ def test_greedy_tokens_are_those_of_full_passes(model, greedy):
     full = jax.jit(forward, static_argnums=0)
     with jax.set_mesh(one_device_mesh()):
         for i in (0, 1, 2):
-            made = [*PROMPTS[i], *greedy[i].tolist()]
-            tokens = np.array([made + [0] * (24 - len(made))], np.int32)
-            logits = np.asarray(full(CONFIG, model, tokens)[0])[0]
-            at = range(len(PROMPTS[i]) - 1, len(made) - 1)
+            text = [*PROMPTS[i], *greedy[i].tolist()]
+            tokens = np.array([text + [0] * (24 - len(text))], np.int32)
+            logits = np.asarray(full(CONFIG, model, tokens))[0]
+            at = range(len(PROMPTS[i]) - 1, len(text) - 1)
             assert logits[at].argmax(-1).tolist() == greedy[i].tolist()
 
 
@@ -65,21 +76,65 @@ def test_tokens_are_the_same_on_every_mesh_and_padding(model, greedy, mesh):
         np.testing.assert_array_equal(run(there, "left"), greedy)
 
 
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    with jax.set_mesh(one_device_mesh()):
+        save_model(folder, CONFIG, model, tokenizer=None)
+    return folder
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_greedy_tokens_are_the_same_over_any_number_of_devices(folder, greedy, devices):
+    mesh = tensor_mesh(CONFIG, jax.devices()[:devices])
+    assert mesh.size == devices
+    with jax.set_mesh(mesh):
+        config, model = load(folder)
+        assert config.n_kv_heads == max(CONFIG.n_kv_heads, devices)
+        wk = model.layers[0].wk[...]
+        assert wk.sharding.shard_shape(wk.shape)[1] == config.n_kv_heads // devices
+        np.testing.assert_array_equal(run(model, config=config), greedy)
+
+
 @pytest.mark.usefixtures("one_device")
 class TestOnOneDevice:
+    def test_each_row_has_settings_of_its_own(self, model, greedy):
+        drawn = run(model, sampling=DRAWN)
+        mixed = run(model, sampling=(Sampling(), DRAWN) * 4)
+        np.testing.assert_array_equal(mixed[::2], greedy[::2])
+        np.testing.assert_array_equal(mixed[1::2], drawn[1::2])
+        assert np.any(drawn != greedy)
+
+    def test_a_penalty_forbids_what_was_said(self, model, greedy):
+        never_again = Sampling(repetition_penalty=1e6)
+        for row, prompt in zip(run(model, sampling=never_again), PROMPTS, strict=True):
+            assert len({*row.tolist(), *prompt}) == len(row) + len(set(prompt))
+
+    def test_logprobs_are_those_of_the_full_pass(self, model, greedy):
+        told = jax.tree.map(np.asarray, made(model, top=3))
+        np.testing.assert_array_equal(told.tokens_Bn, greedy)
+        text = np.array([[*PROMPTS[0], *greedy[0], 0, 0]], np.int32)
+        logits = np.asarray(jax.jit(forward, static_argnums=0)(CONFIG, model, text))[0]
+        logprobs = np.asarray(jax.nn.log_softmax(logits))[11:21]
+        best = np.argsort(-logprobs, axis=-1)[:, :3]
+        np.testing.assert_array_equal(told.top_tokens_BnA[0], best)
+        expected = np.take_along_axis(logprobs, best, axis=-1)
+        np.testing.assert_allclose(told.top_logprobs_BnA[0], expected, atol=1e-5)
+        np.testing.assert_allclose(told.logprobs_Bn[0], expected[:, 0], atol=1e-5)
+
     def test_padding_on_either_side_draws_the_same(self, model):
         left, right = (run(model, side, DRAWN) for side in ("left", "right"))
         np.testing.assert_array_equal(left, right)
 
     def test_any_of_the_end_ids_ends_its_row(self, model, greedy):
         ends = (int(greedy[0, 4]), int(greedy[3, 2]))
-        made = run(model, end_ids=ends)
-        for row, full in zip(made, greedy, strict=True):
+        ended = run(model, end_ids=ends)
+        for row, full in zip(ended, greedy, strict=True):
             hits = np.flatnonzero(np.isin(full, ends))
             length = hits[0] + 1 if len(hits) else len(full)
             np.testing.assert_array_equal(row[:length], full[:length])
             assert np.all(row[length:] == NO_TOKEN)
-        assert (made == NO_TOKEN).any()
+        assert (ended == NO_TOKEN).any()
 
     @pytest.mark.parametrize("row", [0, 1])
     def test_streaming_gives_the_tokens_of_generate(self, model, greedy, row):
@@ -123,7 +178,7 @@ class TestOnOneDevice:
         for i, case in enumerate(reference["prompts"]):
             ids = tokenizer.encode(case["prompt"], bos=True)
             assert ids == case["ids"]
-            logits, _ = full(config, model, np.array([ids], np.int32))
+            logits = full(config, model, np.array([ids], np.int32))
             np.testing.assert_allclose(logits[0], arrays[f"logits_{i}"], atol=5e-5)
             n = len(case["greedy_ids"])
             assert list(stream(config, model, ids, max_new_tokens=n)) == case["greedy_ids"]
@@ -132,9 +187,11 @@ class TestOnOneDevice:
         text = "".join(stream_text(tokenizer, [tokenizer.bos_id], iter(tokens)))
         assert text == (folder / "greedy_200_expected.txt").read_text()
         ids = arrays["text_ids"][None].astype(np.int32)
-        logits = np.asarray(full(config, model, ids)[0])[0, :-1]
+        logits = np.asarray(full(config, model, ids))[0, :-1]
         nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), ids[0, 1:]]
         np.testing.assert_allclose(nll, arrays["text_nll"], atol=5e-5)
+        told = prompt_logprobs(config, model, ids)
+        np.testing.assert_allclose(-told[0], arrays["text_nll"], atol=5e-5)
 
     @pytest.mark.parametrize("name", REFERENCES)
     def test_greedy_continuations_are_those_of_metas_code(self, shared_data, name):
@@ -142,11 +199,10 @@ class TestOnOneDevice:
         expected = np.load(folder.parent / "logits.npz")
         config, model = load_reference(folder)
         prompts = expected["tokens"][:, :6]
-        made = generate(
-            config, model, prompts, np.ones_like(prompts, bool), jax.random.key(0),
-            max_new_tokens=expected["greedy"].shape[1],
-        )  # fmt: skip
-        np.testing.assert_array_equal(made, expected["greedy"])
+        lengths, seeds = np.full(2, 6, np.int32), np.zeros(2, np.uint32)
+        n = expected["greedy"].shape[1]
+        told = generate(config, model, prompts, lengths, Sampling(), seeds, max_new_tokens=n)
+        np.testing.assert_array_equal(told.tokens_Bn, expected["greedy"])
 
 
 def test_text_is_never_cut_inside_a_character(token_folder):
