@@ -168,7 +168,7 @@ def make(
     peak = _Peaks(lambda rows: programs.compile_decode(wide, pod, mesh, rows, context), tell)
     plan.decode_peak = peak(batch)
     _find_largest(plan, peak)
-    for rows in sorted(n for n in {1, batch, plan.largest_batch} if n <= plan.largest_batch):
+    for rows in sorted(n for n in {1, batch, plan.largest_batch} if 0 < n <= plan.largest_batch):
         tell(f"compiling two layers and three of a step of {rows} row(s) …")
 
         def step(shallow: ModelConfig, rows: int = rows) -> Reading:

@@ -96,7 +96,7 @@ def show(plan: InferencePlan) -> None:
         f" {plan.largest_peak / GIB:.2f} GiB; the longest row alone: about"
         f" {plan.largest_context:,} tokens, by arithmetic"
     )
-    speeds = table("a step, ms", "estimate", "roofline", "bound", "tokens/s", "a chip", "MFU")
+    speeds = table("a step, ms", "estimate", "roofline", "its bound", "tokens/s", "a chip", "MFU")
     parts = table("its parts, ms", "memory", "compute", "network", "cycles", "compiler")
     for batch, time in plan.decode.items():
         rate = plan.tokens_per_second(batch)
