@@ -78,7 +78,7 @@ class ModelConfig:
     )
     cache_dtype: Literal["same", "int8"] = Field(
         default="same",
-        description="type of cached keys and values when text is generated: same (as dtype) or int8",
+        description="type of cached keys and values in generation: same (as dtype) or int8",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"
