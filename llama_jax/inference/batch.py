@@ -1,5 +1,6 @@
-"""One row of a running batch: it reads a part of its prompt, begins, and stops."""
+"""What an engine does with one row of its batch: it reads a prompt in parts, begins, and stops."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 
 from llama_jax.family import ModelConfig
 from llama_jax.inference.generate import Rows, State, read
+from llama_jax.inference.requests import Request
 from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.sharding import act
+
+CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -54,3 +58,26 @@ def stopped(state: State, row: jax.Array) -> State:
     """Returns the state with a row that makes no more tokens."""
     left_B = jnp.where(jnp.arange(len(state.rows.left_B)) == row, 0, state.rows.left_B)
     return state._replace(rows=state.rows._replace(left_B=left_B))
+
+
+def sizes(context: int) -> list[int]:
+    """Returns the numbers of slots that a cache may have, ascending.
+
+    A chunk is written whole, so there is room for one behind the longest text. Four times as many
+    each: few programs, and a step reads at most four times what it needs.
+    """
+    largest, smaller = context + CHUNKS[-1], [2 * CHUNKS[-1]]
+    while smaller[-1] < largest:
+        smaller.append(4 * smaller[-1])
+    return [*smaller[:-1], largest]
+
+
+def slots(request: Request) -> int:
+    """Returns the slots that a request needs."""
+    return len(request.prompt) + max(CHUNKS[-1], request.max_new_tokens + 1)
+
+
+def common(tokens: Sequence[int], prompt: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with alike."""
+    pairs = zip(tokens, prompt, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompt)))

@@ -17,18 +17,18 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.inference.batch import read_chunk, started, stopped
+from llama_jax.inference import batch
 from llama_jax.inference.compiling import compiled
 from llama_jax.inference.generate import (
     NO_TOKEN,
     Rows,
     State,
-    check_prompt,
     decode,
     new_rows,
     prompt_logprobs,
 )
 from llama_jax.inference.requests import (
+    ENDS,
     TOP,
     Begun,
     Ended,
@@ -38,6 +38,7 @@ from llama_jax.inference.requests import (
     Request,
     Statistics,
     Ticket,
+    check,
 )
 from llama_jax.inference.roofline import step_bytes
 from llama_jax.inference.sampling import Sampling
@@ -45,8 +46,6 @@ from llama_jax.model.cache import copy_row, init_cache, resized
 from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.sharding import place
 
-CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
-ENDS = 16  # end ids that a request may have
 STEPS = 8  # tokens made in one dispatch when nobody waits
 STEPS_IN_COMPANY = 2  # when a prompt is to be read
 
@@ -97,7 +96,7 @@ class Engine:
         self.rows, self.context = rows, context
         self._config, self._model, self._queue = config, model, queue
         self._mesh = jax.sharding.get_mesh()
-        self._sizes = _sizes(context)
+        self._sizes = batch.sizes(context)
         self._rows = [_Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
@@ -106,7 +105,7 @@ class Engine:
         self._numbers = Statistics()
         begun = compiled().seconds
         for slots in reversed(self._sizes):
-            tell(f"compiling for texts of up to {slots - CHUNKS[-1]:,} tokens …")
+            tell(f"compiling for texts of up to {slots - batch.CHUNKS[-1]:,} tokens …")
             self._state = self._warmed(slots)
         self._numbers = self._numbers._replace(compile_seconds=compiled().seconds - begun)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -123,7 +122,7 @@ class Engine:
             QueueFull: too many wait already.
             InputError: the request can't be served; the message says why.
         """
-        self._check(request)
+        check(self._config, self.context, request)
         ticket = Ticket(request, deliver)
         with self._changed:
             if self._failure is not None or self._closing:
@@ -153,33 +152,18 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _check(self, request: Request) -> None:
-        check_prompt(self._config, request.prompt, 0)
-        total = len(request.prompt) + request.max_new_tokens
-        if request.max_new_tokens < 1:
-            raise InputError(f"{request.max_new_tokens} new tokens: ask for at least 1")
-        if total > self.context:
-            raise InputError(
-                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones"
-                f" don't fit a context of {self.context}: shorten the prompt or ask for fewer"
-            )
-        if not 0 <= request.top_logprobs <= TOP:
-            raise InputError(f"{request.top_logprobs} alternatives: ask for 0 … {TOP}")
-        if len(request.end_ids) > ENDS:
-            raise InputError(f"{len(request.end_ids)} end ids: at most {ENDS} can be given")
-
     def _warmed(self, slots: int) -> State:
         """Returns an empty state, after compiling what serving needs, so that no request waits."""
         state = self._empty(slots)
-        for size in CHUNKS:
+        for size in batch.CHUNKS:
             state = self._read(state, 0, np.zeros(size, np.int32), 1, 0)
-        state = started(state, 0, self._settings(Request((0,), 1)))
+        state = batch.started(state, 0, self._settings(Request((0,), 1)))
         made, state = self._decode(state, 1, told=False)
         jax.block_until_ready(made)
         for other in self._sizes:
             if other != slots:
                 resized(state.cache, slots=other)
-        return stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
+        return batch.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
 
     def _empty(self, slots: int) -> State:
         B, V = self.rows, self._config.vocab_size
@@ -200,7 +184,7 @@ class Engine:
 
     def _read(self, state: State, row: int, tokens: np.ndarray, length: int, used: int) -> State:
         placed = place(tokens[None], "BT")
-        return read_chunk(self._config, self._model, state, row, placed, length, used)
+        return batch.read_chunk(self._config, self._model, state, row, placed, length, used)
 
     def _decode(self, state: State, n: int, told: bool):
         return decode(self._config, self._model, state, n, told, room=STEPS, top=TOP)
@@ -265,7 +249,7 @@ class Engine:
 
         One token at least is left to read: the first new one follows from it.
         """
-        common = {row: _common(row.tokens, prompt[:-1]) for row in self._rows}
+        common = {row: batch.common(row.tokens, prompt[:-1]) for row in self._rows}
         source = max(self._rows, key=lambda row: (common[row], row in free))
         row = source if source in free and common[source] else min(free, key=lambda r: r.since)
         return row, source if common[source] else row, common[source]
@@ -273,7 +257,7 @@ class Engine:
     def _fit(self) -> None:
         """Gives the cache the slots that the texts need, and no more than the next size."""
         tickets = [row.ticket.request for row in self._rows if row.ticket is not None]
-        needed = max(_slots(request) for request in tickets)
+        needed = max(batch.slots(request) for request in tickets)
         slots = next(size for size in self._sizes if size >= needed)
         if slots == self._state.cache.slots:
             return
@@ -289,7 +273,7 @@ class Engine:
         request, begun = row.ticket.request, time.perf_counter()
         used = len(row.tokens)
         rest = request.prompt[used:]
-        size = next((size for size in CHUNKS if size >= len(rest)), CHUNKS[-1])
+        size = next((size for size in batch.CHUNKS if size >= len(rest)), batch.CHUNKS[-1])
         chunk = np.zeros(size, np.int32)
         length = min(size, len(rest))
         chunk[:length] = rest[:length]
@@ -297,7 +281,7 @@ class Engine:
         self._state = self._read(self._state, number, chunk, length, used)
         row.tokens += rest[:length]
         if length == len(rest):
-            self._state = started(self._state, number, self._settings(request))
+            self._state = batch.started(self._state, number, self._settings(request))
             told = self._prompt_told(request) if request.prompt_logprobs else ()
             row.ready = True
             row.ticket.deliver(Begun(told))
@@ -353,7 +337,7 @@ class Engine:
         ticket = row.ticket
         assert ticket is not None
         if ended.reason == "cancelled":
-            self._state = stopped(self._state, self._rows.index(row))
+            self._state = batch.stopped(self._state, self._rows.index(row))
         with self._changed:
             row.ticket, row.ready = None, False
         self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})
@@ -364,24 +348,3 @@ class Engine:
             old = self._numbers._asdict()
             sums = {name: old[name] + value for name, value in more.items()}
             self._numbers = self._numbers._replace(**sums)
-
-
-def _sizes(context: int) -> list[int]:
-    """Returns the numbers of slots that a cache may have, ascending.
-
-    A chunk is written whole, so there is room for one behind the longest text. Four times as many
-    each: few programs, and a step reads at most four times what it needs.
-    """
-    largest, sizes = context + CHUNKS[-1], [2 * CHUNKS[-1]]
-    while sizes[-1] < largest:
-        sizes.append(4 * sizes[-1])
-    return [*sizes[:-1], largest]
-
-
-def _slots(request: Request) -> int:
-    return len(request.prompt) + max(CHUNKS[-1], request.max_new_tokens + 1)
-
-
-def _common(tokens: Sequence[int], prompt: Sequence[int]) -> int:
-    pairs = zip(tokens, prompt, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompt)))

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.inference.generate import check_prompt
 from llama_jax.inference.sampling import Sampling
 
 TOP = 20  # alternatives that a request may ask for
+ENDS = 16  # end ids that it may have
 
 
 class Request(NamedTuple):
@@ -30,6 +34,26 @@ class Request(NamedTuple):
     top_logprobs: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
+
+
+def check(config: ModelConfig, context: int, request: Request) -> None:
+    """Checks that a request can be served in a context of so many tokens.
+
+    Raises:
+        InputError: says what it asks too much of.
+    """
+    check_prompt(config, request.prompt, 0)
+    if request.max_new_tokens < 1:
+        raise InputError(f"{request.max_new_tokens} new tokens: ask for at least 1")
+    if len(request.prompt) + request.max_new_tokens > context:
+        raise InputError(
+            f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones don't"
+            f" fit a context of {context}: shorten the prompt or ask for fewer"
+        )
+    if not 0 <= request.top_logprobs <= TOP:
+        raise InputError(f"{request.top_logprobs} alternatives: ask for 0 … {TOP}")
+    if len(request.end_ids) > ENDS:
+        raise InputError(f"{len(request.end_ids)} end ids: at most {ENDS} can be given")
 
 
 class MadeToken(NamedTuple):
