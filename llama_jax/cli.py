@@ -171,7 +171,8 @@ def _continue(
 
     from llama_jax import checkpoint, folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.generate import stream, stream_text
+    from llama_jax.inference.generate import stream
+    from llama_jax.inference.text import stream_text
 
     shape = folders.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
