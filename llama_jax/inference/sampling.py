@@ -11,15 +11,56 @@ from llama_jax.sharding import act
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn: temperature first, then top-k, then top-p (as transformers)."""
+    """How the next token is drawn. The default takes the most likely one."""
 
-    temperature: float = Field(default=0.0, ge=0, description="0 takes the most likely token")
-    top_k: int = Field(default=0, ge=0, description="draw from the k most likely tokens; 0 for all")
+    # Temperature and repetition penalty end where float32 logits could overflow or vanish.
+    temperature: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="divides the logits; 0 takes the most likely token",
+    )
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        le=2**31 - 1,
+        description="draw from the k most likely tokens; 0 for all",
+    )
     top_p: float = Field(
         default=1.0,
         gt=0,
         le=1,
+        allow_inf_nan=False,
         description="draw from the most likely tokens that make up this mass",
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="draw from tokens at least this times as likely as the most likely one",
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        ge=1e-6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="above 1, tokens of the prompt and of what was made become less likely",
+    )
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="taken from the logit of a token that was made",
+    )
+    frequency_penalty: float = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+        description="taken from the logit of a token each time that it was made",
     )
 
 
