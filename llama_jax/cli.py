@@ -228,7 +228,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise InputError(f"--timeout must be above 0, not {args.timeout}")
     folder = Path(args.folder)
     settings = server.Settings(
-        name=args.name or folder.resolve().name,
+        name=args.model or folder.resolve().name,
         api_key=_api_key(args.api_key),
         max_tokens=args.max_tokens,
         max_body=parse_size(args.max_body),

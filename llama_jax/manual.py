@@ -189,7 +189,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
     serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
-    serve.add_argument("--name", metavar="NAME", help="of the model, for clients (the folder's)")
+    serve.add_argument(
+        "--name", dest="model", metavar="NAME", help="of the model, for clients (the folder's)"
+    )
     serve.add_argument("--rows", type=int, default=8, metavar="N", help="texts made at once (8)")
     serve.add_argument(
         "--context", type=int, metavar="N",

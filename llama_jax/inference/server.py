@@ -206,14 +206,18 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address can't be had.
     """
+    bound = None
     try:
+        # The port is given to bind: getaddrinfo would take one too large for another.
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        bound.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
+        if bound:
+            bound.close()
         raise InputError(
             f"{host}, port {port}, can't be listened on ({error}): give another --host or --port"
         ) from error
@@ -239,6 +243,7 @@ def uvicorn_server(app: Starlette) -> uvicorn.Server:
             ws="none",
             loop="asyncio",
             lifespan="off",
+            log_config=None,  # its own would close the handlers that others have
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -49,8 +49,10 @@ class Detokenizer:
         return given
 
     def alone(self, token: int) -> str:
-        """Returns the text of `token` inside a text, where it may begin with a space."""
-        return self._tokenizer.decode([*self._letter, token])[len(self._letter_text) :]
+        """Returns the text that `token` would add here, or its part of a character."""
+        if self._begun:
+            return self._tokenizer.decode([*self._letter, token])[len(self._letter_text) :]
+        return self._tokenizer.decode([*self._open, token])  # the first drops its space
 
     def rest(self) -> str:
         """Returns the text of tokens that make no whole character. No token may follow."""
@@ -58,6 +60,7 @@ class Detokenizer:
 
     def _settle(self, text: str) -> None:
         """Forgets the tokens whose text, all of `text`, can't change any more."""
+        self._begun = bool(text)
         if text and not text.endswith(tuple(_UNFINISHED)):
             self._open, self._given = list(self._letter), len(self._letter_text)
         elif len(self._open) > _MANY:

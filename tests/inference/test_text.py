@@ -95,10 +95,12 @@ def test_no_token_costs_more_than_the_one_before(tokenizer, monkeypatch):
         assert max(lengths) < 40
 
 
-def test_a_token_alone_keeps_its_space(tokenizer):
-    first, *others = tokenizer.encode("one two three")
-    made = Detokenizer(tokenizer)
-    assert tokenizer.decode([first]) + "".join(map(made.alone, others)) == "one two three"
+def test_a_token_alone_has_the_text_that_it_adds(tokenizer):
+    made = Detokenizer(tokenizer, [tokenizer.bos_id])
+    for token in tokenizer.encode("one two three"):
+        assert made.alone(token) == made.add(token)
+    *_, last = tokenizer.encode("é🦙")
+    assert made.alone(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
 
 
 def pieces_of(rng, text):

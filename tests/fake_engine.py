@@ -2,10 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.inference.engine import Begun, Ended, MadeToken, QueueFull, Request, Statistics
+from llama_jax.inference.server import Settings, application, listen, uvicorn_server
 
 
 class Ticket:
@@ -30,7 +32,8 @@ class FakeEngine:
         self.reasons: list[str] = []
         self.hold = threading.Event()
         self.hold.set()
-        self.failing = False
+        self.failing = self.closed = False
+        self.seconds = 0.001  # for a token
         self._changed = threading.Condition()
         self._running = 0
 
@@ -69,7 +72,7 @@ class FakeEngine:
         script = self.tokenizer.encode(self.script(request))
         ends = sorted(request.end_ids)[:1] or script * 20
         for token in [*script, *ends][: request.max_new_tokens]:
-            if ticket.cancelled.wait(0.001):
+            if ticket.cancelled.wait(self.seconds):
                 return "cancelled"
             deliver(self._scored(request, token))
             if token in request.end_ids:
@@ -89,4 +92,21 @@ class FakeEngine:
         return Statistics(0, self._running, n, 0, 11, 22, 0.5, 1.5, 33, 44, 55, 2.5)
 
     def close(self):
-        pass
+        self.closed = True
+
+
+@contextmanager
+def serving(tokenizer, **settings):
+    """Runs a server on a free port of the loopback; yields its engine and its URL."""
+    engine = FakeEngine(tokenizer)
+    made = Settings(**({"name": "stories", "max_tokens": 150, "max_body": 20_000} | settings))
+    server = uvicorn_server(application(engine, tokenizer, made))
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            yield engine, f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
