@@ -1,4 +1,4 @@
-"""The command line: `llama-jax train | tokenize | generate | convert | info`."""
+"""The command line: `llama-jax train | plan | tokenize | generate | serve | convert | info`."""
 
 import argparse
 import logging
@@ -171,8 +171,9 @@ def _continue(
 
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.generate import stream, stream_text
+    from llama_jax.inference.generate import stream
     from llama_jax.inference.load import load
+    from llama_jax.inference.text import stream_text
 
     shape = folders.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -208,6 +209,73 @@ def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
         return tokenizer.encode_chat([{"role": "user", "content": prompt}])
     # An empty text begins somewhere too.
     return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    try:
+        from llama_jax.inference import server
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the server needs {error.name}: install it with pip install -e '.[serve]'"
+        ) from error
+    from llama_jax.convert.conversion import parse_size
+
+    for name, least in {"rows": 1, "context": 2, "queue": 0, "max_tokens": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be at least {least}, not {value}")
+    if not 0 < args.timeout < float("inf"):
+        raise InputError(f"--timeout must be above 0, not {args.timeout}")
+    folder = Path(args.folder)
+    settings = server.Settings(
+        name=args.model or folder.resolve().name,
+        api_key=_api_key(args.api_key),
+        max_tokens=args.max_tokens,
+        max_body=parse_size(args.max_body),
+        timeout=args.timeout,
+    )
+    import jax
+
+    from llama_jax import folders, sharding
+    from llama_jax.data.tokenizer import load_tokenizer
+    from llama_jax.inference.engine import Engine
+    from llama_jax.inference.load import load
+
+    shape = folders.read_model_config(folder)
+    context = args.context or min(shape.context, 8192)
+    if context > shape.context:
+        raise InputError(
+            f"--context {context} is more than the model's {shape.context}: give that at most"
+        )
+    tokenizer = load_tokenizer(folder)
+    with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
+        config, model = load(folder)
+        engine = Engine(
+            config, model, rows=args.rows, context=context, queue=args.queue, tell=_tell
+        )
+        try:
+            app = server.application(engine, tokenizer, settings)
+            bound.listen()
+            print(server.greeting(bound, settings), file=sys.stderr, flush=True)
+            server.serve(app, bound)
+        finally:
+            engine.close()
+    return 0
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def _api_key(flag: str | None) -> str | None:
+    key = os.environ.get("LLAMA_JAX_API_KEY") if flag is None else flag
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+        raise InputError(
+            "the API key must be printable ASCII characters, without spaces at its ends: give"
+            " another in LLAMA_JAX_API_KEY"
+        )
+    return key
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -265,6 +333,7 @@ _COMMANDS = {
     "plan": _plan,
     "tokenize": _tokenize,
     "generate": _generate,
+    "serve": _serve,
     "convert": _convert,
     "info": _info,
 }

@@ -46,6 +46,23 @@ example:
   llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
 """
 
+_SERVE = """\
+Answer requests over HTTP, as OpenAI's API does, with the model in a run folder or model folder.
+
+Clients of OpenAI's use http://HOST:PORT/v1 (completions, chat/completions, models); a page to try
+the model stands at /, counts for Prometheus at /metrics. Requests share one batch of --rows texts;
+more wait, up to --queue, and then get the status 429. SIGTERM and Ctrl-C end it: what is being made
+has 20 s to come to its end. docs/serve.md tells the rest. Needs pip install -e '.[serve]'.
+
+Without a key everybody who reaches HOST can use the model. A key in the environment variable
+LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be read.
+
+example:
+  llama-jax serve models/llama3.1-8b-instruct
+  llama-jax serve runs/quickstart --port 9000 --rows 16 --context 1024
+  LLAMA_JAX_API_KEY=$(cat key) llama-jax serve models/llama3.1-8b-instruct --host 0.0.0.0
+"""
+
 _CONVERT = """\
 Bring a LLaMA checkpoint from any format into another, and prove that nothing was lost.
 
@@ -165,6 +182,28 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     generate.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-text token"
+    )
+
+    serve = command("serve", _SERVE)
+    serve.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
+    serve.add_argument(
+        "--name", dest="model", metavar="NAME", help="of the model, for clients (the folder's)"
+    )
+    serve.add_argument("--rows", type=int, default=8, metavar="N", help="texts made at once (8)")
+    serve.add_argument(
+        "--context", type=int, metavar="N",
+        help="longest prompt and output together [tokens] (the model's, 8192 at most)",
+    )  # fmt: skip
+    serve.add_argument("--queue", type=int, default=64, metavar="N", help="texts that wait (64)")
+    serve.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="longest output (4096)"
+    )
+    serve.add_argument("--max-body", default="2MiB", metavar="SIZE", help="of a request (2MiB)")
+    serve.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="of a request [s] (600)"
     )
 
     convert = command("convert", _CONVERT)

@@ -313,7 +313,7 @@ class Engine:
             made_tokens=total,
             decode_seconds=seconds,
             decode_steps=steps,
-            decode_bytes=steps * step_bytes(self._config, self._model, self._state.cache),
+            bytes_read=steps * step_bytes(self._config, self._model, self._state.cache),
         )
 
     def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:

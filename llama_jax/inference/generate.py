@@ -9,17 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
 from llama_jax.model.transformer import Llama, Unrolled, continued, hidden_states, output_head
 from llama_jax.sharding import act, place
-
-# How a character begins whose tokens are not all there: bytes decode to U+FFFD, and U+FDD0 opens an
-# escape of our own tokenizers.
-_UNFINISHED = ("\N{REPLACEMENT CHARACTER}", "\ufdd0")
 
 NO_TOKEN = -1  # fills a row after its end
 
@@ -367,24 +362,6 @@ def stream(
                 return
             yield token
             left -= 1
-
-
-def stream_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]
-) -> Iterator[str]:
-    """Yields the text of prompt and tokens in pieces, none of which cuts a character in two."""
-    ids = list(prompt)
-    text = tokenizer.decode(ids)
-    yield text
-    for token in tokens:
-        if token in tokenizer.end_ids:
-            continue
-        ids.append(token)
-        longer = tokenizer.decode(ids)
-        if not longer.endswith(_UNFINISHED):
-            yield longer[len(text) :]
-            text = longer
-    yield tokenizer.decode(ids)[len(text) :]
 
 
 def _rounded_up(number: int) -> int:

@@ -97,7 +97,7 @@ class Statistics(NamedTuple):
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
-    decode_bytes: int = 0  # that these steps read
+    bytes_read: int = 0  # by these steps
     compile_seconds: float = 0.0
 
 
