@@ -90,7 +90,8 @@ class FakeEngine:
 
     def statistics(self) -> Statistics:
         n = len(self.reasons)
-        return Statistics(0, self._running, n, 0, 11, 22, 0.5, 1.5, 33, 44, 55, 2.5)
+        running = self._running
+        return Statistics(running=running, finished=n, made_tokens=22, decode_seconds=1.5)
 
     def close(self):
         self.closed = True
