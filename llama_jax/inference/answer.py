@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference.engine import Begun, Ended, Engine, MadeToken, Request, Ticket
-from llama_jax.inference.openai_requests import Refused
+from llama_jax.inference.openai_requests import Refused, shutting_down
 from llama_jax.inference.text import Detokenizer, StopStrings
 
 _LOWEST = -9999.0  # JSON has no infinity
@@ -79,7 +79,7 @@ class _Text:
         elif event.reason == "error":
             raise Refused(500, f"the engine has failed: {event.message}", code="engine_failed")
         elif event.reason == "cancelled":
-            raise Refused(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         else:
             self.end(piece, event.reason)
 
