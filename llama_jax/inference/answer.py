@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.openai_requests import Refused
+from llama_jax.inference.openai_requests import Refused, shutting_down
 from llama_jax.inference.requests import Begun, Ended, Event, MadeToken, Request, Ticket
 from llama_jax.inference.text import Detokenizer, StopStrings
 
@@ -80,7 +80,7 @@ class _Text:
         elif event.reason == "error":
             raise Refused(500, f"the engine has failed: {event.message}", code="engine_failed")
         elif event.reason == "cancelled":
-            raise Refused(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         else:
             self.end(piece, event.reason)
 

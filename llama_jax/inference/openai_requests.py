@@ -56,6 +56,11 @@ class Refused(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
+def shutting_down() -> Refused:
+    """Returns what those are told who wait when the server ends."""
+    return Refused(503, "the server is shutting down", code="shutting_down")
+
+
 class _Sentence(ValueError):
     """What a validator says: a whole sentence."""
 

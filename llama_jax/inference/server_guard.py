@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.errors import InputError
 from llama_jax.inference.openai_answers import error
-from llama_jax.inference.openai_requests import Refused
+from llama_jax.inference.openai_requests import Refused, shutting_down
 from llama_jax.inference.requests import QueueFull
 from llama_jax.inference.server_metrics import Metrics
 
@@ -57,6 +57,9 @@ class Guard:
                 await self._app(scope, receive, noting)
         except ClientDisconnect:
             status = _GONE
+        except asyncio.CancelledError:  # the server's time to end is over
+            if status == _GONE:
+                await _response(shutting_down())(scope, receive, noting)
         except Exception as failure:
             where = "".join(traceback.format_tb(failure.__traceback__))
             _log.error("a request failed: %s at\n%s", type(failure).__name__, where)
@@ -69,7 +72,8 @@ class Guard:
 
     def _refused(self, http: Request) -> Refused | None:
         # A page of another site must not use a server that only this machine reaches.
-        if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        site = http.headers.get("sec-fetch-site", "none")
+        if http.method == "POST" and site not in ("none", "same-origin"):
             return Refused(403, "requests from pages of other sites are refused")
         if self._key is None or http.url.path in _OPEN:
             return None

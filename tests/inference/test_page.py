@@ -188,3 +188,17 @@ def test_a_failure_is_told(page, served):
     told = page.wait_for("(document.querySelector('.error') || {}).textContent")
     served[0].failing = False
     assert told == "the engine has failed: out of memory"
+
+
+def test_a_key_can_be_given(browser, shared_data):
+    tokenizer = load_tokenizer(shared_data / "stories260K" / "hf")
+    with serving(tokenizer, api_key="open sesame") as (_, url):
+        browser.do("Page.navigate", url=f"{url}/")
+        about = "(document.getElementById('about') || {}).textContent"
+        assert "the API key is missing" in browser.wait_for(about)
+        browser.write("#key", "open sesame")
+        browser.click("#prompt")
+        browser.wait_for("document.title === 'stories'")
+        browser.write("#prompt", "hello")
+        browser.click("#send")
+        browser.wait_for(f"{ANSWER}.includes('That is all.')")

@@ -495,6 +495,24 @@ def test_a_client_that_leaves_cancels_its_texts(served, engine, stream):
         engine.hold.set()
 
 
+def test_those_who_wait_are_told_that_the_server_ends(tokenizer, monkeypatch):
+    monkeypatch.setattr("llama_jax.inference.server._GRACE", 0.2)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(tokenizer) as (engine, url):
+            engine.hold.clear()
+            bodies = ({"prompt": "hello", "stream": stream} for stream in (False, True))
+            waiting = [pool.submit(httpx.post, url + COMPLETION, json=body) for body in bodies]
+            while len(engine.requests) < 2:
+                time.sleep(0.002)
+        answers = [answer.result() for answer in waiting]
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert {answer.json()["error"]["message"] for answer in answers} == {
+        "the server is shutting down"
+    }
+    engine.wait_until_idle()
+    assert engine.reasons == ["cancelled"] * 2
+
+
 def test_requests_at_once_are_not_mixed_up(client, engine):
     def ask(i):
         stream = i % 2 == 0
@@ -540,6 +558,7 @@ def test_pages_of_other_sites_are_refused(http):
         body = {"prompt": "a", "max_tokens": 1}
         answer = http.post(COMPLETION, json=body, headers={"sec-fetch-site": site})
         assert answer.status_code == status
+    assert http.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link
 
 
 def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, engine, caplog):
