@@ -171,8 +171,8 @@ def _continue(
 
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.generate import stream
     from llama_jax.inference.load import load
+    from llama_jax.inference.stream import stream
     from llama_jax.inference.text import stream_text
 
     shape = folders.read_model_config(folder)

@@ -19,14 +19,7 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference import batch
 from llama_jax.inference.compiling import compiled
-from llama_jax.inference.generate import (
-    NO_TOKEN,
-    Rows,
-    State,
-    decode,
-    new_rows,
-    prompt_logprobs,
-)
+from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows, prompt_logprobs
 from llama_jax.inference.requests import (
     ENDS,
     TOP,

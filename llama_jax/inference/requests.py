@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.inference.generate import check_prompt
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import check_prompt
 
 TOP = 20  # alternatives that a request may ask for
 ENDS = 16  # end ids that it may have

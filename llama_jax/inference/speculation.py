@@ -15,8 +15,9 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.inference.generate import NO_TOKEN, State, begin, check_prompt
+from llama_jax.inference.generate import NO_TOKEN, State
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import begin, check_prompt
 from llama_jax.model.transformer import Llama, Unrolled, continued, output_head
 from llama_jax.sharding import act, place
 

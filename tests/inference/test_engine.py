@@ -10,9 +10,10 @@ from conftest import tiny_model
 from llama_jax.errors import InputError
 from llama_jax.inference.compiling import compiled
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.generate import prompt_logprobs, stream
+from llama_jax.inference.generate import prompt_logprobs
 from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import Llama, unrolled
 from llama_jax.sharding import one_device_mesh
 

@@ -8,14 +8,10 @@ from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 from llama_jax.checkpoint import save_model
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import (
-    NO_TOKEN,
-    generate,
-    prompt_logprobs,
-    stream,
-)
+from llama_jax.inference.generate import NO_TOKEN, generate, prompt_logprobs
 from llama_jax.inference.load import load
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import stream
 from llama_jax.inference.text import stream_text
 from llama_jax.model.transformer import Llama, forward
 from llama_jax.sharding import one_device_mesh, place, tensor_mesh

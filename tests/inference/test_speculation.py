@@ -6,9 +6,9 @@ from conftest import load_reference, tiny_model
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.inference import speculation
-from llama_jax.inference.generate import stream
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.speculation import guess, stream_ahead
+from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import Llama
 
 CONFIG = tiny_model(context=256)
