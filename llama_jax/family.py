@@ -76,6 +76,11 @@ class ModelConfig:
         default="float32",
         description="type the weights are kept in; float16 (LLaMA as released) is not for training",
     )
+    quantized: Literal["none", "int8"] = Field(
+        default="none",
+        description="how matrices are kept; int8 (with a scale for each output) is for inference"
+        " alone, and param_dtype is then that of the norms",
+    )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"
     )
