@@ -1,4 +1,4 @@
-"""The command line: `llama-jax train | tokenize | generate | convert | info`."""
+"""The command line: `llama-jax train | tokenize | generate | perplexity | convert | info`."""
 
 import argparse
 import logging
@@ -15,6 +15,8 @@ from llama_jax.manual import parser
 
 if TYPE_CHECKING:
     from llama_jax.data.tokenizer import Tokenizer
+    from llama_jax.family import ModelConfig
+    from llama_jax.model.transformer import Llama
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -209,6 +211,45 @@ def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
     return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
 
 
+def _perplexity(args: argparse.Namespace) -> int:
+    import math
+
+    import jax
+
+    from llama_jax import checkpoint, folders, sharding
+    from llama_jax.data.tokenizer import load_tokenizer
+    from llama_jax.inference.perplexity import nats_per_token
+    from llama_jax.model.quantize import quantized
+
+    shape, tokenizer = folders.read_model_config(args.folder), load_tokenizer(args.folder)
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"{args.text} can't be read ({reason}): give a text file") from error
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos)
+
+    def tell(kind: str, config: "ModelConfig", model: "Llama") -> float:
+        nats = nats_per_token(config, model, ids)
+        print(
+            f"{kind:8}  {nats:.5f} nats per token, perplexity {math.exp(nats):.4f}, of"
+            f" {len(ids) - 1:,} tokens"
+        )
+        return nats
+
+    with jax.set_mesh(sharding.tensor_mesh(shape)):
+        config, model = checkpoint.load_model(args.folder)
+        quantize = args.quantize and quantized(config, model)
+        kept = config.param_dtype if config.quantized == "none" else config.quantized
+        nats = tell(kept, config, model)
+        if quantize:
+            lost = tell(args.quantize, *quantize) - nats
+            print(
+                f"lost      {lost:+.5f} nats per token, {100 * math.expm1(lost):+.3f} % perplexity"
+            )
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.conversion import convert, parse_mesh, parse_size
     from llama_jax.convert.stream import give_freed_memory_back
@@ -232,6 +273,7 @@ def _convert(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         shards=args.shards,
         mesh=args.mesh and parse_mesh(args.mesh),
+        quantize=args.quantize,
     )
     seconds = time.monotonic() - begun
     for note in outcome.notes:
@@ -241,14 +283,18 @@ def _convert(args: argparse.Namespace) -> int:
         f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
         f" {outcome.peak / 2**30:.2f} GiB"
     )
-    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    proof = _proof(outcome.identical, outcome.converted, outcome.quantized)
+    print(f"{outcome.folder}: {proof}")
+    if args.quantize:
+        print(f"measure what that loses: llama-jax perplexity {outcome.folder} TEXT_FILE")
     return 0
 
 
-def _proof(identical: int, converted: int) -> str:
+def _proof(identical: int, converted: int, quantized: int) -> str:
     """Returns what a verification has shown."""
     parts = [f"{identical} weights give back the source's bits"] if identical else []
     parts += [f"{converted} equal the source's after the change of type"] if converted else []
+    parts += [f"{quantized} are the source's, quantized"] if quantized else []
     return ", ".join(parts)
 
 
@@ -264,6 +310,7 @@ _COMMANDS = {
     "plan": _plan,
     "tokenize": _tokenize,
     "generate": _generate,
+    "perplexity": _perplexity,
     "convert": _convert,
     "info": _info,
 }

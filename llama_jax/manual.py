@@ -46,6 +46,18 @@ example:
   llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
 """
 
+_PERPLEXITY = """\
+Measure how well a model foretells a text: nats per token, and perplexity, which is their exp.
+
+The text is cut into windows of 2048 tokens, or of the model's context where that is less, and each
+token is foretold from those before it in its window. With --quantize the model is measured as it
+is and with its weights quantized, and what that loses is told.
+
+example:
+  llama-jax perplexity models/llama3.2-1b book.txt
+  llama-jax perplexity models/llama3.2-1b book.txt --quantize int8
+"""
+
 _CONVERT = """\
 Bring a LLaMA checkpoint from any format into another, and prove that nothing was lost.
 
@@ -57,9 +69,14 @@ time is in memory. At the end what was written is read back and turned into the 
 again, bit for bit; receipt.json tells it. The folder appears when it is whole, or not at all.
 --verify does that proof once more, with the source hashed again where it is named.
 
+--quantize int8 keeps each matrix as whole numbers with a scale for each output channel, for
+inference alone: a quarter of the size of float32. No other format can be made from that;
+llama-jax perplexity measures what it loses.
+
 example:
   llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
   llama-jax convert models/llama3.1-8b export/llama3.1-8b --to hf
+  llama-jax convert Llama-3.1-8B/original models/llama3.1-8b-int8 --quantize int8
   llama-jax convert Llama-2-70b mp16 --to meta --shards 16
   llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
 """
@@ -167,6 +184,11 @@ def parser() -> argparse.ArgumentParser:
         "--ignore-eos", action="store_true", help="go on after an end-of-text token"
     )
 
+    perplexity = command("perplexity", _PERPLEXITY)
+    perplexity.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    perplexity.add_argument("text", metavar="TEXT_FILE", help="text in UTF-8")
+    perplexity.add_argument("--quantize", choices=["int8"], help="compare with quantized weights")
+
     convert = command("convert", _CONVERT)
     convert.add_argument("source", metavar="SRC", help="checkpoint: a folder or a file")
     convert.add_argument("folder", metavar="DST", nargs="?", help="folder to make")
@@ -189,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--mesh", metavar="fsdp=8,tensor=4", help="cut the chunks of a model folder for this mesh"
     )
+    convert.add_argument("--quantize", choices=["int8"], help="keep the matrices as int8")
     convert.add_argument(
         "--verify", action="store_true", help="prove SRC once more, against the source DST if named"
     )
