@@ -229,7 +229,8 @@ def _perplexity(args: argparse.Namespace) -> int:
         raise InputError(f"{args.text} can't be read ({reason}): give a text file") from error
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
 
-    def tell(kind: str, config: "ModelConfig", model: "Llama") -> float:
+    def tell(config: "ModelConfig", model: "Llama") -> float:
+        kind = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(
             f"{kind:8}  {nats:.5f} nats per token, perplexity {math.exp(nats):.4f}, of"
@@ -239,14 +240,12 @@ def _perplexity(args: argparse.Namespace) -> int:
 
     with jax.set_mesh(sharding.tensor_mesh(shape)):
         config, model = checkpoint.load_model(args.folder)
-        quantize = args.quantize and quantized(config, model)
-        kept = config.param_dtype if config.quantized == "none" else config.quantized
-        nats = tell(kept, config, model)
-        if quantize:
-            lost = tell(args.quantize, *quantize) - nats
-            print(
-                f"lost      {lost:+.5f} nats per token, {100 * math.expm1(lost):+.3f} % perplexity"
-            )
+        if not args.quantize:
+            tell(config, model)
+            return 0
+        other_config, other = quantized(config, model)
+        more = -tell(config, model) + tell(other_config, other)
+    print(f"change    {more:+.5f} nats per token, perplexity {100 * math.expm1(more):+.3f} %")
     return 0
 
 

@@ -27,6 +27,11 @@ _SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
 _MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
 
 
+# A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
+# and how the last bit of a division is rounded must not decide where they go.
+_STEPS = 127 * (1 - 2**-20)
+
+
 class Int8(nnx.Module):
     """A matrix of a model: `values` int8, `scale` float32 over the letters `outputs(dims)`."""
 
@@ -51,17 +56,19 @@ def int8(w: Any, dims: str) -> tuple[Any, Any]:
         w: a NumPy or JAX array with the axes `dims`, maybe with a leading L.
         dims: its letters, without the L.
 
-    NumPy and XLA on the CPU give the same bits. A channel of zeros has scale 0, as has one whose
+    NumPy and XLA on the CPU give the same bits; a processor that rounds divisions otherwise does so
+    too for what was bfloat16 or float16. A channel of zeros has scale 0, as has one whose
     scale would be subnormal (some processors take such a number for 0, and would divide by it).
     """
     xp = w.__array_namespace__()
     w = w.astype(np.float32)
     axes = tuple(dims.index(letter) - len(dims) for letter in dims if letter not in outputs(dims))
-    # Not `/ 127`, which XLA may compute like this and NumPy does not.
-    scale = xp.max(xp.abs(w), axis=axes, keepdims=True) * np.float32(1 / 127)
-    scale = xp.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
-    values = xp.round(w / xp.where(scale == 0, np.float32(np.inf), scale)).astype(np.int8)
-    return values, xp.squeeze(scale, axis=axes)
+    largest = xp.max(xp.abs(w), axis=axes, keepdims=True)
+    scale = largest * np.float32(1 / 127)  # what `/ 127` becomes in XLA, but not in NumPy
+    nothing = scale < np.finfo(np.float32).tiny
+    steps = np.float32(_STEPS) / xp.where(nothing, np.float32(np.inf), largest)
+    values = xp.round(w * steps).astype(np.int8)
+    return values, xp.squeeze(xp.where(nothing, np.float32(0), scale), axis=axes)
 
 
 def matrix(config: ModelConfig, w: jax.Array, dims: str) -> Any:
