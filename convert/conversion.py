@@ -104,8 +104,7 @@ class Outcome:
     notes: tuple[str, ...]  # what looks wrong
     bytes_written: int
     identical: int  # weights that were turned back into the source's very bits
-    converted: int  # weights that were compared after a change of type
-    quantized: int  # weights that the source gives when it is quantized again
+    converted: int  # weights that were compared after a change of type (int8 is one)
     peak: int  # most memory held [bytes]
 
 

@@ -56,8 +56,7 @@ def verified(
 
     Returns:
         identical: weights turned back into the source's very bits; converted: those that equal
-        the source's after the change of type or from quantized blocks; quantized: those that the
-        source gives when it is quantized again. Without a `source`, what was written stands for it.
+        the source's after the change of type (to int8 too) or from quantized blocks.
 
     Raises:
         InputError: something differs.
@@ -82,30 +81,29 @@ def verified(
     if not _is_whole(records, layout, output, order):
         raise _damaged(output.path)
 
-    def check(weight: Weight) -> tuple[int, str]:
+    def check(weight: Weight) -> tuple[int, bool]:
         record = records[str(weight)]
         read = [tensor.read() for tensor in output.stored(weight)]
-        kind = "converted" if read[0].dtype != np.int8 else "quantized"
-        if receipt.is_kept(record):
-            kind = "identical"
+        kept = receipt.is_kept(record)
+        if kept:
             ours = output.layout.to_ours(config, weight, read)
             receipt.check_undone(record, layout, config, weight, ours)
         else:
             _check_written(record, read)
         if source:
-            _check_source(source, record, weight, output, None if kind == "identical" else read)
-        return sum(array.nbytes for array in read), kind
+            _check_source(source, record, weight, output, None if kept else read)
+        return sum(array.nbytes for array in read), kept
 
     def cost(weight: Weight) -> int:
         return 3 * sum(tensor.nbytes for tensor in output.stored(weight))
 
-    counts = {"identical": 0, "converted": 0, "quantized": 0}
+    identical = 0
     total = sum(tensor.nbytes for weight in order for tensor in output.stored(weight))
     with byte_progress("proving   ", total, progress) as advance:
-        for nbytes, kind in in_order(order, check, cost, budget):
-            counts[kind] += 1
+        for nbytes, kept in in_order(order, check, cost, budget):
+            identical += kept
             advance(nbytes)
-    return counts
+    return {"identical": identical, "converted": len(order) - identical}
 
 
 def _damaged(folder: Path) -> InputError:

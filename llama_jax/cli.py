@@ -282,18 +282,16 @@ def _convert(args: argparse.Namespace) -> int:
         f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
         f" {outcome.peak / 2**30:.2f} GiB"
     )
-    proof = _proof(outcome.identical, outcome.converted, outcome.quantized)
-    print(f"{outcome.folder}: {proof}")
+    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
     if args.quantize:
         print(f"measure what that loses: llama-jax perplexity {outcome.folder} TEXT_FILE")
     return 0
 
 
-def _proof(identical: int, converted: int, quantized: int) -> str:
+def _proof(identical: int, converted: int) -> str:
     """Returns what a verification has shown."""
     parts = [f"{identical} weights give back the source's bits"] if identical else []
     parts += [f"{converted} equal the source's after the change of type"] if converted else []
-    parts += [f"{quantized} are the source's, quantized"] if quantized else []
     return ", ".join(parts)
 
 

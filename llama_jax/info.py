@@ -60,7 +60,6 @@ def _model_folder(folder: Path) -> list[str]:
         lines.append(
             f"receipt     from {receipt['source']['kind']} {receipt['source']['name']}:"
             f" {proof['identical']} weights proven identical, {proof['converted']} changed in type"
-            + (f", {proof['quantized']} quantized" if proof.get("quantized") else "")
         )
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     lines += [f"looks wrong {doubt}" for doubt in doubts(config, tokenizer)]
