@@ -62,7 +62,7 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
             begun = time.perf_counter()
             made, state = decode(config, model, state, new, room=new)
             assert np.all(np.asarray(made.tokens_Bn) >= 0)
-            return time.perf_counter() - begun, step_bytes(config, model, state.cache)
+            return time.perf_counter() - begun, step_bytes(config, model, B, slots)
 
     return work
 

@@ -1,4 +1,4 @@
-"""The command line: `llama-jax train | plan | tokenize | generate | serve | convert | info`."""
+"""The command line, `llama-jax COMMAND`; what runs a model is in `cli_inference`."""
 
 import argparse
 import logging
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import config_file
+from llama_jax import cli_inference, config_file
 from llama_jax.errors import InputError
 from llama_jax.manual import parser
 
 if TYPE_CHECKING:
-    from llama_jax.data.tokenizer import Tokenizer
+    pass
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -76,7 +76,8 @@ def _train_together(args: argparse.Namespace) -> int:
     prompts = () if distributed.several() else resolved.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
-        _continue(outcome.folder, prompt, 80, temperature=0.7, top_p=0.95, seed=i)
+        sampling = cli_inference.sampling_of(temperature=0.7, top_p=0.95)
+        cli_inference.continue_text(outcome.folder, prompt, 80, sampling, seed=i)
     print(f"\nlosses: {outcome.folder / 'loss.png'}")
     print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
     return 0
@@ -125,159 +126,6 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> int:
-    begun = time.monotonic()
-    made = _continue(
-        Path(args.folder),
-        args.prompt,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-        chat=args.chat,
-    )
-    seconds = time.monotonic() - begun
-    print(f"{made} tokens in {seconds:.1f} s, loading and compiling included", file=sys.stderr)
-    return 0
-
-
-def _continue(
-    folder: Path,
-    prompt: str,
-    max_new_tokens: int | None,
-    *,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    top_k: int = 0,
-    ignore_eos: bool = False,
-    chat: bool = False,
-) -> int:
-    """Streams prompt and continuation to standard output; returns the number of new tokens."""
-    from pydantic import ValidationError
-
-    from llama_jax.inference.sampling import Sampling
-
-    try:
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = "--" + str(problem["loc"][0]).replace("_", "-")
-        message = problem["msg"].removeprefix("Input should be ")
-        raise InputError(f"{name} must be {message}, not {problem['input']}") from error
-    import jax
-
-    from llama_jax import folders, sharding
-    from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.load import load
-    from llama_jax.inference.stream import stream
-    from llama_jax.inference.text import stream_text
-
-    shape = folders.read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
-    ids = _prompt_ids(tokenizer, prompt, chat)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(200, shape.context - len(ids)))
-    with jax.set_mesh(sharding.tensor_mesh(shape)):
-        shape, model = load(folder)
-        tokens = list[int]()
-        made = stream(
-            shape,
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end_ids=frozenset() if ignore_eos else tokenizer.end_ids,
-            seed=seed,
-        )
-        counted = (tokens.append(token) or token for token in made)
-        pieces = stream_text(tokenizer, ids, counted)
-        if chat:
-            next(pieces)  # what was asked, in the format of the model
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
-    return len(tokens)
-
-
-def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    # An empty text begins somewhere too.
-    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
-
-
-def _serve(args: argparse.Namespace) -> int:
-    try:
-        from llama_jax.inference import server
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"the server needs {error.name}: install it with pip install -e '.[serve]'"
-        ) from error
-    from llama_jax.convert.conversion import parse_size
-
-    for name, least in {"rows": 1, "context": 2, "queue": 0, "max_tokens": 1}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} must be at least {least}, not {value}")
-    if not 0 < args.timeout < float("inf"):
-        raise InputError(f"--timeout must be above 0, not {args.timeout}")
-    folder = Path(args.folder)
-    settings = server.Settings(
-        name=args.model or folder.resolve().name,
-        api_key=_api_key(args.api_key),
-        max_tokens=args.max_tokens,
-        max_body=parse_size(args.max_body),
-        timeout=args.timeout,
-    )
-    import jax
-
-    from llama_jax import folders, sharding
-    from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.engine import Engine
-    from llama_jax.inference.load import load
-
-    shape = folders.read_model_config(folder)
-    context = args.context or min(shape.context, 8192)
-    if context > shape.context:
-        raise InputError(
-            f"--context {context} is more than the model's {shape.context}: give that at most"
-        )
-    tokenizer = load_tokenizer(folder)
-    with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
-        config, model = load(folder)
-        engine = Engine(
-            config, model, rows=args.rows, context=context, queue=args.queue, tell=_tell
-        )
-        try:
-            app = server.application(engine, tokenizer, settings)
-            bound.listen()
-            print(server.greeting(bound, settings), file=sys.stderr, flush=True)
-            server.serve(app, bound)
-        finally:
-            engine.close()
-    return 0
-
-
-def _tell(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
-
-
-def _api_key(flag: str | None) -> str | None:
-    key = os.environ.get("LLAMA_JAX_API_KEY") if flag is None else flag
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-        raise InputError(
-            "the API key must be printable ASCII characters, without spaces at its ends: give"
-            " another in LLAMA_JAX_API_KEY"
-        )
-    return key
-
-
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.conversion import convert, parse_mesh, parse_size
     from llama_jax.convert.stream import give_freed_memory_back
@@ -301,6 +149,7 @@ def _convert(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         shards=args.shards,
         mesh=args.mesh and parse_mesh(args.mesh),
+        quantize=args.quantize,
     )
     seconds = time.monotonic() - begun
     for note in outcome.notes:
@@ -311,6 +160,8 @@ def _convert(args: argparse.Namespace) -> int:
         f" {outcome.peak / 2**30:.2f} GiB"
     )
     print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    if args.quantize:
+        print(f"measure what that loses: llama-jax perplexity {outcome.folder} TEXT_FILE")
     return 0
 
 
@@ -332,8 +183,9 @@ _COMMANDS = {
     "train": _train,
     "plan": _plan,
     "tokenize": _tokenize,
-    "generate": _generate,
-    "serve": _serve,
+    "generate": cli_inference.generate,
+    "serve": cli_inference.serve,
+    "perplexity": cli_inference.perplexity,
     "convert": _convert,
     "info": _info,
 }

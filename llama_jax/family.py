@@ -80,6 +80,11 @@ class ModelConfig:
         default="same",
         description="type of cached keys and values in generation: same (as dtype) or int8",
     )
+    quantized: Literal["none", "int8"] = Field(
+        default="none",
+        description="how matrices are kept; int8 (with a scale for each output) is for inference"
+        " alone, and param_dtype is then that of the norms",
+    )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"
     )

@@ -125,6 +125,24 @@ def test_convert_tells_what_it_did_and_proves_it_again(capsys, model_folder, tmp
     assert "looks wrong" not in out
 
 
+def test_what_int8_loses_is_measured(capsys, model_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("aeiou klt " * 10)
+    code, both, _ = run(capsys, "perplexity", model_folder, text, "--quantize", "int8")
+    kinds, nats = zip(*(line.split()[:2] for line in both.splitlines()), strict=True)
+    assert (code, kinds) == (0, ("float32", "int8", "change"))
+    assert float(nats[2]) == pytest.approx(float(nats[1]) - float(nats[0]), abs=2e-5)
+    code, out, _ = run(capsys, "convert", model_folder, tmp_path / "int8", "--quantize", "int8")
+    assert code == 0
+    assert out.endswith(f"llama-jax perplexity {tmp_path / 'int8'} TEXT_FILE\n")
+    assert run(capsys, "perplexity", tmp_path / "int8", text)[1] == both.splitlines()[1] + "\n"
+    code, out, _ = run(capsys, "generate", tmp_path / "int8", "--prompt", "aei")
+    assert (code, out.startswith("aei")) == (0, True)
+    assert "int8 with a scale for each output" in run(capsys, "info", tmp_path / "int8")[1]
+    code, _, err = run(capsys, "perplexity", tmp_path / "int8", text, "--quantize", "int8")
+    assert (code, "is int8 already: quantize the one" in err) == (2, True)
+
+
 def test_convert_runs_from_a_checkout(model_folder, tmp_path):
     command = [sys.executable, "-m", "convert", model_folder, tmp_path / "hf", "--to", "hf"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
@@ -132,7 +150,9 @@ def test_convert_runs_from_a_checkout(model_folder, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "tokenize", "generate", "serve", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "tokenize", "generate", "serve", "perplexity", "convert", "info"]
+)
 def test_help_reads_like_a_manual_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -288,6 +308,11 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["serve", model_folder, "--max-body", "lots"], "'lots' is no size"),
         (["serve", model_folder, "--timeout", "nan"], "--timeout must be above 0, not nan"),
         (["serve", model_folder, "--api-key", ""], "the API key must be printable ASCII"),
+        (
+            ["perplexity", model_folder, tmp_path / "no"],
+            "can't be read (No such file or directory)",
+        ),
+        (["perplexity", model_folder, latin], "latin.txt can't be read (it is not UTF-8)"),
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),
         (["convert", small, out], "small.txt is no checkpoint"),
@@ -298,6 +323,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
             ["convert", model_folder, out, "--to", "meta"],
             "Meta's format has heads of dim / n_heads",
         ),
+        (["convert", model_folder, out, "--to", "hf", "--quantize", "int8"], "is for --to orbax"),
         (["convert", model_folder, out, "--max-ram", "lots"], "'lots' is no size"),
         (["convert", model_folder, out, "--max-ram", "1MB"], "is too little: the largest weight"),
         (["convert", model_folder, out, "--mesh", "rows=2"], "'rows=2' is no axis of a mesh"),

@@ -306,8 +306,11 @@ class Engine:
             made_tokens=total,
             decode_seconds=seconds,
             decode_steps=steps,
-            bytes_read=steps * step_bytes(self._config, self._model, self._state.cache),
+            bytes_read=steps * self._step_bytes(),
         )
+
+    def _step_bytes(self) -> int:
+        return step_bytes(self._config, self._model, self.rows, self._state.cache.slots)
 
     def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:
         ticket = row.ticket

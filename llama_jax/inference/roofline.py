@@ -11,23 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.family import ModelConfig
-from llama_jax.model.cache import Cache
 from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.sharding import platform
 
 _COPIED = 1 << 28  # bytes: far more than any cache of a processor holds
 
 
-def step_bytes(config: ModelConfig, model: Llama | Unrolled, cache: Cache) -> int:
+def step_bytes(config: ModelConfig, model: Llama | Unrolled, batch: int, slots: int) -> int:
     """Returns the bytes that all devices together read to make one token in each row.
 
     All weights once (of the embedding only the rows of the tokens, unless it is the head too), and
-    all slots of the cache.
+    all slots of a cache of `batch` rows.
     """
-    read = _bytes(model) + _bytes(cache.layers)
+    head = config.head_dim * jnp.dtype(config.dtype).itemsize
+    if config.cache_dtype == "int8":
+        head = config.head_dim + 4  # and a scale
+    read = _bytes(model) + 2 * config.n_layers * batch * config.n_kv_heads * slots * head
     if not config.tied_head:
         table = _bytes(model.tok_embeddings)
-        read -= table - table // config.vocab_size * len(cache.used_B)
+        read -= table - table // config.vocab_size * batch
     return read
 
 

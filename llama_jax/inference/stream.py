@@ -90,14 +90,14 @@ def stream(
         config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
         end_ids=end_ids, seed=seed, spare=1,
     )  # fmt: skip
-    left = max_new_tokens
+    left, n = max_new_tokens, 1  # the first token is not kept waiting
     while left > 0:
-        made, state = decode(config, model, state, block, room=block)
-        for token in np.asarray(made.tokens_Bn)[0].tolist():
-            if token == NO_TOKEN:
-                return
-            yield token
-            left -= 1
+        made, state = decode(config, model, state, n, room=block)
+        n = block
+        tokens = np.asarray(made.tokens_Bn)[0]
+        tokens = tokens[tokens != NO_TOKEN].tolist()
+        yield from tokens
+        left = 0 if {*tokens} & end_ids else left - len(tokens)
 
 
 def _rounded_up(number: int) -> int:
