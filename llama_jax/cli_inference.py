@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from llama_jax.data.tokenizer import Tokenizer
     from llama_jax.family import ModelConfig
     from llama_jax.inference.sampling import Sampling
-    from llama_jax.model.transformer import Llama
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -128,8 +127,10 @@ def continue_text(
                 break
         print(shown.rest())
         if stats:
-            slots = 1 << max(5, (len(ids) + max_new_tokens).bit_length())
-            _tell(watch.told(config, model, len(ids), slots))
+            _tell(watch.told(len(ids)))
+            if not speculate:  # else a step makes any number of tokens
+                slots = 1 << max(5, (len(ids) + max_new_tokens).bit_length())
+                _tell(watch.share(config, model, slots))
     return watch.made
 
 
@@ -150,25 +151,31 @@ class _Watch:
             self.made += 1
             yield token
 
-    def told(self, config: "ModelConfig", model: Any, read: int, slots: int) -> str:
-        """Returns two lines: of the prompt and the first token, and of those after it."""
-        from llama_jax.inference.roofline import copy_bandwidth, step_bytes
-
+    def told(self, read: int) -> str:
+        """Returns what it took to read a prompt of `read` tokens, and to make the others."""
         waited = self.first - self.begun - self.compiled_first
-        lines = (
+        text = (
             f"prompt: {read} tokens, the first new one after {waited:.3f} s"
             f" ({read / waited:,.0f} tokens/s); compiling took {self.compiled:.1f} s more"
         )
-        if self.made < 2:
-            return lines
-        seconds = self.last - self.first - (self.compiled - self.compiled_first)
-        a_step = step_bytes(config, model, 1, slots)
-        moved, limit = a_step * (self.made - 1) / seconds, copy_bandwidth()
-        return lines + (
-            f"\ndecoding: {(self.made - 1) / seconds:,.1f} tokens/s; a step reads"
-            f" {a_step / 1e6:,.0f} MB: {moved / 1e9:.1f} GB/s, {moved / limit:.0%} of the"
-            f" {limit / 1e9:.1f} GB/s that this machine copies"
+        return text + (f"\ndecoding: {self._rate:,.1f} tokens/s" if self._rate else "")
+
+    def share(self, config: "ModelConfig", model: Any, slots: int) -> str:
+        """Returns how near that came to what the memory allows."""
+        from llama_jax.inference.roofline import copy_bandwidth, step_bytes
+
+        a_step, limit = step_bytes(config, model, 1, slots), copy_bandwidth()
+        moved = a_step * self._rate
+        return (
+            f"memory: a step reads {a_step / 1e6:,.0f} MB: {moved / 1e9:.1f} GB/s,"
+            f" {moved / limit:.0%} of the {limit / 1e9:.1f} GB/s that this machine copies"
         )
+
+    @property
+    def _rate(self) -> float:
+        """Tokens a second after the first one; 0 if there are none."""
+        seconds = self.last - self.first - (self.compiled - self.compiled_first)
+        return (self.made - 1) / seconds if self.made > 1 else 0.0
 
 
 def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
@@ -256,10 +263,10 @@ def perplexity(args: argparse.Namespace) -> int:
 
     import jax
 
-    from llama_jax import checkpoint, folders, sharding
+    from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
+    from llama_jax.inference.load import load
     from llama_jax.inference.perplexity import nats_per_token
-    from llama_jax.model.quantize import quantized
 
     shape, tokenizer = folders.read_model_config(args.folder), load_tokenizer(args.folder)
     try:
@@ -269,7 +276,8 @@ def perplexity(args: argparse.Namespace) -> int:
         raise InputError(f"{args.text} can't be read ({reason}): give a text file") from error
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
 
-    def tell(config: "ModelConfig", model: "Llama") -> float:
+    def told(quantize: str | None) -> float:
+        config, model = load(args.folder, shape, quantize=quantize)
         kind = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(
@@ -279,11 +287,9 @@ def perplexity(args: argparse.Namespace) -> int:
         return nats
 
     with jax.set_mesh(sharding.tensor_mesh(shape)):
-        config, model = checkpoint.load_model(args.folder)
+        before = told(None)
         if not args.quantize:
-            tell(config, model)
             return 0
-        other_config, other = quantized(config, model)
-        more = -tell(config, model) + tell(other_config, other)
+        more = told(args.quantize) - before
     print(f"change    {more:+.5f} nats per token, perplexity {100 * math.expm1(more):+.3f} %")
     return 0

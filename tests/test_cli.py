@@ -169,7 +169,7 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
 ):
     engines = []
 
-    def engine(config, model, *, rows, context, queue):
+    def engine(config, model, *, rows, context, queue, tell):
         assert (config.vocab_size, rows, context, queue) == (320, 3, 100, 5)
         engines.append(FakeEngine(load_tokenizer(token_folder)))
         engines[0].seconds = 0.02

@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.model.transformer import Llama, hidden_states, output_head
+from llama_jax.model.transformer import Llama, Unrolled, hidden_states, output_head
 from llama_jax.sharding import act, balance, divisors, place
 
 # Positions whose logits are there at a time: of all, they would be larger than many a model.
@@ -18,7 +18,7 @@ _POSITIONS = 128
 
 def nats_per_token(
     config: ModelConfig,
-    model: Llama,
+    model: Llama | Unrolled,
     tokens: Sequence[int],
     *,
     window: int = 2048,
@@ -61,7 +61,7 @@ def nats_per_token(
 
 @partial(jax.jit, static_argnums=0)
 def _summed_nats(
-    config: ModelConfig, model: Llama, tokens_BT: jax.Array, targets_BT: jax.Array
+    config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> jax.Array:
     """Returns the cross-entropy of the targets that are not -1 [nats], float32."""
     x_BTD = hidden_states(config, model, balance(tokens_BT))

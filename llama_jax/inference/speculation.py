@@ -56,12 +56,12 @@ def guess(tokens_S: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.dynamic_slice_in_dim(tokens_S, best + 1, AHEAD), found
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="room", donate_argnums=2)
-def _decode(config: ModelConfig, model: Llama | Unrolled, text: _Text, *, room: int) -> _Text:
-    """Returns the text with more tokens: `room` at least, unless it ends."""
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(config: ModelConfig, model: Llama | Unrolled, text: _Text, n: jax.Array | int) -> _Text:
+    """Returns the text with `n` more tokens at least, unless it ends."""
 
     def going_on(text: _Text) -> jax.Array:
-        return (text.made < room) & (text.state.rows.left_B[0] > 0)
+        return (text.made < n) & (text.state.rows.left_B[0] > 0)
 
     def one(text: _Text) -> _Text:
         used = text.state.cache.used_B[0]
@@ -140,9 +140,10 @@ def stream_ahead(
     made = np.full(block + AHEAD + 1, NO_TOKEN, np.int32)
     zeros = (place(np.zeros((), np.int32), "") for _ in range(2))
     text = _Text(state, place(tokens, "S"), place(made, "S"), *zeros)
-    left = max_new_tokens
+    left, n = max_new_tokens, 1  # the first token is not kept waiting
     while left > 0:
-        text = _decode(config, model, text, room=block)
+        text = _decode(config, model, text, n)
+        n = block
         new = np.asarray(text.made_n)[: int(text.made)].tolist()
         if not new:
             return

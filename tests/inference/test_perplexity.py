@@ -38,7 +38,7 @@ def test_windows_are_foretold_each_by_itself_and_padding_does_not_count(model):
         for i in range(0, 149, 32):
             window = TOKENS[i : i + 33]
             tokens = np.array([window[:-1] + [0] * (33 - len(window))], np.int32)
-            logits = np.asarray(full(CONFIG, model, tokens)[0], np.float64)[0, : len(window) - 1]
+            logits = np.asarray(full(CONFIG, model, tokens), np.float64)[0, : len(window) - 1]
             chosen = logits[np.arange(len(logits)), window[1:]]
             nats += (np.log(np.exp(logits).sum(-1)) - chosen).tolist()
         found = nats_per_token(CONFIG, model, TOKENS, window=32)
