@@ -16,6 +16,10 @@ class Chip:
         hbm: memory of one device [GiB]; this and what follows only where plans are made.
         dimensions: of its network.
         link: bandwidth of one link of the network, in one direction [GB/s].
+        usable: of its memory, what the TPU compiler gives a program [GiB]; it says so when it
+            refuses one.
+        bandwidth: of its memory [GB/s].
+        clock: cycles of it in a nanosecond: its peak, over what its matrix units do in a cycle.
         settings: what the TPU compiler wants to know of it.
         options: of XLA, for training; the reasons stand beside them.
     """
@@ -25,6 +29,9 @@ class Chip:
     hbm: float = 0.0
     dimensions: int = 0
     link: float = 0.0
+    usable: float = 0.0
+    bandwidth: float = 0.0
+    clock: float = 0.0
     settings: str = "default"
     options: dict[str, str] = field(default_factory=dict)
 
@@ -63,10 +70,10 @@ _OVERLAP = {
 }
 
 CHIPS = {
-    "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, "megacore", _OVERLAP),
-    "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, options=_OVERLAP),
-    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, "megacore", _SPARSE_CORE | _TILES),
-    "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, options=_SPARSE_CORE),
+    "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, 30.75, 1228, 1.05, "megacore", _OVERLAP),
+    "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, 15.75, 819, 1.5, options=_OVERLAP),
+    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, 95.74, 2765, 1.75, "megacore", _SPARSE_CORE | _TILES),
+    "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, 31.25, 1640, 1.75, options=_SPARSE_CORE),
     "v3": Chip("TPU v3", 61.5),  # a core; JAX shows two a chip
     "a100": Chip("NVIDIA A100", 312.0),
     "h100-pcie": Chip("NVIDIA H100 PCIe", 756.0),

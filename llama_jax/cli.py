@@ -86,6 +86,11 @@ def _train_together(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import json
 
+    if args.inference:
+        return _plan_inference(args)
+    serving = ("context", "batch", "dtype", "cache")
+    if given := [name for name in serving if getattr(args, name) is not None]:
+        raise InputError(f"--{given[0]} is for plan --inference: add that, or leave it out")
     config = config_file.load(args.config, args.overrides)
     from llama_jax.plan import estimate, pod, search, show
     from llama_jax.training.progress import tell
@@ -106,6 +111,45 @@ def _plan(args: argparse.Namespace) -> int:
         show.ranking(plans)
         print(f"\nthe fastest, for the configuration file:\n{search.yaml(plans[0].config)}")
     return 0 if plans[0].fits else 1
+
+
+def _plan_inference(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import replace
+
+    from llama_jax import folders
+    from llama_jax.family import FAMILY
+
+    if args.search:
+        raise InputError("--search is for training runs: leave it out with --inference")
+    if args.overrides and not Path(args.config).is_file():
+        raise InputError(f"{args.overrides[0]}: overrides are for a configuration file alone")
+    if args.config in FAMILY:
+        config = FAMILY[args.config]
+    elif Path(args.config).is_file():
+        config = config_file.load(args.config, args.overrides).model
+    elif Path(args.config).is_dir():
+        config = folders.read_model_config(args.config)
+    else:
+        raise InputError(
+            f"there is no {args.config}: give a model folder, a configuration file, or one of"
+            f" {', '.join(FAMILY)}"
+        )
+    from llama_jax.plan import inference, pod, show_inference
+    from llama_jax.training.progress import tell
+
+    dtype = args.dtype or "bfloat16"
+    config = replace(
+        config, dtype=dtype, param_dtype=dtype, cache_dtype=args.cache or config.cache_dtype
+    )
+    context = min(4096, config.context) if args.context is None else args.context
+    batch = 8 if args.batch is None else args.batch
+    plan = inference.make(config, pod.parse(args.topology), context, batch, tell)
+    if args.json:
+        print(json.dumps(show_inference.as_dict(plan), indent=1))
+    else:
+        show_inference.show(plan)
+    return 0 if plan.fits else 1
 
 
 def _tokenize(args: argparse.Namespace) -> int:

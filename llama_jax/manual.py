@@ -119,10 +119,28 @@ MFU is that of the model's own FLOPs, with the causal half of attention or all o
 counts what is computed twice as well. --search tries meshes, rematerialisation and micro-batches:
 it leaves out by arithmetic what can't fit, compiles what is left of the fastest, and ranks them.
 
+--inference tells what serving a model needs and reaches instead: of a model folder, a member of
+the family by name, or the model of a configuration file. Each slice holds the whole model, each
+layer split over all its chips, key/value heads copied where there are fewer. Estimates of a step:
+
+  memory     weights and all slots of the cache are read once, at the memory's bandwidth
+  compute    the program's FLOPs at the peak
+  network    its collectives, one after the other: bytes over the links, and 1 µs for each link
+             that a message crosses
+  cycles     the compiler's own count for all operations, at the chip's clock
+  compiler   its cost model's sum, without network; it counts what stays in the chip's fast memory
+             as read from the large one, so for decoding it is far too high
+  roofline   the larger of memory and compute, and network: nothing is faster
+  estimate   the same with cycles, where these are more
+
+Two layers and three are compiled and extrapolated; the loop over new tokens is compiled whole, for
+its memory. Steps leave sampling out, and what a program waits for what it fetches ahead.
+
 example:
   llama-jax plan configs/llama-7b.yaml --topology v5p:4x4x4
   llama-jax plan configs/llama-65b.yaml --topology v5p:8x8x16 --json
   llama-jax plan configs/llama3-8b.yaml --topology '2*v5e:16x16' --search
+  llama-jax plan llama2-70b --inference --topology v5e:4x4 --context 4096 --batch 8
 """
 
 _INFO = """\
@@ -172,6 +190,19 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--compile", type=int, default=4, metavar="N", help="ways that --search compiles (4)"
     )
+    plan.add_argument(
+        "--inference",
+        action="store_true",
+        help="plan serving; CONFIG may be a model folder or a member of the family",
+    )
+    plan.add_argument(
+        "--context", type=int, metavar="T", help="slots of a row (4096, or the model's context)"
+    )
+    plan.add_argument("--batch", type=int, metavar="B", help="rows of each slice (8)")
+    plan.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of weights and activations (bfloat16)"
+    )
+    plan.add_argument("--cache", choices=["same", "int8"], help="of keys and values (the model's)")
 
     tokenize = command("tokenize", _TOKENIZE)
     tokenize.add_argument("sources", metavar="SOURCE", nargs="+", help="file, folder or glob")

@@ -108,11 +108,15 @@ def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mes
     Where there are fewer key/value heads than devices, each is held by several of these.
     """
     devices = jax.local_devices() if devices is None else devices
+    size = max(n for n in tensor_sizes(model) if n <= len(devices))
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
+
+
+def tensor_sizes(model: ModelConfig) -> list[int]:
+    """Returns over how many devices `tensor_mesh` can split the model, ascending."""
     K = model.n_kv_heads
     common = math.gcd(model.n_heads, model.hidden_dim, model.vocab_size)
-    fitting = [n for n in divisors(common) if n <= len(devices) and (K % n == 0 or n % K == 0)]
-    config = MeshConfig(data=1, fsdp=1, tensor=max(fitting))
-    return make_mesh(config, devices[: max(fitting)])
+    return [n for n in divisors(common) if K % n == 0 or n % K == 0]
 
 
 def check_divides(

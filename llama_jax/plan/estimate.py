@@ -152,15 +152,15 @@ def network_bandwidth(pod: Pod, devices: int) -> float:
     """Returns how fast a chip sends within a group of `devices` [GB/s].
 
     A group spans the fewest dimensions of the network that hold it: both links of those that it
-    fills, which are rings, and one of another, in which it is a line. One that is larger than a
+    fills and that are rings, and one of others, in which it is a line. One that is larger than a
     slice waits for the network between slices.
     """
     if devices > pod.size // pod.slices:
         return _BETWEEN_SLICES
     held, links = 1, 0
-    for size in sorted(pod.shape):
-        if held < devices:
-            links += 2 if devices >= held * size else 1
+    for size, ring in sorted(zip(pod.shape, pod.rings, strict=True)):
+        if held < devices and size > 1:
+            links += 2 if ring and devices >= held * size else 1
             held *= size
     return pod.chip.link * max(1, links)
 

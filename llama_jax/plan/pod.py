@@ -30,6 +30,21 @@ class Pod(NamedTuple):
         """Number of chips in all."""
         return math.prod(self.shape) * self.slices
 
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """Tells which dimensions of a slice are rings, not lines.
+
+        3D networks are made of cubes of 4; on 2D ones all 16 chips must be there.
+        """
+        whole = 4 if len(self.shape) == 3 else 16
+        return tuple(size % whole == 0 for size in self.shape)
+
+    @property
+    def hops(self) -> int:
+        """Links between the two chips of a slice that lie farthest apart."""
+        sizes = zip(self.shape, self.rings, strict=True)
+        return sum(size // 2 if ring else size - 1 for size, ring in sizes)
+
     def __str__(self) -> str:
         slices = f"{self.slices}*" if self.slices > 1 else ""
         return f"{slices}{self.name}:{'x'.join(map(str, self.shape))}"
@@ -72,9 +87,6 @@ def devices(pod: Pod) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    # A ring around each dimension: in cubes of 4 on 3D networks, on 2D ones where all 16 are there.
-    ring = 4 if pod.chip.dimensions == 3 else 16
-    flat = (1,) * (3 - len(pod.shape))
     try:
         return topologies.get_topology_desc(
             platform="tpu",
@@ -82,7 +94,7 @@ def devices(pod: Pod) -> list[Any]:
             chip_config_name=pod.chip.settings,
             chips_per_host_bounds=(2, 2, 1),
             num_slices=pod.slices,
-            wrap=tuple(n % ring == 0 for n in (*pod.shape, *flat)),
+            wrap=(*pod.rings, *(False,) * (3 - len(pod.shape))),
         ).devices
     except Exception as error:  # of a plugin: its types are not documented
         if "not installed" in str(error):

@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that need not be there, and reads what came out."""
+"""Compiles programs for devices that need not be there, and reads what came out."""
 
 import dataclasses
 import math
@@ -18,15 +18,25 @@ from llama_jax.training.step import init_state, train_step
 from llama_jax.tree import abstract
 
 
+class Reading(NamedTuple):
+    """What the compiler says of a program; all figures are for one device."""
+
+    arguments: int  # bytes
+    peak: int  # bytes of all that is held at once; more than a device has, and it refuses
+    seconds: float  # the compiler's estimate; a loop's body counts once, kernels not at all
+    flops: float
+    events: list[Event]
+
+
 class Program(NamedTuple):
-    """A compiled training step; all figures are for one device."""
+    """A compiled training step: a reading, and what its memory holds."""
 
     weights: int  # bytes, and so on
     optimizer: int
     arguments: int
     kept: int  # of the forward pass for the backward one
-    peak: int  # of all that is held at once
-    seconds: float  # the compiler's estimate; a loop's body counts once, kernels not at all
+    peak: int
+    seconds: float
     flops: float
     events: list[Event]
 
@@ -59,24 +69,39 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         step = jax.ShapeDtypeStruct((), jnp.int32)
         traced = train_step.trace(config, model, opt_state, batch, step)
         lowered = traced.lower()
+    read = reading(lowered, chip, chip.options, "model.remat or training.micro_batches")
+    return Program(
+        weights=on_a_device(model),
+        optimizer=on_a_device(opt_state),
+        kept=_kept(traced.jaxpr.jaxpr, config.model.n_layers),
+        **read._asdict(),
+    )
+
+
+def reading(lowered: Any, chip: Chip, options: dict[str, str], instead: str) -> Reading:
+    """Compiles a lowered program and returns what the compiler says of it.
+
+    Args:
+        options: of XLA.
+        instead: what else to try where the compiler fails, beside another mesh.
+
+    Raises:
+        DoesNotFit: it needs more memory than a device has.
+        InputError: the compiler fails.
+    """
     try:
-        executable = lowered.compile(compiler_options={**chip.options})
+        executable = lowered.compile(compiler_options={**options})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
             raise DoesNotFit(_used(str(error))) from error
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"the TPU compiler itself failed on this step ({reason}): try another mesh,"
-            " model.remat or training.micro_batches"
+            f"the TPU compiler itself failed on this step ({reason}): try another mesh, {instead}"
         ) from error
     memory: Any = executable.memory_analysis()
     cost: Any = executable.cost_analysis()
-    kept = _kept(traced.jaxpr.jaxpr, config.model.n_layers)
-    return Program(
-        weights=sum(map(_on_a_device, jax.tree.leaves(model))),
-        optimizer=sum(map(_on_a_device, jax.tree.leaves(opt_state))),
+    return Reading(
         arguments=memory.argument_size_in_bytes,
-        kept=kept,
         peak=memory.peak_memory_in_bytes,
         seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.tflops * 1e12)),
         flops=cost["flops"],
@@ -95,7 +120,7 @@ def _kept(jaxpr: Any, layers: int) -> int:
                 if variable.aval.ndim > one.ndim
             ]
             if stacked:
-                return sum(map(_on_a_device, stacked))
+                return on_a_device(stacked)
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns") and (found := _kept(inner, layers)):
@@ -126,8 +151,12 @@ def of_depth(config: Config, layers: int) -> Config:
     )
 
 
-def _on_a_device(array: Any) -> int:
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+def on_a_device(arrays: Any) -> int:
+    """Returns the bytes of a tree of sharded arrays, abstract or not, on one device."""
+    return sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(arrays)
+    )
 
 
 def _used(message: str) -> int | None:

@@ -49,7 +49,7 @@ def show(plan: Plan) -> None:
     """Prints the plan as tables, on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{plan.pod}: {_first_lines(plan)}")
-    memory = _table("memory of a chip", "GiB", "")
+    memory = table("memory of a chip", "GiB", "")
     for kind, used in plan.memory.items():
         memory.add_row(kind, f"{used / GIB:.2f}", "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
@@ -57,7 +57,7 @@ def show(plan: Plan) -> None:
     console.print(memory)
     if not plan.compiler:
         return
-    step = _table("an estimate of a step", "ms", "MFU causal", "MFU full")
+    step = table("an estimate of a step", "ms", "MFU causal", "MFU full")
     sums = [
         ("the compiler's estimate alone", plan.compiler, plan.compiler),
         ("+ attention, by a model", plan.attention, plan.compiler + plan.attention),
@@ -68,7 +68,7 @@ def show(plan: Plan) -> None:
         step.add_row(name, f"{part * 1e3:,.1f}", *shares)
     step.add_row("all", f"{plan.step * 1e3:,.1f}", "", f"HFU {plan.hfu:.1%}")
     console.print(step)
-    network = _table("a chip sends in a step", "GB", "ms", "not hidden")
+    network = table("a chip sends in a step", "GB", "ms", "not hidden")
     for kind, sums in sorted(plan.traffic.items()):
         exposed = sums.exposed / sums.seconds if sums.seconds else 0.0
         figures = f"{sums.bytes / 1e9:.2f}", f"{sums.seconds * 1e3:,.1f}", f"{exposed:.0%}"
@@ -85,7 +85,7 @@ def show(plan: Plan) -> None:
 
 def ranking(plans: list[Plan]) -> None:
     """Prints several plans beside each other, in their order."""
-    table = _table("ways to run", "step ms", "MFU causal", "compiler alone", "GiB", "fits")
+    ways = table("ways to run", "step ms", "MFU causal", "compiler alone", "GiB", "fits")
     for plan in plans:
         config = plan.config
         shares = ("", "", "")
@@ -95,8 +95,8 @@ def ranking(plans: list[Plan]) -> None:
         micro = config.training.micro_batches
         name = f"{_mesh(config)}, remat {config.model.remat}, {micro} micro-batch(es)"
         fits = "yes" if plan.fits else "no"
-        table.add_row(name, *shares, f"{plan.needed / GIB:.1f}", fits)
-    Console(highlight=False, soft_wrap=True).print(table)
+        ways.add_row(name, *shares, f"{plan.needed / GIB:.1f}", fits)
+    Console(highlight=False, soft_wrap=True).print(ways)
 
 
 def _mesh(config: Config) -> str:
@@ -113,9 +113,10 @@ def _first_lines(plan: Plan) -> str:
     )
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
+def table(title: str, *columns: str) -> Table:
+    """Returns an empty table whose first column has no head."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    made.add_column("")
     for column in columns:
-        table.add_column(column, justify="right")
-    return table
+        made.add_column(column, justify="right")
+    return made

@@ -1,0 +1,133 @@
+"""Compiles what generates text for devices that need not be there."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import MeshConfig
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.inference import generate
+from llama_jax.inference.generate import NO_TOKEN, Rows, State
+from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs
+from llama_jax.model.cache import Cache, init_cache
+from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.plan import pod as pods
+from llama_jax.plan.pod import Pod
+from llama_jax.plan.program import Reading, reading
+from llama_jax.sharding import act, make_mesh, tensor_sizes
+from llama_jax.tree import abstract
+
+_BLOCK = 16  # tokens of one dispatch, as `generate.stream` makes them
+_INSTEAD = "--batch or --context"
+
+_step = jax.jit(generate.read, static_argnums=0, donate_argnums=2)
+
+
+def mesh_of(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
+    """Returns the mesh of one slice, all of whose chips hold a part of each layer.
+
+    Raises:
+        InputError: the model's heads, feed-forward size or vocabulary don't divide so.
+    """
+    chips, fitting = pod.size // pod.slices, tensor_sizes(config)
+    if chips not in fitting:
+        raise InputError(
+            f"--topology {pod}: this model can't be split over the {chips} chips of a slice;"
+            f" numbers of chips that divide it: {', '.join(map(str, fitting))}"
+        )
+    devices = pods.devices(pod._replace(slices=1))
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=chips), devices)
+
+
+def over(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
+    """Returns the model as `inference.load` makes it: a key/value head for each device at least."""
+    return replace(config, n_kv_heads=max(config.n_kv_heads, mesh.size))
+
+
+def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Unrolled:
+    """Returns the abstract weights of a model, layer by layer."""
+
+    def make() -> Unrolled:
+        model = Llama(config, jax.random.key(0))
+        layers = (jax.tree.map(lambda w_L: w_L[i], model.layers) for i in range(config.n_layers))  # noqa: B023
+        return Unrolled(model.tok_embeddings, tuple(layers), model.norm, model.output)
+
+    with jax.set_mesh(mesh):
+        return abstract(make)
+
+
+def cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> Cache:
+    """Returns the abstract cache of a batch."""
+    with jax.set_mesh(mesh):
+        return abstract(partial(init_cache, config, batch, slots))
+
+
+def compile_step(
+    config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int
+) -> Reading:
+    """Compiles the reading of one more token of each row: a step of decoding, without sampling.
+
+    Raises:
+        DoesNotFit, InputError: as `program.reading`.
+    """
+    kept = cache(config, mesh, batch, slots)
+    model = weights(config, mesh)
+    with jax.set_mesh(mesh):
+        tokens, lengths = _integers(mesh, "BT", batch, 1), _integers(mesh, "B", batch)
+        lowered = _step.lower(config, model, kept, tokens, lengths)
+    return reading(lowered, pod.chip, {}, _INSTEAD)
+
+
+def compile_prefill(config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, T: int) -> Reading:
+    """Compiles the reading of one prompt of T tokens.
+
+    Raises:
+        DoesNotFit, InputError: as `program.reading`.
+    """
+    model = weights(config, mesh)
+    with jax.set_mesh(mesh):
+        tokens, lengths = _integers(mesh, "BT", 1, T), _integers(mesh, "B", 1)
+        lowered = generate.prefill.lower(config, model, tokens, lengths, slots=T)
+    return reading(lowered, pod.chip, {}, _INSTEAD)
+
+
+def compile_decode(
+    config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int
+) -> Reading:
+    """Compiles the whole loop over new tokens, sampling included: what its memory is read from.
+
+    Raises:
+        DoesNotFit, InputError: as `program.reading`.
+    """
+    model = weights(config, mesh)
+    with jax.set_mesh(mesh):
+        state = abstract(partial(_state, config, batch, slots))
+        lowered = generate.decode.lower(config, model, state, _BLOCK, room=_BLOCK)
+    return reading(lowered, pod.chip, {}, _INSTEAD)
+
+
+def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, act(dims)))
+
+
+def _state(config: ModelConfig, batch: int, slots: int) -> State:
+    """Makes a batch whose rows have not begun, in a traced function."""
+
+    def full(value: int, dims: str, *shape: int, dtype: type = jnp.int32) -> jax.Array:
+        return jnp.full((batch, *shape), value, dtype, out_sharding=act(dims))
+
+    V = config.vocab_size
+    keys_B = jax.vmap(jax.random.key)(full(0, "B", dtype=jnp.uint32))
+    rows = Rows(
+        full(slots, "B"),
+        full(0, "B"),
+        full(NO_TOKEN, "BS", 1),
+        jax.reshard(keys_B, act("B")),
+        Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs([Sampling()] * batch))),
+        Counts(full(False, "BS", V, dtype=jnp.bool_), full(0, "BS", V)),
+    )
+    logits_BV = full(0, "BV", V, dtype=jnp.float32)
+    return State(init_cache(config, batch, slots), logits_BV, rows)
