@@ -96,7 +96,7 @@ def test_products_are_those_of_the_numbers_that_int8_stands_for(both, blocks, mo
             float64 = expanded(values, scale, "VD" if name == "tok_embeddings" else dims)
             getattr(node, name)[...] = jnp.asarray(float64.astype(np.float32))
     with jax.set_mesh(one_device_mesh()):
-        expected, _ = full(config, like, TOKENS)
+        expected = full(config, like, TOKENS)
         logits = jax.jit(lambda model: forward(new_config, model, TOKENS))(new)
     # Logits of deviation 1, in float32, after 15 products in a row; measured 2e-6.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
@@ -110,7 +110,7 @@ def matrices(layers):
 def test_every_mesh_gives_the_values_and_logits_of_one_device(both, shape):
     config, model, new_config, new = both
     with jax.set_mesh(one_device_mesh()):
-        expected, _ = full(new_config, new, TOKENS)
+        expected = full(new_config, new, TOKENS)
     with jax.set_mesh(mesh_of(shape)):
         there = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(config)))
         _, split = quantized(config, there)
@@ -119,7 +119,7 @@ def test_every_mesh_gives_the_values_and_logits_of_one_device(both, shape):
         ):
             assert leaf.sharding == like.sharding
         assert tree_equal(split, new)
-        logits, _ = full(new_config, split, TOKENS)
+        logits = full(new_config, split, TOKENS)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
