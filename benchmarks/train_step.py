@@ -11,15 +11,14 @@ processes come one after the other, twice each, and nothing of the other side is
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from turns import timed
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
 
@@ -115,40 +114,14 @@ def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
 SIDES = {"llama_jax": llama_jax, "transformers": transformers}
 
 
-def work(name: str, dtype: Dtype, asked: Connection) -> None:
-    """Runs a step whenever it is asked for one, and answers with its seconds."""
-    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1))
-    step = SIDES[name](dtype, tokens)
-    for _ in range(2):  # compile and warm up
-        step()
-    asked.send(0.0)
-    while asked.recv():
-        begun = time.perf_counter()
-        step()
-        asked.send(time.perf_counter() - begun)
+def side(name: str, dtype: Dtype) -> Callable[[], None]:
+    """Returns a function that runs one step of a side, in the process that calls this."""
+    step = SIDES[name](dtype, np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)))
 
+    def work() -> None:
+        step()
 
-def timed(names: Sequence[str], dtype: Dtype, rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of `rounds` steps of each side, which step in turn."""
-    fresh = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    sides: dict[str, Connection] = {}
-    workers = []
-    for name in names:
-        sides[name], theirs = fresh.Pipe()
-        workers.append(fresh.Process(target=work, args=(name, dtype, theirs), daemon=True))
-        workers[-1].start()
-        theirs.close()  # so that a side that dies is noticed
-        sides[name].recv()
-    for _ in range(rounds):
-        for name, side in sides.items():
-            time.sleep(0.5)  # threads of the other side come to rest
-            side.send(True)
-            seconds[name].append(side.recv())
-    for side, worker in zip(sides.values(), workers, strict=True):
-        side.send(False)
-        worker.join()
-    return seconds
+    return work
 
 
 def main() -> None:
@@ -162,12 +135,13 @@ def main() -> None:
     names = ["llama_jax"]
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         names.append("transformers")
+    sides = {name: partial(side, name, args.dtype) for name in names}
     if args.alone:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for name in (*names, *names):
-            seconds[name] += timed([name], args.dtype, args.rounds)[name]
+            seconds[name] += timed({name: sides[name]}, args.rounds)[name]
     else:
-        seconds = timed(names, args.dtype, args.rounds)
+        seconds = timed(sides, args.rounds)
     for name, times in seconds.items():
         low, middle, high = (BATCH * LENGTH / f(times) for f in (max, statistics.median, min))
         print(f"{name:13} {middle:6.1f} tokens/s  (min {low:.1f}, max {high:.1f})")

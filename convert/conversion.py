@@ -68,6 +68,8 @@ def _turn(
     ours = source.layout.to_ours(config, weight, read)
     del read
     note = _not_finite(weight, ours)
+    if note and layout.quantized:
+        raise InputError(f"{note}; such numbers can't be quantized: correct the checkpoint")
     if ours.dtype != dtypes[weight]:
         with np.errstate(over="ignore"):
             ours = ours.astype(dtypes[weight])
@@ -102,7 +104,7 @@ class Outcome:
     notes: tuple[str, ...]  # what looks wrong
     bytes_written: int
     identical: int  # weights that were turned back into the source's very bits
-    converted: int  # weights that were compared after a change of type
+    converted: int  # weights that were compared after a change of type (int8 is one)
     peak: int  # most memory held [bytes]
 
 
@@ -117,6 +119,7 @@ def convert(
     tokenizer: str | Path | None = None,
     shards: int = 1,
     mesh: Mapping[str, int] | None = None,
+    quantize: Literal["int8"] | None = None,
     progress: bool = True,
 ) -> Outcome:
     """Converts the checkpoint at `path` into a new folder, and proves it by turning it back.
@@ -134,18 +137,29 @@ def convert(
         tokenizer: file or folder of the tokenizer; default: the checkpoint's own.
         shards: files of a Meta folder.
         mesh: sizes of a mesh's axes, along which an Orbax folder's chunks are cut; default: none.
+        quantize: matrices become int8 with float32 scales, from their numbers in `dtype`; the norms
+            stay. For an Orbax folder alone.
         progress: whether to show it on standard error.
 
     Raises:
-        InputError: the checkpoint is damaged, incomplete or not a LLaMA, it doesn't fit into the
-            memory or the format, or the folder is there already.
+        InputError: the checkpoint is damaged, incomplete, our own int8 or not a LLaMA, it doesn't
+            fit into the memory or the format, or the folder is there already.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
         raise InputError(f"{folder} is already there: remove it, or choose another folder")
     source = open_source(Path(path), model)
-    dtypes = _dtypes(source, to, dtype)
-    config = _written_config(source.config, dtypes, dtype)
+    if source.layout.quantized:
+        raise InputError(
+            f"{path} is int8, which gives back no other format: convert the checkpoint that it was"
+            " made from"
+        )
+    if quantize and to != "orbax":
+        raise InputError(f"--quantize {quantize} is for --to orbax: leave one of the two out")
+    # What is quantized on load has one type too, which gives the same bits.
+    of_all = source.dtype(Weight("wq", 0)).name if quantize else None
+    dtypes = _dtypes(source, to, dtype or of_all)
+    config = _written_config(source.config, dtypes, dtype, quantize)
     layout = _layout(config, to, shards)
     budget = _budget(source, dtypes, max_ram)
     extra = companions(source, config, to, tokenizer)
@@ -157,7 +171,7 @@ def convert(
             writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
             records = list[dict[str, Any]]()
             notes = [*doubts(config, extra.tokenizer), *extra.notes]
-            total = sum(_nbytes(source.config, weight, dtypes) for weight in dtypes)
+            total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
             turn = partial(_turn, source, layout, dtypes)
             cost = partial(_cost, source, dtypes)
             with writer, byte_progress("converting", total, progress) as advance:
@@ -200,9 +214,13 @@ def _dtypes(source: Source, to: Format, dtype: str | None) -> dict[Weight, np.dt
 
 
 def _written_config(
-    config: ModelConfig, dtypes: Mapping[Weight, np.dtype], dtype: str | None
+    config: ModelConfig,
+    dtypes: Mapping[Weight, np.dtype],
+    dtype: str | None,
+    quantize: Literal["int8"] | None,
 ) -> ModelConfig:
     kept = dtypes[Weight("wq", 0)].name
+    config = replace(config, quantized=quantize or "none")
     if dtype is None:
         return replace(config, param_dtype=kept)
     return replace(config, param_dtype=kept, dtype="float32" if kept == "float32" else "bfloat16")
@@ -215,7 +233,7 @@ def _layout(config: ModelConfig, to: Format, shards: int) -> Layout:
         raise InputError(
             f"--shards is for --to meta; --to {to} cuts its files by itself: leave it out"
         )
-    return orbax.LAYOUT if to == "orbax" else Layout(huggingface.NAMES)
+    return orbax.layout(config) if to == "orbax" else Layout(huggingface.NAMES)
 
 
 def _writer(

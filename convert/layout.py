@@ -15,6 +15,9 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.model.quantize import int8, outputs
+
+_AT_ONCE = 1 << 20  # numbers that are quantized in one go, in a handful of float32 copies
 
 
 class Weight(NamedTuple):
@@ -25,6 +28,14 @@ class Weight(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
+
+
+class Part(NamedTuple):
+    """One of the arrays that our own folders keep a weight in."""
+
+    suffix: str  # after its name
+    letters: str
+    dtype: np.dtype | None  # None: the weight's own
 
 
 class Axes(NamedTuple):
@@ -70,6 +81,7 @@ class Layout:
 
     names: Mapping[str, str]  # our name -> theirs, {} for the number of the layer
     ours: bool = False  # axes and rotary order are ours already
+    quantized: bool = False  # ours alone: matrices are int8 values and float32 scales
     interleaved: bool = False
     shards: int = 1  # files over which Meta's model parallelism splits each matrix
     embedding_split: int = 0  # axis: 1 for Llama 1 and 2, 0 for Llama 3 and later
@@ -77,12 +89,39 @@ class Layout:
 
     def pieces(self, config: ModelConfig, weight: Weight) -> list[tuple[int, str, tuple[int, ...]]]:
         """Returns (shard, their name, their shape) of what makes up `weight`, in order."""
+        if self.ours:
+            full, bracket, layer = self.names[weight.name].format(weight.layer).partition("[")
+            return [
+                (0, f"{full}{part.suffix}{bracket}{layer}", config.shape(part.letters))
+                for part in self.parts(weight)
+            ]
         shape = self._shape(config, weight.name)
         found = [(i, self.names[weight.name].format(weight.layer), shape) for i in self._shards()]
         if weight.name == "tok_embeddings" and self._head_beside(config):
             shape = self._shape(config, "output")
             found += [(i, self.names["output"], shape) for i in self._shards()]
         return found
+
+    def parts(self, weight: Weight) -> list[Part]:
+        """Returns the arrays that one of our own folders keeps `weight` in."""
+        axes = AXES[weight.name]
+        if not self.quantized or not axes.columns:
+            return [Part("", axes.ours, None)]
+        return [
+            Part(".values", axes.ours, np.dtype(np.int8)),
+            Part(".scale", outputs(axes.ours), np.dtype(np.float32)),
+        ]
+
+    def nbytes(self, config: ModelConfig, weight: Weight, dtype: np.dtype) -> int:
+        """Returns the size of `weight` as it is written in this layout [bytes]."""
+        if self.ours:
+            kinds = [part.dtype or dtype for part in self.parts(weight)]
+        else:
+            kinds = [dtype] * len(self.pieces(config, weight))
+        shapes = [shape for _, _, shape in self.pieces(config, weight)]
+        return sum(
+            math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)
+        )
 
     def to_ours(
         self, config: ModelConfig, weight: Weight, pieces: Sequence[np.ndarray]
@@ -106,7 +145,8 @@ class Layout:
     def from_ours(self, config: ModelConfig, weight: Weight, ours: np.ndarray) -> list[np.ndarray]:
         """Returns the pieces of a weight, as named by `pieces()`: `to_ours` undone."""
         if self.ours:
-            return [ours]
+            in_two = len(self.parts(weight)) == 2
+            return _quantized(ours, AXES[weight.name].ours) if in_two else [ours]
         made = self._part(config, weight, ours)
         if weight.name == "tok_embeddings" and self._head_beside(config):
             made += np.split(ours, self.shards)
@@ -127,8 +167,6 @@ class Layout:
 
     def _shape(self, config: ModelConfig, name: str) -> tuple[int, ...]:
         axes = AXES[name]
-        if self.ours:
-            return config.shape(axes.ours)
         shape = [math.prod(config.shape(letters)) for letters in axes[1:3] if letters]
         split = self._split(name)
         if split is not None:
@@ -198,6 +236,20 @@ def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
     for i in range(0, matrix.shape[0], tall):
         for j in range(0, matrix.shape[1], wide):
             out[j : j + wide, i : i + tall] = matrix[i : i + tall, j : j + wide].T
+
+
+def _quantized(w: np.ndarray, dims: str) -> list[np.ndarray]:
+    """Returns `int8(w, dims)`, made of a part of the output channels at a time."""
+    scale = np.empty([w.shape[dims.index(letter)] for letter in outputs(dims)], np.float32)
+    rows_first = dims[0] in outputs(dims)
+    flat = w.reshape((scale.size, -1) if rows_first else (-1, scale.size))
+    values, scales = np.empty(flat.shape, np.int8), scale.reshape(-1)
+    step = max(1, _AT_ONCE * scale.size // w.size)
+    for i in range(0, scale.size, step):
+        part = slice(i, i + step)
+        at = part if rows_first else (slice(None), part)
+        values[at], scales[part] = int8(flat[at], "VD" if rows_first else "DV")
+    return [values.reshape(w.shape), scale]
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -19,7 +19,11 @@ from llama_jax.weights import WeightsReader, WeightsWriter
 
 _ENDS = ("tok_embeddings", "norm", "output")
 NAMES = {n: n if n in _ENDS else f"layers.{n}[{{}}]" for n in AXES}
-LAYOUT = Layout(NAMES, ours=True)
+
+
+def layout(config: ModelConfig) -> Layout:
+    """Returns how our own folders keep a model of this configuration."""
+    return Layout(NAMES, ours=True, quantized=config.quantized == "int8")
 
 
 def read(folder: Path) -> Source:
@@ -38,7 +42,7 @@ def read(folder: Path) -> Source:
 
     tensors = dict[str, Stored]()
     for full, (shape, _) in reader.arrays.items():
-        if full in _ENDS:
+        if not full.startswith("layers."):
             tensors[full] = tensor(full, None)
         elif shape[:1] != (config.n_layers,):
             raise InputError(
@@ -47,7 +51,7 @@ def read(folder: Path) -> Source:
             )
         else:
             tensors |= {f"{full}[{i}]": tensor(full, i) for i in range(shape[0])}
-    return Source("orbax", folder, config, LAYOUT, (tensors,))
+    return Source("orbax", folder, config, layout(config), (tensors,))
 
 
 class Writer:
@@ -62,11 +66,12 @@ class Writer:
     ):
         arrays = {}
         for weight in weights(config):
-            letters, full = AXES[weight.name].ours, weight.name
-            if weight.layer is not None:
-                letters, full = "L" + letters, f"layers.{weight.name}"
-            cuts = tuple(mesh.get(axis, 1) for axis in placed(letters))
-            arrays[full] = (config.shape(letters), dtypes[weight], cuts)
+            for part in layout(config).parts(weight):
+                letters, full = part.letters, weight.name + part.suffix
+                if weight.layer is not None:
+                    letters, full = "L" + letters, f"layers.{full}"
+                cuts = tuple(mesh.get(axis, 1) for axis in placed(letters))
+                arrays[full] = (config.shape(letters), part.dtype or dtypes[weight], cuts)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         self._writer = WeightsWriter(folder, arrays)
 

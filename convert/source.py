@@ -73,14 +73,14 @@ def checked(source: Source) -> Source:
                     f"{where}: {name} is {tensor.shape}, but the configuration asks for {shape}:"
                     " the files and the configuration are not of one model, fetch both again"
                 )
-            if tensor.dtype.name not in FLOATS:
+            if tensor.dtype.name not in (*FLOATS, *(["int8"] if source.layout.quantized else [])):
                 raise InputError(
                     f"{where}: {name} holds {tensor.dtype.name} numbers: weights must be one of"
                     f" {', '.join(FLOATS)}"
                 )
             types.add(tensor.dtype.name)
             left[shard].discard(name)
-        if len(types) > 1:
+        if len(types) > 1 and not source.layout.quantized:
             raise InputError(
                 f"{source.path}: {weight} is {' and '.join(sorted(types))} in different shards: the"
                 " files are not of one model, fetch them again"

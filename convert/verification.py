@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert import receipt
@@ -55,7 +56,7 @@ def verified(
 
     Returns:
         identical: weights turned back into the source's very bits; converted: those that equal
-        the source's after the change of type or from quantized blocks.
+        the source's after the change of type (to int8 too) or from quantized blocks.
 
     Raises:
         InputError: something differs.
@@ -83,14 +84,14 @@ def verified(
     def check(weight: Weight) -> tuple[int, bool]:
         record = records[str(weight)]
         read = [tensor.read() for tensor in output.stored(weight)]
-        ours = output.layout.to_ours(config, weight, read)
         kept = receipt.is_kept(record)
         if kept:
+            ours = output.layout.to_ours(config, weight, read)
             receipt.check_undone(record, layout, config, weight, ours)
         else:
             _check_written(record, read)
         if source:
-            _check_source(source, record, weight, None if kept else ours)
+            _check_source(source, record, weight, output, None if kept else read)
         return sum(array.nbytes for array in read), kept
 
     def cost(weight: Weight) -> int:
@@ -136,7 +137,11 @@ def _check_written(record: Mapping[str, Any], read: list[np.ndarray]) -> None:
 
 
 def _check_source(
-    source: Source, record: Mapping[str, Any], weight: Weight, ours: np.ndarray | None
+    source: Source,
+    record: Mapping[str, Any],
+    weight: Weight,
+    output: Source,
+    written: list[np.ndarray] | None,
 ) -> None:
     """Compares the source with its hashes in the receipt, and with what was made from it."""
     read = [tensor.read() for tensor in source.stored(weight)]
@@ -146,10 +151,12 @@ def _check_source(
                 f"{source.path}: {tensor['name']} is not the tensor that was converted: it has"
                 " changed, or is of another model"
             )
-    if ours is None:
+    if written is None:
         return
     again = source.layout.to_ours(source.config, weight, read)
+    kept = output.config.param_dtype if output.layout.quantized else written[0].dtype
     with np.errstate(over="ignore"):
-        again = again.astype(ours.dtype)
-    if not same_bits(again, ours):
+        again = again.astype(jnp.dtype(kept))
+    made = output.layout.from_ours(output.config, weight, again)
+    if not all(map(same_bits, made, written)):
         raise InputError(f"{weight}: what was written is not the source's: convert again")

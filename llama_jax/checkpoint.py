@@ -294,6 +294,11 @@ def load_model(
     folder = Path(folder)
     own_config = read_model_config(folder)
     config = config or own_config
+    if config.quantized != own_config.quantized:
+        raise InputError(
+            f"model.quantized is {config.quantized}, but the weights in {folder} are kept as"
+            f" {own_config.quantized}: give the folder that it was made from"
+        )
     model = like or abstract_model(config)
     if is_run(folder):
         checkpoints = TrainingCheckpoints(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""The command line: `llama-jax train | tokenize | generate | convert | info`."""
+"""The command line, `llama-jax COMMAND`; what runs a model is in `cli_inference`."""
 
 import argparse
 import logging
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import config_file
+from llama_jax import cli_inference, config_file
 from llama_jax.errors import InputError
 from llama_jax.manual import parser
 
 if TYPE_CHECKING:
-    from llama_jax.data.tokenizer import Tokenizer
+    pass
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -76,7 +76,8 @@ def _train_together(args: argparse.Namespace) -> int:
     prompts = () if distributed.several() else resolved.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
-        _continue(outcome.folder, prompt, 80, temperature=0.7, top_p=0.95, seed=i)
+        sampling = cli_inference.sampling_of(temperature=0.7, top_p=0.95)
+        cli_inference.continue_text(outcome.folder, prompt, 80, sampling, seed=i)
     print(f"\nlosses: {outcome.folder / 'loss.png'}")
     print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
     return 0
@@ -169,91 +170,6 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generate(args: argparse.Namespace) -> int:
-    begun = time.monotonic()
-    made = _continue(
-        Path(args.folder),
-        args.prompt,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-        chat=args.chat,
-    )
-    seconds = time.monotonic() - begun
-    print(f"{made} tokens in {seconds:.1f} s, loading and compiling included", file=sys.stderr)
-    return 0
-
-
-def _continue(
-    folder: Path,
-    prompt: str,
-    max_new_tokens: int | None,
-    *,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    top_k: int = 0,
-    ignore_eos: bool = False,
-    chat: bool = False,
-) -> int:
-    """Streams prompt and continuation to standard output; returns the number of new tokens."""
-    from pydantic import ValidationError
-
-    from llama_jax.inference.sampling import Sampling
-
-    try:
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = "--" + str(problem["loc"][0]).replace("_", "-")
-        message = problem["msg"].removeprefix("Input should be ")
-        raise InputError(f"{name} must be {message}, not {problem['input']}") from error
-    import jax
-
-    from llama_jax import folders, sharding
-    from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.generate import stream, stream_text
-    from llama_jax.inference.load import load
-
-    shape = folders.read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
-    ids = _prompt_ids(tokenizer, prompt, chat)
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(200, shape.context - len(ids)))
-    with jax.set_mesh(sharding.tensor_mesh(shape)):
-        shape, model = load(folder)
-        tokens = list[int]()
-        made = stream(
-            shape,
-            model,
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end_ids=frozenset() if ignore_eos else tokenizer.end_ids,
-            seed=seed,
-        )
-        counted = (tokens.append(token) or token for token in made)
-        pieces = stream_text(tokenizer, ids, counted)
-        if chat:
-            next(pieces)  # what was asked, in the format of the model
-        for piece in pieces:
-            print(piece, end="", flush=True)
-    print()
-    return len(tokens)
-
-
-def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    # An empty text begins somewhere too.
-    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
-
-
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.conversion import convert, parse_mesh, parse_size
     from llama_jax.convert.stream import give_freed_memory_back
@@ -277,6 +193,7 @@ def _convert(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         shards=args.shards,
         mesh=args.mesh and parse_mesh(args.mesh),
+        quantize=args.quantize,
     )
     seconds = time.monotonic() - begun
     for note in outcome.notes:
@@ -287,6 +204,8 @@ def _convert(args: argparse.Namespace) -> int:
         f" {outcome.peak / 2**30:.2f} GiB"
     )
     print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    if args.quantize:
+        print(f"measure what that loses: llama-jax perplexity {outcome.folder} TEXT_FILE")
     return 0
 
 
@@ -308,7 +227,9 @@ _COMMANDS = {
     "train": _train,
     "plan": _plan,
     "tokenize": _tokenize,
-    "generate": _generate,
+    "generate": cli_inference.generate,
+    "serve": cli_inference.serve,
+    "perplexity": cli_inference.perplexity,
     "convert": _convert,
     "info": _info,
 }

@@ -165,6 +165,11 @@ class Config:
             raise ValueError(
                 "model.param_dtype float16 is for inference alone (updates vanish): take float32"
             )
+        if self.model.quantized != "none":
+            raise ValueError(
+                f"model.quantized {self.model.quantized} is for inference alone (no gradient"
+                " reaches whole numbers): leave it out"
+            )
         if not self.data.mixture:
             raise ValueError("data.mixture must name at least one folder of token shards")
         if self.data.corpus and len(self.data.mixture) != 1:

@@ -78,7 +78,12 @@ class ModelConfig:
     )
     cache_dtype: Literal["same", "int8"] = Field(
         default="same",
-        description="type of cached keys and values when text is generated: same (as dtype) or int8",
+        description="type of cached keys and values in generation: same (as dtype) or int8",
+    )
+    quantized: Literal["none", "int8"] = Field(
+        default="none",
+        description="how matrices are kept; int8 (with a scale for each output) is for inference"
+        " alone, and param_dtype is then that of the norms",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"

@@ -35,8 +35,11 @@ def _model(config: ModelConfig) -> list[str]:
     names = [name for name, member in FAMILY.items() if member.n_params == config.n_params]
     like = f" (the size of {', '.join(names)})" if names else ""
     scaling = config.rope_scaling
+    kept = config.param_dtype
+    if config.quantized != "none":
+        kept = f"{config.quantized} with a scale for each output channel, norms {kept}"
     return [
-        f"model       {config.n_params:,} parameters{like}, {config.param_dtype}",
+        f"model       {config.n_params:,} parameters{like}, {kept}",
         f"            {config.n_layers} layers, width {config.dim}, FFN {config.hidden_dim},"
         f" {config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value heads",
         f"            vocabulary {config.vocab_size:,},"

@@ -38,12 +38,43 @@ Continue a text with the model in a run folder or model folder.
 
 Standard output carries the text alone, as it is made; everything else goes to standard error.
 The default is the most likely token each time; --temperature above 0 draws instead, among the
-tokens that --top-k and --top-p leave (in this order).
+tokens that --top-k, --top-p and --min-p leave (in this order, after the penalties, as transformers
+has it). --speculate makes the same most likely tokens in fewer passes where a text repeats itself.
+Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or ~/.cache/llama_jax.
 
 example:
   llama-jax generate runs/quickstart --prompt 'def '
   llama-jax generate runs/quickstart --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 1
   llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
+"""
+
+_SERVE = """\
+Answer requests over HTTP, as OpenAI's API does, with the model in a run folder or model folder.
+
+Clients of OpenAI's use http://HOST:PORT/v1 (completions, chat/completions, models); a page to try
+the model stands at /, counts for Prometheus at /metrics. Requests share one batch of --rows texts;
+more wait, up to --queue, and then get the status 429. SIGTERM and Ctrl-C end it: what is being made
+has 20 s to come to its end. docs/serve.md tells the rest. Needs pip install -e '.[serve]'.
+
+Without a key everybody who reaches HOST can use the model. A key in the environment variable
+LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be read.
+
+example:
+  llama-jax serve models/llama3.1-8b-instruct
+  llama-jax serve runs/quickstart --port 9000 --rows 16 --context 1024
+  LLAMA_JAX_API_KEY=$(cat key) llama-jax serve models/llama3.1-8b-instruct --host 0.0.0.0
+"""
+
+_PERPLEXITY = """\
+Measure how well a model foretells a text: nats per token, and perplexity, which is their exp.
+
+The text is cut into windows of 2048 tokens, or of the model's context where that is less, and each
+token is foretold from those before it in its window. With --quantize the model is measured as it
+is and with its weights quantized, and what that loses is told.
+
+example:
+  llama-jax perplexity models/llama3.2-1b book.txt
+  llama-jax perplexity models/llama3.2-1b book.txt --quantize int8
 """
 
 _CONVERT = """\
@@ -57,9 +88,14 @@ time is in memory. At the end what was written is read back and turned into the 
 again, bit for bit; receipt.json tells it. The folder appears when it is whole, or not at all.
 --verify does that proof once more, with the source hashed again where it is named.
 
+--quantize int8 keeps each matrix as whole numbers with a scale for each output channel, for
+inference alone: a quarter of the size of float32. No other format can be made from that;
+llama-jax perplexity measures what it loses.
+
 example:
   llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
   llama-jax convert models/llama3.1-8b export/llama3.1-8b --to hf
+  llama-jax convert Llama-3.1-8B/original models/llama3.1-8b-int8 --quantize int8
   llama-jax convert Llama-2-70b mp16 --to meta --shards 16
   llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
 """
@@ -193,10 +229,54 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy")
     generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P", help="0: all (default)")
+    for name in ("repetition", "presence", "frequency"):
+        default = 1.0 if name == "repetition" else 0.0
+        generate.add_argument(
+            f"--{name}-penalty", type=float, default=default, metavar="X", help=f"{default:g}: none"
+        )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="ends before it (repeatable)"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     generate.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-text token"
     )
+    generate.add_argument(
+        "--speculate", action="store_true", help="guess from the text itself, exactly"
+    )
+    generate.add_argument(
+        "--stats", action="store_true", help="tokens/s, and the share of the memory's bandwidth"
+    )
+    _add_int8(generate)
+
+    serve = command("serve", _SERVE)
+    serve.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
+    serve.add_argument(
+        "--name", dest="model", metavar="NAME", help="of the model, for clients (the folder's)"
+    )
+    _add_int8(serve)
+    serve.add_argument("--rows", type=int, default=8, metavar="N", help="texts made at once (8)")
+    serve.add_argument(
+        "--context", type=int, metavar="N",
+        help="longest prompt and output together [tokens] (the model's, 8192 at most)",
+    )  # fmt: skip
+    serve.add_argument("--queue", type=int, default=64, metavar="N", help="texts that wait (64)")
+    serve.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="longest output (4096)"
+    )
+    serve.add_argument("--max-body", default="2MiB", metavar="SIZE", help="of a request (2MiB)")
+    serve.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="of a request [s] (600)"
+    )
+
+    perplexity = command("perplexity", _PERPLEXITY)
+    perplexity.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    perplexity.add_argument("text", metavar="TEXT_FILE", help="text in UTF-8")
+    perplexity.add_argument("--quantize", choices=["int8"], help="compare with quantized weights")
 
     convert = command("convert", _CONVERT)
     convert.add_argument("source", metavar="SRC", help="checkpoint: a folder or a file")
@@ -220,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--mesh", metavar="fsdp=8,tensor=4", help="cut the chunks of a model folder for this mesh"
     )
+    convert.add_argument("--quantize", choices=["int8"], help="keep the matrices as int8")
     convert.add_argument(
         "--verify", action="store_true", help="prove SRC once more, against the source DST if named"
     )
@@ -227,3 +308,8 @@ def parser() -> argparse.ArgumentParser:
     info = command("info", _INFO)
     info.add_argument("folder", metavar="FOLDER")
     return made
+
+
+def _add_int8(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quantize", choices=["int8"], help="weights, when they are loaded")
+    command.add_argument("--cache", choices=["int8"], help="type of cached keys and values")

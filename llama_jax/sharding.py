@@ -169,6 +169,11 @@ def platform() -> str:
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
+def on_one_device() -> bool:
+    """Tells whether the current mesh is one device."""
+    return jax.sharding.get_abstract_mesh().size == 1
+
+
 def context_parts() -> int:
     """Returns how many parts the current mesh splits a sequence into."""
     return jax.sharding.get_abstract_mesh().shape["context"]

@@ -93,7 +93,7 @@ class WeightsWriter:
                         {"name": "bytes", "configuration": {"endian": "little"}},
                         {"name": "crc32c"},
                     ],
-                    "fill_value": 0.0,
+                    "fill_value": 0,
                 },
                 "store_data_equal_to_fill_value": True,
             }

@@ -1,18 +1,26 @@
 """What a user types, and what comes back."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
+import httpx
 import jax
 import pytest
 from conftest import ROOT, tiny_model
+from fake_engine import FakeEngine
 
 from llama_jax import config_file
 from llama_jax.checkpoint import save_model
 from llama_jax.cli import main
 from llama_jax.config import Config, DataConfig, LoggingConfig, MeshConfig, TrainingConfig
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.inference import server
+from llama_jax.inference.server import greeting
 from llama_jax.model.transformer import Llama
 from llama_jax.sharding import one_device_mesh
 
@@ -117,6 +125,24 @@ def test_convert_tells_what_it_did_and_proves_it_again(capsys, model_folder, tmp
     assert "looks wrong" not in out
 
 
+def test_what_int8_loses_is_measured(capsys, model_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("aeiou klt " * 10)
+    code, both, _ = run(capsys, "perplexity", model_folder, text, "--quantize", "int8")
+    kinds, nats = zip(*(line.split()[:2] for line in both.splitlines()), strict=True)
+    assert (code, kinds) == (0, ("float32", "int8", "change"))
+    assert float(nats[2]) == pytest.approx(float(nats[1]) - float(nats[0]), abs=2e-5)
+    code, out, _ = run(capsys, "convert", model_folder, tmp_path / "int8", "--quantize", "int8")
+    assert code == 0
+    assert out.endswith(f"llama-jax perplexity {tmp_path / 'int8'} TEXT_FILE\n")
+    assert run(capsys, "perplexity", tmp_path / "int8", text)[1] == both.splitlines()[1] + "\n"
+    code, out, _ = run(capsys, "generate", tmp_path / "int8", "--prompt", "aei")
+    assert (code, out.startswith("aei")) == (0, True)
+    assert "int8 with a scale for each output" in run(capsys, "info", tmp_path / "int8")[1]
+    code, _, err = run(capsys, "perplexity", tmp_path / "int8", text, "--quantize", "int8")
+    assert (code, "is int8 already: quantize the one" in err) == (2, True)
+
+
 def test_convert_runs_from_a_checkout(model_folder, tmp_path):
     command = [sys.executable, "-m", "convert", model_folder, tmp_path / "hf", "--to", "hf"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
@@ -124,7 +150,9 @@ def test_convert_runs_from_a_checkout(model_folder, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", ["train", "tokenize", "generate", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "tokenize", "generate", "serve", "perplexity", "convert", "info"]
+)
 def test_help_reads_like_a_manual_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -134,6 +162,60 @@ def test_help_reads_like_a_manual_with_an_example(capsys, command):
     if command == "train":
         for key in config_file.KEYS:
             assert f"  {key}  (" in out
+
+
+def test_serve_answers_until_sigterm_and_lets_texts_end(
+    capsys, model_folder, token_folder, monkeypatch
+):
+    engines = []
+
+    def engine(config, model, *, rows, context, queue, tell):
+        assert (config.vocab_size, rows, context, queue) == (320, 3, 100, 5)
+        engines.append(FakeEngine(load_tokenizer(token_folder)))
+        engines[0].seconds = 0.02
+        return engines[0]
+
+    monkeypatch.setattr("llama_jax.inference.engine.Engine", engine)
+    monkeypatch.setenv("LLAMA_JAX_API_KEY", "open sesame")
+    with server.listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    texts = []
+
+    def use():
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client() as http:
+            assert http.get(f"{url}/v1/models").status_code == 401
+            body = {"model": "mine", "prompt": "x", "stream": True, "max_tokens": 40, "seed": 1}
+            headers = {"authorization": "Bearer open sesame"}
+            with http.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as made:
+                for event in made.iter_lines():
+                    if not texts:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    texts.append(event)
+
+    thread = threading.Thread(target=use)
+    monkeypatch.setattr(server, "greeting", lambda *a: thread.start() or greeting(*a))
+    options = ["--port", port, "--rows", 3, "--context", 100, "--queue", 5, "--name", "mine"]
+    code, out, err = run(capsys, "serve", model_folder, *options)
+    thread.join()
+    assert (code, out) == (0, "")
+    assert err == f"mine is served at http://127.0.0.1:{port} (a page) and" + (
+        f" http://127.0.0.1:{port}/v1\n"
+    )
+    assert texts[-2:] == ["data: [DONE]", ""]
+    assert engines[0].closed
+    assert engines[0].reasons in (["length"], ["stop"])
+
+
+def test_serve_names_the_package_that_is_missing(capsys, model_folder, monkeypatch):
+    monkeypatch.delattr("llama_jax.inference.server", raising=False)
+    monkeypatch.delitem(sys.modules, "llama_jax.inference.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, err = run(capsys, "serve", model_folder)
+    assert code == 2
+    assert err == (
+        "llama-jax serve: the server needs uvicorn: install it with pip install -e '.[serve]'\n"
+    )
 
 
 def bad_commands(tmp_path, model_folder, token_folder):
@@ -217,6 +299,20 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", cut], "is damaged or cut short"),
         (["generate", wider], "was written with another model configuration"),
         (["generate", foreign], "is not the configuration of a llama_jax model"),
+        (["serve", tmp_path / "no"], "does not exist"),
+        (["serve", model_folder, "--rows", "0"], "--rows must be at least 1, not 0"),
+        (["serve", model_folder, "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
+        (["serve", model_folder, "--context", "500"], "--context 500 is more than the model's 128"),
+        (["serve", model_folder, "--port", "99999"], "127.0.0.1, port 99999, can't be listened on"),
+        (["serve", model_folder, "--host", "a host"], "a host, port 8000, can't be listened on"),
+        (["serve", model_folder, "--max-body", "lots"], "'lots' is no size"),
+        (["serve", model_folder, "--timeout", "nan"], "--timeout must be above 0, not nan"),
+        (["serve", model_folder, "--api-key", ""], "the API key must be printable ASCII"),
+        (
+            ["perplexity", model_folder, tmp_path / "no"],
+            "can't be read (No such file or directory)",
+        ),
+        (["perplexity", model_folder, latin], "latin.txt can't be read (it is not UTF-8)"),
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),
         (["convert", small, out], "small.txt is no checkpoint"),
@@ -227,6 +323,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
             ["convert", model_folder, out, "--to", "meta"],
             "Meta's format has heads of dim / n_heads",
         ),
+        (["convert", model_folder, out, "--to", "hf", "--quantize", "int8"], "is for --to orbax"),
         (["convert", model_folder, out, "--max-ram", "lots"], "'lots' is no size"),
         (["convert", model_folder, out, "--max-ram", "1MB"], "is too little: the largest weight"),
         (["convert", model_folder, out, "--mesh", "rows=2"], "'rows=2' is no axis of a mesh"),

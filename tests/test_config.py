@@ -91,6 +91,11 @@ BAD_OVERRIDES = [
         "model.param_dtype=float16",
         "model.param_dtype float16 is for inference alone (updates vanish): take float32",
     ),
+    (
+        "model.quantized=int8",
+        "model.quantized int8 is for inference alone (no gradient reaches whole numbers): leave it"
+        " out",
+    ),
     ("zzz", "an override is written section.key=value"),
     ("training.steps=[", "the value is not valid YAML"),
 ]

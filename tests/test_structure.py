@@ -16,6 +16,7 @@ FLOORS = [
     {"weights"},
     {"training", "inference", "evaluation", "convert"},
     {"plan", "info", "manual"},
+    {"cli_inference"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,6 +1,6 @@
-"""Continuing texts: reading the prompts, then making token after token."""
+"""Continuing texts: reading the prompts, then making token after token, as pure functions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -9,17 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
 from llama_jax.model.transformer import Llama, Unrolled, continued, hidden_states, output_head
 from llama_jax.sharding import act, place
-
-# How a character begins whose tokens are not all there: bytes decode to U+FFFD, and U+FDD0 opens an
-# escape of our own tokenizers.
-_UNFINISHED = ("\N{REPLACEMENT CHARACTER}", "\ufdd0")
 
 NO_TOKEN = -1  # fills a row after its end
 
@@ -127,16 +121,25 @@ def decode(
     model: Llama | Unrolled,
     state: State,
     n: jax.Array | int,
+    told: jax.Array | bool = False,
     *,
     room: int,
     top: int = 0,
 ) -> tuple[Made, State]:
     """Returns the next `n` tokens of each row that goes on, and the state after them.
 
-    It stops when all rows have ended. The result has `room` columns, `n` at most of which are used:
+    It stops when all rows have ended. The result has `room` columns, `n` at most of which are used,
     so that one program makes any number of tokens. Each row needs a free slot more than tokens.
+    Log-probabilities, and those of the `top` alternatives, are 0 unless they are to be `told`.
     """
     B = len(state.rows.left_B)
+
+    def ask(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
+        chosen_B, top_logprobs_BA, top_tokens_BA = logprobs(logits_BV, token_B, top)
+        return chosen_B, top_tokens_BA, top_logprobs_BA
+
+    def leave(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(x_Bn[:, 0] for x_Bn in nothing[1:])
 
     def going_on(carry: tuple[jax.Array, Made, State]) -> jax.Array:
         i, _, state = carry
@@ -147,8 +150,8 @@ def decode(
         going_B = rows.left_B > 0
         keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.made_B)
         token_B = sample(rows.knobs, rows.counts, logits_BV, keys_B)
-        told = (token_B, *_told(logits_BV, token_B, top))
-        made = Made(*(_column(all_, i, new, going_B) for all_, new in zip(made, told, strict=True)))
+        new = (token_B, *jax.lax.cond(told, ask, leave, logits_BV, token_B))
+        made = Made(*(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True)))
         rows = after(rows, token_B)
         cache, logits_BV = read(config, model, cache, token_B[:, None], going_B.astype(jnp.int32))
         return i + 1, made, State(cache, logits_BV, rows)
@@ -156,13 +159,13 @@ def decode(
     def empty(value: float, dtype: type, *more: int) -> jax.Array:
         return jnp.full((B, room, *more), value, dtype, out_sharding=act("BSS"[: 2 + len(more)]))
 
-    made = Made(
+    nothing = Made(
         empty(NO_TOKEN, jnp.int32),
         empty(0.0, jnp.float32),
         empty(NO_TOKEN, jnp.int32, top),
         empty(0.0, jnp.float32, top),
     )
-    _, made, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), made, state))
+    _, made, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), nothing, state))
     return made, state
 
 
@@ -177,11 +180,6 @@ def after(rows: Rows, token_B: jax.Array) -> Rows:
         made_B=rows.made_B + going_B,
         counts=rows.counts._replace(made_BV=made_BV),
     )
-
-
-def _told(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Array, ...]:
-    chosen_B, top_logprobs_BA, top_tokens_BA = logprobs(logits_BV, token_B, top)
-    return chosen_B, top_tokens_BA, top_logprobs_BA
 
 
 def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array) -> jax.Array:
@@ -230,15 +228,12 @@ def generate(
         moved_BT = (jnp.arange(T) - all_B[:, None]) % T
         all_BT = jax.reshard(tokens_BT, P(None, None))
         tokens_BT = all_BT.at[rows_B1, moved_BT].get(out_sharding=act("BT"))
+    ends_E = jnp.array([*end_ids, NO_TOKEN], jnp.int32)
     samplings = (sampling,) * B if isinstance(sampling, Sampling) else sampling
     rows = Rows(
         jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=act("B")),
         jnp.zeros((B,), jnp.int32, out_sharding=act("B")),
-        jnp.broadcast_to(
-            jnp.array([*end_ids, NO_TOKEN], jnp.int32),
-            (B, len(end_ids) + 1),
-            out_sharding=act("BS"),
-        ),
+        jnp.broadcast_to(ends_E, (B, len(ends_E)), out_sharding=act("BS")),
         jax.reshard(jax.vmap(jax.random.key)(seeds_B), act("B")),
         Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs(samplings))),
         _counts(config, tokens_BT, lengths_B),
@@ -246,7 +241,7 @@ def generate(
     slots = T + max_new_tokens + 1
     cache, logits_BV = prefill(config, model, tokens_BT, lengths_B, slots=slots)
     state = State(cache, logits_BV, rows)
-    made, _ = decode(config, model, state, max_new_tokens, room=max_new_tokens, top=top)
+    made, _ = decode(config, model, state, max_new_tokens, True, room=max_new_tokens, top=top)
     return made
 
 
@@ -269,7 +264,7 @@ def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> 
 def prompt_logprobs(
     config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array
 ) -> jax.Array:
-    """Returns the log-probability [B, T - 1] float32 of each token but the first, given those before.
+    """Returns the log-probability [B, T - 1] float32 of each token but the first, given its past.
 
     Padding on the right changes nothing before it.
     """
@@ -278,113 +273,3 @@ def prompt_logprobs(
     logits_BTV = jax.nn.log_softmax(jax.reshard(logits_BTV, act("BSD"))[:, :-1])
     chosen_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[:, 1:, None]
     return jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
-
-
-def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Checks that a prompt can be continued.
-
-    Raises:
-        InputError: it is empty, holds unknown ids, or doesn't fit the model's context.
-    """
-    if not prompt:
-        raise InputError("the prompt is empty: give at least the begin-of-text token")
-    strange = [i for i in prompt if not 0 <= i < config.vocab_size]
-    if strange:
-        raise InputError(
-            f"token {strange[0]} of the prompt is outside the model's vocabulary of"
-            f" {config.vocab_size}: the tokenizer is not this model's"
-        )
-    if len(prompt) + max_new_tokens > config.context:
-        raise InputError(
-            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones don't fit the model's"
-            f" context of {config.context}: shorten the prompt or ask for fewer"
-        )
-
-
-def begin(
-    config: ModelConfig,
-    model: Llama | Unrolled,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    seed: int,
-    spare: int,
-) -> State:
-    """Returns the state after one prompt, with room for the new tokens and `spare` slots.
-
-    Lengths are rounded up to powers of two, so that few programs serve all.
-    """
-    tokens = np.zeros((1, _power_of_two(len(prompt))), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    seen = np.zeros((1, config.vocab_size), bool)
-    seen[0, list(prompt)] = True
-    slots = _power_of_two(max(tokens.shape[1], len(prompt) + max_new_tokens) + spare)
-    lengths = place(np.array([len(prompt)], np.int32), "B")
-    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
-    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
-    return State(cache, logits, rows)
-
-
-def stream(
-    config: ModelConfig,
-    model: Llama | Unrolled,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    end_ids: frozenset[int] = frozenset(),
-    seed: int = 0,
-    block: int = 16,
-) -> Iterator[int]:
-    """Yields the tokens that follow one prompt, as they are made; an end id is the last.
-
-    Args:
-        config: of the model.
-        model: weights of that config.
-        prompt: token ids, at least one.
-        max_new_tokens: at most so many.
-        sampling: how tokens are drawn; the default is greedy.
-        end_ids: any of these ends the text.
-        seed: of the draws.
-        block: tokens made in one dispatch.
-
-    Raises:
-        InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
-    """
-    check_prompt(config, prompt, max_new_tokens)
-    state = begin(
-        config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
-        end_ids=end_ids, seed=seed, spare=1,
-    )  # fmt: skip
-    left = max_new_tokens
-    while left > 0:
-        made, state = decode(config, model, state, block, room=block)
-        for token in np.asarray(made.tokens_Bn)[0].tolist():
-            if token == NO_TOKEN:
-                return
-            yield token
-            left -= 1
-
-
-def stream_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]
-) -> Iterator[str]:
-    """Yields the text of prompt and tokens in pieces, none of which cuts a character in two."""
-    ids = list(prompt)
-    text = tokenizer.decode(ids)
-    yield text
-    for token in tokens:
-        if token in tokenizer.end_ids:
-            continue
-        ids.append(token)
-        longer = tokenizer.decode(ids)
-        if not longer.endswith(_UNFINISHED):
-            yield longer[len(text) :]
-            text = longer
-    yield tokenizer.decode(ids)[len(text) :]
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

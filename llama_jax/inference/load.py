@@ -13,12 +13,15 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import checkpoint
 from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
+from llama_jax.model.quantize import quantized
 from llama_jax.model.transformer import Unrolled, unrolled
 from llama_jax.sharding import head_parts, weight
 from llama_jax.tree import abstract_model
 
 
-def load(folder: str | Path, config: ModelConfig | None = None) -> tuple[ModelConfig, Unrolled]:
+def load(
+    folder: str | Path, config: ModelConfig | None = None, quantize: str | None = None
+) -> tuple[ModelConfig, Unrolled]:
     """Returns a model from a model folder or a run folder, straight onto the current mesh.
 
     Over more devices than it has key/value heads, each device holds the one that its query heads
@@ -28,14 +31,16 @@ def load(folder: str | Path, config: ModelConfig | None = None) -> tuple[ModelCo
     Args:
         folder: a model folder, or a run folder (its newest checkpoint).
         config: how to compute it; default: as the folder says.
+        quantize: 'int8' keeps its matrices so; None as they are.
 
     Raises:
-        InputError: as `checkpoint.load_model`.
+        InputError: as `checkpoint.load_model`, or it is quantized already.
     """
     config = config or read_model_config(folder)
     copies = max(1, head_parts() // config.n_kv_heads)
     if copies == 1:
         config, model = checkpoint.load_model(folder, config)
+        config, model = quantized(config, model) if quantize else (config, model)
         return config, unrolled(model)
     wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
     like = abstract_model(wide)
@@ -47,19 +52,21 @@ def load(folder: str | Path, config: ModelConfig | None = None) -> tuple[ModelCo
     for name in ("wk", "wv"):
         copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))
         setattr(model.layers, name, copied)
+    wide, model = quantized(wide, model) if quantize else (wide, model)
     return wide, unrolled(model)
 
 
 def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns a leaf [L, D, K, H] with the heads that are stored, all of them on every device."""
-    L, D, _, H = leaf.shape
+    """Returns a leaf [L, …, K, H] with the heads that are stored, all of them on every device."""
+    *before, _, H = leaf.shape
     sharding: Any = leaf.sharding
-    spec = P(*sharding.spec[:2], None, None)
-    shape = (L, D, config.n_kv_heads, H)
+    spec = P(*sharding.spec[: len(before)], None, None)
+    shape = (*before, config.n_kv_heads, H)
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec))
 
 
 @partial(jax.jit, static_argnums=0)
-def _copied(copies: int, w_LDKH: jax.Array) -> jax.Array:
+def _copied(copies: int, w_L_KH: jax.Array) -> jax.Array:
     """Returns each head `copies` times, as the query heads that read it lie on the devices."""
-    return jax.reshard(jnp.repeat(w_LDKH, copies, axis=2), weight("LDKH"))
+    dims = "LDKH" if w_L_KH.ndim == 4 else "LKH"  # a weight, or the scales of one in int8
+    return jax.reshard(jnp.repeat(w_L_KH, copies, axis=-2), weight(dims))

@@ -37,7 +37,7 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Returns an empty cache for `batch` rows of at most `slots` tokens, in `config.cache_dtype`."""
+    """Returns an empty cache for `batch` rows of at most `slots` tokens each."""
     dims = (batch, config.n_kv_heads, slots, config.head_dim)
 
     def empty() -> KeysValues:

@@ -6,7 +6,7 @@ H head size, F feed-forward size. Weights carry Meta's names, with axes [in…, 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,16 @@ from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache, KeysValues, write
 from llama_jax.model.linear import embed, matmul
 from llama_jax.model.pointwise import rms_norm, swiglu
+from llama_jax.model.quantize import matrix
 from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
 from llama_jax.sharding import act, balance, in_balanced_order, in_text_order, weight
 
 
-def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> nnx.Param:
+def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
     shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
-    return nnx.Param(std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims)))
+    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims))
+    return matrix(config, drawn, dims)
 
 
 def _ones(config: ModelConfig, dims: str) -> nnx.Param:

@@ -21,7 +21,7 @@ from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig, RopeScaling
 from llama_jax.folders import read_model_config
-from llama_jax.inference.generate import stream
+from llama_jax.inference.stream import stream
 from llama_jax.model.rope import frequencies
 from llama_jax.model.transformer import forward
 from llama_jax.sharding import one_device_mesh

@@ -111,7 +111,7 @@ def test_a_format_without_a_head_size_refuses_another():
 def test_our_own_layout_changes_nothing():
     for weight in weights(CONFIG):
         ours = random(weight)
-        assert orbax.LAYOUT.from_ours(CONFIG, weight, ours)[0] is ours
+        assert orbax.layout(CONFIG).from_ours(CONFIG, weight, ours)[0] is ours
 
 
 def test_bits_are_compared_not_values():

@@ -7,7 +7,7 @@ from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.data.tokenizer_sentencepiece import SentencePiece
 from llama_jax.data.tokenizer_training import train_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import stream_text
+from llama_jax.inference.text import stream_text
 
 
 @pytest.fixture(scope="module")

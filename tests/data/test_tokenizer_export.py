@@ -9,7 +9,7 @@ from llama_jax.data.tokenizer_export import huggingface_files, tiktoken_bytes
 from llama_jax.data.tokenizer_json import TokenizerJson
 from llama_jax.data.tokenizer_training import train_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import stream_text
+from llama_jax.inference.text import stream_text
 
 SENTENCEPIECE = {
     "llama_spm": "llama_sentencepiece_32000.model",

@@ -9,7 +9,7 @@ from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.data.tokenizer_export import huggingface_files
 from llama_jax.data.tokenizer_gguf import gguf_tokenizer_files
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import stream_text
+from llama_jax.inference.text import stream_text
 
 KEY = "tokenizer.ggml."
 

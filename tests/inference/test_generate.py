@@ -8,15 +8,11 @@ from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 from llama_jax.checkpoint import save_model
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import (
-    NO_TOKEN,
-    generate,
-    prompt_logprobs,
-    stream,
-    stream_text,
-)
+from llama_jax.inference.generate import NO_TOKEN, generate, prompt_logprobs
 from llama_jax.inference.load import load
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import stream
+from llama_jax.inference.text import stream_text
 from llama_jax.model.transformer import Llama, forward
 from llama_jax.sharding import one_device_mesh, place, tensor_mesh
 from llama_jax.tree import abstract_model
@@ -203,14 +199,3 @@ class TestOnOneDevice:
         n = expected["greedy"].shape[1]
         told = generate(config, model, prompts, lengths, Sampling(), seeds, max_new_tokens=n)
         np.testing.assert_array_equal(told.tokens_Bn, expected["greedy"])
-
-
-def test_text_is_never_cut_inside_a_character(token_folder):
-    tokenizer = load_tokenizer(token_folder)
-    text = "naïve 🦙 ▁ ok"
-    ids = tokenizer.encode(text, bos=True)
-    pieces = list(stream_text(tokenizer, ids[:1], iter([*ids[1:], 2])))
-    assert "".join(pieces) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    cut = list(stream_text(tokenizer, ids[:1], iter(ids[1:6])))
-    assert "".join(cut) == tokenizer.decode(ids[:6])

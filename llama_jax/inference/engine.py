@@ -1,0 +1,346 @@
+"""Many requests at a time: they join and leave one running batch.
+
+A thread of its own goes round: it gives free rows to waiting requests, reads one chunk of one
+prompt, and makes a few tokens in every row that is ready. So no running request waits longer than a
+chunk for another's prompt. What a row has read stays in its slots when its request ends; a later
+prompt that begins alike starts from there.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.inference import batch
+from llama_jax.inference.compiling import compiled
+from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows, prompt_logprobs
+from llama_jax.inference.requests import (
+    ENDS,
+    TOP,
+    Begun,
+    Ended,
+    Event,
+    MadeToken,
+    QueueFull,
+    Request,
+    Statistics,
+    Ticket,
+    check,
+)
+from llama_jax.inference.roofline import step_bytes
+from llama_jax.inference.sampling import Sampling
+from llama_jax.model.cache import copy_row, init_cache, resized
+from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.sharding import place
+
+STEPS = 8  # tokens made in one dispatch when nobody waits
+STEPS_IN_COMPANY = 2  # when a prompt is to be read
+
+
+class _Row:
+    """A row of the batch: the tokens that its slots hold, and whose it is."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.ticket: Ticket | None = None
+        self.ready = False  # its prompt has been read
+        self.since = 0.0  # when it was last given away
+
+
+class Engine:
+    """Continues many texts with one model.
+
+    Args:
+        config: of the model.
+        model: weights of that config, on the current mesh.
+        rows: texts that are continued at a time.
+        context: longest prompt with its continuation [tokens]; default: the model's.
+        queue: requests that may wait.
+        tell: is told what is being compiled.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Llama | Unrolled,
+        *,
+        rows: int = 8,
+        context: int | None = None,
+        queue: int = 64,
+        tell: Callable[[str], None] = lambda _: None,
+    ):
+        context = config.context if context is None else context
+        if not 1 <= context <= config.context:
+            raise InputError(
+                f"a context of {context} tokens is outside of 1 … {config.context}, the model's:"
+                " ask for one within"
+            )
+        if rows < 1 or queue < 0:
+            raise InputError(f"{rows} rows and a queue of {queue}: at least 1 and 0 are needed")
+        self.rows, self.context = rows, context
+        self._config, self._model, self._queue = config, model, queue
+        self._mesh = jax.sharding.get_mesh()
+        self._sizes = batch.sizes(context)
+        self._rows = [_Row() for _ in range(rows)]
+        self._waiting: deque[Ticket] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failure: str | None = None
+        self._numbers = Statistics()
+        begun = compiled().seconds
+        for slots in reversed(self._sizes):
+            tell(f"compiling for texts of up to {slots - batch.CHUNKS[-1]:,} tokens …")
+            self._state = self._warmed(slots)
+        self._numbers = self._numbers._replace(compile_seconds=compiled().seconds - begun)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+        """Lets a request wait for its turn.
+
+        Args:
+            request: what is to be continued.
+            deliver: is called with each event, from the engine's thread; it must not block.
+
+        Raises:
+            QueueFull: too many wait already.
+            InputError: the request can't be served; the message says why.
+        """
+        check(self._config, self.context, request)
+        ticket = Ticket(request, deliver)
+        with self._changed:
+            if self._failure is not None or self._closing:
+                raise InputError(f"the engine has stopped ({self._failure}): start it again")
+            free = sum(row.ticket is None for row in self._rows)
+            if len(self._waiting) >= self._queue + free:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting: try again later")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def statistics(self) -> Statistics:
+        """Returns what it has done so far."""
+        with self._changed:
+            running = sum(row.ticket is not None for row in self._rows)
+            return self._numbers._replace(waiting=len(self._waiting), running=running)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has stopped by itself; None while it runs."""
+        return self._failure
+
+    def close(self) -> None:
+        """Ends all requests, and the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _warmed(self, slots: int) -> State:
+        """Returns an empty state, after compiling what serving needs, so that no request waits."""
+        state = self._empty(slots)
+        for size in batch.CHUNKS:
+            state = self._read(state, 0, np.zeros(size, np.int32), 1, 0)
+        state = batch.started(state, 0, self._settings(Request((0,), 1)))
+        made, state = self._decode(state, 1, told=False)
+        jax.block_until_ready(made)
+        for other in self._sizes:
+            if other != slots:
+                resized(state.cache, slots=other)
+        return batch.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
+
+    def _empty(self, slots: int) -> State:
+        B, V = self.rows, self._config.vocab_size
+        ends = [[NO_TOKEN] * ENDS] * B
+        rows = new_rows([Sampling()] * B, [0] * B, [0] * B, ends, np.zeros((B, V), bool))
+        cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(self._config, B, slots)
+        logits = place(np.zeros((B, V), np.float32), "BV")
+        return State(cache, logits, rows)
+
+    def _settings(self, request: Request) -> Rows:
+        """Returns the row of one that has been read."""
+        seen = np.zeros((1, self._config.vocab_size), bool)
+        seen[0, list(request.prompt)] = True
+        ends = sorted(request.end_ids)
+        ends += [NO_TOKEN] * (ENDS - len(ends))
+        new = request.max_new_tokens
+        return new_rows([request.sampling], [request.seed], [new], [ends], seen)
+
+    def _read(self, state: State, row: int, tokens: np.ndarray, length: int, used: int) -> State:
+        placed = place(tokens[None], "BT")
+        return batch.read_chunk(self._config, self._model, state, row, placed, length, used)
+
+    def _decode(self, state: State, n: int, told: bool):
+        return decode(self._config, self._model, state, n, told, room=STEPS, top=TOP)
+
+    def _run(self) -> None:
+        message = "it was closed"
+        try:
+            with jax.set_mesh(self._mesh):
+                while self._wait_for_work():
+                    self._turn()
+        except Exception as error:
+            message = self._failure = f"{type(error).__name__}: {str(error)[:200]}"
+        with self._changed:
+            self._closing = True
+            left = [*self._waiting, *(row.ticket for row in self._rows if row.ticket)]
+            self._waiting.clear()
+        for ticket in left:
+            ticket.deliver(Ended("error", f"the engine has stopped: {message}"))
+
+    def _wait_for_work(self) -> bool:
+        """Returns when there is something to do; False when it is to end."""
+        with self._changed:
+            while not (self._closing or self._waiting or any(row.ticket for row in self._rows)):
+                self._changed.wait()
+            return not self._closing
+
+    def _turn(self) -> None:
+        for row in self._rows:
+            if row.ticket is not None and row.ticket.cancelled:
+                self._release(row, Ended("cancelled"))
+        self._admit()
+        reading = [row for row in self._rows if row.ticket is not None and not row.ready]
+        if reading:
+            self._read_on(min(reading, key=lambda row: row.since))
+        ready = [row for row in self._rows if row.ready]
+        if ready:
+            self._make(ready, STEPS_IN_COMPANY if reading else STEPS)
+
+    def _admit(self) -> None:
+        """Gives free rows to those who wait, in their order."""
+        while free := [row for row in self._rows if row.ticket is None]:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+            if ticket.cancelled:
+                self._count(cancelled=1)
+                ticket.deliver(Ended("cancelled"))
+                continue
+            row, source, common = self._best(free, ticket.request.prompt)
+            if source is not row:
+                numbers = self._rows.index(source), self._rows.index(row)
+                cache = copy_row(self._state.cache, *numbers, common)
+                self._state = self._state._replace(cache=cache)
+            row.tokens = list(ticket.request.prompt[:common])
+            row.ticket, row.ready, row.since = ticket, False, time.monotonic()
+            self._count(reused_tokens=common)
+            self._fit()
+
+    def _best(self, free: list[_Row], prompt: Sequence[int]) -> tuple[_Row, _Row, int]:
+        """Returns the row to give, the row that has read most of the prompt, and how much.
+
+        One token at least is left to read: the first new one follows from it.
+        """
+        common = {row: batch.common(row.tokens, prompt[:-1]) for row in self._rows}
+        source = max(self._rows, key=lambda row: (common[row], row in free))
+        row = source if source in free and common[source] else min(free, key=lambda r: r.since)
+        return row, source if common[source] else row, common[source]
+
+    def _fit(self) -> None:
+        """Gives the cache the slots that the texts need, and no more than the next size."""
+        tickets = [row.ticket.request for row in self._rows if row.ticket is not None]
+        needed = max(batch.slots(request) for request in tickets)
+        slots = next(size for size in self._sizes if size >= needed)
+        if slots == self._state.cache.slots:
+            return
+        cache = resized(self._state.cache, slots=slots)
+        used_B = jnp.minimum(cache.used_B, slots - 1)
+        self._state = self._state._replace(cache=cache._replace(used_B=used_B))
+        for row in self._rows:
+            row.tokens = row.tokens[: slots - 1]
+
+    def _read_on(self, row: _Row) -> None:
+        """Reads one chunk of a prompt; with the last one the row is ready."""
+        assert row.ticket is not None
+        request, begun = row.ticket.request, time.perf_counter()
+        used = len(row.tokens)
+        rest = request.prompt[used:]
+        size = next((size for size in batch.CHUNKS if size >= len(rest)), batch.CHUNKS[-1])
+        chunk = np.zeros(size, np.int32)
+        length = min(size, len(rest))
+        chunk[:length] = rest[:length]
+        number = self._rows.index(row)
+        self._state = self._read(self._state, number, chunk, length, used)
+        row.tokens += rest[:length]
+        if length == len(rest):
+            self._state = batch.started(self._state, number, self._settings(request))
+            told = self._prompt_told(request) if request.prompt_logprobs else ()
+            row.ready = True
+            row.ticket.deliver(Begun(told))
+        jax.block_until_ready(self._state.logits_BV)
+        self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
+
+    def _prompt_told(self, request: Request) -> tuple[MadeToken, ...]:
+        tokens = np.zeros((1, 1 << (len(request.prompt) - 1).bit_length()), np.int32)
+        tokens[0, : len(request.prompt)] = request.prompt
+        told = np.asarray(prompt_logprobs(self._config, self._model, place(tokens, "BT")))[0]
+        pairs = zip(request.prompt[1:], told.tolist(), strict=False)
+        return tuple(MadeToken(token, logprob) for token, logprob in pairs)
+
+    def _make(self, ready: list[_Row], n: int) -> None:
+        begun = time.perf_counter()
+        requests = [row.ticket.request for row in ready if row.ticket is not None]
+        told = any(request.logprobs for request in requests)
+        made, self._state = self._decode(self._state, n, told)
+        made = jax.tree.map(np.asarray, made)
+        seconds = time.perf_counter() - begun
+        total = steps = 0
+        for row in ready:
+            number = self._rows.index(row)
+            ids = made.tokens_Bn[number]
+            ids = ids[ids != NO_TOKEN].tolist()
+            total, steps = total + len(ids), max(steps, len(ids))
+            self._deliver(row, ids, [x[number] for x in made[1:]])
+        self._count(
+            made_tokens=total,
+            decode_seconds=seconds,
+            decode_steps=steps,
+            bytes_read=steps * self._step_bytes(),
+        )
+
+    def _step_bytes(self) -> int:
+        return step_bytes(self._config, self._model, self.rows, self._state.cache.slots)
+
+    def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:
+        ticket = row.ticket
+        assert ticket is not None
+        request, (logprobs, top_tokens, top_logprobs) = ticket.request, told
+        row.tokens += ids
+        for i, token in enumerate(ids):
+            top = ()
+            if request.top_logprobs:
+                pairs = zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)
+                top = tuple(pairs)[: request.top_logprobs]
+            ticket.deliver(MadeToken(token, float(logprobs[i]), top))
+        if ids and ids[-1] in request.end_ids:
+            self._release(row, Ended("stop"))
+        elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:
+            self._release(row, Ended("length"))
+
+    def _release(self, row: _Row, ended: Ended) -> None:
+        """Ends a row's request; what its slots hold stays."""
+        ticket = row.ticket
+        assert ticket is not None
+        if ended.reason == "cancelled":
+            self._state = batch.stopped(self._state, self._rows.index(row))
+        with self._changed:
+            row.ticket, row.ready = None, False
+        self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})
+        ticket.deliver(ended)
+
+    def _count(self, **more: float) -> None:
+        with self._changed:
+            old = self._numbers._asdict()
+            sums = {name: old[name] + value for name, value in more.items()}
+            self._numbers = self._numbers._replace(**sums)

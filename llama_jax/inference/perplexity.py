@@ -1,0 +1,82 @@
+"""How well a model foretells a text."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.model.transformer import Llama, Unrolled, hidden_states, output_head
+from llama_jax.sharding import act, balance, divisors, place
+
+# Positions whose logits are there at a time: of all, they would be larger than many a model.
+_POSITIONS = 128
+
+
+def nats_per_token(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    tokens: Sequence[int],
+    *,
+    window: int = 2048,
+    rows: int = 4,
+) -> float:
+    """Returns the mean cross-entropy of all tokens but the first [nats]; its exp is perplexity.
+
+    The text is cut into windows, and a token is foretold from those before it in its window.
+
+    Args:
+        config: of the model, which may be quantized.
+        model: on the current mesh.
+        tokens: ids of one text, at least two.
+        window: tokens that are foretold in a window; no more than the model's context.
+        rows: windows computed together.
+
+    Raises:
+        InputError: there are fewer than two tokens, or one is none of the model's.
+    """
+    if len(tokens) < 2:
+        raise InputError("the text is shorter than two tokens: give a longer one")
+    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
+        raise InputError(
+            f"token {max(tokens)} of the text is outside the model's vocabulary of"
+            f" {config.vocab_size}: the tokenizer is not this model's"
+        )
+    foretold = len(tokens) - 1
+    window = min(window, config.context, -(-foretold // _POSITIONS) * _POSITIONS)
+    windows = -(-foretold // window)
+    rows = min(rows, windows)
+    text = np.full(-(-windows // rows) * rows * window + 1, -1, np.int32)
+    text[: len(tokens)] = tokens
+    inputs, targets = (part.reshape(-1, rows, window) for part in (text[:-1], text[1:]))
+    sums = [
+        _summed_nats(config, model, place(np.maximum(a, 0), "BS"), place(b, "BS"))
+        for a, b in zip(inputs, targets, strict=True)
+    ]
+    return sum(map(float, sums)) / foretold
+
+
+@partial(jax.jit, static_argnums=0)
+def _summed_nats(
+    config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    """Returns the cross-entropy of the targets that are not -1 [nats], float32."""
+    x_BTD = hidden_states(config, model, balance(tokens_BT))
+    x_BSD, targets_BS = jax.reshard((x_BTD, balance(targets_BT)), (act("BSD"), act("BS")))
+    size = max(n for n in divisors(x_BSD.shape[1]) if n <= _POSITIONS)
+
+    def add(total: jax.Array, i: jax.Array):
+        x, targets = (
+            jax.lax.dynamic_slice_in_dim(a, i * size, size, 1) for a in (x_BSD, targets_BS)
+        )
+        logits_BSV = jax.reshard(output_head(config, model, x), act("BSV"))
+        chosen_BSV = jnp.arange(config.vocab_size) == targets[..., None]
+        chosen_BS = jnp.sum(jnp.where(chosen_BSV, logits_BSV, 0), axis=-1)
+        nats_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
+        return total + jnp.sum(jnp.where(targets >= 0, nats_BS, 0)), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0), jnp.arange(x_BSD.shape[1] // size))
+    return total

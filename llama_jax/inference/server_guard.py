@@ -1,0 +1,159 @@
+"""What stands before every route of the server: keys, limits, errors, counts."""
+
+import asyncio
+import hmac
+import logging
+import time
+import traceback
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_jax.errors import InputError
+from llama_jax.inference.openai_answers import error
+from llama_jax.inference.openai_requests import Refused, shutting_down
+from llama_jax.inference.requests import QueueFull
+from llama_jax.inference.server_metrics import Metrics
+
+_log = logging.getLogger("uvicorn.error")
+
+_OPEN = ("/", "/health")  # need no key: they tell nothing
+_BODY_SECONDS = 60  # so long may a body take to arrive
+_GONE = 499  # counted for clients that left
+
+
+class Guard:
+    """Asks for the key, refuses other sites' pages, and counts what was answered.
+
+    Nothing of a request is logged: a failure is told by its kind and place.
+
+    Args:
+        app: what it stands before.
+        api_key: None where none is asked for.
+        metrics: where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        begun, status = time.monotonic(), _GONE
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            refused = self._refused(Request(scope))
+            if refused:
+                await _response(refused)(scope, receive, noting)
+            else:
+                await self._app(scope, receive, noting)
+        except ClientDisconnect:
+            status = _GONE
+        except asyncio.CancelledError:  # the server's time to end is over
+            if status == _GONE:
+                await _response(shutting_down())(scope, receive, noting)
+        except Exception as failure:
+            where = "".join(traceback.format_tb(failure.__traceback__))
+            _log.error("a request failed: %s at\n%s", type(failure).__name__, where)
+            if status == _GONE:
+                await _response(Refused(500, "the server has failed"))(scope, receive, noting)
+        finally:
+            route = scope.get("route")
+            name = "other" if route is None else route.path
+            self._metrics.answered(name, status, time.monotonic() - begun)
+
+    def _refused(self, http: Request) -> Refused | None:
+        # A page of another site must not use a server that only this machine reaches.
+        site = http.headers.get("sec-fetch-site", "none")
+        if http.method == "POST" and site not in ("none", "same-origin"):
+            return Refused(403, "requests from pages of other sites are refused")
+        if self._key is None or http.url.path in _OPEN:
+            return None
+        kind, _, key = http.headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key):
+            return None
+        what = "is wrong" if key else "is missing"
+        return Refused(
+            401,
+            f"the API key {what}: send it in the header 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+        )
+
+
+async def read_body(http: Request, limit: int) -> bytes:
+    """Returns the body of a request.
+
+    Args:
+        http: the request.
+        limit: the most it may hold [bytes].
+
+    Raises:
+        Refused: with status 413, it holds more; with 408, it doesn't come.
+    """
+    body = bytearray()
+    if int(http.headers.get("content-length", 0)) <= limit:
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for chunk in http.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        break
+                else:
+                    return bytes(body)
+        except TimeoutError as error:
+            message = f"the body did not arrive within {_BODY_SECONDS} s"
+            raise Refused(408, message) from error
+    raise Refused(413, f"the body is longer than {limit} bytes", code="request_too_large")
+
+
+def _response(refused: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    sent = dict(headers or {})
+    if refused.status == 401:
+        sent["www-authenticate"] = "Bearer"
+    if refused.status in (429, 503, 504):
+        sent["retry-after"] = "2"
+    if refused.status in (408, 413):
+        sent["connection"] = "close"  # the rest of the body is not read
+    return JSONResponse(error(refused), status_code=refused.status, headers=sent)
+
+
+async def _tell_refused(http: Request, refused: Exception) -> JSONResponse:
+    assert isinstance(refused, Refused)
+    return _response(refused)
+
+
+async def _tell_bad_input(http: Request, bad: Exception) -> JSONResponse:
+    return _response(Refused(400, str(bad)))
+
+
+async def _tell_full(http: Request, full: Exception) -> JSONResponse:
+    message = "the queue is full: try again a little later"
+    return _response(Refused(429, message, code="queue_full"))
+
+
+async def _tell_http(http: Request, problem: Exception) -> JSONResponse:
+    assert isinstance(problem, HTTPException)
+    sentences = {
+        404: f"there is nothing at {http.url.path[:200]}: see /v1/models, /v1/completions and"
+        " /v1/chat/completions",
+        405: f"{http.url.path[:200]} can't be used by {http.method}",
+    }
+    message = sentences.get(problem.status_code, problem.detail)
+    return _response(Refused(problem.status_code, message), problem.headers)
+
+
+# What the exceptions of a route are told as.
+REFUSALS = {
+    Refused: _tell_refused,
+    InputError: _tell_bad_input,
+    QueueFull: _tell_full,
+    HTTPException: _tell_http,
+}

@@ -1,0 +1,104 @@
+"""One text, continued token by token for whoever reads along."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+from llama_jax.inference.generate import NO_TOKEN, State, decode, new_rows, prefill
+from llama_jax.inference.sampling import Sampling
+from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.sharding import place
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Checks that a prompt can be continued.
+
+    Raises:
+        InputError: it is empty, holds unknown ids, or doesn't fit the model's context.
+    """
+    if not prompt:
+        raise InputError("the prompt is empty: give at least the begin-of-text token")
+    strange = [i for i in prompt if not 0 <= i < config.vocab_size]
+    if strange:
+        raise InputError(
+            f"token {strange[0]} of the prompt is outside the model's vocabulary of"
+            f" {config.vocab_size}: the tokenizer is not this model's"
+        )
+    if len(prompt) + max_new_tokens > config.context:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones don't fit the model's"
+            f" context of {config.context}: shorten the prompt or ask for fewer"
+        )
+
+
+def begin(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    seed: int,
+    spare: int,
+) -> State:
+    """Returns the state after one prompt, with room for the new tokens and `spare` slots.
+
+    Lengths are rounded up to powers of two, 32 at least, so that few programs serve all.
+    """
+    tokens = np.zeros((1, _rounded_up(len(prompt))), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, list(prompt)] = True
+    slots = _rounded_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + spare)
+    lengths = place(np.array([len(prompt)], np.int32), "B")
+    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
+    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
+    return State(cache, logits, rows)
+
+
+def stream(
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    end_ids: frozenset[int] = frozenset(),
+    seed: int = 0,
+    block: int = 16,
+) -> Iterator[int]:
+    """Yields the tokens that follow one prompt, as they are made; an end id is the last.
+
+    Args:
+        config: of the model.
+        model: weights of that config.
+        prompt: token ids, at least one.
+        max_new_tokens: at most so many.
+        sampling: how tokens are drawn; the default is greedy.
+        end_ids: any of these ends the text.
+        seed: of the draws.
+        block: tokens made in one dispatch.
+
+    Raises:
+        InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
+    """
+    check_prompt(config, prompt, max_new_tokens)
+    state = begin(
+        config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
+        end_ids=end_ids, seed=seed, spare=1,
+    )  # fmt: skip
+    left, n = max_new_tokens, 1  # the first token is not kept waiting
+    while left > 0:
+        made, state = decode(config, model, state, n, room=block)
+        n = block
+        tokens = np.asarray(made.tokens_Bn)[0]
+        tokens = tokens[tokens != NO_TOKEN].tolist()
+        yield from tokens
+        left = 0 if {*tokens} & end_ids else left - len(tokens)
+
+
+def _rounded_up(number: int) -> int:
+    return 1 << max(5, (number - 1).bit_length())

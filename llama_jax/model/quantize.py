@@ -1,0 +1,100 @@
+"""Matrices as int8 with a float32 scale for each output channel, for inference.
+
+Symmetric, weights alone: a channel's scale is its largest magnitude over 127, and activations stay
+as they are. What a matrix was is off by at most half a scale.
+"""
+
+# Why not qwix (0.1.8, tried; it needs nothing beyond flax, opt_einsum and absl-py): it quantizes
+# modules by running them and intercepting their calls, and ours have none to run. Its arrays alone
+# keep a scale's summed axes at length 1, and its einsum takes no out_sharding: on an Explicit mesh
+# the product that sums over a split axis (wo, w2) is refused.
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llama_jax.errors import InputError
+from llama_jax.family import ModelConfig
+
+if TYPE_CHECKING:
+    from llama_jax.model.transformer import Llama
+
+_SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
+_MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
+
+
+# A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
+# and how the last bit of a division is rounded must not decide where they go.
+_STEPS = 127 * (1 - 2**-20)
+
+
+class Int8(nnx.Module):
+    """A matrix of a model: `values` int8, `scale` float32 over the letters `outputs(dims)`."""
+
+    def __init__(self, values: jax.Array, scale: jax.Array):
+        self.values = nnx.Param(values)
+        self.scale = nnx.Param(scale)
+
+
+def outputs(dims: str) -> str:
+    """Returns the letters of a matrix that a product keeps: 'DNH' -> 'NH', 'VD' -> 'V'.
+
+    The embedding's are its rows: that serves the look-up and a tied head alike.
+    """
+    summed = _SUMMED.get(dims, dims[0])
+    return "".join(letter for letter in dims if letter not in summed)
+
+
+def int8(w: Any, dims: str) -> tuple[Any, Any]:
+    """Returns the values [dims] int8 and the scales [outputs(dims)] float32 of a matrix.
+
+    Args:
+        w: a NumPy or JAX array with the axes `dims`, maybe with a leading L.
+        dims: its letters, without the L.
+
+    NumPy and XLA on the CPU give the same bits; a processor that rounds divisions otherwise does so
+    too for what was bfloat16 or float16. A channel of zeros has scale 0, as has one whose
+    scale would be subnormal (some processors take such a number for 0, and would divide by it).
+    """
+    xp = w.__array_namespace__()
+    w = w.astype(np.float32)
+    axes = tuple(dims.index(letter) - len(dims) for letter in dims if letter not in outputs(dims))
+    largest = xp.max(xp.abs(w), axis=axes, keepdims=True)
+    scale = largest * np.float32(1 / 127)  # what `/ 127` becomes in XLA, but not in NumPy
+    nothing = scale < np.finfo(np.float32).tiny
+    steps = np.float32(_STEPS) / xp.where(nothing, np.float32(np.inf), largest)
+    values = xp.round(w * steps).astype(np.int8)
+    return values, xp.squeeze(xp.where(nothing, np.float32(0), scale), axis=axes)
+
+
+def matrix(config: ModelConfig, w: jax.Array, dims: str) -> Any:
+    """Returns a matrix as `config` wants it kept: an nnx.Param, or an Int8."""
+    return Int8(*int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)
+
+
+def quantized(config: ModelConfig, model: "Llama") -> "tuple[ModelConfig, Llama]":
+    """Returns configuration and model with every matrix as `Int8`; the norms are shared.
+
+    One matrix after another is turned, on the current mesh; `model` is left as it is, so both are
+    in memory until the caller lets it go.
+
+    Raises:
+        InputError: it is quantized already.
+    """
+    if config.quantized != "none":
+        raise InputError(
+            f"the model is {config.quantized} already: quantize the one that it was made from"
+        )
+    config = replace(config, quantized="int8")
+    turn = jax.jit(partial(matrix, config), static_argnames="dims")
+    model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
+    model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
+    if model.output is not None:
+        model.output = turn(model.output[...], dims="DV")
+    for name, dims in _MATRICES.items():
+        setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
+    return config, model

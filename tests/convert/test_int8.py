@@ -1,0 +1,129 @@
+"""convert --quantize int8: what is written, what is proven, what is refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_model
+from flax import nnx
+
+from llama_jax.checkpoint import load_model, save_model
+from llama_jax.convert import layout
+from llama_jax.convert.conversion import convert
+from llama_jax.convert.verification import verify
+from llama_jax.errors import InputError
+from llama_jax.folders import read_model_config
+from llama_jax.model.quantize import quantized
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import one_device_mesh
+
+
+def quiet(source: Path, folder: Path, **options) -> Path:
+    return convert(source, folder, progress=False, **options).folder
+
+
+def changed(weight: jax.Array, at: tuple[int, ...], value: float) -> jax.Array:
+    numbers = np.array(weight)
+    assert numbers[at] != value
+    numbers[at] = value
+    return jnp.asarray(numbers)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def folders(request, tmp_path_factory):
+    """A model folder, and it quantized for a mesh, in parts of few channels."""
+    folder = tmp_path_factory.mktemp("quantize")
+    config = tiny_model(param_dtype=request.param)
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(folder / "m", config, model, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "_AT_ONCE", 700)
+        quiet(folder / "m", folder / "int8", quantize="int8", mesh={"fsdp": 2, "tensor": 4})
+    return folder / "m", folder / "int8"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
+def test_loading_gives_what_quantizing_on_load_gives_bit_for_bit(folders, shape):
+    with jax.set_mesh(mesh_of(shape)):
+        expected_config, expected = quantized(*load_model(folders[0]))
+        config, model = load_model(folders[1])
+    assert config == expected_config
+    assert jax.tree.structure(model) == jax.tree.structure(expected)
+    pairs = zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.dtype, ours.sharding) == (theirs.dtype, theirs.sharding)
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_of_two_types_become_one_as_on_load(tmp_path):
+    config = tiny_model(param_dtype="bfloat16")
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        model.tok_embeddings = nnx.Param(1.001 * model.tok_embeddings[...].astype(np.float32))
+        save_model(tmp_path / "m", config, model, None)
+        _, expected = quantized(*load_model(tmp_path / "m"))
+        _, made = load_model(quiet(tmp_path / "m", tmp_path / "int8", quantize="int8"))
+    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_receipt_tells_what_was_quantized_and_the_proof_does_it_again(folders):
+    source, folder = folders
+    made = json.loads((folder / "receipt.json").read_text())
+    assert made["verified"] == {"identical": 5, "converted": 16}
+    kinds = {r["weight"]: [t["dtype"] for t in r["written"]] for r in made["weights"]}
+    assert kinds["layers.1.wo"] == kinds["output"] == ["int8", "float32"]
+    assert len(kinds["norm"]) == len(kinds["layers.0.ffn_norm"]) == 1
+    assert verify(folder, source, progress=False) == made["verified"]
+
+
+def test_a_changed_source_or_value_is_found(folders, tmp_path):
+    source, folder = folders
+    with jax.set_mesh(one_device_mesh()):
+        config, model = load_model(source)
+        model.layers.wk[...] = changed(model.layers.wk[...], (1, 3, 2, 1), 0.5)
+        save_model(tmp_path / "other", config, model, None)
+    with pytest.raises(InputError, match=r"layers.wk\[1\] is not the tensor that was converted"):
+        verify(folder, tmp_path / "other", progress=False)
+    with jax.set_mesh(one_device_mesh()):
+        config, model = load_model(folder)
+        model.layers.wk.values[...] = changed(model.layers.wk.values[...], (1, 3, 2, 1), 0)
+        save_model(tmp_path / "int8", config, model, None)
+    (tmp_path / "int8" / "receipt.json").write_bytes((folder / "receipt.json").read_bytes())
+    sentence = r"layers.wk.values\[1\] is not what the conversion wrote"
+    with pytest.raises(InputError, match=sentence):
+        verify(tmp_path / "int8", progress=False)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
+    def test_an_int8_folder_is_no_source(self, folders, tmp_path, to):
+        with pytest.raises(InputError, match="convert the checkpoint that it was made from"):
+            quiet(folders[1], tmp_path / "m", to=to)
+        with pytest.raises(InputError, match="is int8, which gives back no other format"):
+            quiet(folders[1], tmp_path / "m", quantize="int8")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("to", ["hf", "meta"])
+    def test_other_formats_have_no_int8(self, folders, tmp_path, to):
+        with pytest.raises(InputError, match="--quantize int8 is for --to orbax: leave one of the"):
+            quiet(folders[0], tmp_path / "m", to=to, quantize="int8")
+
+    def test_training_does_not_start_from_int8(self, folders):
+        with (
+            jax.set_mesh(one_device_mesh()),
+            pytest.raises(InputError, match=r"are kept as int8: give the folder that it was made"),
+        ):
+            load_model(folders[1], read_model_config(folders[0]))
+
+    def test_what_is_not_finite_has_no_scale(self, folders, tmp_path):
+        with jax.set_mesh(one_device_mesh()):
+            config, model = load_model(folders[0])
+            model.layers.w2[...] = changed(model.layers.w2[...], (1, 3, 2), np.inf)
+            save_model(tmp_path / "m", config, model, None)
+        with pytest.raises(InputError, match=r"layers.1.w2 holds NaN or infinity.*can't be quant"):
+            quiet(tmp_path / "m", tmp_path / "int8", quantize="int8")

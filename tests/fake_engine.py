@@ -1,0 +1,114 @@
+"""An engine that makes scripted texts: what the server asks of one, without a model."""
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.errors import InputError
+from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request, Statistics
+from llama_jax.inference.server import Settings, application, listen, uvicorn_server
+
+
+class Ticket:
+    def __init__(self):
+        self.cancelled = threading.Event()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+class FakeEngine:
+    """Says what it was asked, and with which seed. Texts in `hold` wait until it is set.
+
+    Tokens have the log-probability -1/4; each is followed by its neighbours in the vocabulary.
+    """
+
+    rows, context, queue = 2, 200, 6
+    failure = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.requests: list[Request] = []
+        self.reasons: list[str] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.failing = self.closed = False
+        self.seconds = 0.001  # for a token
+        self._changed = threading.Condition()
+        self._running = 0
+
+    def script(self, request: Request) -> str:
+        text = self.tokenizer.decode(request.prompt)
+        return f" {text[-20:]}: é🦙, said with the seed {request.seed}.\nThat is all."
+
+    def submit(self, request: Request, deliver: Callable[[Begun | MadeToken | Ended], None]):
+        if len(request.prompt) + request.max_new_tokens > self.context:
+            raise InputError("too long")
+        with self._changed:
+            if self._running >= self.rows + self.queue:
+                raise QueueFull
+            self._running += 1
+            self.requests.append(request)
+        ticket = Ticket()
+        threading.Thread(target=self._run, args=(request, ticket, deliver), daemon=True).start()
+        return ticket
+
+    def _run(self, request, ticket, deliver):
+        reason = self._make(request, ticket, deliver)
+        with self._changed:
+            self._running -= 1
+            self.reasons.append(reason)
+            self._changed.notify_all()
+        deliver(Ended(reason, "out of memory" if reason == "error" else ""))
+
+    def _make(self, request, ticket, deliver) -> str:
+        while not self.hold.wait(0.002):
+            if ticket.cancelled.is_set():
+                return "cancelled"
+        if self.failing:
+            return "error"
+        score = (self._scored(request, token) for token in request.prompt[1:])
+        deliver(Begun(list(score) if request.prompt_logprobs else []))
+        script = self.tokenizer.encode(self.script(request))
+        ends = sorted(request.end_ids)[:1] or script * 20
+        for token in [*script, *ends][: request.max_new_tokens]:
+            if ticket.cancelled.wait(self.seconds):
+                return "cancelled"
+            deliver(self._scored(request, token))
+            if token in request.end_ids:
+                return "stop"
+        return "length"
+
+    def _scored(self, request: Request, token: int) -> MadeToken:
+        top = tuple((token + i, -0.25 - i) for i in range(request.top_logprobs))
+        return MadeToken(token, -0.25, top)
+
+    def wait_until_idle(self):
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._running, timeout=10)
+
+    def statistics(self) -> Statistics:
+        n = len(self.reasons)
+        running = self._running
+        return Statistics(running=running, finished=n, made_tokens=22, decode_seconds=1.5)
+
+    def close(self):
+        self.closed = True
+
+
+@contextmanager
+def serving(tokenizer, engine=None, **settings):
+    """Runs a server on a free port of the loopback; yields its engine and its URL."""
+    engine = engine or FakeEngine(tokenizer)
+    made = Settings(**({"name": "stories", "max_tokens": 150, "max_body": 20_000} | settings))
+    server = uvicorn_server(application(engine, tokenizer, made))
+    with listen("127.0.0.1", 0) as bound:
+        bound.listen()
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            yield engine, f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

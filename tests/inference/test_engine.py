@@ -1,0 +1,228 @@
+import queue
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_model
+
+from llama_jax.errors import InputError
+from llama_jax.inference.compiling import compiled
+from llama_jax.inference.engine import Engine
+from llama_jax.inference.generate import prompt_logprobs
+from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request
+from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stream import stream
+from llama_jax.model.transformer import Llama, unrolled
+from llama_jax.sharding import one_device_mesh
+
+CONFIG = tiny_model(context=2048)
+RANDOM = np.random.default_rng(0)
+DRAWN = Sampling(temperature=0.9, top_p=0.95)
+
+
+def some(n):
+    return tuple(RANDOM.integers(3, 320, n).tolist())
+
+
+@pytest.fixture(scope="module")
+def model():
+    with jax.set_mesh(one_device_mesh()):
+        return unrolled(jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    with jax.set_mesh(one_device_mesh()):
+        engine = Engine(CONFIG, model, rows=3, context=700, queue=4)
+        yield engine
+        engine.close()
+
+
+class Answer:
+    """Collects the events of a request."""
+
+    def __init__(self, engine, request, pause=0.0):
+        self.events, self.pause = queue.Queue(), pause
+        self.ticket = engine.submit(request, self.take)
+        self.tokens, self.reason, self.begun = [], None, None
+
+    def take(self, event):
+        time.sleep(self.pause)  # holds the engine up, so that a tiny model is not done too soon
+        self.events.put(event)
+
+    def wait(self, enough=None):
+        while self.reason is None and (enough is None or len(self.tokens) < enough):
+            event = self.events.get(timeout=60)
+            if isinstance(event, MadeToken):
+                self.tokens.append(event)
+            elif isinstance(event, Ended):
+                self.reason = event.reason
+            else:
+                self.begun = event
+        return self
+
+    @property
+    def ids(self):
+        return [token.id for token in self.tokens]
+
+
+def alone(model, request):
+    with jax.set_mesh(one_device_mesh()):
+        return list(
+            stream(
+                CONFIG, model, request.prompt, max_new_tokens=request.max_new_tokens,
+                sampling=request.sampling, seed=request.seed, end_ids=request.end_ids,
+            )
+        )  # fmt: skip
+
+
+def asked(engine, *requests):
+    return [Answer(engine, request) for request in requests]
+
+
+def test_tokens_are_the_same_alone_and_in_company(engine, model):
+    requests = [
+        Request(some(5), 20),
+        Request(some(300), 12, DRAWN, seed=7),
+        Request(some(40), 30, DRAWN, seed=8),
+        Request(some(1), 9),
+        Request(some(257), 5, Sampling(repetition_penalty=1.5)),
+        Request(some(600), 20, DRAWN, seed=9),
+    ]
+    answers = asked(engine, *requests)
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.wait().ids == alone(model, request)
+        assert answer.reason == "length"
+        assert answer.begun == Begun()
+
+
+def test_nothing_is_compiled_while_requests_come_and_go(engine):
+    asked(engine, Request(some(3), 2))[0].wait()
+    before = compiled().programs
+    requests = [Request(some(n), m, DRAWN, n) for n, m in ((1, 1), (33, 9), (256, 3), (500, 150))]
+    for answer in asked(engine, *requests, Request(some(9), 3, logprobs=True, top_logprobs=5)):
+        answer.wait()
+    assert compiled().programs == before
+
+
+def test_a_prompt_that_begins_like_another_is_not_read_again(engine, model):
+    shared = some(100)
+    first, second = Request(shared + some(10), 4), Request(shared + some(20), 4)
+    asked(engine, first)[0].wait()
+    before = engine.statistics()
+    together = asked(engine, second, second)
+    expected = alone(model, second)
+    assert [answer.wait().ids for answer in together] == [expected, expected]
+    after = engine.statistics()
+    assert after.reused_tokens - before.reused_tokens >= 200
+    assert after.prompt_tokens - before.prompt_tokens <= 40
+
+
+def test_an_end_id_ends_the_text(engine, model):
+    request = Request(some(6), 20)
+    ids = alone(model, request)
+    ends = frozenset({ids[4], 300})
+    (answer,) = asked(engine, request._replace(end_ids=ends))
+    assert answer.wait().ids == ids[: ids.index(ids[4]) + 1]
+    assert answer.reason == "stop"
+
+
+def test_logprobs_come_with_the_tokens(engine, model):
+    request = Request(some(6), 3, logprobs=True, top_logprobs=4, prompt_logprobs=True)
+    (answer,) = asked(engine, request)
+    answer.wait()
+    whole = [*request.prompt, *answer.ids]
+    with jax.set_mesh(one_device_mesh()):
+        expected = np.asarray(prompt_logprobs(CONFIG, model, np.array([whole], np.int32)))[0]
+    told = [token.logprob for token in (*answer.begun.prompt_logprobs, *answer.tokens)]
+    np.testing.assert_allclose(told, expected, atol=1e-5)
+    assert [token.id for token in answer.begun.prompt_logprobs] == whole[1:6]
+    for token in answer.tokens:  # greedy: the token is the most likely one
+        assert len(token.top) == 4
+        assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-5))
+
+
+def test_a_request_can_be_given_up_while_it_waits_reads_or_makes(engine, model):
+    running = [Answer(engine, Request(some(4), 690), pause=0.005) for _ in range(3)]
+    for answer in running:
+        answer.wait(1)
+    waiting = asked(engine, Request(some(600), 5), Request(some(7), 5))
+    waiting[0].ticket.cancel()
+    running[1].ticket.cancel()
+    assert running[1].wait().reason == "cancelled"
+    assert waiting[0].wait().reason == "cancelled"
+    waiting[1].wait()
+    for answer in (running[0], running[2]):
+        answer.ticket.cancel()
+        assert answer.wait().reason == "cancelled"
+    assert waiting[1].ids == alone(model, waiting[1].ticket.request)
+    for answer in running:
+        assert 0 < len(answer.ids) < 690
+        expected = alone(model, answer.ticket.request._replace(max_new_tokens=len(answer.ids)))
+        assert answer.ids == expected
+    assert engine.statistics().running == 0
+
+
+def test_a_full_queue_refuses(engine):
+    answers = []
+
+    def too_many():
+        for _ in range(20):
+            answers.append(Answer(engine, Request(some(4), 600), pause=0.005))
+
+    with pytest.raises(QueueFull, match="requests are waiting: try again later"):
+        too_many()
+    assert 4 <= len(answers) <= 3 + 4
+    for answer in answers:
+        answer.ticket.cancel()
+    assert {answer.wait().reason for answer in answers} == {"cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (Request((), 5), "the prompt is empty"),
+        (Request((320,), 5), "token 320 of the prompt is outside the model's vocabulary of 320"),
+        (Request((5,), 0), "0 new tokens: ask for at least 1"),
+        (Request((5,) * 600, 101), "600 tokens and 101 new ones don't fit a context of 700"),
+        (Request((5,), 1, top_logprobs=21), "21 alternatives: ask for 0 … 20"),
+        (Request((5,), 1, end_ids=frozenset(range(17))), "17 end ids: at most 16 can be given"),
+    ],
+)
+def test_what_can_not_be_served_is_refused_in_a_sentence(engine, request_, sentence):
+    with pytest.raises(InputError, match=sentence):
+        engine.submit(request_, lambda _: None)
+
+
+def test_many_requests_from_many_threads_are_not_mixed_up(engine, model):
+    requests = [Request(some(n % 30 + 1), n % 7 + 1, DRAWN, seed=n) for n in range(24)]
+    wrong = []
+
+    def ask(request):
+        while True:
+            try:
+                (answer,) = asked(engine, request)
+                break
+            except QueueFull:
+                time.sleep(0.01)
+        wrong.extend([request] if answer.wait().ids != alone(model, request) else [])
+
+    threads = [threading.Thread(target=ask, args=(request,)) for request in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(model):
+    with jax.set_mesh(one_device_mesh()):
+        engine = Engine(CONFIG, model, rows=3, context=700)
+    answer = Answer(engine, Request(some(4), 690), pause=0.005)
+    answer.wait(1)
+    engine.close()
+    assert answer.wait().reason == "error"
+    with pytest.raises(InputError, match="the engine has stopped"):
+        engine.submit(Request((5,), 1), lambda _: None)

@@ -1,0 +1,50 @@
+"""Generation by several processes, each with a part of the model: real ones, over the loopback."""
+
+import json
+
+import jax
+import numpy as np
+from conftest import tiny_model
+from test_distributed import Group
+
+from llama_jax.checkpoint import save_model
+from llama_jax.inference.stream import stream
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import one_device_mesh
+
+CONFIG = tiny_model()
+PROMPT = np.random.default_rng(0).integers(3, 320, 9).tolist()
+
+PROGRAM = """
+import json, sys
+import jax
+from llama_jax import distributed, sharding
+from llama_jax.folders import read_model_config
+from llama_jax.inference.load import load
+from llama_jax.inference.stream import stream
+
+folder, prompt, _, coordinator, _, processes, _, process = sys.argv[1:]
+with distributed.hosts(coordinator, int(processes), int(process)):
+    mesh = sharding.tensor_mesh(read_model_config(folder), jax.devices())
+    with jax.set_mesh(mesh):
+        config, model = load(folder)
+        own = model.layers[0].wq[...].addressable_shards
+        made = list(stream(config, model, json.loads(prompt), max_new_tokens=20))
+    print(json.dumps({"tokens": made, "devices": mesh.size, "own": len(own)}))
+"""
+
+
+def test_two_processes_make_the_tokens_of_one(tmp_path):
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0))
+        save_model(tmp_path / "model", CONFIG, model, tokenizer=None)
+        expected = list(stream(CONFIG, model, PROMPT, max_new_tokens=20))
+    argv = tmp_path / "model", json.dumps(PROMPT)
+    group = Group(tmp_path / "group", 2, *argv, program=("-c", PROGRAM))
+    assert group.wait() == [0, 0], group.said("err")
+    for said in group.said("out"):
+        assert json.loads(said.splitlines()[-1]) == {
+            "tokens": expected,
+            "devices": 8,
+            "own": 4,
+        }

@@ -1,0 +1,66 @@
+"""The server with a real engine and a really trained model behind it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jax
+import openai
+import pytest
+from conftest import load_reference
+from fake_engine import serving
+from prometheus_client.parser import text_string_to_metric_families
+
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.inference.engine import Engine
+from llama_jax.model.transformer import unrolled
+from llama_jax.sharding import one_device_mesh
+
+
+@pytest.fixture(scope="module")
+def served(shared_data):
+    folder = shared_data / "stories260K" / "hf"
+    with jax.set_mesh(one_device_mesh()):
+        config, model = load_reference(folder)
+        engine = Engine(config, unrolled(model), rows=3, context=256)
+    with serving(load_tokenizer(folder), engine, max_tokens=250) as (_, url):
+        yield url
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=f"{served}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_story_is_the_one_that_is_known(client, shared_data):
+    expected = (shared_data / "stories260K" / "greedy_200_expected.txt").read_text()
+    told = client.completions.create(
+        model="stories", prompt="", max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert told.choices[0].text == expected
+    assert told.usage.completion_tokens == 200
+
+
+def test_requests_in_company_get_what_they_get_alone(client, served):
+    def ask(i):
+        told = client.completions.create(
+            model="stories", prompt="Once upon a time" * (i % 3 + 1), max_tokens=10 + i,
+            temperature=i % 2, seed=i, logprobs=2,
+        )  # fmt: skip
+        return told.choices[0].text, told.choices[0].logprobs.tokens
+
+    alone = [ask(i) for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, range(12))) == alone
+    metrics = httpx.get(f"{served}/metrics").text
+    samples = {
+        s.name: s.value
+        for family in text_string_to_metric_families(metrics)
+        for s in family.samples
+        if s.name.startswith("llama_jax") and not s.labels
+    }
+    assert samples["llama_jax_running"] == samples["llama_jax_waiting"] == 0
+    # Beginnings that are alike are read once; a token at least of each prompt is read anew.
+    assert samples["llama_jax_reused_tokens_total"] > samples["llama_jax_prompt_tokens_total"]
+    assert samples["llama_jax_bytes_read_total"] > samples["llama_jax_decode_steps_total"] * 1e6
