@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     if args.inference:
         return _plan_inference(args)
-    serving = ("context", "batch", "dtype", "cache")
+    serving = ("context", "batch", "dtype", "cache", "quantize")
     if given := [name for name in serving if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} is for plan --inference: add that, or leave it out")
     config = config_file.load(args.config, args.overrides)
@@ -140,7 +140,11 @@ def _plan_inference(args: argparse.Namespace) -> int:
 
     dtype = args.dtype or "bfloat16"
     config = replace(
-        config, dtype=dtype, param_dtype=dtype, cache_dtype=args.cache or config.cache_dtype
+        config,
+        dtype=dtype,
+        param_dtype=dtype,
+        cache_dtype=args.cache or config.cache_dtype,
+        quantized=args.quantize or config.quantized,
     )
     context = min(4096, config.context) if args.context is None else args.context
     batch = 8 if args.batch is None else args.batch

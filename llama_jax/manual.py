@@ -130,8 +130,8 @@ layer split over all its chips, key/value heads copied where there are fewer. Es
   cycles     the compiler's own count for all operations, at the chip's clock
   compiler   its cost model's sum, without network; it counts what stays in the chip's fast memory
              as read from the large one, so for decoding it is far too high
-  roofline   the larger of memory and compute, and network: nothing is faster
-  estimate   the same with cycles, where these are more
+  roofline   the largest of memory, compute and network, as if none waited for another
+  estimate   the largest of memory, compute and cycles, and the network on top, which is awaited
 
 Two layers and three are compiled and extrapolated; the loop over new tokens is compiled whole, for
 its memory. Steps leave sampling out, and what a program waits for what it fetches ahead.
@@ -203,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=["bfloat16", "float32"], help="of weights and activations (bfloat16)"
     )
     plan.add_argument("--cache", choices=["same", "int8"], help="of keys and values (the model's)")
+    plan.add_argument("--quantize", choices=["int8"], help="of matrices (as the model is)")
 
     tokenize = command("tokenize", _TOKENIZE)
     tokenize.add_argument("sources", metavar="SOURCE", nargs="+", help="file, folder or glob")

@@ -40,12 +40,15 @@ class Time(NamedTuple):
 
     @property
     def roofline(self) -> float:
-        """Seconds that nothing can go below, if the network waits for what computes."""
-        return max(self.memory, self.compute) + self.network
+        """Seconds where memory, products and network never wait for each other."""
+        return max(self.memory, self.compute, self.network)
 
     @property
     def estimate(self) -> float:
-        """Seconds to expect: the compiler's cycles, or the roofline where that is longer."""
+        """Seconds to expect: the compiler's cycles, or memory or compute where these are more.
+
+        The network comes on top: as programs are compiled, sums are awaited where they are made.
+        """
         return max(self.memory, self.compute, self.cycles) + self.network
 
     @property

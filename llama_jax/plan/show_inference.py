@@ -69,10 +69,12 @@ def show(plan: InferencePlan) -> None:
     console = Console(highlight=False, soft_wrap=True)
     chip, slices = plan.pod.chip, plan.pod.slices
     over = f"{plan.pod.size // slices} chips" + (f", in each of {slices} slices" * (slices > 1))
+    config = plan.config
+    kind = config.param_dtype if config.quantized == "none" else config.quantized
     console.print(
-        f"{plan.pod}: {plan.parameters:,} parameters in {plan.config.param_dtype}, each layer"
+        f"{plan.pod}: {plan.parameters:,} parameters in {kind}, each layer"
         f" split over {over}; {plan.batch} row(s) of {plan.context:,} tokens, cache in"
-        f" {'int8' if plan.config.cache_dtype == 'int8' else plan.config.dtype}"
+        f" {config.dtype if config.cache_dtype == 'same' else config.cache_dtype}"
     )
     memory = table("memory of a chip", "GiB", "")
     for kind, used in (
@@ -83,7 +85,7 @@ def show(plan: InferencePlan) -> None:
     ):
         memory.add_row(kind, _gib(used), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    room = f"{verdict} the {chip.usable:g} that the compiler gives a program"
+    room = f"{verdict} {chip.usable:g} for a program"
     memory.add_row("all, the larger of both", _gib(plan.needed), room)
     console.print(memory)
     if plan.prefill is None:

@@ -48,6 +48,16 @@ def test_bytes_are_those_of_the_model_and_its_cache(cache_dtype):
     assert weights.embedding == 2 * 1024 * 256
 
 
+def test_matrices_in_int8_take_half_and_their_scales():
+    plain, int8 = (
+        inference.sizes(model(quantized=kept), one_device_mesh(), 256)[0]
+        for kept in ("none", "int8")
+    )
+    outputs = 4 * 128 + 2 * 2 * 128 + 256 + 2 * 512 + 256  # q, k and v, wo, w1 and w3, w2
+    matrices = plain.layers - 2 * 2 * 2 * 256  # all but two norms in each of two layers
+    assert int8.layers == plain.layers - matrices // 2 + 2 * 4 * outputs
+
+
 def test_key_value_heads_are_copied_over_more_chips_than_there_are():
     mesh = mesh_of((1, 1, 4))
     config = serving_program.over(model(), mesh)
@@ -108,7 +118,7 @@ def test_no_row_fits_where_the_weights_alone_do_not():
 def test_an_estimate_is_no_faster_than_memory_and_waits_for_the_network():
     assert Time(3, 1, 2, cycles=2, compiler=9).estimate == 5
     assert Time(3, 1, 2, cycles=4, compiler=9).estimate == 6
-    assert Time(3, 1, 2, cycles=4, compiler=9).roofline == 5
+    assert Time(3, 1, 2, cycles=4, compiler=9).roofline == 3
     assert Time(3, 1, 4, cycles=4, compiler=9).bound == "network"
 
 
