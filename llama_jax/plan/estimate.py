@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from llama_jax.chips import Chip
@@ -123,8 +122,8 @@ def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
     tell(f"compiled in {time.monotonic() - begun:.0f} s; now one layer and two, for their time …")
     depths = (program.of_depth(config, layers) for layers in (1, 2))
     try:
-        with ThreadPoolExecutor() as pool:  # a compilation keeps more than one core busy in part
-            one, two = pool.map(lambda run: program.compiled(run, mesh, pod.chip), depths)
+        # Not both at once: libtpu 0.0.42.1 then ends the process, in two of five such plans.
+        one, two = (program.compiled(run, mesh, pod.chip) for run in depths)
     except DoesNotFit:
         tell("the whole step fits, layers out of their loop do not: memory alone is told")
         return plan

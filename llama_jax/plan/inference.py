@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -289,8 +288,7 @@ def _two_depths(
     """
     depths = [replace(config, n_layers=layers) for layers in _DEPTHS]
     try:
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(compile_, depths))
+        return [compile_(shallow) for shallow in depths]
     except DoesNotFit:
         return None
 

@@ -83,7 +83,7 @@ def show(plan: InferencePlan) -> None:
     ):
         memory.add_row(kind, _gib(used), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    room = f"{verdict} {chip.usable:g} of {chip.hbm:g} GiB"
+    room = f"{verdict} the {chip.usable:g} that the compiler gives a program"
     memory.add_row("all, the larger of both", _gib(plan.needed), room)
     console.print(memory)
     if plan.prefill is None:
