@@ -13,6 +13,7 @@ from llama_jax.inference.load import load
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
 from llama_jax.inference.text import stream_text
+from llama_jax.model.quantize import quantized
 from llama_jax.model.transformer import Llama, forward
 from llama_jax.sharding import one_device_mesh, place, tensor_mesh
 from llama_jax.tree import abstract_model
@@ -90,6 +91,21 @@ def test_greedy_tokens_are_the_same_over_any_number_of_devices(folder, greedy, d
         wk = model.layers[0].wk[...]
         assert wk.sharding.shard_shape(wk.shape)[1] == config.n_kv_heads // devices
         np.testing.assert_array_equal(run(model, config=config), greedy)
+
+
+def test_int8_continues_alike_on_one_device_and_where_heads_are_copied(model, folder, tmp_path):
+    with jax.set_mesh(one_device_mesh()):
+        config, kept = quantized(CONFIG, model)
+        save_model(tmp_path / "int8", config, kept, tokenizer=None)
+        config, loaded = load(tmp_path / "int8")
+        continued = run(loaded, config=config)
+    with jax.set_mesh(tensor_mesh(CONFIG, jax.devices()[:8])):
+        config, loaded = load(folder, quantize="int8")
+        assert config.n_kv_heads == 8 == 2 * CONFIG.n_kv_heads
+        np.testing.assert_array_equal(run(loaded, config=config), continued)
+        _, same = load(tmp_path / "int8")
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("one_device")
