@@ -85,8 +85,9 @@ def test_data_runs_across_slices():
 
 
 def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():
-    assert tensor_mesh(tiny_model()).size == 4
-    assert tensor_mesh(tiny_model(n_kv_heads=1, n_heads=8)).size == 1
+    assert tensor_mesh(tiny_model()).size == 8  # two devices to each of 4 key/value heads
+    assert tensor_mesh(tiny_model(n_heads=4)).size == 4
+    assert tensor_mesh(tiny_model(n_kv_heads=3, n_heads=12, vocab_size=324)).size == 1
 
 
 def test_place_puts_every_row_on_its_device():

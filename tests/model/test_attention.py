@@ -9,6 +9,7 @@ from conftest import mesh_of
 from llama_jax.errors import InputError
 from llama_jax.model import attention as attention_module
 from llama_jax.model.attention import attention, cached_attention
+from llama_jax.model.cache import KeysValues
 from llama_jax.sharding import in_balanced_order
 
 
@@ -110,12 +111,14 @@ def test_every_kernel_agrees_on_every_mesh(kernel, shape, packed):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_an_offset_places_queries_at_later_slots():
-    q, k, v = (random((1, 10, 4, 8), i) for i in range(3))
-    ones = np.ones((1, 10), np.int32)
-    whole = jax.jit(attention)(q, k, v, ones)
-    part = jax.jit(cached_attention)(q[:, 6:8], k, v, ones[:, 6:8], ones, 6)
-    np.testing.assert_allclose(part, whole[:, 6:8], atol=1e-6)
+def test_queries_see_the_slots_of_a_cache_up_to_their_own():
+    q, k, v = (random((2, 10, 4, 8), i) for i in range(3))
+    whole = jax.jit(attention)(q, k, v, np.ones((2, 10), np.int32))
+    kept = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    positions = np.array([[6, 7], [1, 2]], np.int32)
+    queries = np.stack([q[0, 6:8], q[1, 1:3]])
+    part = jax.jit(cached_attention)(queries, kept, positions)
+    np.testing.assert_allclose(part, np.stack([whole[0, 6:8], whole[1, 1:3]]), atol=1e-6)
 
 
 @pytest.mark.usefixtures("one_device")
