@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.family import ModelConfig
-from llama_jax.sharding import act
+from llama_jax.sharding import act, platform
 
 
 class KeysValues(NamedTuple):
@@ -73,6 +73,12 @@ def write(kept: KeysValues, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Ar
 
 
 def _put(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
+    if platform() == "cpu" and slots_BKS_.dtype == jnp.bfloat16 and new_BKT_.shape[2] == 1:
+        # In bfloat16 XLA's CPU back end writes rows apart by making all of the cache float32 and
+        # back: choosing for each slot is faster (8 rows of SmolLM2-135M: a step 58 to 41 ms).
+        here_BS = jnp.arange(slots_BKS_.shape[2]) == used_B[:, None]
+        return jnp.where(here_BS[:, None, :, None], new_BKT_, slots_BKS_)
+
     def row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(slots_KS_, new_KT_, used, axis=1)
 
