@@ -136,10 +136,13 @@ def decode(
 
     def ask(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
         chosen_B, top_logprobs_BA, top_tokens_BA = logprobs(logits_BV, token_B, top)
-        return chosen_B, top_tokens_BA, top_logprobs_BA
+        return placed((chosen_B, top_tokens_BA, top_logprobs_BA))
+
+    def placed(told: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jax.reshard(x_B_, act("BS"[: x_B_.ndim])) for x_B_ in told)
 
     def leave(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(x_Bn[:, 0] for x_Bn in nothing[1:])
+        return placed(tuple(x_Bn[:, 0] for x_Bn in nothing[1:]))
 
     def going_on(carry: tuple[jax.Array, Made, State]) -> jax.Array:
         i, _, state = carry
@@ -154,7 +157,7 @@ def decode(
         made = Made(*(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True)))
         rows = after(rows, token_B)
         cache, logits_BV = read(config, model, cache, token_B[:, None], going_B.astype(jnp.int32))
-        return i + 1, made, State(cache, logits_BV, rows)
+        return i + 1, made, State(cache, jax.reshard(logits_BV, act("BV")), rows)
 
     def empty(value: float, dtype: type, *more: int) -> jax.Array:
         return jnp.full((B, room, *more), value, dtype, out_sharding=act("BSS"[: 2 + len(more)]))
@@ -184,10 +187,14 @@ def after(rows: Rows, token_B: jax.Array) -> Rows:
 
 def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array) -> jax.Array:
     """Returns what was made with column `i` of the rows that go on."""
+    # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
+    dims = "BSS"[: made_Bn_.ndim]
     old_B_ = jax.lax.dynamic_index_in_dim(made_Bn_, i, axis=1, keepdims=False)
+    old_B_, new_B_ = (jax.reshard(x, act(dims[:-1])) for x in (old_B_, new_B_))
     going_B_ = going_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
     kept_B_ = jnp.where(going_B_, new_B_.astype(old_B_.dtype), old_B_)
-    return jax.lax.dynamic_update_index_in_dim(made_Bn_, kept_B_, i, axis=1)
+    made_Bn_ = jax.lax.dynamic_update_index_in_dim(made_Bn_, kept_B_, i, axis=1)
+    return jax.reshard(made_Bn_, act(dims))
 
 
 @partial(

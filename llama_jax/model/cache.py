@@ -82,7 +82,10 @@ def _put(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.A
     def row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(slots_KS_, new_KT_, used, axis=1)
 
-    return jax.vmap(row)(slots_BKS_, new_BKT_, used_B)
+    # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
+    dims = "BKSH"[: slots_BKS_.ndim]
+    slots_BKS_, new_BKT_ = (jax.reshard(x, act(dims)) for x in (slots_BKS_, new_BKT_))
+    return jax.vmap(row)(slots_BKS_, new_BKT_, jax.reshard(used_B, act("B")))
 
 
 def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
