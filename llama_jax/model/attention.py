@@ -99,6 +99,7 @@ def cached_attention(q_BTNH: jax.Array, kept: KeysValues, positions_BT: jax.Arra
     They see the slots up to their own, which are their positions.
     """
     q_BTNH = jax.reshard(q_BTNH, act("BTNH"))
+    kept = jax.tree.map(lambda x: jax.reshard(x, act("BKSH"[: x.ndim])), kept)
     B, T, N, H = q_BTNH.shape
     K = kept.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=act("BTKGH"))
