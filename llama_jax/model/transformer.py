@@ -175,13 +175,14 @@ def continued(
     x_BTD, block = _begin(config, model, tokens_BT, _Seen(positions_BT, None))
     kept = []
     for number, of_layer in enumerate(cache.layers):
-        x_BTD, new = block(x_BTD, _layer(model, number), of_layer)
+        x_BTD, new = block(x_BTD, layer(model, number), of_layer)
         kept.append(new)
     used_B = cache.used_B + (T if lengths_B is None else lengths_B)
     return _norm(config, x_BTD, model.norm), Cache(tuple(kept), used_B)
 
 
-def _layer(model: Llama | Unrolled, number: int) -> Block:
+def layer(model: Llama | Unrolled, number: int) -> Block:
+    """Returns the weights of one layer, of which a stacked model gives a copy."""
     if isinstance(model, Unrolled):
         return model.layers[number]
     return jax.tree.map(lambda w_L: w_L[number], model.layers)

@@ -13,7 +13,7 @@ from llama_jax.inference import generate
 from llama_jax.inference.generate import NO_TOKEN, Rows, State
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.model.transformer import Llama, Unrolled, layer
 from llama_jax.plan import pod as pods
 from llama_jax.plan.pod import Pod
 from llama_jax.plan.program import Reading, reading
@@ -52,8 +52,8 @@ def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Unrolled:
 
     def make() -> Unrolled:
         model = Llama(config, jax.random.key(0))
-        layers = (jax.tree.map(lambda w_L: w_L[i], model.layers) for i in range(config.n_layers))  # noqa: B023
-        return Unrolled(model.tok_embeddings, tuple(layers), model.norm, model.output)
+        layers = tuple(layer(model, number) for number in range(config.n_layers))
+        return Unrolled(model.tok_embeddings, layers, model.norm, model.output)
 
     with jax.set_mesh(mesh):
         return abstract(make)
