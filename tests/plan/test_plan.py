@@ -85,7 +85,7 @@ def test_what_is_searched_divides_and_keeps_what_it_says():
         assert math.prod(dataclasses.astuple(way.mesh)) == place.size
         assert way.data.batch_size % (way.mesh.data * way.mesh.fsdp) == 0
     by_remat = {w.model.remat: search.memory(w) for w in ways if w.mesh == ways[0].mesh}
-    kept = ["none", "products", "projections", "attention", "full"]
+    kept = ["none", "products", "projections", "attention", "full", "offload"]
     assert sorted(by_remat, key=lambda remat: -by_remat[remat]) == kept
     long = run_of("llama3.1-8b", 16, 131_072)
     assert {way.mesh.context for way in search.candidates(long, place)} > {16}
