@@ -50,7 +50,7 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
         else:
             config, model = load(folder, replace(read_model_config(folder), **kinds))
     prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
-    slots = 1 << (PROMPT + new).bit_length()
+    slots = PROMPT + new + 1  # as `generate` takes them
 
     def work() -> tuple[float, int]:
         with jax.set_mesh(mesh):

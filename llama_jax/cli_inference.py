@@ -217,6 +217,7 @@ def serve(args: argparse.Namespace) -> int:
     from llama_jax.inference.compiling import keep_compiled
     from llama_jax.inference.engine import Engine
     from llama_jax.inference.load import load
+    from llama_jax.inference.roofline import copy_bandwidth
 
     shape = folders.read_model_config(folder)
     context = args.context or min(shape.context, 8192)
@@ -229,6 +230,7 @@ def serve(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     keep_compiled()
     with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
+        settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
         config, model = load(folder, shape, quantize=args.quantize)
         engine = Engine(
             config, model, rows=args.rows, context=context, queue=args.queue, tell=_tell
@@ -267,8 +269,11 @@ def perplexity(args: argparse.Namespace) -> int:
     from llama_jax.data.tokenizer import load_tokenizer
     from llama_jax.inference.load import load
     from llama_jax.inference.perplexity import nats_per_token
+    from llama_jax.model.quantize import check_whole
 
     shape, tokenizer = folders.read_model_config(args.folder), load_tokenizer(args.folder)
+    if args.quantize:
+        check_whole(shape)
     try:
         text = Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

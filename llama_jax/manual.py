@@ -188,7 +188,11 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="figures in bytes, seconds and shares")
     plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
     plan.add_argument(
-        "--compile", type=int, default=4, metavar="N", help="ways that --search compiles (4)"
+        "--compile",
+        type=int,
+        default=4,
+        metavar="N",
+        help="ways that fit which --search compiles (4)",
     )
     plan.add_argument(
         "--inference",

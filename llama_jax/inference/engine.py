@@ -19,7 +19,8 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference import batch
 from llama_jax.inference.compiling import compiled
-from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows, prompt_logprobs
+from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows
+from llama_jax.inference.perplexity import prompt_logprobs
 from llama_jax.inference.requests import (
     ENDS,
     TOP,
@@ -284,7 +285,7 @@ class Engine:
     def _prompt_told(self, request: Request) -> tuple[MadeToken, ...]:
         tokens = np.zeros((1, 1 << (len(request.prompt) - 1).bit_length()), np.int32)
         tokens[0, : len(request.prompt)] = request.prompt
-        told = np.asarray(prompt_logprobs(self._config, self._model, place(tokens, "BT")))[0]
+        told = prompt_logprobs(self._config, self._model, tokens)[0]
         pairs = zip(request.prompt[1:], told.tolist(), strict=False)
         return tuple(MadeToken(token, logprob) for token, logprob in pairs)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.family import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, Unrolled, continued, hidden_states, output_head
+from llama_jax.model.transformer import Llama, Unrolled, continued, output_head
 from llama_jax.sharding import act, place
 
 NO_TOKEN = -1  # fills a row after its end
@@ -265,18 +265,3 @@ def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> 
     columns = (jax.reshard(x, act("BS")).T for x in (tokens_BT, there_BT))
     prompt_BV, _ = jax.lax.scan(add, none_BV.astype(bool), tuple(columns))
     return Counts(prompt_BV, none_BV)
-
-
-@partial(jax.jit, static_argnums=0)
-def prompt_logprobs(
-    config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array
-) -> jax.Array:
-    """Returns the log-probability [B, T - 1] float32 of each token but the first, given its past.
-
-    Padding on the right changes nothing before it.
-    """
-    tokens_BT = jax.reshard(tokens_BT, act("BS"))
-    logits_BTV = output_head(config, model, hidden_states(config, model, tokens_BT))
-    logits_BTV = jax.nn.log_softmax(jax.reshard(logits_BTV, act("BSD"))[:, :-1])
-    chosen_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[:, 1:, None]
-    return jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)

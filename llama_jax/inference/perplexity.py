@@ -10,7 +10,7 @@ import numpy as np
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.model.transformer import Llama, Unrolled, hidden_states, output_head
-from llama_jax.sharding import act, balance, divisors, place
+from llama_jax.sharding import act, balance, divisors, in_text_order, place
 
 # Positions whose logits are there at a time: of all, they would be larger than many a model.
 _POSITIONS = 128
@@ -52,31 +52,50 @@ def nats_per_token(
     text = np.full(-(-windows // rows) * rows * window + 1, -1, np.int32)
     text[: len(tokens)] = tokens
     inputs, targets = (part.reshape(-1, rows, window) for part in (text[:-1], text[1:]))
-    sums = [
-        _summed_nats(config, model, place(np.maximum(a, 0), "BS"), place(b, "BS"))
+    told = [
+        token_logprobs(config, model, place(np.maximum(a, 0), "BS"), place(b, "BS"))
         for a, b in zip(inputs, targets, strict=True)
     ]
-    return sum(map(float, sums)) / foretold
+    sums = [
+        np.sum(np.asarray(a)[b >= 0], dtype=np.float64) for a, b in zip(told, targets, strict=True)
+    ]
+    return -float(sum(sums)) / foretold
 
 
 @partial(jax.jit, static_argnums=0)
-def _summed_nats(
+def token_logprobs(
     config: ModelConfig, model: Llama | Unrolled, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> jax.Array:
-    """Returns the cross-entropy of the targets that are not -1 [nats], float32."""
+    """Returns the log-probability [B, T] float32 of each target, given its token and those before.
+
+    The logits of a few positions are there at a time. Padding on the right changes nothing before
+    it; a target of -1 is none of the vocabulary, and has no meaning here.
+    """
     x_BTD = hidden_states(config, model, balance(tokens_BT))
     x_BSD, targets_BS = jax.reshard((x_BTD, balance(targets_BT)), (act("BSD"), act("BS")))
-    size = max(n for n in divisors(x_BSD.shape[1]) if n <= _POSITIONS)
+    B, S, _ = x_BSD.shape
+    size = max(n for n in divisors(S) if n <= _POSITIONS)
 
-    def add(total: jax.Array, i: jax.Array):
+    def of_part(_, i: jax.Array):
         x, targets = (
             jax.lax.dynamic_slice_in_dim(a, i * size, size, 1) for a in (x_BSD, targets_BS)
         )
         logits_BSV = jax.reshard(output_head(config, model, x), act("BSV"))
         chosen_BSV = jnp.arange(config.vocab_size) == targets[..., None]
         chosen_BS = jnp.sum(jnp.where(chosen_BSV, logits_BSV, 0), axis=-1)
-        nats_BS = jax.nn.logsumexp(logits_BSV, axis=-1) - chosen_BS
-        return total + jnp.sum(jnp.where(targets >= 0, nats_BS, 0)), None
+        return None, chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
 
-    total, _ = jax.lax.scan(add, jnp.float32(0), jnp.arange(x_BSD.shape[1] // size))
-    return total
+    _, parts = jax.lax.scan(of_part, None, jnp.arange(S // size))
+    return in_text_order(parts.swapaxes(0, 1).reshape(B, S, out_sharding=act("BS")))
+
+
+def prompt_logprobs(
+    config: ModelConfig, model: Llama | Unrolled, tokens_BT: np.ndarray
+) -> np.ndarray:
+    """Returns the log-probability [B, T - 1] float32 of each token but the first, given its past.
+
+    Padding on the right changes nothing before it.
+    """
+    targets_BT = np.roll(tokens_BT, -1, axis=1)
+    told = token_logprobs(config, model, place(tokens_BT, "BS"), place(targets_BT, "BS"))
+    return np.asarray(told)[:, :-1]

@@ -55,6 +55,7 @@ class Settings(NamedTuple):
     max_tokens: int = 4096  # of one text
     max_body: int = 2**21  # of a request [bytes]
     timeout: float = 600.0  # of a request [s]
+    copy_bandwidth: float | None = None  # of the machine, for /metrics [bytes/s]
 
 
 class _Endpoints:
@@ -186,7 +187,7 @@ def application(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Sta
         tokenizer: of its model.
         settings: what is allowed.
     """
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, settings.copy_bandwidth)
     do = _Endpoints(engine, tokenizer, settings, metrics)
     routes = [
         Route("/", do.page),

@@ -33,8 +33,8 @@ _COUNTERS = {
 
 
 class _EngineCollector(Collector):
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, copy_bandwidth: float | None):
+        self._engine, self._copy_bandwidth = engine, copy_bandwidth
 
     def collect(self) -> Iterator[Any]:
         statistics = self._engine.statistics()
@@ -42,6 +42,14 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"llama_jax_{name}", about, getattr(statistics, name))
         for name, about in _COUNTERS.items():
             yield CounterMetricFamily(f"llama_jax_{name}", about, getattr(statistics, name))
+        if self._copy_bandwidth is not None:
+            about = "What the machine copies, read and written, measured at the start."
+            name = "llama_jax_copy_bandwidth_bytes_per_second"
+            yield GaugeMetricFamily(name, about, self._copy_bandwidth)
+            about = "Share of it that decoding has read, since the start."
+            reached = statistics.bytes_read / max(statistics.decode_seconds, 1e-9)
+            share = reached / self._copy_bandwidth
+            yield GaugeMetricFamily("llama_jax_bandwidth_share", about, share)
 
 
 class Metrics:
@@ -49,11 +57,12 @@ class Metrics:
 
     Args:
         engine: whose statistics are told.
+        copy_bandwidth: of the machine [bytes/s]; None: it is not told.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, copy_bandwidth: float | None = None):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        self._registry.register(_EngineCollector(engine, copy_bandwidth))
         self._requests = Counter(
             "llama_jax_http_requests", "HTTP requests answered.", ["route", "status"],
             registry=self._registry,

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from llama_jax.model.transformer import Llama
 
 _SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
-_MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
+# A layer's, with their letters.
+MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
 
 
 # A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
@@ -76,6 +77,18 @@ def matrix(config: ModelConfig, w: jax.Array, dims: str) -> Any:
     return Int8(*int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)
 
 
+def check_whole(config: ModelConfig) -> None:
+    """Checks that a model is not quantized.
+
+    Raises:
+        InputError: it is.
+    """
+    if config.quantized != "none":
+        raise InputError(
+            f"the model is {config.quantized} already: quantize the one that it was made from"
+        )
+
+
 def quantized(config: ModelConfig, model: "Llama") -> "tuple[ModelConfig, Llama]":
     """Returns configuration and model with every matrix as `Int8`; the norms are shared.
 
@@ -85,16 +98,13 @@ def quantized(config: ModelConfig, model: "Llama") -> "tuple[ModelConfig, Llama]
     Raises:
         InputError: it is quantized already.
     """
-    if config.quantized != "none":
-        raise InputError(
-            f"the model is {config.quantized} already: quantize the one that it was made from"
-        )
+    check_whole(config)
     config = replace(config, quantized="int8")
     turn = jax.jit(partial(matrix, config), static_argnames="dims")
     model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
     model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
     if model.output is not None:
         model.output = turn(model.output[...], dims="DV")
-    for name, dims in _MATRICES.items():
+    for name, dims in MATRICES.items():
         setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
     return config, model

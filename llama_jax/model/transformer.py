@@ -5,6 +5,7 @@ positions, S key positions, L layers, V vocabulary, D width, N query heads, K ke
 H head size, F feed-forward size. Weights carry Meta's names, with axes [in…, out…].
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from flax import nnx
 from llama_jax.family import ModelConfig
 from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache, KeysValues, write
-from llama_jax.model.linear import embed, matmul
+from llama_jax.model.linear import embed, matmul, turned, turned_back
 from llama_jax.model.pointwise import rms_norm, swiglu
-from llama_jax.model.quantize import matrix
+from llama_jax.model.quantize import MATRICES, matrix
 from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
 from llama_jax.sharding import act, balance, in_balanced_order, in_text_order, weight
@@ -74,6 +75,7 @@ class Unrolled(NamedTuple):
     """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
 
     XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
+    There matrices are `linear.Turned` too: [out…, in…].
     """
 
     tok_embeddings: nnx.Param
@@ -94,7 +96,24 @@ def unrolled(model: Llama) -> Unrolled:
         jax.block_until_ready(apart[-1])
         w_L.delete()
     layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
-    return Unrolled(model.tok_embeddings, layers, model.norm, model.output)
+    turn = jax.jit(turned, static_argnums=1)
+    _change_matrices(layers, turn)
+    output = None if model.output is None else turn(model.output, "DV")
+    return Unrolled(model.tok_embeddings, layers, model.norm, output)
+
+
+def as_stored(model: Unrolled) -> Unrolled:
+    """Returns a model whose matrices have the axes [in…, out…], as in `Llama` and in files."""
+    layers = jax.tree.map(lambda leaf: leaf, model.layers)  # other nodes, the same arrays
+    _change_matrices(layers, turned_back)
+    output = None if model.output is None else turned_back(model.output, "DV")
+    return model._replace(layers=layers, output=output)
+
+
+def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any]) -> None:
+    for layer in layers:
+        for name, dims in MATRICES.items():
+            setattr(layer, name, change(getattr(layer, name), dims))
 
 
 def _norm(config: ModelConfig, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:

@@ -10,7 +10,7 @@ from conftest import tiny_model
 from llama_jax.errors import InputError
 from llama_jax.inference.compiling import compiled
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.generate import prompt_logprobs
+from llama_jax.inference.perplexity import prompt_logprobs
 from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
@@ -135,7 +135,7 @@ def test_logprobs_come_with_the_tokens(engine, model):
     answer.wait()
     whole = [*request.prompt, *answer.ids]
     with jax.set_mesh(one_device_mesh()):
-        expected = np.asarray(prompt_logprobs(CONFIG, model, np.array([whole], np.int32)))[0]
+        expected = prompt_logprobs(CONFIG, model, np.array([whole], np.int32))[0]
     told = [token.logprob for token in (*answer.begun.prompt_logprobs, *answer.tokens)]
     np.testing.assert_allclose(told, expected, atol=1e-5)
     assert [token.id for token in answer.begun.prompt_logprobs] == whole[1:6]

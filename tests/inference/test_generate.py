@@ -8,13 +8,14 @@ from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 from llama_jax.checkpoint import save_model
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import NO_TOKEN, generate, prompt_logprobs
+from llama_jax.inference.generate import NO_TOKEN, generate
 from llama_jax.inference.load import load
+from llama_jax.inference.perplexity import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
 from llama_jax.inference.text import stream_text
 from llama_jax.model.quantize import quantized
-from llama_jax.model.transformer import Llama, forward
+from llama_jax.model.transformer import Llama, as_stored, forward
 from llama_jax.sharding import one_device_mesh, place, tensor_mesh
 from llama_jax.tree import abstract_model
 
@@ -88,7 +89,7 @@ def test_greedy_tokens_are_the_same_over_any_number_of_devices(folder, greedy, d
     with jax.set_mesh(mesh):
         config, model = load(folder)
         assert config.n_kv_heads == max(CONFIG.n_kv_heads, devices)
-        wk = model.layers[0].wk[...]
+        wk = as_stored(model).layers[0].wk[...]
         assert wk.sharding.shard_shape(wk.shape)[1] == config.n_kv_heads // devices
         np.testing.assert_array_equal(run(model, config=config), greedy)
 

@@ -64,3 +64,6 @@ def test_requests_in_company_get_what_they_get_alone(client, served):
     # Beginnings that are alike are read once; a token at least of each prompt is read anew.
     assert samples["llama_jax_reused_tokens_total"] > samples["llama_jax_prompt_tokens_total"]
     assert samples["llama_jax_bytes_read_total"] > samples["llama_jax_decode_steps_total"] * 1e6
+    reached = samples["llama_jax_bytes_read_total"] / samples["llama_jax_decode_seconds_total"]
+    share = reached / samples["llama_jax_copy_bandwidth_bytes_per_second"]
+    assert samples["llama_jax_bandwidth_share"] == pytest.approx(share)

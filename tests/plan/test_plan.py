@@ -104,10 +104,24 @@ def test_a_search_ranks_what_compiles(monkeypatch):
     told: list[str] = []
     config, place = run_of("llama-7b", 256, 2048), pod.parse(TOPOLOGY)
     found = search.search(config, place, 4, told.append)
-    assert [plan.compiler for plan in found] == [1 / 4, 1 / 3, 1 / 2]
+    assert [plan.compiler for plan in found] == [1 / 5, 1 / 4, 1 / 3, 1 / 2]
     assert "    the TPU compiler itself failed" in told
-    assert all(search.memory(way) < 0.9 * 95 * 2**30 for way in tried)
     assert len(tried) == len(set(map(search.fragment, tried)))
+
+
+def test_a_search_learns_from_what_does_not_fit(monkeypatch):
+    tried = []
+
+    def make(config, place, tell):
+        tried.append(1.1 * search.memory(config))
+        return Plan(config, place, memory={"all": tried[-1]}, compiler=1.0)
+
+    monkeypatch.setattr(estimate, "make", make)
+    config, place = run_of("llama2-70b", 1024, 4096), pod.parse("v5e:16x16")
+    found = search.search(config, place, 2, lambda _: None)
+    first, *others = tried
+    assert first > 16 * 2**30 > max(others)
+    assert [plan.fits for plan in found] == [True, True, False]
 
 
 @pytest.fixture(scope="module")
