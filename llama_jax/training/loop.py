@@ -53,7 +53,7 @@ def run(config: Config) -> Outcome:
 
     >>> outcome = lj.train(lj.load_config("tiny.yaml"))
     >>> outcome.step, outcome.finished
-    (2, True)
+    (60, True)
 
     SIGTERM and SIGINT end it after the step that is running, with everything saved; where there are
     several hosts, on all after the same step when it comes to any.
