@@ -37,7 +37,7 @@ for name, weight in vars(model.layers[0]).items():
 # `np.asarray` takes a result from the devices; from there on it is plain NumPy.
 
 # %%
-PROMPT = "import numpy as"
+PROMPT = "The sun rises in the east and sets in the"
 forward = jax.jit(lj.forward, static_argnums=0)
 
 prompt = tokenizer.encode(PROMPT, bos=tokenizer.add_bos)

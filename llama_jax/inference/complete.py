@@ -24,8 +24,9 @@ def complete(
 ) -> str:
     """Returns the text that follows a prompt, up to the end of text, a stop string or a length.
 
-    >>> lj.complete(config, model, tokenizer, "The capital of France", stops=["."])
-    ' is Paris'
+    >>> prompt = "The capital of France is"
+    >>> lj.complete(config, model, tokenizer, prompt, max_new_tokens=16, stops=["."])
+    ' Paris'
 
     Args:
         config: of the model.
