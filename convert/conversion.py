@@ -124,6 +124,12 @@ def convert(
 ) -> Outcome:
     """Converts the checkpoint at `path` into a new folder, and proves it by turning it back.
 
+    >>> done = lj.convert_checkpoint("models/tiny", "export", to="hf", progress=False)
+    >>> done.identical  # weights whose bits came back
+    21
+    >>> done.notes
+    ()
+
     The folder appears when it is whole and proven, or not at all.
 
     Args:

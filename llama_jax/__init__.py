@@ -1,3 +1,70 @@
-"""LLaMA in JAX and Flax for TPU pods and GPUs: train it, run it, bring weights in and out."""
+"""LLaMA in JAX and Flax for TPU pods and GPUs: train it, run it, bring weights in and out.
+
+What a notebook needs is here, under `import llama_jax as lj`:
+
+- bring in: `convert_checkpoint`, `load`, `load_tokenizer`, `save_model`
+- use: `complete` (text), `forward` (logits), `generate` (batches of tokens), `Sampling`
+- train: `load_config`, `train` (a whole run), `initial_state`, `train_step`, `Batch` (by hand)
+- know: `FAMILY`, `Config`, `Tokenizer`
+
+All else is imported from its module. docs/notebook.py shows these at work.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.checkpoint import save_model
+    from llama_jax.config import Config
+    from llama_jax.config_file import load as load_config
+    from llama_jax.convert.conversion import convert as convert_checkpoint
+    from llama_jax.data.batches import Batch
+    from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
+    from llama_jax.family import FAMILY
+    from llama_jax.inference.complete import complete
+    from llama_jax.inference.generate import generate
+    from llama_jax.inference.load import load
+    from llama_jax.inference.sampling import Sampling
+    from llama_jax.model.transformer import forward
+    from llama_jax.training.loop import initial_state
+    from llama_jax.training.loop import run as train
+    from llama_jax.training.step import train_step
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FAMILY", "Batch", "Config", "Sampling", "Tokenizer", "complete", "convert_checkpoint",
+    "forward", "generate", "initial_state", "load", "load_config", "load_tokenizer", "save_model",
+    "train", "train_step",
+]  # fmt: skip
+
+# Imported when it is asked for: `llama-jax --help` must not wait for JAX.
+_HOMES = {
+    "FAMILY": "family.FAMILY",
+    "Batch": "data.batches.Batch",
+    "Config": "config.Config",
+    "Sampling": "inference.sampling.Sampling",
+    "Tokenizer": "data.tokenizer.Tokenizer",
+    "complete": "inference.complete.complete",
+    "convert_checkpoint": "convert.conversion.convert",
+    "forward": "model.transformer.forward",
+    "generate": "inference.generate.generate",
+    "initial_state": "training.loop.initial_state",
+    "load": "inference.load.load",
+    "load_config": "config_file.load",
+    "load_tokenizer": "data.tokenizer.load_tokenizer",
+    "save_model": "checkpoint.save_model",
+    "train": "training.loop.run",
+    "train_step": "training.step.train_step",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, own_name = _HOMES[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), own_name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

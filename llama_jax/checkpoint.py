@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.config import CheckpointConfig
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
-from llama_jax.model.transformer import Llama
+from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.tree import abstract_model, dict_to_tree, names, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
@@ -245,9 +247,13 @@ def _no_checkpoint(folder: Path) -> InputError:
 
 
 def save_model(
-    folder: str | Path, config: ModelConfig, model: Llama, tokenizer: str | Path | None
+    folder: str | Path, config: ModelConfig, model: Llama | Unrolled, tokenizer: Tokenizer | None
 ) -> None:
     """Writes a model folder; it appears when it is whole, or not at all.
+
+    >>> lj.save_model("models/mine", config, model, tokenizer)
+    >>> lj.load("models/mine")[0] == config
+    True
 
     Raises:
         InputError: `folder` is there already.
@@ -259,14 +265,18 @@ def save_model(
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     try:
-        items = {"model": tree_to_dict(model)}
+        weights = tree_to_dict(model)
+        if isinstance(model, Unrolled):
+            apart = weights["layers"].values()
+            weights["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *apart)
+        items = {"model": weights}
         with _by_layers():
             ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)
         (partial_folder / "config.json").write_text(
             json.dumps(dataclasses.asdict(config), indent=1)
         )
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial_folder / "tokenizer.model")
+        for name, content in (tokenizer.files if tokenizer else {}).items():
+            (partial_folder / name).write_bytes(content)
         partial_folder.rename(folder)
     except BaseException:
         shutil.rmtree(partial_folder, ignore_errors=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from llama_jax.data.tokenizer import Tokenizer
     from llama_jax.family import ModelConfig
     from llama_jax.inference.sampling import Sampling
 
@@ -86,18 +85,19 @@ def continue_text(
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
     from llama_jax.inference.compiling import compiled, keep_compiled
+    from llama_jax.inference.complete import prompt_ids, room
     from llama_jax.inference.load import load
     from llama_jax.inference.speculation import stream_ahead
     from llama_jax.inference.stream import stream
-    from llama_jax.inference.text import StopStrings, stream_text
+    from llama_jax.inference.text import stream_text, until
 
     shape = folders.read_model_config(folder)
     tokenizer = load_tokenizer(folder)
-    ids = _prompt_ids(tokenizer, prompt, chat)
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if max_new_tokens is None:
-        max_new_tokens = max(1, min(200, shape.context - len(ids)))
+        max_new_tokens = room(shape, ids)
     if "" in (stops or []):
         raise InputError("--stop '' would end every text at once: give some text")
     keep_compiled()
@@ -120,12 +120,9 @@ def continue_text(
         asked = next(pieces)
         if not chat:
             print(asked, end="", flush=True)
-        shown = StopStrings(stops or ())
-        for piece in pieces:
-            print(shown.add(piece), end="", flush=True)
-            if shown.stopped:
-                break
-        print(shown.rest())
+        for piece in until(stops or (), pieces):
+            print(piece, end="", flush=True)
+        print()
         if stats:
             _tell(watch.told(len(ids)))
             if not speculate:  # else a step makes any number of tokens
@@ -176,13 +173,6 @@ class _Watch:
         """Tokens a second after the first one; 0 if there are none."""
         seconds = self.last - self.first - (self.compiled - self.compiled_first)
         return (self.made - 1) / seconds if self.made > 1 else 0.0
-
-
-def _prompt_ids(tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    # An empty text begins somewhere too.
-    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
 
 
 def serve(args: argparse.Namespace) -> int:

@@ -139,7 +139,16 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """One run's whole configuration."""
+    """One run's whole configuration. Sections may be given as dicts.
+
+    >>> small = lj.Config(
+    ...     model=config,
+    ...     data={"mixture": {"data/tiny": 1}, "seq_len": 16, "batch_size": 4},
+    ...     training={"out": "runs/small", "init_from": "models/tiny", "steps": 2},
+    ... )
+    >>> small.optimizer.weight_decay
+    0.1
+    """
 
     model: ModelConfig
     mesh: MeshConfig = MeshConfig()

@@ -24,6 +24,9 @@ from llama_jax.family import FAMILY
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Returns the configuration in the YAML file `path`, changed by `overrides`.
 
+    >>> lj.load_config("tiny.yaml", ["training.steps=3"]).training.steps
+    3
+
     Args:
         path: a YAML file with the sections of `Config`. `model.family` names a member of the
             family whose numbers are the defaults of the section.

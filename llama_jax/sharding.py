@@ -112,6 +112,15 @@ def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mes
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
 
 
+def set_mesh_if_none(make: Callable[[], Mesh]) -> None:
+    """Puts this thread on the mesh that `make` returns, for good, unless it is on one already.
+
+    So that a notebook begins with a model and not with a mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        jax.set_mesh(make())
+
+
 def tensor_sizes(model: ModelConfig) -> list[int]:
     """Returns over how many devices `tensor_mesh` can split the model, ascending."""
     K = model.n_kv_heads

@@ -31,7 +31,7 @@ def model_folder(token_folder, tmp_path_factory):
     config = tiny_model(context=128)
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-        save_model(folder, config, model, token_folder / "tokenizer.model")
+        save_model(folder, config, model, load_tokenizer(token_folder))
     return folder
 
 

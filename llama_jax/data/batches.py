@@ -22,7 +22,16 @@ from llama_jax.sharding import act
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what is to be predicted, int32 [B, T]; micro-batches add a leading A."""
+    """Rows of tokens and what is to be predicted, int32 [B, T]; micro-batches add a leading A.
+
+    From NumPy arrays, two rows of one text each, for a step of one micro-batch:
+
+    >>> rows = np.array([[tokenizer.encode("to be or not to be, that is", bos=True)[:9]] * 2])
+    >>> positions = np.broadcast_to(np.arange(8), (1, 2, 8))
+    >>> batch = lj.Batch(rows[..., :-1], rows[..., 1:], positions, segments=None)
+    >>> batch.targets.shape
+    (1, 2, 8)
+    """
 
     tokens: Any
     targets: Any  # the next token, or -1 where no loss is taken

@@ -17,7 +17,14 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer."""
+    """What the rest of the program asks of a tokenizer.
+
+    >>> ids = tokenizer.encode("Once upon a time", bos=True)
+    >>> ids[0] == tokenizer.bos_id
+    True
+    >>> tokenizer.decode(ids)
+    'Once upon a time'
+    """
 
     path: Path
     n_vocab: int
@@ -54,6 +61,10 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Returns the tokenizer in a file, or in a model folder; its content tells the kind.
+
+    >>> tokenizer = lj.load_tokenizer("models/tiny")
+    >>> tokenizer.n_vocab
+    320
 
     Kinds: SentencePiece's `tokenizer.model` (LLaMA, Llama 2), tiktoken's `tokenizer.model`
     (Llama 3), `tokenizer.json`, llama2.c's `tokenizer.bin`, and any `.gguf` file. A folder's first

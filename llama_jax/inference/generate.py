@@ -217,6 +217,14 @@ def generate(
 ) -> Made:
     """Returns what follows the prompts, up to `max_new_tokens` of each; stops when all have ended.
 
+    >>> prompt = tokenizer.encode("The capital of France", bos=True)
+    >>> rows, lengths, seeds = np.array([prompt] * 2), np.array([len(prompt)] * 2), np.arange(2)
+    >>> made = lj.generate(config, model, rows, lengths, lj.Sampling(), seeds, max_new_tokens=5)
+    >>> made.tokens_Bn.shape
+    (2, 5)
+    >>> bool((made.logprobs_Bn > -0.5).all())  # it is sure of what it says
+    True
+
     Args:
         config: static.
         model: weights of that config.

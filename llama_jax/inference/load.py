@@ -15,7 +15,7 @@ from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
 from llama_jax.model.quantize import quantized
 from llama_jax.model.transformer import Unrolled, unrolled
-from llama_jax.sharding import head_parts, weight
+from llama_jax.sharding import head_parts, set_mesh_if_none, tensor_mesh, weight
 from llama_jax.tree import abstract_model
 
 
@@ -23,6 +23,15 @@ def load(
     folder: str | Path, config: ModelConfig | None = None, quantize: str | None = None
 ) -> tuple[ModelConfig, Unrolled]:
     """Returns a model from a model folder or a run folder, straight onto the current mesh.
+
+    >>> config, model = lj.load("models/tiny")
+    >>> config.n_layers, config.vocab_size
+    (2, 320)
+    >>> model.layers[0].wq.shape  # D, N, H
+    (32, 8, 8)
+
+    Where no mesh is set, it sets one for good: all local devices that divide the model. For
+    another, call `jax.set_mesh` before.
 
     Over more devices than it has key/value heads, each device holds the one that its query heads
     want: the configuration that is returned counts these copies as heads of their own, and gives
@@ -37,6 +46,7 @@ def load(
         InputError: as `checkpoint.load_model`, or it is quantized already.
     """
     config = config or read_model_config(folder)
+    set_mesh_if_none(partial(tensor_mesh, config))
     copies = max(1, head_parts() // config.n_kv_heads)
     if copies == 1:
         config, model = checkpoint.load_model(folder, config)

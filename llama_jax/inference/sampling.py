@@ -19,7 +19,11 @@ from llama_jax.sharding import act
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn. The default takes the most likely one."""
+    """How the next token is drawn. The default takes the most likely one.
+
+    >>> lj.Sampling(temperature=0.8, top_p=0.95).top_k
+    0
+    """
 
     # Temperature and repetition penalty end where float32 logits could overflow or vanish.
     temperature: float = Field(

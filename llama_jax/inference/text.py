@@ -107,6 +107,16 @@ class StopStrings:
         return any(string.startswith(text) for string in self._strings)
 
 
+def until(stops: Iterable[str], pieces: Iterable[str]) -> Iterator[str]:
+    """Yields the pieces of a text up to the first of the strings `stops`."""
+    shown = StopStrings(stops)
+    for piece in pieces:
+        yield shown.add(piece)
+        if shown.stopped:
+            return
+    yield shown.rest()
+
+
 def stream_text(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]
 ) -> Iterator[str]:

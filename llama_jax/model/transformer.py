@@ -240,6 +240,12 @@ def forward(
 ) -> jax.Array:
     """Returns the logits [B, T, V] float32 of the next token.
 
+    >>> tokens_BT = np.array([tokenizer.encode("The capital of France is P", bos=True)])
+    >>> logits_BTV = jax.jit(lj.forward, static_argnums=0)(config, model, tokens_BT)
+    >>> likeliest = np.asarray(logits_BTV)[0, -1].argmax()
+    >>> tokenizer.decode([*tokens_BT[0], likeliest])
+    'The capital of France is Pa'
+
     Args:
         config: static under `jax.jit`.
         model: weights of that config.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from llama_jax import checkpoint, distributed, folders
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
@@ -21,7 +22,8 @@ from llama_jax.config import Config
 from llama_jax.data import corpus
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
-from llama_jax.sharding import check_divides, make_mesh
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import check_divides, make_mesh, set_mesh_if_none
 from llama_jax.training.memory import keep_freed_memory
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import adamw
@@ -48,6 +50,10 @@ class Outcome(NamedTuple):
 
 def run(config: Config) -> Outcome:
     """Trains until `training.steps` are done, from the newest checkpoint of the run folder if any.
+
+    >>> outcome = lj.train(lj.load_config("tiny.yaml"))
+    >>> outcome.step, outcome.finished
+    (60, True)
 
     SIGTERM and SIGINT end it after the step that is running, with everything saved; where there are
     several hosts, on all after the same step when it comes to any.
@@ -91,6 +97,35 @@ def _prepare(config: Config, folder: Path, newest: int | None) -> None:
     prepare_data(config)
 
 
+def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
+    """Returns the weights that a run begins with, and the optimizer's state for them.
+
+    The weights are those of `training.init_from`, or drawn with `training.seed`. Layers are
+    stacked, as training wants them. Where no mesh is set, it sets that of `config.mesh` for good.
+
+    >>> model, opt_state = lj.initial_state(run)
+    >>> model.layers.wq.shape  # L, D, N, H
+    (2, 32, 8, 8)
+
+    Raises:
+        InputError: the mesh doesn't divide the model, or as `checkpoint.load_model`.
+    """
+    set_mesh_if_none(partial(make_mesh, config.mesh))
+    check_divides(jax.sharding.get_mesh(), config.model)
+    source = config.training.init_from
+    if source is None:
+        return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
+    _, model = checkpoint.load_model(source, config.model)
+    theirs = folders.read_model_config(source)
+    for name in ("norm_eps", "rope_theta", "rope_scaling"):
+        if getattr(theirs, name) != getattr(config.model, name):
+            tell(
+                f"model.{name} is {getattr(config.model, name)}, but {source} was trained"
+                f" with {getattr(theirs, name)}"
+            )
+    return model, jax.jit(adamw(config.optimizer).init)(model)
+
+
 class _State:
     """Weights, optimizer state and the number of steps done: fresh, or restored."""
 
@@ -98,9 +133,8 @@ class _State:
         self, config: Config, data: Batches, checkpoints: TrainingCheckpoints, step: int | None
     ):
         self.step = 0
-        key = jax.random.key(config.training.seed)
         if step is not None:
-            model, opt_state = abstract(partial(init_state, config), key)
+            model, opt_state = abstract(partial(init_state, config), jax.random.key(0))
             progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
             self.step = progress.step
             if progress.data != data.fingerprint:
@@ -110,19 +144,8 @@ class _State:
                     " training.out"
                 )
             tell(f"{config.training.out}: resumes after step {step} of {config.training.steps}")
-        elif config.training.init_from is not None:
-            source = config.training.init_from
-            _, self.model = checkpoint.load_model(source, config.model)
-            theirs = folders.read_model_config(source)
-            for name in ("norm_eps", "rope_theta", "rope_scaling"):
-                if getattr(theirs, name) != getattr(config.model, name):
-                    tell(
-                        f"model.{name} is {getattr(config.model, name)}, but {source} was trained"
-                        f" with {getattr(theirs, name)}"
-                    )
-            self.opt_state = jax.jit(adamw(config.optimizer).init)(self.model)
         else:
-            self.model, self.opt_state = jax.jit(partial(init_state, config))(key)
+            self.model, self.opt_state = initial_state(config)
 
 
 def _train(

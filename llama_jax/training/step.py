@@ -63,6 +63,14 @@ def train_step(
 ) -> tuple[Llama, optax.OptState, StepMetrics]:
     """Returns weights and optimizer state after step number `step` (0 is the first).
 
+    >>> model, opt_state = lj.initial_state(run)
+    >>> losses = []
+    >>> for step in range(3):
+    ...     model, opt_state, metrics = lj.train_step(run, model, opt_state, batch, step)
+    ...     losses.append(float(metrics.loss))
+    >>> losses[2] < losses[0]
+    True
+
     A step whose gradient is not finite changes nothing and says so in `skipped`. The old model
     and state are donated.
     """

@@ -1,0 +1,130 @@
+"""`import llama_jax as lj`: the names, their examples, the README's and the notebook's."""
+
+import ast
+import doctest
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, tiny_config
+
+import llama_jax as lj
+from llama_jax import config_file, family
+from llama_jax.config import DataConfig, LoggingConfig, OptimizerConfig
+from llama_jax.sharding import one_device_mesh
+
+SENTENCE = "The capital of France is Paris. "
+
+
+SENTENCE = "The capital of France is Paris. "
+
+
+@pytest.fixture(scope="module")
+def world(token_folder, tmp_path_factory):
+    """The folder that the examples run in, and the names that they know.
+
+    It holds a model that has learnt one sentence by heart, its data, and the run's configuration.
+    """
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "data").mkdir()
+    (folder / "data" / "tiny").symlink_to(token_folder)
+    tokenizer = lj.load_tokenizer(token_folder)
+    ids = tokenizer.encode(SENTENCE * 2, bos=True)
+    T = len(ids) - 1
+    run = replace(
+        tiny_config(steps=60, out="runs/tiny", eval_batches=1),
+        data=DataConfig(
+            mixture={"data/tiny": 1.0}, seq_len=T, batch_size=1, isolate_documents=False
+        ),
+        optimizer=OptimizerConfig(peak_lr=3e-2, warmup_steps=5),
+        logging=LoggingConfig(tensorboard=False, progress=False),
+    )
+    (folder / "tiny.yaml").write_text(config_file.dump(run))
+    rows = np.array([[ids]])
+    batch = lj.Batch(rows[..., :-1], rows[..., 1:], np.arange(T).reshape(1, 1, T), None)
+    with jax.set_mesh(one_device_mesh()):
+        model, opt_state = lj.initial_state(run)
+        for step in range(run.training.steps):
+            model, opt_state, _ = lj.train_step(run, model, opt_state, batch, step)
+        lj.save_model(folder / "models" / "tiny", run.model, model, tokenizer)
+        (folder / "models" / "smollm2").symlink_to("tiny")
+        config, model = lj.load(folder / "models" / "tiny")
+    names = {"lj": lj, "np": np, "jax": jax, "config": config, "model": model}
+    return folder, names | {"tokenizer": tokenizer, "run": run, "batch": batch}
+
+
+@pytest.fixture
+def names(world, one_device, monkeypatch):
+    """The names that the examples know, in their folder, on a machine of one device."""
+    folder, names = world
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    monkeypatch.chdir(folder)
+    return dict(names)
+
+
+@pytest.mark.parametrize("name", lj.__all__)
+def test_the_examples_of_each_name_hold(name, names):
+    text = family.__doc__ if name == "FAMILY" else getattr(lj, name).__doc__
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
+    told: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=told.append)
+    assert result.attempted > 0
+    assert result.failed == 0, "".join(told)
+
+
+def test_the_readme_example_runs(names, capsys):
+    section = (ROOT / "README.md").read_text().split("## As a library")[1].split("\n## ")[0]
+    exec(re.findall("```python\n(.*?)```", section, re.S)[0], names)
+    assert capsys.readouterr().out.startswith(" Paris.")
+
+
+def test_the_notebook_looks_inside_and_trains(names, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notebook.py", "models/tiny"])
+    exec(compile((ROOT / "docs" / "notebook.py").read_text(), "notebook.py", "exec"), names)
+    out = capsys.readouterr().out
+    assert "45,216 parameters, 2 layers" in out
+    assert out.count("--- seed") == 2
+    assert np.shape(names["known"]) == (2, len(names["prompt"]) - 1)
+    assert np.max(names["known"]) < 0  # logarithms of probability
+    assert Path("lens.png").stat().st_size > 1000
+    losses = names["losses"]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 1
+
+
+def test_without_a_mesh_load_takes_all_devices_for_good(world):
+    folder, names = world
+
+    def loaded():  # the mesh is the thread's own
+        model = lj.load(folder / "models" / "tiny")[1]
+        return jax.sharding.get_mesh().size, model.layers[0].w1[...]
+
+    with ThreadPoolExecutor(1) as thread:
+        size, w1_DF = thread.submit(loaded).result()
+    assert (size, len(w1_DF.addressable_shards)) == (8, 8)
+    assert jax.sharding.get_mesh().empty
+    np.testing.assert_array_equal(w1_DF, names["model"].layers[0].w1[...])
+
+
+def test_names_are_where_the_type_checker_is_told():
+    told = {}
+    for node in ast.walk(ast.parse((ROOT / "llama_jax" / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_jax."):
+            module = node.module.removeprefix("llama_jax.")
+            told |= {a.asname or a.name: f"{module}.{a.name}" for a in node.names}
+    assert told == lj._HOMES
+    assert set(told) == set(lj.__all__) < set(dir(lj))
+    with pytest.raises(AttributeError, match="no attribute 'forwards'"):
+        lj.forwards  # noqa: B018
+
+
+def test_the_import_brings_no_jax():
+    told = "import sys, llama_jax; dir(llama_jax); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
