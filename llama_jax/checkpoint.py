@@ -27,7 +27,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
-from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.model.transformer import Llama, Unrolled, as_stored
 from llama_jax.tree import abstract_model, dict_to_tree, names, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
@@ -265,10 +265,12 @@ def save_model(
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     try:
-        weights = tree_to_dict(model)
         if isinstance(model, Unrolled):
+            weights = tree_to_dict(as_stored(model))
             apart = weights["layers"].values()
             weights["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *apart)
+        else:
+            weights = tree_to_dict(model)
         items = {"model": weights}
         with _by_layers():
             ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)

@@ -27,8 +27,8 @@ def load(
     >>> config, model = lj.load("models/tiny")
     >>> config.n_layers, config.vocab_size
     (2, 320)
-    >>> model.layers[0].wq.shape  # D, N, H
-    (32, 8, 8)
+    >>> len(model.layers), model.tok_embeddings.shape  # V, D
+    (2, (320, 32))
 
     Where no mesh is set, it sets one for good: all local devices that divide the model. For
     another, call `jax.set_mesh` before.
