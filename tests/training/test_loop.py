@@ -224,7 +224,7 @@ def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token
 
 
 def test_two_files_of_one_tokenizer_are_one(whole, token_folder, tmp_path):
-    """Hugging Face's tokenizer.json makes what the tokenizer.model makes that it was written from."""
+    """The tokenizer.json that is written from a tokenizer.model makes what that makes."""
     (tmp_path / "model").mkdir()
     files = huggingface_files(load_tokenizer(token_folder))
     (tmp_path / "model" / "tokenizer.json").write_bytes(files["tokenizer.json"])
