@@ -96,7 +96,7 @@ def draw(path: Path, title: str, there: float, memory: Bars, times: Bars) -> Non
     partial.replace(path)
 
 
-def _bars(axes, bars: Bars, unit: str) -> None:  # noqa: ANN001 (matplotlib's own)
+def _bars(axes, bars: Bars, unit: str) -> None:
     """Draws a bar for each of `bars`, its parts one after the other."""
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     columns = {name: [_drawn(parts.get(name, 0.0)) for parts in bars.values()] for name in names}
