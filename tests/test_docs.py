@@ -28,16 +28,17 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LANGUAGES = {"", "python", "yaml", "text", "dockerfile", "nginx"}
 
 # What makes a command small enough for a test. Everything else runs as it stands in the page.
+# Runs differ in nothing that is compiled, so that it is compiled once.
 SMALL_RUN = [
     "data.seq_len=16", "data.batch_size=8", "training.steps=2", "training.eval_batches=1",
-    "logging.tensorboard=false", "logging.progress=false", "logging.samples=[]",
+    "optimizer.peak_lr=1e-3", "optimizer.warmup_steps=1", "model.remat=none",
+    "model.param_dtype=float32", "logging.tensorboard=false", "logging.progress=false",
 ]  # fmt: skip
 SMALL = {
     "train": SMALL_RUN,
     "generate": ["--max-new-tokens", "8"],
     "serve": ["--context", "256"],
 }
-SMOLLM2 = ["model.param_dtype=float32", "data.corpus=[corpus]"]  # its model is the folder's
 
 
 @pytest.fixture
@@ -119,7 +120,8 @@ def do(command):
         return
     small = SMALL.get(command[0], [])
     if "configs/smollm2-continue.yaml" in command:
-        small = [f"model={Path('models/smollm2/config.json').read_text()}", *SMOLLM2, *small]
+        model = Path("models/smollm2/config.json").read_text()
+        small = [f"model={model}", "data.corpus=[corpus]", *small]
     assert main([*command, *small]) == 0, command
 
 
@@ -156,8 +158,10 @@ def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
     run_page(page, Reader(at, page))
     assert Path("export/meta/consolidated.01.pth").is_file()
     lines = capsys.readouterr().out.splitlines()
-    # transformers and we continue the text alike.
-    assert len([line for line in lines if line.startswith("The capital of France is")]) == 2
+    ours, theirs = (line for line in lines if line.startswith("The capital of France"))
+    # What is no UTF-8 is decoded in two ways; the rest is made alike by transformers.
+    assert len(ours) > 30
+    assert theirs.endswith(ours[-8:])
 
 
 def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
