@@ -153,7 +153,8 @@ def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
-    peer("torch"), peer("transformers")
+    for package in ("torch", "transformers"):
+        peer(package)
     page = blocks(DOCS / "convert.md")
     run_page(page, Reader(at, page))
     assert Path("export/meta/consolidated.01.pth").is_file()

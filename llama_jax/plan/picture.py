@@ -31,6 +31,8 @@ def of_training(plan: Plan) -> tuple[str, float, Bars, Bars]:
     """Returns title, memory of a chip [GiB], and the bars of memory [GiB] and of time [ms]."""
     title = f"{plan.config.model.n_params / 1e9:.1f}B on {plan.pod}"
     times: Bars = {}
+    if not plan.fits:
+        title += ": does NOT fit"
     if plan.compiler:
         title += f": MFU {plan.mfu(plan.step):.1%} (causal), estimated"
         times["a step"] = {
@@ -111,7 +113,8 @@ def _bars(axes, bars: Bars, unit: str) -> None:
     axes.set(xlabel=unit, ylim=(len(bars) - 0.5, -0.5))
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
+    if seen:
+        axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
 
 
 def _drawn(width: float) -> float:
