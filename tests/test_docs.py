@@ -149,6 +149,9 @@ def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
     assert "2 of 2 steps saved (finished)" in told.out
     assert {path.name for path in Path("runs").iterdir()} == {"smollm2-python", "mine", "same"}
     assert Path("export/mine/model.safetensors").is_file()
+    library = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
+    run_page(library, None, instead=("runs/quickstart", "runs/mine"))
+    assert capsys.readouterr().out.startswith("import ")
 
 
 @pytest.mark.slow
@@ -177,6 +180,8 @@ def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
         answers.append(httpx.post(url, content=words[words.index("-d") + 1], timeout=60))
 
     def use():
+        # From here on a signal ends the server and not the tests.
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
         try:
             run_page(rest, reader, do, ask, instead)
         except BaseException as problem:
