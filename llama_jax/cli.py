@@ -92,16 +92,19 @@ def _plan(args: argparse.Namespace) -> int:
     if given := [name for name in serving if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} is for plan --inference: add that, or leave it out")
     config = config_file.load(args.config, args.overrides)
-    from llama_jax.plan import estimate, pod, search, show
+    from llama_jax.plan import estimate, picture, pod, search, show
     from llama_jax.training.progress import tell
 
     place = pod.parse(args.topology)
+    drawn = args.picture and picture.check_path(args.picture)
     if args.compile < 1:
         raise InputError(f"--compile must be at least 1, not {args.compile}")
     if args.search:
         plans = search.search(config, place, args.compile, tell)
     else:
         plans = [estimate.make(config, place, tell)]
+    if drawn:
+        picture.draw(drawn, *picture.of_training(plans[0]))
     if args.json:
         dicts = [show.as_dict(plan) for plan in plans]
         print(json.dumps(dicts if args.search else dicts[0], indent=1))
@@ -135,9 +138,10 @@ def _plan_inference(args: argparse.Namespace) -> int:
             f"there is no {args.config}: give a model folder, a configuration file, or one of"
             f" {', '.join(FAMILY)}"
         )
-    from llama_jax.plan import inference, pod, show_inference
+    from llama_jax.plan import inference, picture, pod, show_inference
     from llama_jax.training.progress import tell
 
+    drawn = args.picture and picture.check_path(args.picture)
     dtype = args.dtype or "bfloat16"
     config = replace(
         config,
@@ -149,6 +153,8 @@ def _plan_inference(args: argparse.Namespace) -> int:
     context = min(4096, config.context) if args.context is None else args.context
     batch = 8 if args.batch is None else args.batch
     plan = inference.make(config, pod.parse(args.topology), context, batch, tell)
+    if drawn:
+        picture.draw(drawn, *picture.of_inference(plan))
     if args.json:
         print(json.dumps(show_inference.as_dict(plan), indent=1))
     else:

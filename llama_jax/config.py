@@ -46,7 +46,9 @@ class DataConfig:
         " of `mixture` from when it is not there yet; python-stdlib is Python's own sources",
     )
     tokenizer: str | None = Field(
-        default=None, description="tokenizer.model to use for `corpus`; null trains one on it"
+        default=None,
+        description="tokenizer (file or folder) to use for `corpus`; null takes that of"
+        " training.init_from, or trains one on it",
     )
     validation_fraction: Fraction = Field(
         default=0.05, description="share of the documents of `corpus` that is held out"
@@ -87,7 +89,9 @@ class TrainingConfig:
 
     out: str = Field(description="run folder, made if missing, resumed if it holds checkpoints")
     init_from: str | None = Field(
-        default=None, description="model folder to start from; null draws fresh weights"
+        default=None,
+        description="model folder (or run folder) whose weights the run starts from while it has no"
+        " checkpoint of its own; null draws fresh weights",
     )
     steps: Count = Field(description="optimizer steps of the whole run")
     micro_batches: Count = Field(

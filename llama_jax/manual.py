@@ -135,9 +135,10 @@ layer split over all its chips, key/value heads copied where there are fewer. Es
 
 Two layers and three are compiled and extrapolated; the loop over new tokens is compiled whole, for
 its memory. Steps leave sampling out, and what a program waits for what it fetches ahead.
+docs/plan.md shows how the tables are read.
 
 example:
-  llama-jax plan configs/llama-7b.yaml --topology v5p:4x4x4
+  llama-jax plan configs/llama-7b.yaml --topology v5p:4x4x4 --picture 7b.png
   llama-jax plan configs/llama-65b.yaml --topology v5p:8x8x16 --json
   llama-jax plan configs/llama3-8b.yaml --topology '2*v5e:16x16' --search
   llama-jax plan llama2-70b --inference --topology v5e:4x4 --context 4096 --batch 8
@@ -186,6 +187,9 @@ def parser() -> argparse.ArgumentParser:
         "--topology", required=True, metavar="POD", help="v5p:4x4x4, v6e:16x16, 2*v5e:16x16 …"
     )
     plan.add_argument("--json", action="store_true", help="figures in bytes, seconds and shares")
+    plan.add_argument(
+        "--picture", metavar="FILE", help="draw memory and time as well: FILE.png or FILE.svg"
+    )
     plan.add_argument("--search", action="store_true", help="look for the fastest way to run")
     plan.add_argument(
         "--compile",

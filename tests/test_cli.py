@@ -312,6 +312,10 @@ def bad_commands(tmp_path, model_folder, token_folder):
             ["perplexity", model_folder, tmp_path / "no"],
             "can't be read (No such file or directory)",
         ),
+        (
+            ["plan", good, "--topology", "v5p:4x4x4", "--picture", "plan.pdf"],
+            "--picture plan.pdf: name a file that ends with .png or .svg",
+        ),
         (["perplexity", model_folder, latin], "latin.txt can't be read (it is not UTF-8)"),
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from llama_jax import checkpoint, distributed, folders
+from llama_jax import checkpoint, distributed
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
 from llama_jax.chips import chip_of
 from llama_jax.config import Config
@@ -24,6 +24,7 @@ from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.model.transformer import Llama
 from llama_jax.sharding import check_divides, make_mesh, set_mesh_if_none
+from llama_jax.training import origin
 from llama_jax.training.memory import keep_freed_memory
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.optimizer import adamw
@@ -75,6 +76,8 @@ def run(config: Config) -> Outcome:
         data = Batches(config.data, config.training.micro_batches)
         distributed.agreed({"the content of data.mixture": data.fingerprint})
         _check_tokenizer(config, data)
+        if newest is None:
+            origin.check_tokenizer(config, data)
         if newest is not None and newest >= config.training.steps:
             tell(f"{folder} is finished: {newest} steps are done, nothing is left to train")
             return _outcome(folder, newest, data, finished=True)
@@ -92,8 +95,10 @@ def _prepare(config: Config, folder: Path, newest: int | None) -> None:
     """Does what must be done once before the run goes on from its checkpoint `newest`."""
     if newest is not None:
         check_unchanged(config, folder)
-    elif (folder / "config.yaml").exists():
-        tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+    else:
+        if (folder / "config.yaml").exists():
+            tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+        origin.check_shape(config)
     prepare_data(config)
 
 
@@ -115,14 +120,8 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     source = config.training.init_from
     if source is None:
         return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
+    tell(f"starts from the weights in {source}")
     _, model = checkpoint.load_model(source, config.model)
-    theirs = folders.read_model_config(source)
-    for name in ("norm_eps", "rope_theta", "rope_scaling"):
-        if getattr(theirs, name) != getattr(config.model, name):
-            tell(
-                f"model.{name} is {getattr(config.model, name)}, but {source} was trained"
-                f" with {getattr(theirs, name)}"
-            )
     return model, jax.jit(adamw(config.optimizer).init)(model)
 
 
@@ -246,7 +245,7 @@ def prepare_data(config: Config) -> None:
             config.data.corpus,
             name,
             n_vocab=config.model.vocab_size,
-            tokenizer=config.data.tokenizer,
+            tokenizer=origin.tokenizer_of(config),
             validation_fraction=config.data.validation_fraction,
             progress=config.logging.progress,
         )

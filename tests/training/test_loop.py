@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_model
+from conftest import mesh_of, tiny_model
 
 from llama_jax import checkpoint, config_file
 from llama_jax.config import (
@@ -26,8 +26,11 @@ from llama_jax.config import (
     TrainingConfig,
 )
 from llama_jax.data import corpus
+from llama_jax.data.batches import Batches, read_meta
+from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.data.tokenizer_export import huggingface_files
 from llama_jax.errors import InputError
-from llama_jax.training import loop
+from llama_jax.training import loop, origin
 from llama_jax.training.metrics import read_metrics
 
 STEPS = 24
@@ -189,6 +192,45 @@ def test_a_run_starts_from_a_model_folder(whole, token_folder, tmp_path):
     )
     assert outcome.finished
     assert losses(tmp_path / "tuned")[0] < losses(whole)[:4].mean() - 0.5
+
+
+def test_what_a_run_starts_from_must_be_its_model(whole, token_folder, tmp_path, capsys):
+    settings = config(tmp_path / "run", token_folder, init_from=str(whole))
+    other = replace(settings, model=tiny_model(hidden_dim=128))
+    with pytest.raises(InputError, match=r"model.hidden_dim is 128, but the model in .* has 64"):
+        loop.run(other)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    origin.check_shape(replace(settings, model=tiny_model(rope_theta=5e5)))
+    assert "rope_theta is 500000.0, but" in capsys.readouterr().err
+    (tmp_path / "int8").mkdir()
+    shape = {**asdict(tiny_model()), "quantized": "int8"}
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(shape))
+    with pytest.raises(InputError, match="are int8, for inference alone"):
+        origin.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
+
+
+def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token_folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    lines = ({"text": f"{i} other words, of other letters: {'xyz' * i}"} for i in range(40))
+    texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # What the run itself tokenizes gets the tokenizer of the model.
+    settings = config(tmp_path / "run", tmp_path / "made", init_from=str(whole))
+    loop.prepare_data(replace(settings, data=replace(settings.data, corpus=(str(texts),))))
+    hashes = [read_meta(folder)["tokenizer_sha256"] for folder in (tmp_path / "made", token_folder)]
+    assert hashes[0] == hashes[1]
+    corpus.build([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
+    with pytest.raises(InputError, match="was made with another tokenizer than that of"):
+        loop.run(config(tmp_path / "run", tmp_path / "other", init_from=str(whole)))
+
+
+def test_two_files_of_one_tokenizer_are_one(whole, token_folder, tmp_path):
+    """The tokenizer.json that is written from a tokenizer.model makes what that makes."""
+    (tmp_path / "model").mkdir()
+    files = huggingface_files(load_tokenizer(token_folder))
+    (tmp_path / "model" / "tokenizer.json").write_bytes(files["tokenizer.json"])
+    settings = config(tmp_path / "run", token_folder, init_from=str(tmp_path / "model"))
+    with jax.set_mesh(mesh_of((8, 1, 1))):
+        origin.check_tokenizer(settings, Batches(settings.data))
 
 
 def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, tmp_path):

