@@ -23,13 +23,17 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from backports import zstd
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama_jax.data.tokenizer import Tokenizer, file_hash, load_tokenizer
 from llama_jax.data.tokenizer_training import train_tokenizer
 from llama_jax.errors import InputError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 1 << 27  # 256 MiB of uint16
