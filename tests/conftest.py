@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import load_model
+from llama_jax.checkpoint import load_model, save_model
+from llama_jax.cli import main
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from llama_jax.convert.conversion import convert
 from llama_jax.data import corpus
@@ -117,3 +118,21 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "tokens"
     corpus.build([str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of a tiny model of random weights, with the tokenizer of `token_folder`."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    config = tiny_model(context=128)
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(folder, config, model, token_folder / "tokenizer.model")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    """Runs a command of the command line; returns its exit code and what it said to both ends."""
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

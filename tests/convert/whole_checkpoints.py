@@ -26,6 +26,11 @@ from llama_jax.data.tokenizer_build import piece_types, sentencepiece_model
 MODEL = tiny_model(n_heads=4, n_kv_heads=2, vocab_size=288, context=2048)
 
 
+def quiet(source: Path, folder: Path, **options: Any) -> Path:
+    """Converts a checkpoint without a progress bar; returns the folder."""
+    return convert(source, folder, progress=False, **options).folder
+
+
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     kind = SafetensorsWriter if path.suffix == ".safetensors" else TorchWriter
     with kind(path, {name: (array.shape, array.dtype) for name, array in tensors.items()}) as file:
@@ -148,8 +153,8 @@ def write_all(at: Path) -> dict[str, Path]:
     write_gguf(at / "q8.gguf", GGUF_TENSORS, "Q8_0")
     write_llama2c(at / "legacy.bin", 0)
     write_llama2c(at / "version1.bin", 1)
-    convert(at / "meta1", at / "model", progress=False)
-    convert(at / "meta1", at / "export", to="hf", progress=False)
+    quiet(at / "meta1", at / "model")
+    quiet(at / "meta1", at / "export", to="hf")
     shutil.copytree(at / "model/weights", at / "run/checkpoints/3")
     (at / "run/config.yaml").write_text(config_file.dump(tiny_config(MODEL)))
     (at / "other").mkdir()
