@@ -6,7 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import peer
-from torch_files import archive, refused, sample, state_dict, storage, tensor, write
+from stored_files import refused, write
+from torch_files import archive, sample, state_dict, storage, tensor
 
 from llama_jax.convert.torch_file import read_torch
 from llama_jax.errors import InputError

@@ -5,12 +5,12 @@ import pickle
 
 import numpy as np
 import pytest
+from stored_files import refused
 from torch_files import (
     HOOKS,
     REBUILD,
     archive,
     numbers,
-    refused,
     state_dict,
     storage,
     tensor,

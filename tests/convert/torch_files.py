@@ -6,18 +6,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
-import pytest
-
-from llama_jax.convert.torch_file import TorchWriter, read_torch
-from llama_jax.errors import InputError
-
-
-def write(path, tensors):
-    header = {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    with TorchWriter(path, header) as file:
-        for name, array in tensors.items():
-            file.write(name, array)
-    return path
+from stored_files import write
 
 
 def archive(path, data, entries=(("data/0", bytes(24)),), root="archive", **how):
@@ -56,17 +45,6 @@ def tensor(offset=0, shape=(2, 3), strides=(3, 1), store=None):
 
 def state_dict(value, name="w"):
     return b"\x80\x02}" + text(name) + value + b"s."
-
-
-def refused(path):
-    """The message with which a file is refused."""
-    with pytest.raises(InputError) as caught:
-        read_torch(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "\n" not in message
-    assert len(message) < 400 + len(str(path))
-    return message
 
 
 def sample(tmp_path):
