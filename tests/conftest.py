@@ -1,8 +1,10 @@
 """Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
+import atexit
 import importlib
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,11 @@ from typing import Any
 # Before JAX is imported, here and in processes that tests start: with the TPU compiler installed
 # it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what costs: all share what one of them compiled, and LLVM polishes nothing that then
+# runs for a moment. XLA's own passes, which decide what is computed where, are as for users.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
@@ -27,10 +34,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.sharding import make_mesh, one_device_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is what costs: tests, and the processes they start, share what one of them compiled.
-_cache = tempfile.TemporaryDirectory(prefix="llama_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
