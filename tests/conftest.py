@@ -1,6 +1,7 @@
 """Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
 import atexit
+import functools
 import importlib
 import math
 import os
@@ -76,12 +77,19 @@ def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     return make_mesh(config, jax.devices()[: math.prod(shape)])
 
 
+_models = tempfile.TemporaryDirectory(prefix="llama_jax-models-")
+
+
+@functools.cache
+def _converted(path: Path) -> Path:
+    return convert(path, Path(tempfile.mkdtemp(dir=_models.name), "model"), progress=False).folder
+
+
 def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
     """Returns the model of a foreign checkpoint on the current mesh, in float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = convert(path, Path(folder, "model"), progress=False).folder
-        config = replace(read_model_config(out), dtype="float32", param_dtype="float32")
-        return load_model(out, config)
+    folder = _converted(path)
+    config = replace(read_model_config(folder), dtype="float32", param_dtype="float32")
+    return load_model(folder, config)
 
 
 @pytest.fixture

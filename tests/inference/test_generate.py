@@ -81,7 +81,7 @@ def folder(model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [1, 4, 8])  # whole, cut to single heads, heads copied
 def test_greedy_tokens_are_the_same_over_any_number_of_devices(folder, greedy, devices):
     mesh = tensor_mesh(CONFIG, jax.devices()[:devices])
     assert mesh.size == devices
