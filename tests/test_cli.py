@@ -19,6 +19,7 @@ def test_the_quickstart_trains_resumes_and_writes(capsys, tmp_path, monkeypatch)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     command = ["train", "configs/quickstart.yaml", "mesh.fsdp=1", "mesh.data=8"]
     command += ["training.eval_every=2", "training.eval_batches=2", "data.seq_len=64"]
+    command += ["model.n_layers=1"]  # each is compiled: four take four times as long
     code, out, err = run(capsys, *command, "training.steps=2")
     assert code == 0
     assert "data/quickstart is not there yet: making it from python-stdlib" in err
@@ -36,7 +37,8 @@ def test_the_quickstart_trains_resumes_and_writes(capsys, tmp_path, monkeypatch)
     assert (code, out.startswith("def ")) == (0, True)
     code, out, err = run(capsys, "info", "runs/quickstart")
     assert "4 of 4 steps saved (finished)" in out
-    assert "4,000,000 parameters" in out
+    assert "1,786,624 parameters" in out
+    assert config_file.load(ROOT / "configs/quickstart.yaml").model.n_params == 4_000_000
 
 
 def test_tokenize_makes_a_folder_that_info_describes(capsys, tmp_path):
