@@ -111,7 +111,7 @@ class TestRoundTrips:
     def test_shards_hold_key_value_heads_twice_where_there_are_more_shards(self, tmp_path):
         config = tiny_model(n_heads=8, n_kv_heads=2, head_dim=4)
         with jax.set_mesh(one_device_mesh()):
-            model = Llama(config, jax.random.key(0))
+            model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
             save_model(tmp_path / "m", config, model, None)
         made = quiet(tmp_path / "m", tmp_path / "meta", to="meta", shards=4)
         parts = [read_torch(made / f"consolidated.{i:02d}.pth") for i in range(4)]
@@ -234,7 +234,7 @@ class TestNothingLost:
         config = tiny_model(dim=512, hidden_dim=8192, n_heads=8, n_kv_heads=8, head_dim=64,
                             vocab_size=1000, n_layers=4)  # fmt: skip
         with jax.set_mesh(one_device_mesh()):
-            model = Llama(config, jax.random.key(0))
+            model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
             save_model(tmp_path / "m", config, model, None)
         for source, folder, to in (
             ("m", "hf", "hf"),
