@@ -288,16 +288,14 @@ def save_model(
 def load_model(
     folder: str | Path,
     config: ModelConfig | None = None,
-    step: int | None = None,
     like: Llama | None = None,
 ) -> tuple[ModelConfig, Llama]:
-    """Returns a model from a model folder, or from a checkpoint of a run, on the current mesh.
+    """Returns a model from a model folder, or from a run's newest checkpoint, on the current mesh.
 
     Args:
         folder: a model folder, or a run folder.
         config: how to compute it; default: as the folder says. Weights are cast to its
             `param_dtype`.
-        step: checkpoint of a run; default: the newest.
         like: shapes, dtypes and shardings of the weights; default: those of `config`.
 
     Raises:
@@ -316,10 +314,7 @@ def load_model(
         checkpoints = TrainingCheckpoints(folder / "checkpoints")
         if not checkpoints.steps:
             raise _no_checkpoint(folder)
-        step = checkpoints.steps[-1] if step is None else step
-        if step not in checkpoints.steps:
-            raise InputError(f"{folder} holds no checkpoint {step}; it has {checkpoints.steps}")
-        return config, checkpoints.restore_model(step, model)
+        return config, checkpoints.restore_model(checkpoints.steps[-1], model)
     weights = folder / "weights"
     wanted = {"model": tree_to_dict(model)}
     loaded = _load_items(ocp.load_checkpointables, str(weights.absolute()), wanted, weights)

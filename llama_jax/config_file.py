@@ -47,13 +47,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return document.config()
 
 
-def from_dict(values: dict[str, Any], where: str) -> Config:
-    """Returns the configuration in nested plain values; `where` names them in errors."""
-    document = _Document(where)
-    document.values = values
-    return document.config()
-
-
 def dump(config: Config) -> str:
     """Returns the resolved configuration as YAML that `load` reads back to an equal one."""
     plain = TypeAdapter(Config).dump_python(config, mode="json")

@@ -168,21 +168,26 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=manual, epilog=epilog, formatter_class=raw
         )
 
+    def of_config(name: str, manual: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        made = command(name, manual, epilog)
+        made.add_argument("config", metavar="CONFIG", help="YAML file")
+        made.add_argument(
+            "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
+        )
+        return made
+
+    def of_folder(name: str, manual: str) -> argparse.ArgumentParser:
+        made = command(name, manual)
+        made.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+        return made
+
     keys = "The keys of a configuration file (type, default):\n" + config_file.manual()
-    train = command("train", _TRAIN, epilog=keys)
-    train.add_argument("config", metavar="CONFIG", help="YAML file")
-    train.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
-    )
+    train = of_config("train", _TRAIN, epilog=keys)
     train.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, for the others")
     train.add_argument("--processes", type=int, metavar="N", help="processes in all, one a host")
     train.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
 
-    plan = command("plan", _PLAN)
-    plan.add_argument("config", metavar="CONFIG", help="YAML file")
-    plan.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
-    )
+    plan = of_config("plan", _PLAN)
     plan.add_argument(
         "--topology", required=True, metavar="POD", help="v5p:4x4x4, v6e:16x16, 2*v5e:16x16 …"
     )
@@ -224,8 +229,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tokenize.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
 
-    generate = command("generate", _GENERATE)
-    generate.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    generate = of_folder("generate", _GENERATE)
     generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (none)")
     generate.add_argument(
         "--chat",
@@ -259,8 +263,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_int8(generate)
 
-    serve = command("serve", _SERVE)
-    serve.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    serve = of_folder("serve", _SERVE)
     serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
     serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
@@ -282,8 +285,7 @@ def parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=600, metavar="S", help="of a request [s] (600)"
     )
 
-    perplexity = command("perplexity", _PERPLEXITY)
-    perplexity.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+    perplexity = of_folder("perplexity", _PERPLEXITY)
     perplexity.add_argument("text", metavar="TEXT_FILE", help="text in UTF-8")
     perplexity.add_argument("--quantize", choices=["int8"], help="compare with quantized weights")
 

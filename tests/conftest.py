@@ -1,8 +1,11 @@
 """Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
+import atexit
+import functools
 import importlib
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +14,18 @@ from typing import Any
 # Before JAX is imported, here and in processes that tests start: with the TPU compiler installed
 # it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is what costs: all share what one of them compiled, and LLVM polishes nothing that then
+# runs for a moment. XLA's own passes, which decide what is computed where, are as for users.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import load_model
+from llama_jax.checkpoint import load_model, save_model
+from llama_jax.cli import main
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from llama_jax.convert.conversion import convert
 from llama_jax.data import corpus
@@ -26,10 +35,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.sharding import make_mesh, one_device_mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Compiling is what costs: tests, and the processes they start, share what one of them compiled.
-_cache = tempfile.TemporaryDirectory(prefix="llama_jax-compiled-")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -71,12 +77,19 @@ def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     return make_mesh(config, jax.devices()[: math.prod(shape)])
 
 
+_models = tempfile.TemporaryDirectory(prefix="llama_jax-models-")
+
+
+@functools.cache
+def _converted(path: Path) -> Path:
+    return convert(path, Path(tempfile.mkdtemp(dir=_models.name), "model"), progress=False).folder
+
+
 def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
     """Returns the model of a foreign checkpoint on the current mesh, in float32."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = convert(path, Path(folder, "model"), progress=False).folder
-        config = replace(read_model_config(out), dtype="float32", param_dtype="float32")
-        return load_model(out, config)
+    folder = _converted(path)
+    config = replace(read_model_config(folder), dtype="float32", param_dtype="float32")
+    return load_model(folder, config)
 
 
 @pytest.fixture
@@ -117,3 +130,21 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "tokens"
     corpus.build([str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of a tiny model of random weights, with the tokenizer of `token_folder`."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    config = tiny_model(context=128)
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(folder, config, model, token_folder / "tokenizer.model")
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    """Runs a command of the command line; returns its exit code and what it said to both ends."""
+    code = main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

@@ -4,10 +4,17 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import openai
+
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request, Statistics
 from llama_jax.inference.server import Settings, application, listen, uvicorn_server
+
+# What the engine makes of the prompt `hello`, and where it is asked.
+ANSWER = " hello: é🦙, said with the seed 7.\nThat is all."
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 class Ticket:
@@ -112,3 +119,18 @@ def serving(tokenizer, engine=None, **settings):
         finally:
             server.should_exit = True
             thread.join()
+
+
+def new_client(url, key="none"):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
+def complete(client, prompt="hello", **fields):
+    fields = {"model": "stories", "max_tokens": 150, "seed": 7} | fields
+    return client.completions.create(prompt=prompt, **fields)
+
+
+def chat(client, content="hello", **fields):
+    fields = {"model": "stories", "max_tokens": 150, "seed": 7} | fields
+    messages = [{"role": "user", "content": content}]
+    return client.chat.completions.create(messages=messages, **fields)

@@ -74,5 +74,29 @@ def test_mesh_axes_are_named_in_one_place():
 
 
 def test_every_file_can_be_read_in_one_sitting():
-    lengths = {p: len(p.read_text().splitlines()) for p in modules()}
+    paths = [*modules(), *(p for d in ("tests", "benchmarks") for p in (ROOT / d).rglob("*.py"))]
+    lengths = {p: len(p.read_text().splitlines()) for p in paths}
     assert {p: n for p, n in lengths.items() if n > 350} == {}
+
+
+def named_in_readme() -> list[str]:
+    """Returns the paths in the README's tree; `*` stands in them as it is written there."""
+    text = (ROOT / "README.md").read_text()
+    tree = text.split("## What is where\n\n```\n")[1].split("```")[0]
+    named, folders = [], []
+    for indent, names in re.findall(r"^( {0,4})((?:[\w*]+(?:\.\w+|/) ?)+)", tree, re.M):
+        folders = folders[: len(indent) // 2]
+        named += ["".join(folders) + name for name in names.split()]
+        if named[-1].endswith("/"):
+            folders.append(names.strip())
+    return named
+
+
+def test_the_readme_says_what_is_where():
+    named = named_in_readme()
+    found = [p.relative_to(ROOT) for p in [*modules(), *(ROOT / "llama_jax").rglob("*.html")]]
+    found = [path for path in found if not path.name.startswith("__")]
+    assert len(named) > 60
+    assert [name for name in named if not any(ROOT.glob(name))] == []
+    files = [name for name in named if not name.endswith("/")]
+    assert [str(path) for path in found if not any(map(path.match, files))] == []

@@ -14,6 +14,7 @@ from llama_jax.sharding import act, balance, divisors, in_text_order, place
 
 # Positions whose logits are there at a time: of all, they would be larger than many a model.
 _POSITIONS = 128
+_ROWS = 4  # windows computed together
 
 
 def nats_per_token(
@@ -22,7 +23,6 @@ def nats_per_token(
     tokens: Sequence[int],
     *,
     window: int = 2048,
-    rows: int = 4,
 ) -> float:
     """Returns the mean cross-entropy of all tokens but the first [nats]; its exp is perplexity.
 
@@ -33,7 +33,6 @@ def nats_per_token(
         model: on the current mesh.
         tokens: ids of one text, at least two.
         window: tokens that are foretold in a window; no more than the model's context.
-        rows: windows computed together.
 
     Raises:
         InputError: there are fewer than two tokens, or one is none of the model's.
@@ -48,7 +47,7 @@ def nats_per_token(
     foretold = len(tokens) - 1
     window = min(window, config.context, -(-foretold // _POSITIONS) * _POSITIONS)
     windows = -(-foretold // window)
-    rows = min(rows, windows)
+    rows = min(_ROWS, windows)
     text = np.full(-(-windows // rows) * rows * window + 1, -1, np.int32)
     text[: len(tokens)] = tokens
     inputs, targets = (part.reshape(-1, rows, window) for part in (text[:-1], text[1:]))

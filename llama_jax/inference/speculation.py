@@ -17,7 +17,7 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference.generate import NO_TOKEN, State
 from llama_jax.inference.sampling import Sampling
-from llama_jax.inference.stream import begin, check_prompt
+from llama_jax.inference.stream import begin
 from llama_jax.model.transformer import Llama, Unrolled, continued, output_head
 from llama_jax.sharding import act, place
 
@@ -130,7 +130,6 @@ def stream_ahead(
         raise InputError(
             "speculation takes the most likely token each time: leave out temperature and penalties"
         )
-    check_prompt(config, prompt, max_new_tokens)
     state = begin(
         config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
         end_ids=end_ids, seed=0, spare=AHEAD + 1,

@@ -47,7 +47,11 @@ def begin(
     """Returns the state after one prompt, with room for the new tokens and `spare` slots.
 
     Lengths are rounded up to powers of two, 32 at least, so that few programs serve all.
+
+    Raises:
+        InputError: as `check_prompt`.
     """
+    check_prompt(config, prompt, max_new_tokens)
     tokens = np.zeros((1, _rounded_up(len(prompt))), np.int32)
     tokens[0, : len(prompt)] = prompt
     seen = np.zeros((1, config.vocab_size), bool)
@@ -85,7 +89,6 @@ def stream(
     Raises:
         InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
     """
-    check_prompt(config, prompt, max_new_tokens)
     state = begin(
         config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
         end_ids=end_ids, seed=seed, spare=1,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import ways_beside as beside
 import ways_to_break as ways
 from whole_checkpoints import write_all
 
@@ -80,13 +81,13 @@ HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
     ways.pickled: (("meta1", "bin1"), 5),
     ways.huge: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
     ways.stacked: (("model",), 5),
-    ways.tokenizer: (("meta1", "export", "model"), 6),
-    ways.vocabulary: (("meta1", "hf1"), 2),
-    ways.template: (("export",), 1),
-    ways.destination: (("meta1", "q8"), 5),
-    ways.asked: (("hf1",), 5),
-    ways.nothing: (("hf1",), 12),
-    ways.receipt: (("model",), 16),
+    beside.tokenizer: (("meta1", "export", "model"), 6),
+    beside.vocabulary: (("meta1", "hf1"), 2),
+    beside.template: (("export",), 1),
+    beside.destination: (("meta1", "q8"), 5),
+    beside.asked: (("hf1",), 5),
+    beside.nothing: (("hf1",), 12),
+    beside.receipt: (("model",), 16),
 }
 CASES = [Case(b, how, i) for how, (bs, n) in HOW_MANY.items() for b in bs for i in range(n)]
 
@@ -203,7 +204,7 @@ def test_is_refused_in_a_sentence_or_converted_as_if_whole(case, whole, clean, t
         assert new or made(outcome) == expected
     else:
         assert list(out.iterdir()) == []
-        assert outcome or case.breaking is ways.receipt
+        assert outcome or case.breaking is beside.receipt
         check_sentence(outcome or f"{tmp_path} give", tmp_path)
 
 

@@ -1,7 +1,6 @@
 """convert --quantize int8: what is written, what is proven, what is refused."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +8,16 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
+from whole_checkpoints import quiet
 
 from llama_jax.checkpoint import load_model, save_model
 from llama_jax.convert import layout
-from llama_jax.convert.conversion import convert
 from llama_jax.convert.verification import verify
 from llama_jax.errors import InputError
 from llama_jax.folders import read_model_config
 from llama_jax.model.quantize import quantized
 from llama_jax.model.transformer import Llama
 from llama_jax.sharding import one_device_mesh
-
-
-def quiet(source: Path, folder: Path, **options) -> Path:
-    return convert(source, folder, progress=False, **options).folder
 
 
 def changed(weight: jax.Array, at: tuple[int, ...], value: float) -> jax.Array:

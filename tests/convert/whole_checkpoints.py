@@ -13,31 +13,27 @@ import gguf
 import numpy as np
 import pytest
 from conftest import tiny_config, tiny_model
+from stored_files import reader, write
 
 from llama_jax import config_file
 from llama_jax.convert import gguf as our_gguf
 from llama_jax.convert import huggingface, llama2c, meta
 from llama_jax.convert.conversion import convert
 from llama_jax.convert.layout import AXES, Layout, weights
-from llama_jax.convert.safetensors_file import SafetensorsWriter, read_safetensors
-from llama_jax.convert.torch_file import TorchWriter, read_torch
 from llama_jax.data.tokenizer_build import piece_types, sentencepiece_model
 
 MODEL = tiny_model(n_heads=4, n_kv_heads=2, vocab_size=288, context=2048)
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    kind = SafetensorsWriter if path.suffix == ".safetensors" else TorchWriter
-    with kind(path, {name: (array.shape, array.dtype) for name, array in tensors.items()}) as file:
-        for name, array in tensors.items():
-            file.write(name, array)
+def quiet(source: Path, folder: Path, **options: Any) -> Path:
+    """Converts a checkpoint without a progress bar; returns the folder."""
+    return convert(source, folder, progress=False, **options).folder
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".gguf":
         return {t.name: np.array(t.data) for t in gguf.GGUFReader(path).tensors}
-    stored = (read_safetensors if path.suffix == ".safetensors" else read_torch)(path)
-    return {name: np.array(tensor.read()) for name, tensor in stored.items()}
+    return {name: np.array(tensor.read()) for name, tensor in reader(path)(path).items()}
 
 
 def numbers(layout: Layout, seed: int = 0, config=MODEL) -> list[tuple[int, str, np.ndarray]]:
@@ -148,8 +144,8 @@ def write_all(at: Path) -> dict[str, Path]:
     write_gguf(at / "q8.gguf", GGUF_TENSORS, "Q8_0")
     write_llama2c(at / "legacy.bin", 0)
     write_llama2c(at / "version1.bin", 1)
-    convert(at / "meta1", at / "model", progress=False)
-    convert(at / "meta1", at / "export", to="hf", progress=False)
+    quiet(at / "meta1", at / "model")
+    quiet(at / "meta1", at / "export", to="hf")
     shutil.copytree(at / "model/weights", at / "run/checkpoints/3")
     (at / "run/config.yaml").write_text(config_file.dump(tiny_config(MODEL)))
     (at / "other").mkdir()

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 from conftest import tiny_model
-from test_distributed import Group
+from processes import Group
 
 from llama_jax.checkpoint import save_model
 from llama_jax.inference.stream import stream

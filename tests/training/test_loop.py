@@ -95,9 +95,7 @@ def start(settings, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(config_file.dump(settings))
     command = [sys.executable, "-m", "llama_jax", "train", str(path)]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 

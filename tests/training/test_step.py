@@ -1,7 +1,6 @@
 """The training step: equal on every mesh, in any number of pieces, and safe from NaN."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,15 +116,8 @@ def losses_of_20_steps(state, mesh):
     with jax.set_mesh(mesh_of(mesh)):
         model, opt_state = on_this_mesh(state)
         batch = placed()
-        lowered = train_step.lower(CONFIG, model, opt_state, batch, jnp.int32(0))
-        # Ten programs are compiled, and each runs for a moment.
-        quickly: Any = {
-            "xla_backend_optimization_level": 0,
-            "xla_llvm_disable_expensive_passes": True,
-        }
-        compiled = lowered.compile(compiler_options=quickly)
         for step in range(20):
-            model, opt_state, metrics = compiled(model, opt_state, batch, jnp.int32(step))
+            model, opt_state, metrics = train_step(CONFIG, model, opt_state, batch, jnp.int32(step))
             losses.append(float(metrics.loss))
     return losses
 

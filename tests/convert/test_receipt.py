@@ -1,0 +1,80 @@
+"""What the receipt tells, and what repeating its proof finds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from whole_checkpoints import quiet
+
+from llama_jax.convert.verification import verify
+from llama_jax.errors import InputError
+from llama_jax.folders import read_model_config
+
+
+def changed(source: Path, folder: Path) -> Path:
+    """Returns a copy of a Meta folder in which one bit of one weight is another."""
+    shutil.copytree(source, folder)
+    path = folder / "consolidated.00.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return folder
+
+
+def test_tells_each_tensor_and_the_proof(shared_data, tmp_path):
+    folder = quiet(shared_data / "meta_reference/llama2_gqa/mp2", tmp_path / "m")
+    receipt = json.loads((folder / "receipt.json").read_text())
+    assert receipt["verified"] == {"identical": 21, "converted": 0}
+    assert receipt["source"]["rotary"] == "interleaved"
+    assert receipt["output"]["rotary"] == "half-split"
+    assert receipt["dropped"] == {"rope.freqs": "follows from the configuration"}
+    assert receipt["end_ids"] == [2]
+    wq = next(w for w in receipt["weights"] if w["weight"] == "layers.1.wq")
+    assert [(t["name"], t.get("shard", 0), t["shape"], t["dtype"]) for t in wq["source"]] == [
+        ("layers.1.attention.wq.weight", i, [32, 64], "bfloat16") for i in (0, 1)
+    ]
+    assert wq["written"][0]["shape"] == [64, 8, 8]
+
+
+def test_verify_needs_no_source_but_hashes_it_where_named(shared_data, tmp_path):
+    source = shared_data / "stories260K/meta"
+    folder = quiet(source, tmp_path / "m", to="hf")
+    for named in (None, source):
+        counts = verify(folder, named, progress=False)
+        assert counts == {"identical": 47, "converted": 0}
+    with pytest.raises(InputError, match="is not the tensor that was converted"):
+        verify(folder, changed(source, tmp_path / "other"), progress=False)
+
+
+def test_a_change_of_type_is_proven_against_the_source(shared_data, tmp_path):
+    source = shared_data / "stories260K/meta"
+    folder = quiet(source, tmp_path / "m", dtype="bfloat16")
+    assert verify(folder, source, progress=False) == {"identical": 0, "converted": 47}
+    config = read_model_config(folder)
+    assert (config.param_dtype, config.dtype) == ("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
+def test_a_flipped_bit_is_found(shared_data, tmp_path, to):
+    folder = quiet(shared_data / "stories260K/meta", tmp_path / "m", to=to)
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    with pytest.raises(InputError, match=r"does not give back|damaged|differs"):
+        verify(folder, progress=False)
+
+
+def test_a_configuration_that_was_changed_is_refused(shared_data, tmp_path):
+    folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    read_model_config(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-6}))
+    with pytest.raises(InputError, match="norm_eps 1e-06, but the weights were converted with"):
+        read_model_config(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "receipt.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        read_model_config(folder)

@@ -1,0 +1,55 @@
+"""What holds of tensors in files whatever the format."""
+
+import numpy as np
+import pytest
+from stored_files import reader, write, writer
+
+from llama_jax.errors import InputError
+
+
+@pytest.fixture(params=["w.safetensors", "w.pth"])
+def path(request, tmp_path):
+    return tmp_path / request.param
+
+
+def test_elements_in_any_order_are_written_in_row_major(path):
+    weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    views = {"t": weight.T, "s": weight[:, ::2], "e": np.broadcast_to(weight[0, 0, 1], (3, 2))}
+    ours = reader(path)(write(path, views))
+    for name, array in views.items():
+        np.testing.assert_array_equal(ours[name].read(), array)
+
+
+def test_the_writer_refuses_what_its_header_does_not_say(path):
+    one, header = np.ones(2, np.float32), dict.fromkeys("ab", ((2,), np.float32))
+    wrong = [
+        ("b", one, "b was written where a was due"),
+        ("a", one[:1], r"a is float32\(1,\), not float32\(2,\)"),
+        ("a", one.astype(np.float16), r"a is float16\(2,\), not float32\(2,\)"),
+    ]
+    for name, array, message in wrong:
+        with pytest.raises(ValueError, match=message), writer(path)(path, header) as file:
+            file.write(name, array)
+    with pytest.raises(ValueError, match="lacks b"), writer(path)(path, header) as file:
+        file.write("a", one)
+    with pytest.raises(ValueError, match="no complex64 tensor c"):
+        writer(path)(path, {"c": ((2,), np.complex64)})
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_closed_writer_can_be_closed_again(path):
+    with writer(path)(path, {"a": ((2,), np.float32)}) as file:
+        file.write("a", np.ones(2, np.float32))
+        assert not path.exists()
+        file.close()
+        assert path.exists()
+        file.close()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("now", [b"short", None])
+def test_a_file_that_changed_since_is_refused(path, now):
+    stored = reader(path)(write(path, {"w": np.ones(9, np.float32)}))["w"]
+    path.unlink() if now is None else path.write_bytes(now)
+    with pytest.raises(InputError, match=r"'w' can't be read .*: the file has changed"):
+        stored.read()

@@ -1,0 +1,111 @@
+"""Requests that are wrong get a sentence; what asks for nothing is taken."""
+
+import json
+
+import openai
+import pytest
+from fake_engine import CHAT, COMPLETION, HELLO, chat, complete
+
+pytest_plugins = ["served"]
+
+
+# Where, what is sent, the status, and a part of the sentence.
+BAD = [
+    (COMPLETION, b"", 400, "the body is not valid JSON"),
+    (COMPLETION, b'{"prompt": "a"', 400, "the body is not valid JSON"),
+    (COMPLETION, b'{"prompt": "\xff"}', 400, "the body is not valid JSON"),
+    (COMPLETION, b'{"prompt": "a", "temperature": NaN}', 400, "the body is not valid JSON"),
+    (COMPLETION, b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "is not valid JSON"),
+    (COMPLETION, b'{"prompt": "\\ud800"}', 400, "the body is not valid JSON"),
+    (COMPLETION, [1], 400, "the body must be a JSON object"),
+    (COMPLETION, {}, 400, "prompt is missing"),
+    (COMPLETION, {"prompt": None}, 400, "prompt is missing"),
+    (COMPLETION, {"prompt": []}, 400, "prompt must be a text, a list of texts"),
+    (COMPLETION, {"prompt": ["a", [1]]}, 400, "prompt must be a text, a list of texts"),
+    (COMPLETION, {"prompt": [[]]}, 400, "none of them empty"),
+    (COMPLETION, {"prompt": [True]}, 400, "prompt must be a text"),
+    (COMPLETION, {"prompt": [5, 512]}, 400, "token 512 of the prompt is outside the model's 512"),
+    (COMPLETION, {"prompt": [-1]}, 400, "token -1 of the prompt is outside"),
+    (COMPLETION, {"prompt": [10**30]}, 400, "of the prompt is outside"),
+    (COMPLETION, {"prompt": [5] * 200}, 400, "a prompt of 200 tokens doesn't fit the context of"),
+    (COMPLETION, {"prompt": [5] * 99, "max_tokens": 102}, 400, "99 tokens and max_tokens of 102"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 151}, 400, "max_tokens must be at most 150"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens must be at least 1"),
+    (COMPLETION, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens must be greater than or"),
+    (COMPLETION, {"prompt": "a", "max_tokens": "5"}, 400, "max_tokens must be a valid integer"),
+    (COMPLETION, {"prompt": "a", "temperature": -1}, 400, "temperature must be greater than or"),
+    (COMPLETION, b'{"prompt": "a", "temperature": 1e999}', 400, "temperature must be"),
+    (COMPLETION, {"prompt": "a", "temperature": "hot"}, 400, "temperature must be a valid number"),
+    (COMPLETION, {"prompt": "a", "top_p": 0}, 400, "top_p must be greater than 0"),
+    (COMPLETION, {"prompt": "a", "top_p": 1.1}, 400, "top_p must be less than or equal to 1"),
+    (COMPLETION, {"prompt": "a", "top_k": -1}, 400, "top_k must be greater than or equal to 0"),
+    (COMPLETION, {"prompt": "a", "min_p": 2}, 400, "min_p must be less than or equal to 1"),
+    (COMPLETION, {"prompt": "a", "presence_penalty": 3}, 400, "presence_penalty must be less"),
+    (COMPLETION, {"prompt": "a", "n": 0}, 400, "n must be greater than or equal to 1"),
+    (COMPLETION, {"prompt": "a", "n": 1.5}, 400, "n must be a valid integer"),
+    (COMPLETION, {"prompt": ["a"] * 65, "n": 2}, 400, "are more than the 128 texts"),
+    (COMPLETION, {"prompt": "a", "seed": 2**63}, 400, "seed must be less than"),
+    (COMPLETION, {"prompt": "a", "stop": ""}, 400, "stop must be a text or a list of texts"),
+    (COMPLETION, {"prompt": "a", "stop": ["a", 1]}, 400, "stop must be a text or a list"),
+    (COMPLETION, {"prompt": "a", "stop": ["a"] * 17}, 400, "stop may hold 16 texts of 256"),
+    (COMPLETION, {"prompt": "a", "logprobs": 21}, 400, "logprobs must be less than or equal to 20"),
+    (COMPLETION, {"prompt": "a", "stream": "yes"}, 400, "stream must be a valid boolean"),
+    (COMPLETION, {"prompt": "a", "stream_options": {}}, 400, "stream_options needs stream"),
+    (COMPLETION, {"prompt": "a", "best_of": 2}, 400, "best_of is not supported"),
+    (COMPLETION, {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
+    (COMPLETION, {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+    (COMPLETION, {"prompt": "a", "tempratur": 1}, 400, "tempratur is not a field of this request"),
+    (COMPLETION, {"prompt": "a", "model": "gpt"}, 404, "there is no model 'gpt' here"),
+    (COMPLETION, {"prompt": "a", "model": 5}, 400, "model must be a valid string"),
+    (CHAT, {}, 400, "messages is missing"),
+    (CHAT, {"messages": []}, 400, "messages must be a list of at least one message"),
+    (CHAT, {"messages": ["a"]}, 400, "messages[0] must be an object with a role"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content must be a text"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "has the role 'tool'"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, 400, "the chat ends with"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content may hold parts of text only",
+    ),
+    (CHAT, HELLO | {"max_tokens": 0}, 400, "max_tokens must be greater than or equal to 1"),
+    (CHAT, HELLO | {"max_tokens": 1, "max_completion_tokens": 2}, 400, "differ: give one of them"),
+    (CHAT, HELLO | {"top_logprobs": 2}, 400, "top_logprobs needs logprobs to be true"),
+    (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+    (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format is not"),
+    (CHAT, HELLO | {"messages": [{"role": "user", "content": "a " * 400}]}, 400, "doesn't fit"),
+    ("/v1/embeddings", {"input": "a"}, 404, "there is nothing at /v1/embeddings"),
+    ("/v1/models", {}, 405, "/v1/models can't be used by POST"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "sentence"), BAD)
+def test_a_wrong_request_gets_its_sentence(http, engine, path, body, status, sentence):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = http.post(path, content=content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert sentence in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    assert engine.requests == []
+
+
+def test_errors_name_the_field(client):
+    with pytest.raises(openai.BadRequestError) as raised:
+        complete(client, temperature=-1)
+    assert (raised.value.param, raised.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as raised:
+        complete(client, [5] * 200, max_tokens=None)
+    assert (raised.value.param, raised.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(openai.NotFoundError) as raised:
+        complete(client, model="gpt")
+    assert raised.value.code == "model_not_found"
+
+
+def test_fields_that_ask_for_nothing_are_taken(client):
+    nothing = {"tools": [], "tool_choice": "none", "logit_bias": {}, "store": False}
+    nothing |= {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stop": None}
+    made = chat(client, max_tokens=2, extra_body=nothing)
+    assert made.usage.completion_tokens == 2

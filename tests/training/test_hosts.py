@@ -1,0 +1,189 @@
+"""Several processes train as one: real processes, over the loopback."""
+
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import tiny_model
+from processes import Group
+
+from llama_jax import config_file
+from llama_jax.checkpoint import TrainingCheckpoints
+from llama_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from llama_jax.errors import InputError
+from llama_jax.training import loop, run_folder
+from llama_jax.training.metrics import read_metrics
+
+STEPS, ROWS = 12, 8
+
+# The command line, which also notes the windows of the training text that this process reads.
+RECORDING = """
+import sys
+from llama_jax.cli import main
+from llama_jax.data import batches
+
+read = batches.Windows.__getitem__
+def noted(self, index):
+    if "train" in str(self.tokens._tokens[0].filename):
+        print("window", index, flush=True)
+    return read(self, index)
+batches.Windows.__getitem__ = noted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def config(folder, data, **training):
+    values = {"out": str(folder), "steps": STEPS, "eval_every": 0, "eval_batches": 2}
+    return Config(
+        model=tiny_model(),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        data=DataConfig(mixture={str(data): 1.0}, batch_size=ROWS, seq_len=16),
+        optimizer=OptimizerConfig(warmup_steps=4, peak_lr=1e-2),
+        training=TrainingConfig(**(values | training)),
+        checkpoint=CheckpointConfig(every=4, keep=5),
+        logging=LoggingConfig(progress=True, tensorboard=False),
+    )
+
+
+def written(path, settings):
+    path.write_text(config_file.dump(settings))
+    return path
+
+
+def losses(run):
+    """Returns the loss of every step, each of which must stand in the file once, in order."""
+    records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return np.array([r["loss"] for r in records])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def alone(runs, token_folder):
+    """A run of one process."""
+    loop.run(config(runs / "alone", token_folder))
+    return runs / "alone"
+
+
+@pytest.fixture(scope="module")
+def two(alone, runs, token_folder):
+    """Two processes, from the first step to the last."""
+    path = written(runs / "two.yaml", config(runs / "two", token_folder))
+    group = Group(runs / "two-said", 2, "train", path, program=("-c", RECORDING))
+    assert group.wait() == [0, 0], group.said("err")
+    return group
+
+
+@pytest.fixture(scope="module")
+def four(alone, runs, token_folder):
+    """Four processes, the last of which is told to stop."""
+    path = written(runs / "four.yaml", config(runs / "four", token_folder))
+    group = Group(runs / "four-said", 4, "train", path)
+    group.wait_for_step(runs / "four", 2)
+    group.processes[3].send_signal(signal.SIGTERM)
+    assert group.wait() == [0, 0, 0, 0], group.said("err")
+    return group
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(two, alone, runs):
+    np.testing.assert_allclose(losses(runs / "two"), losses(alone), rtol=1e-5)
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (runs / "two", alone))
+    validation = [
+        [r["validation_loss"] for r in rs if "validation_loss" in r] for rs in (ours, theirs)
+    ]
+    np.testing.assert_allclose(*validation, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_own_rows_alone(two):
+    read = [
+        {int(line.split()[1]) for line in said.splitlines() if line.startswith("window ")}
+        for said in two.said("out")
+    ]
+    assert [len(windows) for windows in read] == [STEPS * ROWS // 2] * 2
+    assert read[0].isdisjoint(read[1])
+
+
+@pytest.mark.slow
+def test_host_0_alone_speaks_and_writes(two, alone, runs):
+    (out, quiet_out), (err, quiet) = two.said("out"), two.said("err")
+    assert "on 8 cpu device(s) of 2 hosts (data 2 × fsdp 2 × " in err
+    assert f"step {STEPS}/{STEPS}" in err
+    assert "validation loss" in out
+    assert quiet == ""
+    assert "loss" not in quiet_out
+    names = [{p.name for p in run.iterdir()} for run in (runs / "two", alone)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_sigterm_on_any_host_saves_one_step_on_all(four, alone, runs):
+    step = len(losses(runs / "four"))
+    assert 2 <= step < STEPS
+    assert TrainingCheckpoints(runs / "four" / "checkpoints").steps[-1] == step
+    err = four.said("err")[0]
+    assert "stopping on SIGTERM on host 3" in err
+    assert f"saved after step {step}; go on with: llama-jax train" in err
+    np.testing.assert_allclose(losses(runs / "four"), losses(alone)[:step], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_four_saved_one_continues(four, alone, runs, token_folder):
+    shutil.copytree(runs / "four", runs / "one")
+    assert loop.run(config(runs / "one", token_folder)).finished
+    np.testing.assert_allclose(losses(runs / "one"), losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_four_saved_two_continue_also_when_one_is_killed(four, alone, runs, token_folder):
+    run = runs / "killed"
+    shutil.copytree(runs / "four", run)
+    path = written(runs / "killed.yaml", config(run, token_folder))
+    group = Group(runs / "killed-said", 2, "train", path)
+    group.wait_for_step(run, STEPS - 3)
+    group.processes[1].kill()
+    begun = time.monotonic()
+    assert group.wait(60) == [1, -signal.SIGKILL]
+    assert time.monotonic() - begun < 20
+    last = group.said("err")[0].splitlines()[-1]
+    assert last.startswith("llama-jax: host 1 (")
+    assert "has died or can't be reached" in last
+    before = losses(run)
+    again = Group(runs / "again-said", 2, "train", path)
+    assert again.wait() == [0, 0], again.said("err")
+    resumed = losses(run)
+    np.testing.assert_array_equal(resumed[: len(before)], before)  # bit for bit
+    np.testing.assert_allclose(resumed, losses(alone), rtol=1e-5)
+
+
+def test_hosts_that_disagree_on_the_configuration_are_told_the_key(runs, token_folder):
+    path = written(runs / "apart.yaml", config(runs / "apart", token_folder))
+    apart = [["training.steps=5"], ["training.steps=6"]]
+    group = Group(runs / "apart-said", 2, "train", path, apart=apart)
+    assert group.wait() == [2, 2]
+    for said in group.said("err"):
+        assert "training.steps is 5 on host 0, but 6 on host 1 (" in said
+        assert "Traceback" not in said
+    assert not (runs / "apart").exists()
+
+
+def test_a_run_folder_that_hosts_do_not_share_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_folder, "VISIBLE_SECONDS", 0.3)
+    (tmp_path / ".lock").write_text("that of another run")
+    with pytest.raises(InputError, match="is not that of host 0: training"):
+        run_folder._check_shared(tmp_path, "this run")
