@@ -29,6 +29,7 @@ from llama_jax.cli import main
 from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from llama_jax.convert.conversion import convert
 from llama_jax.data import corpus
+from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
 from llama_jax.model.transformer import Llama
@@ -139,7 +140,7 @@ def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = tiny_model(context=128)
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-        save_model(folder, config, model, token_folder / "tokenizer.model")
+        save_model(folder, config, model, load_tokenizer(token_folder))
     return folder
 
 

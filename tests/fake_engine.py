@@ -108,7 +108,12 @@ class FakeEngine:
 def serving(tokenizer, engine=None, **settings):
     """Runs a server on a free port of the loopback; yields its engine and its URL."""
     engine = engine or FakeEngine(tokenizer)
-    made = Settings(**({"name": "stories", "max_tokens": 150, "max_body": 20_000} | settings))
+    made = Settings(
+        **(
+            {"name": "stories", "copy_bandwidth": 1e10, "max_tokens": 150, "max_body": 20_000}
+            | settings
+        )
+    )
     server = uvicorn_server(application(engine, tokenizer, made))
     with listen("127.0.0.1", 0) as bound:
         bound.listen()

@@ -95,7 +95,7 @@ def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
             assert name in NOT_RUN or name == "llama-jax", (name, words, block.text)
             if name == "python" and words[0].startswith("benchmarks/"):
                 assert (ROOT / words[0]).is_file()
-    assert ours
+    assert ours or page.name == "dependencies.md"
     for command in ours:
         checked(command[1:], monkeypatch, {"continue.yaml"})
 
@@ -149,9 +149,6 @@ def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
     assert "2 of 2 steps saved (finished)" in told.out
     assert {path.name for path in Path("runs").iterdir()} == {"smollm2-python", "mine", "same"}
     assert Path("export/mine/model.safetensors").is_file()
-    library = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
-    run_page(library, None, instead=("runs/quickstart", "runs/mine"))
-    assert capsys.readouterr().out.startswith("import ")
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_every_file_can_be_read_in_one_sitting():
 def named_in_readme() -> list[str]:
     """Returns the paths in the README's tree; `*` stands in them as it is written there."""
     text = (ROOT / "README.md").read_text()
-    tree = text.split("## What is where\n\n```\n")[1].split("```")[0]
+    tree = text.split("## What is where\n\n```text\n")[1].split("```")[0]
     named, folders = [], []
     for indent, names in re.findall(r"^( {0,4})((?:[\w*]+(?:\.\w+|/) ?)+)", tree, re.M):
         folders = folders[: len(indent) // 2]

@@ -3,6 +3,7 @@
 Each takes a copy of a whole one and what it draws from, and returns options of the conversion.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -122,7 +123,7 @@ def tensors(change: Callable[[dict[str, np.ndarray], Rng], Any]) -> Callable[[Pa
 
     def broken(place: Path, rng: Rng) -> None:
         path = drawn(rng, files(place, *WEIGHTS))
-        found = dict(GGUF_TENSORS) if path.suffix == ".gguf" else read(path)
+        found = copy.deepcopy(GGUF_TENSORS) if path.suffix == ".gguf" else read(path)
         change(found, rng)
         path.unlink()
         if path.suffix == ".gguf":
