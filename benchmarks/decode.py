@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result import Result, add_argument, keep
 from turns import timed
 
 PROMPT = 64
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens made for each (64)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each (7)")
     parser.add_argument("--shape", default="", help="member of the family, with random weights")
+    add_argument(parser)
     args = parser.parse_args()
     if not args.shape:
         os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator's compiler is installed
@@ -166,16 +168,24 @@ def main() -> None:
     seconds = {name: [second for second, _ in rows] for name, rows in told.items()}
     print(f"{args.dtype}, batch {args.batch}: a step reads {read / 1e6:.0f} MB;", end=" ")
     print(f"the machine copies {copied / 1e9:.1f} GB/s (read and written)")
+    rates = {}
     for name, times in seconds.items():
         middle, low, high = (
             args.batch * args.new / f(times) for f in (statistics.median, max, min)
         )
         share = read * args.new / statistics.median(times) / copied
+        rates[name] = middle
         spread = f"(min {low:.1f}, max {high:.1f})"
         print(f"{name:13} {middle:7.1f} tokens/s {spread}, {share:.0%} of the bandwidth")
     if len(seconds) == 2:
         pairs = zip(*(seconds[name] for name in ("llama_jax", "transformers")), strict=True)
-        print(f"llama_jax / transformers: {statistics.median(b / a for a, b in pairs):.2f}")
+        ratio = statistics.median(b / a for a, b in pairs)
+        print(f"llama_jax / transformers: {ratio:.2f}")
+        what = f"decoding {args.shape or 'SmolLM2-135M'}, {args.dtype}, batch {args.batch}"
+        of_all = read * rates["llama_jax"] / args.batch / copied
+        note = f"{of_all:.0%} of the bandwidth of a copy, {copied / 1e9:.1f} GB/s"
+        theirs = "transformers", rates["transformers"], ratio
+        keep(args.json, Result(what, "tokens/s", rates["llama_jax"], *theirs, note))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from result import Result, add_argument, keep
 from train_step import stepper
 
 from llama_jax.config import LoggingConfig
@@ -140,16 +141,22 @@ def compare(args: argparse.Namespace, kind: str) -> None:
             seconds[side.__name__].append(one)
             told = f"{side.__name__:12} {1e3 * one:8.1f} ms, loss {loss:.3f}"
             print(f"round {number}: {told}", flush=True)
+    rates: dict[str, float] = {}
+    mfu = ""
     for name, times in seconds.items():
-        rate = args.batch * args.seq_len / statistics.median(times)
+        rate = rates[name] = args.batch * args.seq_len / statistics.median(times)
         line = f"{name:12} {rate:9,.0f} tokens/s (median of rounds)"
         if peak:
             causal, full = (shape.flops_per_token(T) for T in (args.seq_len, 2 * args.seq_len))
             line += f", MFU {rate * causal / peak:.1%} causal, {rate * full / peak:.1%} full"
+            mfu += f"{name} MFU {rate * causal / peak:.1%} causal "
         print(line)
     if not args.no_peer:
         ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
-        print(f"llama_jax / transformers, median of pairs: {statistics.median(ratios):.2f}")
+        ratio = statistics.median(ratios)
+        print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
+        what, ours, theirs = f"a training step, {args.shape}, {kind}", *rates.values()
+        keep(args.json, Result(what, "tokens/s", ours, "torch.compile", theirs, ratio, mfu.strip()))
 
 
 def gate(args: argparse.Namespace) -> str:
@@ -225,6 +232,7 @@ def main() -> None:
     parser.add_argument("--scan", action="store_true", help="model.scan of llama_jax (unrolled)")
     parser.add_argument("--packed", action="store_true", help="with segment ids, as in training")
     parser.add_argument("--gate", action="store_true", help="check the attention kernel instead")
+    add_argument(parser)
     args = parser.parse_args()
     args.seq_len = args.seq_len or min(4096, SHAPES[args.shape].context)
     # A side is alone on the GPU, so XLA may take nearly all of it, not three quarters.

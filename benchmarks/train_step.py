@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from result import Result, add_argument, keep
 from turns import timed
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (9)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--alone", action="store_true", help="one process at a time")
+    add_argument(parser)
     args = parser.parse_args()
     names = ["llama_jax"]
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
@@ -147,7 +149,11 @@ def main() -> None:
         print(f"{name:13} {middle:6.1f} tokens/s  (min {low:.1f}, max {high:.1f})")
     if len(names) == 2:
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-        print(f"llama_jax / transformers, median of pairs: {statistics.median(ratios):.2f}")
+        ratio = statistics.median(ratios)
+        print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
+        ours, theirs = (BATCH * LENGTH / statistics.median(times) for times in seconds.values())
+        what = f"a training step, {args.dtype}"
+        keep(args.json, Result(what, "tokens/s", ours, "transformers, eager", theirs, ratio))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,9 @@ def cached_attention(q_BTNH: jax.Array, kept: KeysValues, positions_BT: jax.Arra
     B, T, N, H = q_BTNH.shape
     K = kept.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=act("BTKGH"))
+    alone = T == 1 and N == K and platform() == "tpu"
+    if alone:  # as of single rows in `linear.matmul`: for the matrix unit
+        q_BTKGH = jnp.concatenate([q_BTKGH, q_BTKGH], axis=3)
     out_BKGTH = attention_xla.cached(q_BTKGH.transpose(0, 2, 3, 1, 4), kept, positions_BT)
-    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)
+    out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=act("BTNH"))

