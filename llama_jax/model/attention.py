@@ -104,8 +104,8 @@ def cached_attention(q_BTNH: jax.Array, kept: KeysValues, positions_BT: jax.Arra
     K = kept.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=act("BTKGH"))
     alone = T == 1 and N == K and platform() == "tpu"
-    if alone:  # as of single rows in `linear.matmul`: for the matrix unit
-        q_BTKGH = jnp.concatenate([q_BTKGH, q_BTKGH], axis=3)
+    if alone:  # XLA gives a single query to the vector unit, and eight of them to the matrix unit
+        q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
     out_BKGTH = attention_xla.cached(q_BTKGH.transpose(0, 2, 3, 1, 4), kept, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=act("BTNH"))
