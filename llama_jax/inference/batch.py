@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.family import ModelConfig
-from llama_jax.inference.generate import Rows, State, read
+from llama_jax.inference.generate import Rows, State, last_logits
+from llama_jax.inference.perplexity import target_logprobs
 from llama_jax.inference.requests import Request
-from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.model.transformer import Llama, Unrolled, continued
 from llama_jax.sharding import act
 
 CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
@@ -24,8 +25,14 @@ def read_chunk(
     tokens_1T: jax.Array,
     length: jax.Array,
     used: jax.Array,
-) -> State:
-    """Returns the state with `length` more tokens in a row that holds `used`."""
+    targets_1T: jax.Array,
+    told: jax.Array | bool,
+) -> tuple[State, jax.Array]:
+    """Returns the state with `length` more tokens in a row that holds `used`.
+
+    And the log-probabilities [1, T] of the targets, each after its token; 0 unless they are to be
+    `told`.
+    """
 
     def taken(x_B_: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x_B_, row, 1, axis=0)
@@ -35,8 +42,18 @@ def read_chunk(
 
     cache, logits_BV, rows = state
     alone = jax.tree.map(taken, cache)._replace(used_B=_one(used))
-    alone, logits_1V = read(config, model, alone, tokens_1T, _one(length))
-    return State(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
+    x_1TD, alone = continued(config, model, alone, tokens_1T, _one(length))
+    logits_1V = last_logits(config, model, x_1TD, _one(length))
+
+    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
+        return target_logprobs(config, model, x_1TD, targets_1T)
+
+    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
+        return jnp.zeros(targets_1T.shape, jnp.float32, out_sharding=act("BS"))
+
+    logprobs_1T = jax.lax.cond(told, ask, leave, x_1TD, targets_1T)
+    state = State(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
+    return state, logprobs_1T
 
 
 def _one(number: jax.Array) -> jax.Array:

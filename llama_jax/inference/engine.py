@@ -20,7 +20,6 @@ from llama_jax.family import ModelConfig
 from llama_jax.inference import batch
 from llama_jax.inference.compiling import compiled
 from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows
-from llama_jax.inference.perplexity import prompt_logprobs
 from llama_jax.inference.requests import (
     ENDS,
     TOP,
@@ -51,6 +50,7 @@ class _Row:
         self.tokens: list[int] = []
         self.ticket: Ticket | None = None
         self.ready = False  # its prompt has been read
+        self.told: list[float] = []  # log-probabilities of the prompt, where they are asked for
         self.since = 0.0  # when it was last given away
 
 
@@ -150,7 +150,7 @@ class Engine:
         """Returns an empty state, after compiling what serving needs, so that no request waits."""
         state = self._empty(slots)
         for size in batch.CHUNKS:
-            state = self._read(state, 0, np.zeros(size, np.int32), 1, 0)
+            state, _ = self._read(state, 0, np.zeros((2, size), np.int32), 1, 0, told=False)
         state = batch.started(state, 0, self._settings(Request((0,), 1)))
         made, state = self._decode(state, 1, told=False)
         jax.block_until_ready(made)
@@ -176,9 +176,11 @@ class Engine:
         new = request.max_new_tokens
         return new_rows([request.sampling], [request.seed], [new], [ends], seen)
 
-    def _read(self, state: State, row: int, tokens: np.ndarray, length: int, used: int) -> State:
-        placed = place(tokens[None], "BT")
-        return batch.read_chunk(self._config, self._model, state, row, placed, length, used)
+    def _read(self, state: State, row: int, chunk: np.ndarray, length: int, used: int, told: bool):
+        """Reads a chunk: tokens, and what follows each."""
+        tokens, targets = (place(part[None], "BT") for part in chunk)
+        last = row, tokens, length, used, targets, told
+        return batch.read_chunk(self._config, self._model, state, *last)
 
     def _decode(self, state: State, n: int, told: bool):
         return decode(self._config, self._model, state, n, told, room=STEPS, top=TOP)
@@ -228,13 +230,16 @@ class Engine:
                 self._count(cancelled=1)
                 ticket.deliver(Ended("cancelled"))
                 continue
-            row, source, common = self._best(free, ticket.request.prompt)
+            # What is not read anew has no log-probabilities.
+            known = () if ticket.request.prompt_logprobs else ticket.request.prompt
+            row, source, common = self._best(free, known)
             if source is not row:
                 numbers = self._rows.index(source), self._rows.index(row)
                 cache = copy_row(self._state.cache, *numbers, common)
                 self._state = self._state._replace(cache=cache)
             row.tokens = list(ticket.request.prompt[:common])
             row.ticket, row.ready, row.since = ticket, False, time.monotonic()
+            row.told = []
             self._count(reused_tokens=common)
             self._fit()
 
@@ -268,26 +273,23 @@ class Engine:
         used = len(row.tokens)
         rest = request.prompt[used:]
         size = next((size for size in batch.CHUNKS if size >= len(rest)), batch.CHUNKS[-1])
-        chunk = np.zeros(size, np.int32)
+        chunk = np.zeros((2, size), np.int32)
         length = min(size, len(rest))
-        chunk[:length] = rest[:length]
-        number = self._rows.index(row)
-        self._state = self._read(self._state, number, chunk, length, used)
+        for part, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
+            part[: len(tokens)] = tokens
+        number, told = self._rows.index(row), request.prompt_logprobs
+        self._state, logprobs = self._read(self._state, number, chunk, length, used, told)
         row.tokens += rest[:length]
+        if told:
+            row.told += np.asarray(logprobs)[0, :length].tolist()
         if length == len(rest):
             self._state = batch.started(self._state, number, self._settings(request))
-            told = self._prompt_told(request) if request.prompt_logprobs else ()
             row.ready = True
-            row.ticket.deliver(Begun(told))
+            # What follows the prompt's last token is not known yet, and its number means nothing.
+            pairs = zip(request.prompt[1:], row.told, strict=False)
+            row.ticket.deliver(Begun(tuple(MadeToken(*pair) for pair in pairs)))
         jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
-
-    def _prompt_told(self, request: Request) -> tuple[MadeToken, ...]:
-        tokens = np.zeros((1, 1 << (len(request.prompt) - 1).bit_length()), np.int32)
-        tokens[0, : len(request.prompt)] = request.prompt
-        told = prompt_logprobs(self._config, self._model, tokens)[0]
-        pairs = zip(request.prompt[1:], told.tolist(), strict=False)
-        return tuple(MadeToken(token, logprob) for token, logprob in pairs)
 
     def _make(self, ready: list[_Row], n: int) -> None:
         begun = time.perf_counter()

@@ -109,10 +109,17 @@ def read(
 ) -> tuple[Cache, jax.Array]:
     """Returns the cache with more tokens, and the logits [B, V] after each row's last one."""
     x_BTD, cache = continued(config, model, cache, tokens_BT, lengths_B)
-    is_last_BT = jnp.arange(tokens_BT.shape[1]) == lengths_B[:, None] - 1
+    return cache, last_logits(config, model, x_BTD, lengths_B)
+
+
+def last_logits(
+    config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+    """Returns the logits [B, V] after the last token of each row, by `hidden_states`."""
+    is_last_BT = jnp.arange(x_BTD.shape[1]) == lengths_B[:, None] - 1
     x_BTD = jax.reshard(x_BTD, act("BSD"))
     last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
-    return cache, output_head(config, model, last_BTD)[:, 0]
+    return output_head(config, model, last_BTD)[:, 0]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("room", "top"), donate_argnums=2)

@@ -71,7 +71,14 @@ def token_logprobs(
     it; a target of -1 is none of the vocabulary, and has no meaning here.
     """
     x_BTD = hidden_states(config, model, balance(tokens_BT))
-    x_BSD, targets_BS = jax.reshard((x_BTD, balance(targets_BT)), (act("BSD"), act("BS")))
+    return in_text_order(target_logprobs(config, model, x_BTD, balance(targets_BT)))
+
+
+def target_logprobs(
+    config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    """Returns the log-probability [B, T] float32 of each target by `hidden_states`."""
+    x_BSD, targets_BS = jax.reshard((x_BTD, targets_BT), (act("BSD"), act("BS")))
     B, S, _ = x_BSD.shape
     size = max(n for n in divisors(S) if n <= _POSITIONS)
 
@@ -85,7 +92,7 @@ def token_logprobs(
         return None, chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
 
     _, parts = jax.lax.scan(of_part, None, jnp.arange(S // size))
-    return in_text_order(parts.swapaxes(0, 1).reshape(B, S, out_sharding=act("BS")))
+    return parts.swapaxes(0, 1).reshape(B, S, out_sharding=act("BS"))
 
 
 def prompt_logprobs(
