@@ -27,7 +27,7 @@ def imported(*folders: str) -> set[str]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module)
-    own = {"llama_jax"} | {
+    own = {"llama_jax", "benchmarks"} | {
         p.stem for f in ("tests", "benchmarks") for p in (ROOT / f).rglob("*.py")
     }
     python = {"compression", *sys.stdlib_module_names}  # the first since 3.14
