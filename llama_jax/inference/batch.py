@@ -81,12 +81,14 @@ def sizes(context: int) -> list[int]:
     """Returns the numbers of slots that a cache may have, ascending.
 
     A chunk is written whole, so there is room for one behind the longest text. Four times as many
-    each: few programs, and a step reads at most four times what it needs.
+    each, and none near the largest: few programs, each of which costs a start some seconds.
     """
-    largest, smaller = context + CHUNKS[-1], [2 * CHUNKS[-1]]
-    while smaller[-1] < largest:
-        smaller.append(4 * smaller[-1])
-    return [*smaller[:-1], largest]
+    largest, size = context + CHUNKS[-1], 2 * CHUNKS[-1]
+    smaller = []
+    while 2 * size < largest:
+        smaller.append(size)
+        size *= 4
+    return [*smaller, largest]
 
 
 def slots(request: Request) -> int:
