@@ -12,6 +12,7 @@ from llama_jax import tree
 from llama_jax.checkpoint import Progress, TrainingCheckpoints, load_model, save_model
 from llama_jax.config import CheckpointConfig
 from llama_jax.errors import InputError
+from llama_jax.inference.load import load
 from llama_jax.training.step import init_state
 
 CONFIG = tiny_config()
@@ -134,3 +135,10 @@ def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
         load_model(tmp_path)
     with pytest.raises(InputError, match="is already there"):
         save_model(model_folder, CONFIG.model, None, None)
+
+
+def test_a_model_taken_apart_is_saved_as_it_was(state, model_folder, tmp_path):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        config, apart = load(model_folder)
+        save_model(tmp_path / "again", config, apart, None)
+        assert equal(load_model(tmp_path / "again", config)[1], state[0])

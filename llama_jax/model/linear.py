@@ -136,7 +136,7 @@ def matmul(config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param | Int8
     it is gathered over `fsdp` in the compute type; its gradient is reduced in
     `config.reduce_dtype`.
     """
-    if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16:
+    if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16 and platform() != "gpu":
         # XLA gives a single row to the vector unit: twice the row goes to the matrix unit.
         return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
     if isinstance(w, Int8):
