@@ -44,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from llama_jax import distributed
+    from llama_jax import hosts
 
-    with distributed.hosts(args.coordinator, args.processes, args.process):
+    with hosts.join(args.coordinator, args.processes, args.process):
         return _train_together(args)
 
 
 def _train_together(args: argparse.Namespace) -> int:
     resolved = config_file.load(args.config, args.overrides)
-    from llama_jax import distributed
+    from llama_jax import hosts
     from llama_jax.training import loop
     from llama_jax.training.progress import tell
 
@@ -65,7 +65,7 @@ def _train_together(args: argparse.Namespace) -> int:
         again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
         return 0
-    if not distributed.leads():
+    if not hosts.leads():
         return 0
     if outcome.validation_loss is not None and outcome.unigram_entropy is not None:
         print(
@@ -73,7 +73,7 @@ def _train_together(args: argparse.Namespace) -> int:
             f" held-out text {outcome.unigram_entropy:.3f}"
         )
     # Several hosts would have to load and continue together: `generate` does it on one.
-    prompts = () if distributed.several() else resolved.logging.samples
+    prompts = () if hosts.several() else resolved.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
         sampling = cli_inference.sampling_of(temperature=0.7, top_p=0.95)

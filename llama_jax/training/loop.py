@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from llama_jax import checkpoint, distributed
+from llama_jax import checkpoint, hosts
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
 from llama_jax.chips import chip_of
 from llama_jax.config import Config
@@ -64,17 +64,17 @@ def run(config: Config) -> Outcome:
         RunStopped: too many steps in a row had a gradient that is not finite.
     """
     keep_freed_memory()
-    distributed.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
+    hosts.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
     mesh = make_mesh(config.mesh)
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
     folder = Path(config.training.out)
     with only_run(folder), jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
-        newest = distributed.decided(lambda: max(checkpoints.steps, default=None))
-        distributed.decided(lambda: _prepare(config, folder, newest))
+        newest = hosts.decided(lambda: max(checkpoints.steps, default=None))
+        hosts.decided(lambda: _prepare(config, folder, newest))
         data = Batches(config.data, config.training.micro_batches)
-        distributed.agreed({"the content of data.mixture": data.fingerprint})
+        hosts.agreed({"the content of data.mixture": data.fingerprint})
         _check_tokenizer(config, data)
         if newest is None:
             origin.check_tokenizer(config, data)
@@ -82,7 +82,7 @@ def run(config: Config) -> Outcome:
             tell(f"{folder} is finished: {newest} steps are done, nothing is left to train")
             return _outcome(folder, newest, data, finished=True)
         state = _State(config, data, checkpoints, newest)
-        distributed.decided(lambda: write_run_files(config, data, folder))
+        hosts.decided(lambda: write_run_files(config, data, folder))
         _tell_run(config, data, mesh, state.step)
         try:
             finished = _train(config, folder, data, checkpoints, state)
@@ -166,7 +166,7 @@ def _train(
     running: tuple[int, StepMetrics] | None = None
     with _stop_signals() as stop, contextlib.closing(report):
         while state.step < steps:
-            if why := distributed.stop_before(state.step, stop[0] if stop else None):
+            if why := hosts.stop_before(state.step, stop[0] if stop else None):
                 tell(f"stopping on {why}: saving step {state.step} …")
                 break
             step = state.step
@@ -271,8 +271,8 @@ def _check_tokenizer(config: Config, data: Batches) -> None:
 def _tell_run(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
-    hosts = f" of {jax.process_count()} hosts" if distributed.several() else ""
-    kind = jax.devices()[0].device_kind + " device(s)" + hosts
+    of_hosts = f" of {jax.process_count()} hosts" if hosts.several() else ""
+    kind = jax.devices()[0].device_kind + " device(s)" + of_hosts
     tell(
         f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"

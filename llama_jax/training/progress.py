@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from llama_jax.distributed import leads
+from llama_jax.hosts import leads
 from llama_jax.training.metrics import read_metrics
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax import config_file, distributed, folders
+from llama_jax import config_file, folders, hosts
 from llama_jax.config import Config
 from llama_jax.data.batches import Batches
 from llama_jax.data.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def only_run(folder: Path) -> Iterator[None]:
         InputError: another run is in it, it can't be written, or it isn't there on all hosts.
     """
     with contextlib.ExitStack() as held:
-        mark = distributed.decided(lambda: _lock(folder, held))
+        mark = hosts.decided(lambda: _lock(folder, held))
         _check_shared(folder, mark)
         yield
 

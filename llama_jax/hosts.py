@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` itself asks
 
-from llama_jax import star
+from llama_jax import control_channel
 from llama_jax.errors import InputError
 
 # An error that nobody foresaw is often the echo of a death elsewhere, a collective that breaks: for
@@ -21,11 +21,11 @@ ECHO_SECONDS = 2.0
 
 Decision = TypeVar("Decision")
 
-_star: star.Star | None = None
+_star: control_channel.Star | None = None
 
 
 @contextlib.contextmanager
-def hosts(
+def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Iterator[None]:
     """Joins all processes of a run for the time of the block; a process alone just goes on.
@@ -48,7 +48,7 @@ def hosts(
         yield
         return
     address, processes, process = place
-    _star, port = star.meet(*_split(address), processes, process)
+    _star, port = control_channel.meet(*_split(address), processes, process)
     try:
         _join_jax(f"{address.rpartition(':')[0]}:{port}", processes, process, coordinator is None)
         yield
@@ -157,7 +157,7 @@ def _detected() -> tuple[str, int, int] | None:
                 if processes == 1:
                     return None
                 port = os.environ.get("JAX_COORDINATOR_PORT")
-                address = kind.get_coordinator_address(int(star.JOIN_SECONDS), port)
+                address = kind.get_coordinator_address(int(control_channel.JOIN_SECONDS), port)
                 return address, processes, kind.get_process_id()
     except Exception as error:  # of a metadata server, of Kubernetes, of missing variables
         raise InputError(
@@ -182,7 +182,7 @@ def _join_jax(address: str, processes: int, process: int, detected: bool) -> Non
         process,
         # SLURM and Open MPI start a process for each GPU; JAX then learns which one is its own.
         cluster_detection_method=None if detected else "deactivate",
-        initialization_timeout=int(star.JOIN_SECONDS),
+        initialization_timeout=int(control_channel.JOIN_SECONDS),
     )
     # JAX takes SIGTERM for a notice that it keeps for itself. Here the training loop hears it, and
     # before that it ends the process.

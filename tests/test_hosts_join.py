@@ -12,18 +12,18 @@ import yaml
 from conftest import ROOT
 from processes import Group
 
-from llama_jax import config_file, distributed
+from llama_jax import config_file, hosts
 from llama_jax.errors import InputError
 
 # A program in place of the training: who has joined does what its argument says.
 PROGRAM = """
 import sys, time
-from llama_jax import distributed
+from llama_jax import hosts
 from llama_jax.errors import InputError
 
 does, (_, where, _, processes, _, process) = sys.argv[1], sys.argv[2:]
-with distributed.hosts(where, int(processes), int(process)):
-    distributed.agreed({})
+with hosts.join(where, int(processes), int(process)):
+    hosts.agreed({})
     print("joined", flush=True)
     if does == "input":
         raise InputError("this is wrong")
@@ -86,7 +86,7 @@ SLURM = {"JOB_ID": "9", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "3",
 def test_only_an_environment_of_several_processes_is_joined(monkeypatch, environment, place):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed._detected() == place
+    assert hosts._detected() == place
 
 
 def test_tpu_slices_are_numbered_through(monkeypatch):
@@ -101,13 +101,13 @@ def test_tpu_slices_are_numbered_through(monkeypatch):
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
     }.items():
         monkeypatch.setenv(name, value)
-    assert distributed._detected() == ("localhost:8482", 4, 3)
+    assert hosts._detected() == ("localhost:8482", 4, 3)
 
 
 def test_an_open_mpi_that_tells_no_address_is_no_single_process(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="Open MPI started 2 processes, but doesn't say where"):
-        distributed._detected()
+        hosts._detected()
 
 
 def test_the_recipes_for_pods_are_well_formed():
