@@ -276,15 +276,17 @@ class ControlChannel:
 
     def _shut_down_all(self, message: str, code: int) -> NoReturn:
         self._shutting_down.acquire()  # never released: the first error is the one that all print
-        if self.process == 0:
-            self.to_others("shutdown", [message, code])
-            # When this process exits, JAX aborts in all that are still there. Wait for them.
-            deadline = time.monotonic() + SHUTDOWN_SECONDS
-            for connection in self.connections.values():
-                with contextlib.suppress(TimeoutError, ConnectionError):
-                    while True:
-                        connection.wait(deadline)
-        self._exit(message, code)
+        try:
+            if self.process == 0:
+                self.to_others("shutdown", [message, code])
+                # When this process exits, JAX aborts in all that are still there. Wait for them.
+                deadline = time.monotonic() + SHUTDOWN_SECONDS
+                for connection in self.connections.values():
+                    with contextlib.suppress(TimeoutError, ConnectionError):
+                        while True:
+                            connection.wait(deadline)
+        finally:
+            self._exit(message, code)
 
     def _exit(self, message: str, code: int) -> NoReturn:
         log(message)

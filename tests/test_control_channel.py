@@ -1,40 +1,16 @@
-"""The hosts' connections: who has come, where all stop, who can't be reached."""
+"""The control channel: where all hosts stop, and what broken messages do."""
 
+import queue
 import random
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-from processes import free_port
+from processes import close, gather
 
 from llama_jax import handshake
-from llama_jax.cli import main
-from llama_jax.errors import InputError
-
-
-def gather(processes, **changes):
-    """Lets processes that are threads meet; returns a star or an error of each."""
-    port = free_port()
-    given = [(changes.get(f"n{i}", processes), changes.get(f"i{i}", i)) for i in range(processes)]
-    with ThreadPoolExecutor(processes) as pool:
-        waiting = [pool.submit(handshake.meet, "127.0.0.1", port, n, i, b"") for n, i in given]
-        return [w.exception() or w.result()[0] for w in waiting]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"n2": 4}, r"host 2 \(.*\) was started with --processes 4, host 0 with 3: start all"),
-        ({"i2": 1}, r"two processes say that they are host 1 of 3 .*: number them from 0 to 2"),
-    ],
-)
-def test_hosts_that_count_wrong_are_all_told(monkeypatch, changes, sentence):
-    monkeypatch.setattr(handshake, "LATE_SECONDS", 0.5)
-    for error in gather(3, **changes):
-        with pytest.raises(InputError, match=sentence):
-            raise error
+from llama_jax.control_channel import MESSAGE_BYTES, Connection, ControlChannel
 
 
 def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
@@ -43,7 +19,7 @@ def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
         channels = gather(4)
         wanting, wanted_at = rng.randrange(4), rng.randrange(1, 20)
         sleeps = [random.Random(rng.random()) for _ in channels]
-        # Like a device: a step ends when all have handed it over.
+        # Like a device: a step ends when all hosts have dispatched it.
         steps = [threading.Barrier(4) for _ in range(60)]
 
         def run(i, channels=channels, sleeps=sleeps, steps=steps, wanting=wanting, at=wanted_at):
@@ -60,29 +36,66 @@ def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
             stopped = set(pool.map(run, range(4)))
         assert len(stopped) == 1
         assert wanted_at <= stopped.pop() <= wanted_at + 5
-        for each in channels:
-            each.leaving = True
-        for each in channels:
-            each.close()
+        close(channels)
 
 
-def test_nobody_is_waited_for_for_ever(monkeypatch, capsys):
-    monkeypatch.setattr(handshake, "JOIN_SECONDS", 0.5)
-    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "3", "--process"]
-    for process, sentence in [
-        ("0", "of 3 hosts 1 have come within 0 s: start also 1, 2, or look why they can't reach"),
-        ("1", "can't reach host 0 at 127.0.0.1:"),
-    ]:
-        assert main(["train", "no.yaml", *flags, process]) == 2
-        assert f"llama-jax train: {sentence}" in capsys.readouterr().err
+BROKEN = [
+    b"\xff\x00 no JSON", b"", b"null", b"[]", b'["decision"]', b"[" * 100_000, b"9" * 10_000,
+    b'["hello","00"]', b'["error",null]', b'["error",["x",256]]', b'["shutdown",["x"]]',
+    b'["values",[1]]', b'["which step",1]', b'["step","x"]', b'["stop before",[1]]',
+    b'["stop request",3]', b'"' + b"x" * 2 * MESSAGE_BYTES,
+]  # fmt: skip
+# Only host 0 may send these.
+COMMANDS = [b'["decision",1]', b'["shutdown",["x",0]]', b'["stop before",[0,"x"]]']
 
 
-def test_another_program_at_the_port_is_not_taken_for_host_0():
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-        port = server.getsockname()[1]
-        joining = pool.submit(handshake.meet, "127.0.0.1", port, 2, 1, b"")
-        connection = server.accept()[0]
-        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
-        with pytest.raises(InputError, match="does not answer as one of this run"):
-            joining.result(10)
-        connection.close()
+def test_broken_messages_change_nothing(capsys):
+    channels = gather(2)
+    for i, lines in [(1, BROKEN + COMMANDS), (0, BROKEN)]:
+        (connection,) = channels[i].connections.values()
+        for line in lines:
+            connection.socket.sendall(line + b"\n")
+    channels[0].to_others("decision", "the next")
+    assert channels[1].decisions.get(timeout=60) == "the next"
+    channels[1].to_coordinator("values", {"loss": 1.5})
+    assert channels[0].values[1].get(timeout=60) == {"loss": 1.5}
+    assert channels[0].decisions.empty()
+    assert [channel.stop_before(0, None) for channel in channels] == [None, None]
+    assert all(
+        len(c._rest) <= MESSAGE_BYTES + 1 for ch in channels for c in ch.connections.values()
+    )
+    close(channels)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # one for each host, of 37
+    assert all("ignored a message of host" in line for line in lines)
+
+
+def test_a_message_that_arrives_with_the_start_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+        host_0 = server.accept()[0]
+    with host_0:
+        host_0.sendall(b'["start",[["a","b"],1234]]\n["decision","at once"]\n')
+        names, _ = handshake._wait_for_start(connection, "host 0", 2)
+        channel = ControlChannel(1, names, {0: connection})
+        assert channel.decisions.get(timeout=60) == "at once"
+        close([channel])
+
+
+def test_a_bug_in_the_reader_ends_the_run(monkeypatch, capsys):
+    channels, exits = gather(2), queue.SimpleQueue()
+
+    def leave(message, code):
+        exits.put((message, code))
+        threading.Event().wait()  # in place of the end of the process
+
+    for channel in channels:
+        monkeypatch.setattr(channel, "_exit", leave)
+    monkeypatch.setattr(channels[0].connections[1], "read", lambda: 1 / 0)
+    channels[1].to_coordinator("step", 1)
+    wanted = f"{channels[0].name(0)}: ZeroDivisionError: division by zero", 1
+    assert [exits.get(timeout=60) for _ in channels] == [wanted] * 2
+    assert "in _read_until_closed" in capsys.readouterr().err
+    for channel in channels:
+        for connection in channel.connections.values():
+            connection.socket.close()
