@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import cli_inference, config_file
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, WriteError
 from llama_jax.manual import parser
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"llama-jax {args.name}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of standard output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
