@@ -106,7 +106,11 @@ def cut_of_json(content: Mapping[str, Any]) -> Cut:
     if model.get("type") != "BPE" or model.get("dropout"):
         return no_cut
     kinds = [part["type"] for part in before]
-    if not normalizers and kinds[-1:] == ["ByteLevel"] and not before[-1].get("add_prefix_space", True):
+    if (
+        not normalizers
+        and kinds[-1:] == ["ByteLevel"]
+        and not before[-1].get("add_prefix_space", True)
+    ):
         flags = ("lstrip", "rstrip", "single_word")
         if any(re.search(r"\s", token["content"]) or any(map(token.get, flags)) for token in added):
             return no_cut
