@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.atomic_write import check_absent, new_folder
 from llama_jax.convert import huggingface, meta, orbax, receipt
 from llama_jax.convert.companions import companions
 from llama_jax.convert.detect import open_source
@@ -150,10 +149,10 @@ def convert(
     Raises:
         InputError: the checkpoint is damaged, incomplete, our own int8 or not a LLaMA, it doesn't
             fit into the memory or the format, or the folder is there already.
+        WriteError: the system can't write the folder.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise InputError(f"{folder} is already there: remove it, or choose another folder")
+    check_absent(folder)
     source = open_source(Path(path), model)
     if source.layout.quantized:
         raise InputError(
@@ -169,38 +168,26 @@ def convert(
     layout = _layout(config, to, shards)
     budget = _budget(source, dtypes, max_ram)
     extra = companions(source, config, to, tokenizer)
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
-        partial_folder.mkdir(parents=True)
-        with synced(partial_folder):
-            writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
-            records = list[dict[str, Any]]()
-            notes = [*doubts(config, extra.tokenizer), *extra.notes]
-            total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
-            turn = partial(_turn, source, layout, dtypes)
-            cost = partial(_cost, source, dtypes)
-            with writer, byte_progress("converting", total, progress) as advance:
-                for turned in in_order(dtypes, turn, cost, budget):
-                    writer.write(turned.pieces)
-                    records.append(turned.record)
-                    notes += [turned.note] if turned.note else []
-                    advance(sum(array.nbytes for _, _, array in turned.pieces))
-            for name, data in extra.files.items():
-                (partial_folder / name).write_bytes(data)
-            made = receipt.make(source, layout, config, extra.end_ids, extra.files, records, notes)
-            again = None if all(receipt.is_kept(r) for r in records) else source
-            output = open_source(partial_folder)
-            made["verified"] = verified(made, output, again, budget, progress)
-            (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
-        partial_folder.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(
-                f"can't make {folder} ({error.strerror}): make room, or choose another folder"
-            ) from error
-        raise
+    with new_folder(folder) as partial_folder, synced(partial_folder):
+        writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
+        records = list[dict[str, Any]]()
+        notes = [*doubts(config, extra.tokenizer), *extra.notes]
+        total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
+        turn = partial(_turn, source, layout, dtypes)
+        cost = partial(_cost, source, dtypes)
+        with writer, byte_progress("converting", total, progress) as advance:
+            for turned in in_order(dtypes, turn, cost, budget):
+                writer.write(turned.pieces)
+                records.append(turned.record)
+                notes += [turned.note] if turned.note else []
+                advance(sum(array.nbytes for _, _, array in turned.pieces))
+        for name, data in extra.files.items():
+            (partial_folder / name).write_bytes(data)
+        made = receipt.make(source, layout, config, extra.end_ids, extra.files, records, notes)
+        again = None if all(receipt.is_kept(r) for r in records) else source
+        output = open_source(partial_folder)
+        made["verified"] = verified(made, output, again, budget, progress)
+        (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
     return Outcome(folder, tuple(notes), total, **made["verified"], peak=peak_resident())
 
 

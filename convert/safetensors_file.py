@@ -134,7 +134,7 @@ class SafetensorsWriter(Writer):
         raw += b" " * (-len(raw) % 8)
         if len(raw) > _MAX_HEADER:
             raise ValueError(f"{path} would need a header of more than {_MAX_HEADER} bytes")
-        self._file = open(self._part, "wb")  # noqa: SIM115 (_close closes it)
+        self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
         self._file.write(len(raw).to_bytes(8, "little") + raw)
 
     def _put(self, name: str, data: memoryview) -> None:

@@ -197,7 +197,7 @@ class TorchWriter(Writer):
                 raise ValueError(f"PyTorch files have no {dtype} tensor {name}")
         content = dump(self._header)
         self._keys = {name: str(i) for i, name in enumerate(self._header)}
-        self._file = open(self._part, "wb")  # noqa: SIM115 (_close closes it)
+        self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
         self._zip = zipfile.ZipFile(self._file, "w")
         self._add("data.pkl", memoryview(content))
         self._add("byteorder", memoryview(b"little"))

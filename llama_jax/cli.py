@@ -1,16 +1,18 @@
 """The command line, `llama-jax COMMAND`; what runs a model is in `cli_inference`."""
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax import cli_inference, config_file
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, WriteError
 from llama_jax.manual import parser
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
         return 2
+    except WriteError as error:
+        print(f"llama-jax {args.name}: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of standard output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -162,6 +167,22 @@ def _plan_inference(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+@contextlib.contextmanager
+def _unwinding_at_sigterm() -> Iterator[None]:
+    """Makes SIGTERM exit with 143 through all `with` blocks, which remove what is half-written."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the removal
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_unwinding_at_sigterm()
 def _tokenize(args: argparse.Namespace) -> int:
     from llama_jax.data import corpus
 
@@ -180,6 +201,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+@_unwinding_at_sigterm()
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.conversion import convert, parse_mesh, parse_size
     from llama_jax.convert.stream import give_freed_memory_back

@@ -35,10 +35,23 @@ class Tokenizer(Protocol):
     add_bos: bool  # whether the model's prompts begin with bos_id
     files: dict[str, bytes]  # what a model folder holds so that load_tokenizer gives this again
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between the begin and the end token where asked for.
 
-        The text of a special token is a text like any other.
+        The text of a special token is a text like any other. A `continued` text is the part of a
+        longer one that follows an exact cut: it gets no space in front.
+        """
+        ...
+
+    def exact_cut(self, text: str) -> int:
+        """Returns after how many characters the beginning of a long text may be cut; 0: nowhere.
+
+        >>> cut = tokenizer.exact_cut(text)
+        >>> ids = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:], continued=True)
+        >>> ids == tokenizer.encode(text)
+        True
         """
         ...
 

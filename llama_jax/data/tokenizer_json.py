@@ -1,5 +1,6 @@
 """Hugging Face's tokenizer.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from llama_jax.data import chat
+from llama_jax.data.exact_cuts import Cut, cut_of_json, without_prefix
 from llama_jax.data.tokenizer_settings import (
     check_ids,
     check_text,
@@ -82,15 +84,29 @@ class TokenizerJson:
         ids = [find(token)] if token is not None else [*given, *map(find, usual)]
         return next((i for i in ids if i is not None), None)
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between the begin and the end token where asked for.
 
         Raises:
             InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
         """
         check_text(text)
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        tokenizer = self._without_prefix if continued else self._tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    @cached_property
+    def exact_cut(self) -> Cut:
+        """Returns where a long text may be cut."""
+        return cut_of_json(json.loads(self._data))
+
+    @cached_property
+    def _without_prefix(self) -> tokenizers.Tokenizer:
+        tokenizer = _read(self.path, json.dumps(without_prefix(json.loads(self._data))).encode())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; special tokens have none.

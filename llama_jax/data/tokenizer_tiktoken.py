@@ -76,7 +76,9 @@ class Tiktoken:
         self.template = self._settings.template
         self.files = folder_files("tokenizer.model", data, files, self._settings)
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between begin and end of text where asked for.
 
         Raises:
@@ -86,6 +88,10 @@ class Tiktoken:
         encode = self._encoding.encode_ordinary
         ids = [i for part in split_long(text) for i in encode(part)]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def exact_cut(self, text: str) -> int:
+        """Returns where Meta's tokenizer cuts a text in any case."""
+        return (len(text) - 1) // _MAX_PART * _MAX_PART
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; special tokens have none.

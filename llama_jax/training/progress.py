@@ -1,6 +1,5 @@
 """What a run shows people: lines and a bar on standard error, and a picture of the losses."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from llama_jax.atomic_write import replaced_file
 from llama_jax.hosts import leads
 from llama_jax.training.metrics import read_metrics
 
@@ -92,8 +92,7 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = folder / "loss.png"
-    partial = folder / f".loss.{os.getpid()}.png"
-    figure.savefig(partial)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, format="png")
     plt.close(figure)
-    partial.replace(path)
     return path

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from backports import zstd
 
-from llama_jax.data import corpus
+from llama_jax.data import corpus, text_files
 from llama_jax.data.batches import Tokens
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
@@ -98,7 +98,7 @@ def test_unigram_entropy_is_that_of_the_tokens(sources):
 
 
 def test_the_standard_library_is_a_corpus():
-    files = corpus.find_files(["python-stdlib"])
+    files = text_files.find_files(["python-stdlib"])
     assert len(files) > 300
     assert {"argparse.py", "inspect.py"} <= {file.name for file in files}
     assert not any("site-packages" in file.parts for file in files)
@@ -128,7 +128,7 @@ def test_a_zstd_file_that_is_cut_short_is_refused(tmp_path):
     text = np.random.default_rng(0).bytes(3000).hex()
     (tmp_path / "x.txt.zst").write_bytes(zstd.compress(text.encode())[:-200])
     with pytest.raises(InputError, match="damaged or cut short"):
-        list(corpus.read_texts(tmp_path / "x.txt.zst"))
+        list(text_files.read_text(tmp_path / "x.txt.zst"))
 
 
 def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
