@@ -142,7 +142,8 @@ def _sync_files(folder: Path, seen: dict[Path, tuple[int, int]]) -> None:
                 seen[path] = state
 
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a disk takes many small files at once
-        list(pool.map(sync, [path for path in folder.rglob("*") if path.is_file()]))
+        files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+        list(pool.map(sync, files))  # unlike rglob, walk passes over a folder that is just removed
 
 
 def give_freed_memory_back() -> None:

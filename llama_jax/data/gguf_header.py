@@ -18,6 +18,7 @@ from llama_jax.regular_file import open_regular
 MAGIC = b"GGUF"
 _MAX_BYTES = 32 << 20  # a Llama 3's header has 8 MB, nearly all of it the tokenizer
 _MAX_ENTRIES = 1 << 16  # of the metadata, and of the table of tensors
+_MAX_STRINGS = 1 << 20  # of an array: a Llama 3 has 280,000 merges
 _MAX_DIMS = 4
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {
@@ -118,7 +119,8 @@ class _Values:
         if kind == _STRING:
             value = self.string()
         elif kind == _ARRAY:
-            value = self._array(*self.numbers("<IQ"), wanted)
+            inner, length = self.numbers("<IQ")
+            value = self._array(inner, length, wanted)
         else:
             (value,) = self.numbers(_NUMBERS[kind])
         return value if wanted else None
@@ -128,8 +130,8 @@ class _Values:
             dtype = np.dtype(_NUMBERS[kind])
             raw = self.take(dtype.itemsize * length)
             return np.frombuffer(raw, dtype).tolist() if wanted else None
-        if kind != _STRING:
-            raise ValueError(f"it has an array of values of the type {kind}")
+        if kind != _STRING or length > _MAX_STRINGS:
+            raise ValueError(f"it claims an array of {length} values of the type {kind}")
         if wanted:
             return [self.string() for _ in range(length)]
         for _ in range(length):
