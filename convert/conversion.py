@@ -19,7 +19,15 @@ from llama_jax.convert.detect import open_source
 from llama_jax.convert.doubts import doubts
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import byte_progress, in_order, peak_resident, resident, synced
+from llama_jax.convert.stream import (
+    available_memory,
+    byte_progress,
+    check_memory,
+    in_order,
+    peak_resident,
+    resident,
+    synced,
+)
 from llama_jax.convert.verification import verified
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
@@ -137,7 +145,8 @@ def convert(
         to: format of the folder.
         dtype: float32, bfloat16 or float16; default: as stored, and float32 for quantized weights.
         max_ram: most memory to hold [bytes]; default: three times the largest tensor, and 1 GiB
-            (or what the process holds already, if that is more).
+            (or what the process holds already, if that is more), but no more than the machine or
+            the container has.
         model: member of the family, where the checkpoint's own configuration is not to be followed.
         tokenizer: file or folder of the tokenizer; default: the checkpoint's own.
         shards: files of a Meta folder.
@@ -260,14 +269,16 @@ def _budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | No
     """
     largest = max(_cost(source, dtypes, weight) for weight in dtypes)
     base = resident() + _SLACK
-    limit = max(largest + GIB, base + largest) if max_ram is None else max_ram
-    if base + largest > limit:
+    if max_ram is None:
+        check_memory(largest + _SLACK, "the largest weight, while it is converted,")
+        return min(max(GIB - base, 0) + largest, available_memory() - _SLACK)
+    if base + largest > max_ram:
         raise InputError(
-            f"--max-ram {limit / GIB:.2f}GiB is too little: the largest weight takes"
+            f"--max-ram {max_ram / GIB:.2f}GiB is too little: the largest weight takes"
             f" {largest / GIB:.2f} GiB while it is turned, and the program itself"
             f" {base / GIB:.2f} GiB; give at least {(base + largest) / GIB + 0.005:.2f}GiB"
         )
-    return limit - base
+    return max_ram - base
 
 
 def parse_size(text: str) -> int:

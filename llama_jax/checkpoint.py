@@ -29,6 +29,7 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
 from llama_jax.model.transformer import Llama, Unrolled, as_stored
+from llama_jax.regular_file import check_regular
 from llama_jax.tree import abstract_model, dict_to_tree, names, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
@@ -211,6 +212,7 @@ def open_item(folder: Path) -> tuple[Path, Item]:
         if not steps:
             raise _no_checkpoint(folder)
         place = folder / "checkpoints" / str(steps[-1])
+    check_regular(place)
     try:
         about = json.loads((place / "model" / "_METADATA").read_text())
         keys = [entry["key_metadata"] for entry in about["tree_metadata"].values()]
@@ -316,6 +318,7 @@ def load_model(
             raise _no_checkpoint(folder)
         return config, checkpoints.restore_model(checkpoints.steps[-1], model)
     weights = folder / "weights"
+    check_regular(weights)
     wanted = {"model": tree_to_dict(model)}
     loaded = _load_items(ocp.load_checkpointables, str(weights.absolute()), wanted, weights)
     return config, dict_to_tree(model, loaded["model"])

@@ -20,7 +20,7 @@ def describe(folder: Path) -> str:
     Raises:
         InputError: it is none of them, or what it holds is damaged.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
     if (folder / "meta.json").exists():
         lines = _tokens(folder)
@@ -55,15 +55,23 @@ def _model_folder(folder: Path) -> list[str]:
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     lines += _tokenizer(folder) if has_tokenizer else []
     if (folder / RECEIPT).is_file():
-        receipt = read_receipt(folder)
-        proof = receipt["verified"]
-        lines.append(
-            f"receipt     from {receipt['source']['kind']} {receipt['source']['name']}:"
-            f" {proof['identical']} weights proven identical, {proof['converted']} changed in type"
-        )
+        lines.append(_receipt(folder))
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     lines += [f"looks wrong {doubt}" for doubt in doubts(config, tokenizer)]
     return lines
+
+
+def _receipt(folder: Path) -> str:
+    match read_receipt(folder):
+        case {
+            "source": {"kind": str(kind), "name": str(name)},
+            "verified": {"identical": int(identical), "converted": int(converted)},
+        }:
+            return (
+                f"receipt     from {kind} {name}: {identical} weights proven identical,"
+                f" {converted} changed in type"
+            )
+    raise InputError(f"{folder / RECEIPT} is damaged: convert the model again")
 
 
 def _tokenizer(folder: Path) -> list[str]:

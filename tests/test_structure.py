@@ -9,7 +9,7 @@ from conftest import ROOT
 # From the ground up. A module imports from lower floors, or from its own.
 FLOORS = [
     {"errors"},
-    {"atomic_write"},
+    {"atomic_write", "regular_file"},
     {"family", "chips", "config", "config_file", "folders", "sharding"},
     {"control_channel"},
     {"handshake"},

@@ -12,6 +12,7 @@ from llama_jax.data.tokenizer_sentencepiece import SentencePiece, from_llama2c, 
 from llama_jax.data.tokenizer_settings import side_files
 from llama_jax.data.tokenizer_tiktoken import Tiktoken, is_tiktoken
 from llama_jax.errors import InputError
+from llama_jax.regular_file import open_regular, read_regular
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
@@ -96,10 +97,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
             " folder that holds one"
         )
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if is_gguf(file.read(4)):
             return _of_files(path, gguf_tokenizer_files(path))
-    data = path.read_bytes()
+    data = read_regular(path)
     files = side_files(path.parent)
     if is_llama2c(data):
         return SentencePiece(path, from_llama2c(data, path), files)
@@ -107,7 +108,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _of_files(path, files | {"tokenizer.json": data})
     beside = path.with_name("tokenizer.json")
     if not is_tiktoken(data) and beside.is_file():
-        files["tokenizer.json"] = beside.read_bytes()  # reads what a chat template makes
+        files["tokenizer.json"] = read_regular(beside)  # reads what a chat template makes
     return _of_files(path, files | {"tokenizer.model": data})
 
 
