@@ -159,23 +159,25 @@ def sample(
 def logprobs(
     logits_BV: jax.Array, tokens_B: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what the model itself thinks of tokens: before temperature and penalties.
+    """Returns the model's own log-probabilities of tokens: before temperature and penalties.
 
     Args:
-        logits_BV: of any float type, split in any way.
-        tokens_B: tokens of the vocabulary.
+        logits_BV: of any float type, split in any way; or of several positions, [B, S, V].
+        tokens_B: tokens of the vocabulary; or [B, S].
         top: how many of the most likely tokens to return; static, at most V.
 
     Returns:
         The tokens' log-probabilities, float32 [B] (nats), and the most likely tokens, best first:
-        log-probabilities, float32 [B, top], and tokens, int32 [B, top].
+        log-probabilities, float32 [B, top], and tokens, int32 [B, top]; or [B, S] and [B, S, top].
+        A token among the most likely has the same number in both.
     """
-    logits_BV = jax.reshard(logits_BV, act("BS")).astype(jnp.float32)
-    is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[:, None]
+    logits_BV = logits_BV.astype(jnp.float32)
+    is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[..., None]
     chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    top_BK, top_tokens_BK = jax.lax.top_k(logits_BV, top)
-    return chosen_B - total_B, top_BK - total_B[:, None], top_tokens_BK
+    # The logits stay split but for this sort, which needs all of a position's.
+    top_BA, top_tokens_BA = jax.lax.top_k(jax.reshard(logits_BV, act("BSS"[: logits_BV.ndim])), top)
+    return chosen_B - total_B, top_BA - total_B[..., None], top_tokens_BA
 
 
 def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
