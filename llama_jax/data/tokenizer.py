@@ -63,6 +63,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a special token gives that token."""
+        ...
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the ids of a chat, from the begin token up to where the model is to answer.
 

@@ -53,6 +53,8 @@ class TokenizerJson:
                 f"{path} is damaged: among its ids up to {self.n_vocab - 1} one is missing, or"
                 " stands twice: fetch it again"
             )
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special = {token.content: i for i, token in added if token.special}
         self._settings = read_settings(files, path.parent)
         begun = self._tokenizer.encode("").ids[:1]
         begin = self._named("bos_token", _BEGIN, [*begun, *self._settings.bos_ids])
@@ -117,7 +119,11 @@ class TokenizerJson:
         return self._tokenizer.decode(check_ids(ids, self.n_vocab, self.path))
 
     def parse(self, text: str) -> list[int]:
-        """Returns the ids of `text`, in which the texts of special tokens stand for them."""
+        """Returns the ids of `text`; the text of a special token gives that token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
         check_text(text)
         return self._parser.encode(text, add_special_tokens=False).ids
 
@@ -131,7 +137,7 @@ class TokenizerJson:
             names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
             usual = {name: self._tokenizer.id_to_token(i) or "" for name, i in names.items()}
             tokens = self._settings.tokens or usual
-            return self.parse(chat.render(self.template, messages, tokens))
+            return chat.template_ids(self.template, messages, tokens, self)
         if len(self._llama3) < len(_LLAMA3):
             raise InputError(
                 f"{self.path} has no chat format, so this is a base model: take one that was made"

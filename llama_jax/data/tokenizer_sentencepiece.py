@@ -102,11 +102,26 @@ class SentencePiece:
         """
         return self._processor.decode(check_ids(ids, self.n_vocab, self.path))
 
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a control token gives that token.
+
+        The tokenizer.json beside it reads the text, for which chat templates are written; where
+        there is none, each stretch between control tokens is a text of its own.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        if self._parser is not None:
+            return check_ids(self._parser.parse(text), self.n_vocab, self.path)
+        control = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        ids = []
+        for i, part in enumerate(re.split(f"({control})", text)):
+            ids += [self.special[part]] if i % 2 else self._processor.encode(part)
+        return ids
+
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
         """Returns the ids of a chat, up to where the model is to answer.
-
-        What a template makes is read by the tokenizer.json beside it, for which it was written;
-        where there is none, each stretch between control tokens is a text of its own.
 
         Raises:
             InputError: the messages are not a chat that the format knows.
@@ -121,14 +136,9 @@ class SentencePiece:
             return [i for text, done in turns for i in self.encode(text, bos=True, eos=done)]
         p = self._processor
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
-        text = chat.render(self.template, messages, tokens | dict(self._settings.tokens))
-        check_text(text)
-        if self._parser is not None:
-            return check_ids(self._parser.parse(text), self.n_vocab, self.path)
-        ids: list[int] = []
-        for i, part in enumerate(self._control.split(text)):
-            ids += [p.piece_to_id(part)] if i % 2 else p.encode(part)
-        return ids
+        tokens |= self._settings.tokens
+        ids = chat.template_ids(self.template, messages, tokens, self._parser or self)
+        return check_ids(ids, self.n_vocab, self.path)
 
     @cached_property
     def _parser(self) -> TokenizerJson | None:
@@ -137,10 +147,10 @@ class SentencePiece:
         return TokenizerJson(self.path.with_name("tokenizer.json"), self._json, self.files)
 
     @cached_property
-    def _control(self) -> re.Pattern[str]:
+    def special(self) -> dict[str, int]:
+        """The control tokens."""
         p = self._processor
-        pieces = [p.id_to_piece(i) for i in range(self.n_vocab) if p.is_control(i)]
-        return re.compile(f"({'|'.join(map(re.escape, sorted(pieces, key=len, reverse=True)))})")
+        return {p.id_to_piece(i): i for i in range(self.n_vocab) if p.is_control(i)}
 
 
 def _processor(path: Path, data: bytes) -> spm.SentencePieceProcessor:

@@ -103,6 +103,16 @@ class Tiktoken:
         text = self._encoding.decode_bytes([i for i in ids if i < len(self.ranks)])
         return text.decode(errors="replace")
 
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a special token gives that token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        encode = self._encoding.encode
+        return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
+
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
         """Returns the ids of a chat, up to where the model is to answer.
 
@@ -112,10 +122,8 @@ class Tiktoken:
         if self.template is None:
             return chat.llama3_ids(self.encode, self.special.__getitem__, messages)
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        text = chat.render(self.template, messages, tokens | dict(self._settings.tokens))
-        check_text(text)
-        encode = self._encoding.encode
-        return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
+        tokens |= self._settings.tokens
+        return chat.template_ids(self.template, messages, tokens, self)
 
 
 def split_long(text: str) -> Iterator[str]:

@@ -5,11 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.family import ModelConfig
 from llama_jax.inference.generate import Rows, State, last_logits
 from llama_jax.inference.perplexity import target_logprobs
-from llama_jax.inference.requests import Request
+from llama_jax.inference.requests import TOP, MadeToken, Request
 from llama_jax.model.transformer import Llama, Unrolled, continued
 from llama_jax.sharding import act
 
@@ -26,12 +27,12 @@ def read_chunk(
     length: jax.Array,
     used: jax.Array,
     targets_1T: jax.Array,
-    told: jax.Array | bool,
-) -> tuple[State, jax.Array]:
+    with_logprobs: jax.Array | bool,
+) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the state with `length` more tokens in a row that holds `used`.
 
-    And the log-probabilities [1, T] of the targets, each after its token; 0 unless they are to be
-    `told`.
+    And the log-probabilities [1, T] of the targets, each after its token, with the ids and the
+    log-probabilities [1, T, TOP] of the most likely tokens there; all 0 without `with_logprobs`.
     """
 
     def taken(x_B_: jax.Array) -> jax.Array:
@@ -45,15 +46,21 @@ def read_chunk(
     x_1TD, alone = continued(config, model, alone, tokens_1T, _one(length))
     logits_1V = last_logits(config, model, x_1TD, _one(length))
 
-    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
-        return target_logprobs(config, model, x_1TD, targets_1T)
+    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scores = target_logprobs(config, model, x_1TD, targets_1T, TOP)
+        logprobs_1T, top_logprobs_1TA, top_tokens_1TA = scores
+        return logprobs_1T, top_tokens_1TA, top_logprobs_1TA
 
-    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
-        return jnp.zeros(targets_1T.shape, jnp.float32, out_sharding=act("BS"))
+    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def zeros(dtype: type, *more: int) -> jax.Array:
+            dims = "BSS"[: 2 + len(more)]
+            return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=act(dims))
 
-    logprobs_1T = jax.lax.cond(told, ask, leave, x_1TD, targets_1T)
+        return zeros(jnp.float32), zeros(jnp.int32, TOP), zeros(jnp.float32, TOP)
+
+    scores = jax.lax.cond(with_logprobs, ask, leave, x_1TD, targets_1T)
     state = State(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
-    return state, logprobs_1T
+    return state, scores
 
 
 def _one(number: jax.Array) -> jax.Array:
@@ -75,6 +82,22 @@ def stopped(state: State, row: jax.Array) -> State:
     """Returns the state with a row that makes no more tokens."""
     left_B = jnp.where(jnp.arange(len(state.rows.left_B)) == row, 0, state.rows.left_B)
     return state._replace(rows=state.rows._replace(left_B=left_B))
+
+
+def scored(
+    ids: Sequence[int],
+    logprobs_T: np.ndarray,
+    top_tokens_TA: np.ndarray,
+    top_logprobs_TA: np.ndarray,
+    top: int,
+) -> list[MadeToken]:
+    """Returns tokens with their log-probabilities and those of the `top` most likely ones."""
+    logprobs = logprobs_T[: len(ids)].tolist()
+    rows = (x_TA[: len(ids), :top].tolist() for x_TA in (top_tokens_TA, top_logprobs_TA))
+    return [
+        MadeToken(token, logprob, tuple(zip(*pairs, strict=True)))
+        for token, logprob, *pairs in zip(ids, logprobs, *rows, strict=True)
+    ]
 
 
 def sizes(context: int) -> list[int]:

@@ -50,7 +50,7 @@ class _Row:
         self.tokens: list[int] = []
         self.ticket: Ticket | None = None
         self.ready = False  # its prompt has been read
-        self.told: list[float] = []  # log-probabilities of the prompt, where they are asked for
+        self.scores: list[MadeToken] = []  # the prompt's but the first, where they are asked for
         self.since = 0.0  # when it was last given away
 
 
@@ -150,7 +150,7 @@ class Engine:
         """Returns an empty state, after compiling what serving needs, so that no request waits."""
         state = self._empty(slots)
         for size in batch.CHUNKS:
-            state, _ = self._read(state, 0, np.zeros((2, size), np.int32), 1, 0, told=False)
+            state, _ = self._read(state, 0, np.zeros((2, size), np.int32), 1, 0, logprobs=False)
         state = batch.started(state, 0, self._settings(Request((0,), 1)))
         made, state = self._decode(state, 1, told=False)
         jax.block_until_ready(made)
@@ -176,10 +176,12 @@ class Engine:
         new = request.max_new_tokens
         return new_rows([request.sampling], [request.seed], [new], [ends], seen)
 
-    def _read(self, state: State, row: int, chunk: np.ndarray, length: int, used: int, told: bool):
+    def _read(
+        self, state: State, row: int, chunk: np.ndarray, length: int, used: int, logprobs: bool
+    ):
         """Reads a chunk: tokens, and what follows each."""
         tokens, targets = (place(part[None], "BT") for part in chunk)
-        last = row, tokens, length, used, targets, told
+        last = row, tokens, length, used, targets, logprobs
         return batch.read_chunk(self._config, self._model, state, *last)
 
     def _decode(self, state: State, n: int, told: bool):
@@ -239,7 +241,7 @@ class Engine:
                 self._state = self._state._replace(cache=cache)
             row.tokens = list(ticket.request.prompt[:common])
             row.ticket, row.ready, row.since = ticket, False, time.monotonic()
-            row.told = []
+            row.scores = []
             self._count(reused_tokens=common)
             self._fit()
 
@@ -277,17 +279,16 @@ class Engine:
         length = min(size, len(rest))
         for part, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
             part[: len(tokens)] = tokens
-        number, told = self._rows.index(row), request.prompt_logprobs
-        self._state, logprobs = self._read(self._state, number, chunk, length, used, told)
+        number, with_logprobs = self._rows.index(row), request.prompt_logprobs
+        self._state, scores = self._read(self._state, number, chunk, length, used, with_logprobs)
         row.tokens += rest[:length]
-        if told:
-            row.told += np.asarray(logprobs)[0, :length].tolist()
+        if with_logprobs:  # the token after the prompt's last one is not known yet
+            scores_T = (np.asarray(x_1T)[0] for x_1T in scores)
+            row.scores += batch.scored(rest[1 : length + 1], *scores_T, top=request.top_logprobs)
         if length == len(rest):
             self._state = batch.started(self._state, number, self._settings(request))
             row.ready = True
-            # What follows the prompt's last token is not known yet, and its number means nothing.
-            pairs = zip(request.prompt[1:], row.told, strict=False)
-            row.ticket.deliver(Begun(tuple(MadeToken(*pair) for pair in pairs)))
+            row.ticket.deliver(Begun(tuple(row.scores)))
         jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
 
@@ -318,14 +319,10 @@ class Engine:
     def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:
         ticket = row.ticket
         assert ticket is not None
-        request, (logprobs, top_tokens, top_logprobs) = ticket.request, told
+        request = ticket.request
         row.tokens += ids
-        for i, token in enumerate(ids):
-            top = ()
-            if request.top_logprobs:
-                pairs = zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)
-                top = tuple(pairs)[: request.top_logprobs]
-            ticket.deliver(MadeToken(token, float(logprobs[i]), top))
+        for token in batch.scored(ids, *told, top=request.top_logprobs):
+            ticket.deliver(token)
         if ids and ids[-1] in request.end_ids:
             self._release(row, Ended("stop"))
         elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:

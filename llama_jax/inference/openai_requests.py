@@ -176,6 +176,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
+    parse_special: bool = True  # llama.cpp's name: texts of special tokens in a prompt give these
 
     @model_validator(mode="after")
     def _something_to_do(self):
