@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.errors import InputError
 from llama_jax.inference.openai_answers import error
-from llama_jax.inference.openai_requests import Refused, shutting_down
-from llama_jax.inference.requests import QueueFull
+from llama_jax.inference.openai_requests import Refused, engine_failed, shutting_down
+from llama_jax.inference.requests import EngineStopped, QueueFull
 from llama_jax.inference.server_metrics import Metrics
 
 _log = logging.getLogger("uvicorn.error")
@@ -139,6 +139,11 @@ async def _tell_full(http: Request, full: Exception) -> JSONResponse:
     return _response(Refused(429, message, code="queue_full"))
 
 
+async def _tell_stopped(http: Request, stopped: Exception) -> JSONResponse:
+    assert isinstance(stopped, EngineStopped)
+    return _response(engine_failed(stopped.failure) if stopped.failure else shutting_down())
+
+
 async def _tell_http(http: Request, problem: Exception) -> JSONResponse:
     assert isinstance(problem, HTTPException)
     sentences = {
@@ -155,5 +160,6 @@ REFUSALS = {
     Refused: _tell_refused,
     InputError: _tell_bad_input,
     QueueFull: _tell_full,
+    EngineStopped: _tell_stopped,
     HTTPException: _tell_http,
 }

@@ -44,14 +44,24 @@ def test_a_key_is_asked_for(tokenizer):
 def test_a_full_queue_says_when_to_come_again(client, engine):
     engine.hold.clear()
     try:
-        with pytest.raises(openai.RateLimitError) as raised:
-            complete(client, n=FakeEngine.rows + FakeEngine.queue + 1)
-        assert int(raised.value.response.headers["retry-after"]) > 0
-        assert raised.value.code == "queue_full"
-        engine.wait_until_idle()  # those that had a place have left it
-        assert set(engine.reasons) == {"cancelled"}
+        with ThreadPoolExecutor(1) as pool:
+            n = FakeEngine.rows + FakeEngine.queue
+            first = pool.submit(complete, client, n=n, max_tokens=1)
+            while len(engine.requests) < n:
+                time.sleep(0.002)
+            with pytest.raises(openai.RateLimitError) as raised:
+                complete(client)
+            assert int(raised.value.response.headers["retry-after"]) > 0
+            assert raised.value.code == "queue_full"
+            assert len(engine.requests) == n
+            engine.hold.set()
+            assert len(first.result().choices) == n
     finally:
         engine.hold.set()
+
+
+def test_more_texts_than_the_queue_has_room_for_are_made(client):
+    assert len(complete(client, n=100, max_tokens=1).choices) == 100
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,15 @@ def test_an_engine_that_fails_is_told(client, engine):
             complete(client)
     finally:
         engine.failing = False
+    engine.failure = "MemoryError: no room"
+    try:
+        with pytest.raises(openai.InternalServerError) as raised:
+            complete(client)
+    finally:
+        del engine.failure
+    assert raised.value.status_code == 500
+    assert raised.value.code == "engine_failed"
+    assert raised.value.body["message"] == "the engine has failed: MemoryError: no room"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -189,7 +208,7 @@ def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, eng
     def broken(request):
         raise RuntimeError(f"secret {request.prompt}")
 
-    engine.submit, submit = (lambda request, deliver: broken(request)), engine.submit
+    engine.submit, submit = (lambda requests, deliver: broken(requests[0])), engine.submit
     try:
         answer = http.post(COMPLETION, json={"prompt": "secret"})
     finally:
