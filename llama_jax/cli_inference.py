@@ -209,6 +209,7 @@ def serve(args: argparse.Namespace) -> int:
     from llama_jax.inference.engine import Engine
     from llama_jax.inference.load import load
     from llama_jax.inference.roofline import copy_bandwidth
+    from llama_jax.inference.server_guard import allowed_hosts
     from llama_jax.inference.warm_up import n_programs
 
     shape = folders.read_model_config(folder)
@@ -222,6 +223,8 @@ def serve(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     keep_compiled()
     with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
+        hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
+        settings = settings._replace(hosts=hosts)
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
         kind = shape.param_dtype if shape.quantized == "none" else shape.quantized
         with start_progress.loading(shape.n_params * jax.numpy.dtype(kind).itemsize):

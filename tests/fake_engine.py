@@ -129,13 +129,20 @@ def serving(tokenizer, engine=None, **settings):
             | settings
         )
     )
-    server = uvicorn_server(application(engine, tokenizer, made))
+    with running(application(engine, tokenizer, made)) as url:
+        yield engine, url
+
+
+@contextmanager
+def running(app):
+    """Runs an ASGI application in a thread; yields its URL."""
+    server = uvicorn_server(app)
     with listen("127.0.0.1", 0) as bound:
         bound.listen()
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
-            yield engine, f"http://127.0.0.1:{bound.getsockname()[1]}"
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()
