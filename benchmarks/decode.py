@@ -26,6 +26,8 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
+from llama_jax.chips import cpu_cores
+
 PROMPT = 64
 
 
@@ -76,7 +78,7 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
         LlamaConfig,
     )
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any  # of no class that the type checker can know
     if shape:

@@ -3,6 +3,7 @@
 The one table that training and plans both read, so that what is planned is what runs.
 """
 
+import os
 from dataclasses import dataclass, field
 
 
@@ -87,3 +88,10 @@ def chip_of(device_kind: str) -> Chip | None:
     """Returns the chip whose kind is the longest start of `device_kind`, or None."""
     fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind), default=None)
+
+
+def cpu_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

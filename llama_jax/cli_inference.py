@@ -204,10 +204,13 @@ def serve(args: argparse.Namespace) -> int:
 
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
+    from llama_jax.inference import start_progress
     from llama_jax.inference.compiling import keep_compiled
     from llama_jax.inference.engine import Engine
     from llama_jax.inference.load import load
     from llama_jax.inference.roofline import copy_bandwidth
+    from llama_jax.inference.server_guard import allowed_hosts
+    from llama_jax.inference.warm_up import n_programs
 
     shape = folders.read_model_config(folder)
     context = args.context or min(shape.context, 8192)
@@ -220,11 +223,17 @@ def serve(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     keep_compiled()
     with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
+        hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
+        settings = settings._replace(hosts=hosts)
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
-        config, model = load(folder, shape, quantize=args.quantize)
-        engine = Engine(
-            config, model, rows=args.rows, context=context, queue=args.queue, tell=_tell
-        )
+        kind = shape.param_dtype if shape.quantized == "none" else shape.quantized
+        with start_progress.loading(shape.n_params * jax.numpy.dtype(kind).itemsize):
+            config, model = load(folder, shape, quantize=args.quantize)
+        programs = f"{n_programs(context)} programs"
+        with start_progress.stage(f"compiling {programs}", f"compiled {programs}") as progress:
+            engine = Engine(
+                config, model, rows=args.rows, context=context, queue=args.queue, progress=progress
+            )
         try:
             app = server.application(engine, tokenizer, settings)
             bound.listen()

@@ -56,8 +56,10 @@ the model stands at /, counts for Prometheus at /metrics. Requests share one bat
 more wait, up to --queue, and then get the status 429. SIGTERM and Ctrl-C end it: what is being made
 has 20 s to come to its end. docs/serve.md tells the rest. Needs pip install -e '.[serve]'.
 
-Without a key everybody who reaches HOST can use the model. A key in the environment variable
-LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be read.
+Without a key everybody who reaches HOST can use the model, by an address, localhost, HOST or a name
+of --allow-host: other names are refused, since any site's name may lead here. A key in the
+environment variable LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be
+read.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
@@ -266,6 +268,11 @@ def parser() -> argparse.ArgumentParser:
     serve = of_folder("serve", _SERVE)
     serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    serve.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="that clients may use for the server, beside localhost, addresses and HOST; again for"
+        " more, '*' for all (none)",
+    )  # fmt: skip
     serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
     serve.add_argument(
         "--name", dest="model", metavar="NAME", help="of the model, for clients (the folder's)"

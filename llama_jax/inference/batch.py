@@ -8,13 +8,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.family import ModelConfig
-from llama_jax.inference.generate import Rows, State, last_logits
+from llama_jax.inference.generate import (
+    NO_TOKEN,
+    Rows,
+    State,
+    decode,
+    last_logits,
+    new_rows,
+)
 from llama_jax.inference.perplexity import target_logprobs
-from llama_jax.inference.requests import TOP, MadeToken, Request
+from llama_jax.inference.requests import ENDS, TOP, MadeToken, Request
+from llama_jax.inference.sampling import Sampling
+from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import Llama, Unrolled, continued
-from llama_jax.sharding import act
+from llama_jax.sharding import act, place
+
+STEPS = 8  # tokens made in one dispatch when nobody waits
 
 CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
+
+# The next tokens of all rows: one program for any number of them up to STEPS.
+decode_rows = partial(decode, room=STEPS, top=TOP)
+
+
+def empty(config: ModelConfig, rows: int, slots: int) -> State:
+    """Returns the state of `rows` rows with `slots` slots each, none of which has begun."""
+    ends, V = [[NO_TOKEN] * ENDS] * rows, config.vocab_size
+    prompts_BV = np.zeros((rows, V), bool)
+    none = new_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
+    cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
+    return State(cache, place(np.zeros((rows, V), np.float32), "BV"), none)
+
+
+def settings(config: ModelConfig, request: Request) -> Rows:
+    """Returns the row of a request whose prompt has been read."""
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, list(request.prompt)] = True
+    ends = sorted(request.end_ids)
+    ends += [NO_TOKEN] * (ENDS - len(ends))
+    return new_rows([request.sampling], [request.seed], [request.max_new_tokens], [ends], seen)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

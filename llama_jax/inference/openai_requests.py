@@ -61,6 +61,11 @@ def shutting_down() -> Refused:
     return Refused(503, "the server is shutting down", code="shutting_down")
 
 
+def engine_failed(failure: str) -> Refused:
+    """Returns what all requests get after the engine has failed."""
+    return Refused(500, f"the engine has failed: {failure}", code="engine_failed")
+
+
 class _Sentence(ValueError):
     """What a validator says: a whole sentence."""
 

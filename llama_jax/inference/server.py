@@ -34,7 +34,8 @@ from llama_jax.inference.openai_requests import (
     parse,
 )
 from llama_jax.inference.requests import Request
-from llama_jax.inference.server_guard import REFUSALS, Guard, read_body
+from llama_jax.inference.server_connections import IDLE_SECONDS, Server
+from llama_jax.inference.server_guard import REFUSALS, Guard, Hosts, read_body
 from llama_jax.inference.server_metrics import CONTENT_TYPE, Metrics
 from llama_jax.inference.server_response import respond
 
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
 
     name: str  # of the model
     api_key: str | None = None  # None: no key is asked for
+    hosts: Hosts = Hosts()  # that requests may name where no key is asked for
     max_tokens: int = 4096  # of one text
     max_body: int = 2**21  # of a request [bytes]
     timeout: float = 600.0  # of a request [s]
@@ -210,7 +212,9 @@ def application(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Sta
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, api_key=settings.api_key, metrics=metrics)],
+        middleware=[
+            Middleware(Guard, api_key=settings.api_key, hosts=settings.hosts, metrics=metrics)
+        ],
         exception_handlers=REFUSALS,
     )
 
@@ -249,9 +253,9 @@ def greeting(bound: socket.socket, settings: Settings) -> str:
     return said
 
 
-def uvicorn_server(app: Starlette) -> uvicorn.Server:
+def uvicorn_server(app: Starlette) -> Server:
     """Returns the server that runs `app`: `run(sockets=[listen(…)])`."""
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             http="h11",
@@ -263,6 +267,7 @@ def uvicorn_server(app: Starlette) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=_GRACE,
         )
     )
