@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llama_jax import folders
 from llama_jax.convert import gguf, huggingface, llama2c, meta, orbax
-from llama_jax.convert.receipt import FILE as RECEIPT
-from llama_jax.convert.source import Source, checked, read_json
+from llama_jax.convert.source import Source, checked
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY
 
@@ -65,14 +63,3 @@ def _open(path: Path) -> Source:
             " beside params.json or config.json"
         )
     raise InputError(f"{path} is no checkpoint: give {_KINDS}")
-
-
-def read_receipt(folder: Path) -> dict[str, Any]:
-    """Returns the receipt in a folder that a conversion wrote.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    if not (folder / RECEIPT).exists():
-        raise InputError(f"{folder} has no {RECEIPT}: only what llama-jax convert wrote has one")
-    return read_json(folder / RECEIPT)

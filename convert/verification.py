@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert import receipt
-from llama_jax.convert.detect import open_source, read_receipt
+from llama_jax.convert.detect import open_source
 from llama_jax.convert.layout import Layout, Weight, same_bits, weights
 from llama_jax.convert.source import Source
 from llama_jax.convert.stored import shown
@@ -32,7 +32,7 @@ def verify(folder: Path, source: Path | None = None, *, progress: bool = True) -
     Raises:
         InputError: the folder has no receipt, it or the source is damaged, or a bit differs.
     """
-    made = read_receipt(folder)
+    made = receipt.read_receipt(folder)
     output = open_source(folder)
     if not isinstance(made.get("files"), dict):
         raise _damaged(folder)

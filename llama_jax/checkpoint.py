@@ -29,8 +29,9 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
 from llama_jax.model.transformer import Llama, Unrolled, as_stored
+from llama_jax.model.weights import names
 from llama_jax.regular_file import check_regular
-from llama_jax.tree import abstract_model, dict_to_tree, names, tree_to_dict
+from llama_jax.tree import abstract_model, dict_to_tree, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax import cli_inference, config_file
 from llama_jax.errors import InputError, WriteError
+from llama_jax.family import FAMILY
 from llama_jax.manual import parser
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def _plan(args: argparse.Namespace) -> int:
     serving = ("context", "batch", "dtype", "cache", "quantize")
     if given := [name for name in serving if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} is for plan --inference: add that, or leave it out")
+    if not config_file.find(args.config).is_file() and (
+        args.config in FAMILY or Path(args.config).is_dir()
+    ):
+        raise InputError(
+            f"{args.config} is a model, and a training run has a configuration file: give that, or"
+            f" add --inference to plan serving {args.config}"
+        )
     config = config_file.load(args.config, args.overrides)
     from llama_jax.plan import estimate, picture, pod, search, show
     from llama_jax.training.progress import tell
@@ -126,16 +134,16 @@ def _plan_inference(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from llama_jax import folders
-    from llama_jax.family import FAMILY
 
     if args.search:
         raise InputError("--search is for training runs: leave it out with --inference")
-    if args.overrides and not Path(args.config).is_file():
+    file = config_file.find(args.config)
+    if args.overrides and not file.is_file():
         raise InputError(f"{args.overrides[0]}: overrides are for a configuration file alone")
-    if args.config in FAMILY:
+    if args.config in FAMILY and not args.overrides:
         config = FAMILY[args.config]
-    elif Path(args.config).is_file():
-        config = config_file.load(args.config, args.overrides).model
+    elif file.is_file():
+        config = config_file.load(file, args.overrides).model
     elif Path(args.config).is_dir():
         config = folders.read_model_config(args.config)
     else:

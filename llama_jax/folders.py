@@ -152,3 +152,12 @@ def _check_receipt(path: Path, config: ModelConfig) -> None:
 def read_run_config(folder: Path) -> Config:
     """Returns the configuration that a run was started with."""
     return config_file.load(folder / "config.yaml")
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a run folder, ascending, without Orbax.
+
+    Orbax writes a checkpoint beside its place and renames it: a folder with a step's name is whole.
+    """
+    names = (path.name for path in (folder / "checkpoints").glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal())

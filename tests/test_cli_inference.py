@@ -109,5 +109,6 @@ def test_serve_names_the_package_that_is_missing(capsys, model_folder, monkeypat
     code, _, err = run(capsys, "serve", model_folder)
     assert code == 2
     assert err == (
-        "llama-jax serve: the server needs uvicorn: install it with pip install -e '.[serve]'\n"
+        "llama-jax serve: the server needs uvicorn: install it with"
+        " pip install 'llama_jax[serve]'\n"
     )

@@ -13,15 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import grain
-import jax
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
 from llama_jax.config import DataConfig
 from llama_jax.errors import InputError
 from llama_jax.regular_file import open_regular, read_regular
-from llama_jax.sharding import act
+
+# JAX and Grain are imported by what uses them: `llama-jax info` reads shards without.
 
 
 class Batch(NamedTuple):
@@ -183,6 +182,8 @@ class Batches:
     """The batches of a run: `train(step)` and `validation(i)`, placed on the current mesh."""
 
     def __init__(self, config: DataConfig, micro_batches: int = 1):
+        import grain
+
         self.config = config
         self.micro_batches = micro_batches
         folders = list(config.mixture)
@@ -265,12 +266,16 @@ class Batches:
 
     def _place(self, read: Callable[[int], Batch]) -> Batch:
         """Builds global arrays of which this process reads the rows of its own devices."""
+        import jax
+
+        from llama_jax.sharding import act
+
         A = self.micro_batches
         B, T = self.config.batch_size // A, self.config.seq_len
         read = cache(read)
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
 
-        def field(number: int) -> jax.Array:
+        def field(number: int) -> Any:
             def part(index: Any) -> np.ndarray:
                 a, b, t = (range(*i.indices(n)) for i, n in zip(index, (A, B, T), strict=True))
                 rows = [[read(i * B + j)[number][t.start : t.stop] for j in b] for i in a]

@@ -23,7 +23,7 @@ from llama_jax.data import corpus
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.model.transformer import Llama
-from llama_jax.sharding import check_divides, make_mesh, set_mesh_if_none
+from llama_jax.sharding import check_divides, make_mesh, set_default_mesh
 from llama_jax.training import origin
 from llama_jax.training.memory import keep_freed_memory
 from llama_jax.training.metrics import read_metrics
@@ -115,7 +115,7 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     Raises:
         InputError: the mesh doesn't divide the model, or as `checkpoint.load_model`.
     """
-    set_mesh_if_none(partial(make_mesh, config.mesh))
+    set_default_mesh(partial(make_mesh, config.mesh))
     check_divides(jax.sharding.get_mesh(), config.model)
     source = config.training.init_from
     if source is None:
