@@ -20,22 +20,22 @@ def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
         wanting, wanted_at = rng.randrange(4), rng.randrange(1, 20)
         sleeps = [random.Random(rng.random()) for _ in channels]
         # Like a device: a step ends when all hosts have dispatched it.
-        steps = [threading.Barrier(4) for _ in range(60)]
+        device = threading.Barrier(4, timeout=60)
 
-        def run(i, channels=channels, sleeps=sleeps, steps=steps, wanting=wanting, at=wanted_at):
-            for step in range(50):
+        def run(i, channels=channels, sleeps=sleeps, device=device, wanting=wanting, at=wanted_at):
+            for step in range(100_000):  # how many pass meanwhile depends on the machine's load
                 wish = "SIGTERM" if i == wanting and step >= at else None
                 if why := channels[i].stop_before(step, wish):
                     assert why.startswith(f"SIGTERM on host {wanting} ")
                     return step
                 time.sleep(sleeps[i].uniform(0, 0.002))
-                steps[step].wait(10)
+                device.wait()
             return None
 
         with ThreadPoolExecutor(4) as pool:
             stopped = set(pool.map(run, range(4)))
-        assert len(stopped) == 1
-        assert wanted_at <= stopped.pop() <= wanted_at + 5
+        (step,) = stopped
+        assert step >= wanted_at
         close(channels)
 
 
