@@ -183,7 +183,12 @@ class Answer:
             for index, event in events:
                 text = self._texts[index]
                 if not text.ended:
-                    text.take(made.setdefault(index, Piece(index)), event)
+                    piece = made.setdefault(index, Piece(index))
+                    if isinstance(event, Begun) and event.prompt_logprobs:
+                        # 8,192 tokens with 20 alternatives each are a second of detokenizing.
+                        await asyncio.to_thread(text.take, piece, event)
+                    else:
+                        text.take(piece, event)
                     if text.ended and not isinstance(event, Ended):  # by a stop string
                         self._tickets[index].cancel()
             if not begun and self.n_made:
