@@ -57,8 +57,9 @@ more wait, up to --queue, and then get the status 429. SIGTERM and Ctrl-C end it
 has 20 s to come to its end. docs/serve.md tells the rest. Needs pip install -e '.[serve]'.
 
 Without a key everybody who reaches HOST can use the model, by an address, localhost, HOST or a name
-of --allow-host: other names are refused, since any site's name may lead here. A key in the environment variable
-LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be read.
+of --allow-host: other names are refused, since any site's name may lead here. A key in the
+environment variable LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be
+read.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
