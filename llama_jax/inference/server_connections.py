@@ -177,7 +177,8 @@ class Connection(H11Protocol):
         """Answers what is not valid HTTP."""
         problem = sys.exception()  # h11 says what is wrong, and the status that fits
         status = getattr(problem, "error_status_hint", 400)
-        self.refuse(Refused(status, f"this is not a valid HTTP request: {str(problem)[:200]}"))
+        reason = str(problem).partition(": bytearray")[0]  # without the client's bytes
+        self.refuse(Refused(status, f"this is not a valid HTTP request: {reason[:200]}"))
 
     def refuse(self, refused: Refused) -> None:
         """Answers with an error outside of any route, and ends the connection."""

@@ -43,7 +43,7 @@ def warm_up(
         progress(done / total, f"{done + 1} of {total}: {program}, {slots:,} slots")
         done += 1
 
-    for slots in reversed(sizes):
+    def warmed(slots: int) -> State:
         state = batch.empty(config, rows, slots)
         for size in batch.CHUNKS:
             compiling(f"prefill of {size} tokens", slots)
@@ -58,5 +58,8 @@ def warm_up(
         for other in sizes:
             if other != slots:
                 resized(state.cache, slots=other)
-        state = batch.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
-    return state
+        return batch.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
+
+    for slots in sizes[:0:-1]:
+        warmed(slots)
+    return warmed(sizes[0])
