@@ -12,6 +12,7 @@ FLOORS = [
     {"family", "chips", "config", "config_file", "folders", "sharding", "star", "distributed"},
     {"model", "data"},
     {"tree"},
+    {"checkpoint_files"},
     {"checkpoint"},
     {"weights"},
     {"training", "inference", "evaluation", "convert"},
