@@ -27,6 +27,7 @@ from llama_jax.errors import Fault, InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
 from llama_jax.model.transformer import Llama, Unrolled, as_stored
+from llama_jax.storage import check_local
 from llama_jax.tree import abstract_model, dict_to_tree, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
@@ -238,7 +239,7 @@ def save_model(
     Raises:
         InputError: `folder` is there already.
     """
-    folder = Path(folder)
+    folder = Path(check_local(str(folder)))
     if folder.exists():
         raise InputError(f"{folder} is already there: remove it, or choose another folder")
     partial_folder = folder.with_name(f".{folder.name}.partial")

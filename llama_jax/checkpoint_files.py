@@ -120,8 +120,8 @@ def reading(where: Path) -> Iterator[None]:
         if isinstance(error, _DAMAGE) or _STATUS.match(str(error)):
             raise _damaged(where, first_cause(error)) from error
         raise Fault(
-            f"the checkpoint {where} could not be read ({first_cause(error)}): nothing says that"
-            " its files are damaged; mend that and try again"
+            f"the checkpoint {where} could not be read ({first_cause(error)}): its files may"
+            " well be sound; mend that and try again"
         ) from error
 
 
@@ -138,7 +138,7 @@ def first_cause(error: BaseException) -> str:
         error = cause
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = re.split(r" \[(?:tensorstore_spec|os_error_code|source)", lines[0])[0]
-    return text if len(text) <= 250 else f"{text[:50]} … {text[-200:]}"
+    return text if len(text) <= 200 else f"{text[:40]} … {text[-150:]}"
 
 
 def _check_shapes(where: Path, item: str, stores: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The command line, `llama-jax COMMAND`; what runs a model is in `cli_inference`."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -9,12 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import cli_inference, config_file
-from llama_jax.errors import InputError
+from llama_jax import cli_inference, config_file, stop_signal
+from llama_jax.errors import Fault, InputError
 from llama_jax.manual import parser
+from llama_jax.storage import check_local
 
 if TYPE_CHECKING:
     pass
+
+# Faults of the machine that may come anywhere; their own words tell all that a user needs.
+_SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+_SYSTEM_FAULTS += (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -30,27 +36,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"unrecognized arguments: {' '.join(rest)}")
     # Orbax and asyncio log tracebacks of errors that are told in a sentence here.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        for name in _PATHS:
+            given = getattr(args, name, None) or []
+            for path in [given] if isinstance(given, str) else given:
+                check_local(path)
         return _COMMANDS[args.name](args)
-    except InputError as error:
+    except (InputError, Fault) as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # the reader of standard output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _SYSTEM_FAULTS:
+            raise
+        print(f"llama-jax {args.name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _train(args: argparse.Namespace) -> int:
-    from llama_jax import distributed
+    again = " ".join(["llama-jax train", args.config, *args.overrides])
+    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
+    with stop_signal.stops_at_sigterm(nothing):
+        from llama_jax import distributed
 
-    with distributed.hosts(args.coordinator, args.processes, args.process):
-        return _train_together(args)
+        with distributed.hosts(args.coordinator, args.processes, args.process):
+            return _train_together(args, again)
+    return 0
 
 
-def _train_together(args: argparse.Namespace) -> int:
+def _train_together(args: argparse.Namespace, again: str) -> int:
     resolved = config_file.load(args.config, args.overrides)
     from llama_jax import distributed
     from llama_jax.training import loop
@@ -62,7 +81,6 @@ def _train_together(args: argparse.Namespace) -> int:
         tell(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
-        again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
         return 0
     if not distributed.leads():
@@ -233,6 +251,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+_PATHS = ("config", "folder", "source", "sources", "out", "tokenizer", "text", "picture")
 _COMMANDS = {
     "train": _train,
     "plan": _plan,

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import jax
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` itself asks
 
-from llama_jax import star
-from llama_jax.errors import InputError
+from llama_jax import star, stop_signal
+from llama_jax.errors import Fault, InputError
 
 # An error that nobody foresaw is often the echo of a death elsewhere, a collective that breaks: for
 # so long, what caused it has the word.
@@ -48,7 +48,9 @@ def hosts(
         yield
         return
     address, processes, process = place
-    _star, port = star.meet(*_split(address), processes, process)
+    meeting, port = star.meet(*_split(address), processes, process)
+    _star = meeting
+    stop_signal.end = lambda message: meeting.fail(message, 0)
     try:
         _join_jax(f"{address.rpartition(':')[0]}:{port}", processes, process, coordinator is None)
         yield
@@ -57,10 +59,14 @@ def hosts(
         jax.distributed.shutdown()
     except InputError as error:
         _star.fail(str(error), 2)
+    except stop_signal.Stopped as stopped:
+        _star.fail(str(stopped), 0)
     except KeyboardInterrupt:
         _star.fail("interrupted", 130)
     except BaseException as error:
         time.sleep(ECHO_SECONDS)
+        if isinstance(error, Fault):
+            _star.fail(str(error), 1)
         traceback.print_exception(error)
         _star.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
     _star.close()

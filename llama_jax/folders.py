@@ -9,6 +9,7 @@ from llama_jax import config_file
 from llama_jax.config import Config
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.storage import check_local
 
 
 def is_run(folder: Path) -> bool:
@@ -22,7 +23,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     Raises:
         InputError: the folder is neither, or its configuration is damaged.
     """
-    folder = Path(folder)
+    folder = Path(check_local(str(folder)))
     if is_run(folder):
         return read_run_config(folder).model
     path = folder / "config.json"

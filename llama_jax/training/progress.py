@@ -93,7 +93,10 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.legend(frameon=False)
     path = folder / "loss.png"
     partial = folder / f".loss.{os.getpid()}.png"
-    figure.savefig(partial)
-    plt.close(figure)
-    partial.replace(path)
+    try:
+        figure.savefig(partial)
+        partial.replace(path)
+    finally:
+        plt.close(figure)
+        partial.unlink(missing_ok=True)
     return path
