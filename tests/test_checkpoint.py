@@ -1,5 +1,6 @@
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -110,6 +111,11 @@ def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
         load_model(tmp_path)
     with pytest.raises(InputError, match="is already there"):
         save_model(model_folder, CONFIG.model, None, None)
+    for path in ("gs://b/m", Path("gs://b/m")):
+        with pytest.raises(InputError, match="gs:/+b/m is a URL"):
+            load_model(path)
+        with pytest.raises(InputError, match="gs:/+b/m is a URL"):
+            save_model(path, CONFIG.model, None, None)
 
 
 def test_a_model_taken_apart_is_saved_as_it_was(state, model_folder, tmp_path):

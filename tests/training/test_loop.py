@@ -159,16 +159,16 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
 
     def save_to_a_full_disk(checkpoints, progress, *state):
         if progress.step == 16:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         save(checkpoints, progress, *state)
         futures.wait([checkpoints._saving[1]])
 
     monkeypatch.setattr(checkpoint.TrainingCheckpoints, "save", save_to_a_full_disk)
-    with pytest.raises(Fault) as raised:
-        try:
+    try:
+        with pytest.raises(Fault) as raised:
             loop.run(settings)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = str(raised.value)
     assert said.startswith(f"can't save step 16 in {folder / 'checkpoints'} (")
     assert "File too large): the checkpoints of steps 8 are as they were; mend that" in said
@@ -181,17 +181,18 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
 
 def test_metrics_that_can_not_be_written_are_a_fault(token_folder, tmp_path):
     log = MetricsLog(tmp_path, config(tmp_path, token_folder), 0)
-    with open("/dev/full", "w") as log._file:
-        with pytest.raises(Fault, match=r"can't write .*metrics.jsonl \(No space left on device\)"):
-            log.write(1, {"loss": 1.0})
-        log.close()
+    log._file.close()
+    log._file = open("/dev/full", "w")
+    with pytest.raises(Fault, match=r"can't write .*metrics.jsonl \(No space left on device\)"):
+        log.write(1, {"loss": 1.0})
+    log.close()
 
 
 def test_wandb_that_is_missing_is_told_before_anything_is_made(token_folder, tmp_path, monkeypatch):
     settings = config(tmp_path / "run", token_folder)
     settings = replace(settings, logging=replace(settings.logging, wandb="mine"))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="logging.wandb is mine, but the package wandb is not"):
+    with pytest.raises(InputError, match=r"logging.wandb is mine, but the package wandb is not"):
         loop.run(settings)
     assert not (tmp_path / "run").exists()
 
