@@ -158,7 +158,7 @@ def convert(
     Raises:
         InputError: the checkpoint is damaged, incomplete, our own int8 or not a LLaMA, it doesn't
             fit into the memory or the format, or the folder is there already.
-        WriteError: the system can't write the folder.
+        Fault: the system can't write the folder.
     """
     folder = Path(folder)
     check_absent(folder)

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.errors import InputError, WriteError
+from llama_jax.errors import Fault, InputError
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         InputError: `path` exists, or another process is writing it.
-        WriteError: the system can't write it.
+        Fault: the system can't write it.
     """
     path = Path(path)
     check_absent(path)
@@ -51,7 +51,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     After an error the file is removed, and `path` stays as it was.
 
     Raises:
-        WriteError: the system can't write it.
+        Fault: the system can't write it.
     """
     path = Path(path)
     with _faults(path), _partial(path, wait=True) as partial:
@@ -78,15 +78,15 @@ def _faults(path: Path) -> Iterator[None]:
     """Turns an error of the system into a sentence with its own text."""
     try:
         yield
-    except (WriteError, BrokenPipeError):
+    except (Fault, BrokenPipeError):
         raise
     except Exception as error:
         # TensorStore, which writes for Orbax, raises other types and gives the number in its text.
         number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
         if number:
-            raise WriteError(f"can't write {path}: {os.strerror(int(number[1]))}") from error
+            raise Fault(f"can't write {path}: {os.strerror(int(number[1]))}") from error
         if isinstance(error, OSError) and _concerns(error, path):
-            raise WriteError(f"can't write {path}: {error.strerror or error}") from error
+            raise Fault(f"can't write {path}: {error.strerror or error}") from error
         raise
 
 

@@ -7,11 +7,10 @@ that have been done. Everything is written beside its place and renamed: what ha
 
 import contextlib
 import dataclasses
-import gc
 import json
-import sys
-import time
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +22,19 @@ from orbax.checkpoint import v1 as ocp
 
 from llama_jax import hosts
 from llama_jax.atomic_write import new_folder
+from llama_jax.checkpoint_files import FAULTS, first_cause, load_items, parsed
 from llama_jax.config import CheckpointConfig
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import is_run, read_model_config
 from llama_jax.model.transformer import Llama, Unrolled, as_stored
-from llama_jax.model.weights import names
-from llama_jax.regular_file import check_regular
+from llama_jax.storage import check_local
 from llama_jax.tree import abstract_model, dict_to_tree, tree_to_dict
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
+
+_INCOMPLETE = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
 
 
 class Progress(NamedTuple):
@@ -65,39 +66,104 @@ class TrainingCheckpoints:
 
     With a `config`, old ones and what a killed process left half-written are removed; without,
     they are only read.
+
+    Attributes:
+        steps: the steps of all complete checkpoints, ascending.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None):
-        policies: Any = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(config.keep if config else None)]
-        if config and config.keep_every:
-            kept.append(policies.EveryNSteps(config.keep_every))
-        self.folder = folder
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.absolute()),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=config is not None,
-        )
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, ascending."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        self.folder, self._config = folder, config
+        if config:
+            self._remove_incomplete()
+        found = folder.iterdir() if folder.is_dir() else ()
+        self.steps = sorted(int(path.name) for path in found if path.name.isdecimal())
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._saving: tuple[int, Future[None]] | None = None
 
     def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
         """Starts to save; arrays may be donated as soon as this returns.
 
-        An error of the save before this one is raised here.
+        Raises:
+            Fault: this save, or the one before it, has failed.
         """
-        if progress.step in self.steps:
+        self.wait()
+        step = progress.step
+        if step in self.steps:
             return
-        with _by_layers():
-            self._checkpointer.save_checkpointables_async(
-                progress.step,
+        with self._saving_failed(step), _by_layers():
+            response = ocp.save_checkpointables_async(
+                str(self.folder.absolute() / str(step)),
                 {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)},
                 custom_metadata={"data": [*progress.data]},
-                force=True,
             )
+        self._saving = step, self._thread.submit(self._finish, step, response)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed, as soon as it is known. Doesn't wait.
+
+        Raises:
+            Fault: the save has failed; the checkpoints before it are as they were.
+        """
+        if self._saving and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if any.
+
+        Raises:
+            Fault: as `check`.
+        """
+        saving, self._saving = self._saving, None
+        if saving:
+            with self._saving_failed(saving[0]):
+                saving[1].result()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the thread that saves.
+
+        Raises:
+            Fault: as `check`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _finish(self, step: int, response: Any) -> None:
+        """Waits until a checkpoint is complete on all hosts, then removes the superseded ones."""
+        response.result()
+        self.steps.append(step)
+        config = self._config
+        for old in self.steps[: -config.keep] if config else ():
+            if config.keep_every and old % config.keep_every == 0:
+                continue
+            self.steps.remove(old)
+            if jax.process_index() == 0:
+                # A process that is killed meanwhile must not leave a folder that looks complete.
+                removed = self.folder / f"{old}{_INCOMPLETE}-removed"
+                with contextlib.suppress(FileNotFoundError):  # somebody has moved it
+                    (self.folder / str(old)).rename(removed)
+                    shutil.rmtree(removed)
+
+    @contextlib.contextmanager
+    def _saving_failed(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except FAULTS as error:
+            self._remove_incomplete()  # the space that it takes may be what is missing
+            before = "there is no earlier checkpoint"
+            if self.steps:
+                numbers = ", ".join(map(str, self.steps))
+                before = f"the checkpoints of steps {numbers} are as they were"
+            raise Fault(
+                f"can't save step {step} in {self.folder} ({first_cause(error)}): {before}; mend"
+                " that, and the same command goes on from the last one"
+            ) from error
+
+    def _remove_incomplete(self) -> None:
+        if jax.process_index() == 0:
+            for path in self.folder.glob(f"*{_INCOMPLETE}*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(
         self, step: int, model: Llama, opt_state: optax.OptState
@@ -106,121 +172,38 @@ class TrainingCheckpoints:
 
         Raises:
             InputError: the checkpoint is damaged, or was written by another shape of model.
+            Fault: the machine could not read it.
         """
+        where = self.folder / str(step)
         wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
-        loaded = self._load(step, wanted)
-        metadata: Any = self._checkpointer.metadata(step).custom_metadata
-        progress = Progress(step, metadata["data"])
+        loaded = load_items(where, wanted)
+        data = parsed(
+            where / "_CHECKPOINT_METADATA", lambda about: [*about["custom_metadata"]["data"]]
+        )
         return (
-            progress,
+            Progress(step, data),
             dict_to_tree(model, loaded["model"]),
             dict_to_tree(opt_state, loaded["optimizer"]),
         )
 
     def restore_model(self, step: int, model: Llama) -> Llama:
         """Returns the weights alone."""
-        return dict_to_tree(model, self._load(step, {"model": tree_to_dict(model)})["model"])
-
-    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        where = self.folder / str(step)
-        return _load_items(self._checkpointer.load_checkpointables, step, wanted, where)
-
-    def close(self) -> None:
-        """Waits for the last save and raises its error, if any."""
-        self._checkpointer.close()
+        wanted = {"model": tree_to_dict(model)}
+        return dict_to_tree(model, load_items(self.folder / str(step), wanted)["model"])
 
 
-def _load_items(load: Any, source: Any, wanted: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Loads the items `wanted` of the Orbax checkpoint `where`, whose names and shapes must fit."""
-    try:
-        saved = ocp.checkpointables_metadata(str(where.absolute())).metadata
-    except Exception as error:  # Orbax and TensorStore raise dozens of types for damaged files
-        raise damaged(where, error) from error
-    for item, tree in wanted.items():
-        # Compared first, because Orbax would pad or cut an array of another shape.
-        _check_shapes(where, item, (saved or {}).get(item), tree)
-    problem: InputError
-    with _silent_orphans():
-        try:
-            return load(source, wanted)
-        except Exception as error:
-            problem = damaged(where, error)
-        # Raised out of reach of Orbax's own error, whose frames keep the orphans alive; some still
-        # wait for their bytes.
-        time.sleep(0.2)
-        gc.collect()
-    raise problem
-
-
-@contextlib.contextmanager
-def _silent_orphans() -> Iterator[None]:
-    """Keeps Python from reporting the reads that Orbax leaves half-done when another one fails.
-
-    It does so when they end or are collected, with pages of text for each weight.
-    """
-    before = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
-def damaged(where: Path, error: Exception) -> InputError:
-    """Returns the error for a checkpoint whose files can't be read."""
-    reason = str(error).strip().splitlines()[0][:200] if str(error) else type(error).__name__
-    return InputError(
-        f"the checkpoint {where} is damaged or cut short: remove it (a run then goes on from an"
-        f" earlier one) or write it again ({reason})"
-    )
-
-
-def _check_shapes(where: Path, item: str, saved: Any, wanted: dict[str, Any]) -> None:
-    if saved is None:
-        raise damaged(where, KeyError(f"no {item} in it"))
-    has = {_dotted(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(saved)}
-    wants = {_dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(wanted)}
-    for name in sorted(has.keys() | wants.keys()):
-        if has.get(name) != wants.get(name):
-            raise InputError(
-                f"the checkpoint {where} was written with another model configuration: it holds"
-                f" {item}.{name} as {has.get(name, 'nothing')}, but the configuration says"
-                f" {wants.get(name, 'nothing')}"
-            )
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(names(path))
-
-
-class Item(NamedTuple):
-    """The arrays in a checkpoint's `model` item, and how they are stored."""
-
-    names: list[str]  # dotted
-    ocdbt: bool
-    zarr3: bool
-
-
-def open_item(folder: Path) -> tuple[Path, Item]:
-    """Returns where the weights of a model folder, or of a run's newest checkpoint, lie, and how.
+def weights_of(folder: Path) -> Path:
+    """Returns where the weights of a model folder, or of a run's newest checkpoint, lie.
 
     Raises:
-        InputError: there are none, or they are damaged.
+        InputError: the run has no checkpoint yet.
     """
-    place = folder / "weights"
-    if is_run(folder):
-        steps = TrainingCheckpoints(folder / "checkpoints").steps
-        if not steps:
-            raise _no_checkpoint(folder)
-        place = folder / "checkpoints" / str(steps[-1])
-    check_regular(place)
-    try:
-        about = json.loads((place / "model" / "_METADATA").read_text())
-        keys = [entry["key_metadata"] for entry in about["tree_metadata"].values()]
-        dotted = [".".join(part["key"] for part in parts) for parts in keys]
-        return place / "model", Item(dotted, about["use_ocdbt"], about["use_zarr3"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(place, error) from error
+    if not is_run(folder):
+        return folder / "weights"
+    steps = TrainingCheckpoints(folder / "checkpoints").steps
+    if not steps:
+        raise InputError(f"{folder} holds no checkpoint yet: let the run reach its first one")
+    return folder / "checkpoints" / str(steps[-1])
 
 
 def write_skeleton(folder: Path, dotted: list[str]) -> Path:
@@ -246,10 +229,6 @@ def write_skeleton(folder: Path, dotted: list[str]) -> Path:
     return folder / "weights" / "model"
 
 
-def _no_checkpoint(folder: Path) -> InputError:
-    return InputError(f"{folder} holds no checkpoint yet: let the run reach its first one")
-
-
 def save_model(
     folder: str | Path, config: ModelConfig, model: Llama | Unrolled, tokenizer: Tokenizer | None
 ) -> None:
@@ -264,8 +243,9 @@ def save_model(
 
     Raises:
         InputError: `folder` is there already, or another process is writing it.
-        WriteError: the system can't write it.
+        Fault: the system can't write it.
     """
+    folder = Path(check_local(str(folder)))
     with contextlib.ExitStack() as stack:
         partial_folder = Path(
             hosts.decided(lambda: str(stack.enter_context(new_folder(folder)).absolute()))
@@ -313,13 +293,5 @@ def load_model(
             f" {own_config.quantized}: give the folder that it was made from"
         )
     model = like or abstract_model(config)
-    if is_run(folder):
-        checkpoints = TrainingCheckpoints(folder / "checkpoints")
-        if not checkpoints.steps:
-            raise _no_checkpoint(folder)
-        return config, checkpoints.restore_model(checkpoints.steps[-1], model)
-    weights = folder / "weights"
-    check_regular(weights)
-    wanted = {"model": tree_to_dict(model)}
-    loaded = _load_items(ocp.load_checkpointables, str(weights.absolute()), wanted, weights)
+    loaded = load_items(weights_of(folder), {"model": tree_to_dict(model)})
     return config, dict_to_tree(model, loaded["model"])

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -11,13 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import cli_inference, config_file
-from llama_jax.errors import InputError, WriteError
+from llama_jax import cli_inference, config_file, stop_signal
+from llama_jax.errors import Fault, InputError
 from llama_jax.family import FAMILY
 from llama_jax.manual import parser
+from llama_jax.storage import check_local
 
 if TYPE_CHECKING:
     pass
+
+# Faults of the machine that may come anywhere; their own words tell all that a user needs.
+_SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
+_SYSTEM_FAULTS += (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
 
@@ -33,30 +39,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"unrecognized arguments: {' '.join(rest)}")
     # Orbax and asyncio log tracebacks of errors that are told in a sentence here.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        for name in _PATHS:
+            given = getattr(args, name, None) or []
+            for path in [given] if isinstance(given, str) else given:
+                check_local(path)
         return _COMMANDS[args.name](args)
-    except InputError as error:
+    except (InputError, Fault) as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
-        return 2
-    except WriteError as error:
-        print(f"llama-jax {args.name}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:  # the reader of standard output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in _SYSTEM_FAULTS:
+            raise
+        print(f"llama-jax {args.name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
 
 def _train(args: argparse.Namespace) -> int:
-    from llama_jax import hosts
+    again = " ".join(["llama-jax train", args.config, *args.overrides])
+    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
+    with stop_signal.stops_at_sigterm(nothing):
+        from llama_jax import hosts
 
-    with hosts.join(args.coordinator, args.processes, args.process):
-        return _train_together(args)
+        with hosts.join(args.coordinator, args.processes, args.process):
+            return _train_together(args, again)
+    return 0
 
 
-def _train_together(args: argparse.Namespace) -> int:
+def _train_together(args: argparse.Namespace, again: str) -> int:
     resolved = config_file.load(args.config, args.overrides)
     from llama_jax import hosts
     from llama_jax.training import loop
@@ -68,7 +84,6 @@ def _train_together(args: argparse.Namespace) -> int:
         tell(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
-        again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
         return 0
     if not hosts.leads():
@@ -263,6 +278,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+_PATHS = ("config", "folder", "source", "sources", "out", "tokenizer", "text", "picture")
 _COMMANDS = {
     "train": _train,
     "plan": _plan,

@@ -3,15 +3,17 @@
 import dataclasses
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llama_jax.family import STRICT, Count, ModelConfig, Positive
+from llama_jax.storage import check_local
 
 Whole = Annotated[int, Field(ge=0, strict=True)]
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
+LocalPath = Annotated[str, AfterValidator(check_local)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,15 +39,15 @@ class DataConfig:
     """What is trained on: folders of token shards, and the corpus to make one from."""
 
     mixture: Annotated[
-        dict[str, Positive],
+        dict[LocalPath, Positive],
         Field(description="folder of token shards (made by `llama-jax tokenize`): sampling weight"),
     ] = dataclasses.field(hash=False)  # a dict has no hash; a Config needs one
-    corpus: tuple[str, ...] = Field(
+    corpus: tuple[LocalPath, ...] = Field(
         default=(),
         description="files, folders or globs of text and JSONL (.gz, .zst) to fill the one folder"
         " of `mixture` from when it is not there yet; python-stdlib is Python's own sources",
     )
-    tokenizer: str | None = Field(
+    tokenizer: LocalPath | None = Field(
         default=None,
         description="tokenizer (file or folder) to use for `corpus`; null takes that of"
         " training.init_from, or trains one on it",
@@ -87,8 +89,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long, from where, and in what pieces."""
 
-    out: str = Field(description="run folder, made if missing, resumed if it holds checkpoints")
-    init_from: str | None = Field(
+    out: LocalPath = Field(
+        description="run folder, made if missing, resumed if it holds checkpoints"
+    )
+    init_from: LocalPath | None = Field(
         default=None,
         description="model folder (or run folder) whose weights the run starts from while it has no"
         " checkpoint of its own; null draws fresh weights",
@@ -174,9 +178,10 @@ class Config:
                 f"data.seq_len ({self.data.seq_len}) is longer than model.context"
                 f" ({self.model.context})"
             )
-        if self.model.param_dtype == "float16":
+        if self.model.param_dtype != "float32":
             raise ValueError(
-                "model.param_dtype float16 is for inference alone (updates vanish): take float32"
+                f"model.param_dtype {self.model.param_dtype} is for inference alone (small updates"
+                " vanish in it): take float32; what is computed with follows model.dtype"
             )
         if self.model.quantized != "none":
             raise ValueError(

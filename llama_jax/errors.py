@@ -1,4 +1,4 @@
-"""Errors that are told in one sentence: a bad input, and a system that can't write."""
+"""The exceptions whose message is all that a user needs."""
 
 
 class InputError(ValueError):
@@ -9,11 +9,12 @@ class InputError(ValueError):
     """
 
 
-class WriteError(OSError):
-    """The system can't write a file or a folder: its message is one sentence for the user.
+class Fault(RuntimeError):
+    """The machine has failed, not what it was given: a full disk, a permission, memory, a network.
 
-    That is a fault, not a bad input: the message holds the system's own text. The command line
-    prints it without a traceback and exits with code 1.
+    The message is one sentence that holds the system's own words. It never says that a file is
+    damaged, and never advises to remove one. The command line prints it without a traceback and
+    exits with code 1.
     """
 
 

@@ -14,6 +14,7 @@ from llama_jax.config import Config
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.regular_file import open_regular, read_regular
+from llama_jax.storage import check_local
 
 Format = Literal["meta", "huggingface", "gguf", "llama2c", "orbax"]
 LLAMA2C_MAGIC = b"24ka"  # 'ak42', little-endian; since version 1
@@ -64,7 +65,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     Raises:
         InputError: the folder is neither, or its configuration is damaged.
     """
-    folder = Path(folder)
+    folder = Path(check_local(str(folder)))
     if is_run(folder):
         return read_run_config(folder).model
     path = folder / "config.json"

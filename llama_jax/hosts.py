@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import jax
 from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` itself asks
 
-from llama_jax import handshake
+from llama_jax import handshake, stop_signal
 from llama_jax.control_channel import ControlChannel
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 
 # An unexpected exception is usually caused by another host dying, when a collective breaks. Wait
 # this long so that the root cause is reported first.
@@ -57,6 +57,8 @@ def join(
     address, processes, process = place
     token = _job_token(address, detected=coordinator is None)
     _channel, port = handshake.meet(*_split(address), processes, process, token)
+    channel = _channel
+    stop_signal.end = lambda message: channel.fail(message, 0)
     try:
         _join_jax(f"{address.rpartition(':')[0]}:{port}", processes, process, coordinator is None)
         yield
@@ -65,10 +67,14 @@ def join(
         jax.distributed.shutdown()
     except InputError as error:
         _channel.fail(str(error), 2)
+    except stop_signal.Stopped as stopped:
+        _channel.fail(str(stopped), 0)
     except KeyboardInterrupt:
         _channel.fail("interrupted", 130)
     except BaseException as error:
         time.sleep(ROOT_CAUSE_SECONDS)
+        if isinstance(error, Fault):
+            _channel.fail(str(error), 1)
         traceback.print_exception(error)
         _channel.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
     _channel.close()

@@ -13,6 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax import checkpoint
+from llama_jax.checkpoint_files import open_arrays, reading
 
 # The caller waits for the disk once, not after each chunk.
 _NOT_SYNCED = ts.Context({"file_io_sync": False})
@@ -23,24 +24,12 @@ class WeightsReader:
 
     Raises:
         InputError: the folder holds no weights, or they are damaged.
+        Fault: the machine could not read them.
     """
 
     def __init__(self, folder: Path):
-        self.place, metadata = checkpoint.open_item(folder)
-        self._stores = dict[str, Any]()
-        for name in metadata.names:
-            root = f"file://{self.place.absolute()}/"
-            plain: Any = {"driver": "file", "path": f"{self.place.absolute()}/{name}/"}
-            packed: Any = {"driver": "ocdbt", "base": root, "path": f"{name}/"}
-            spec = {
-                "driver": "zarr3" if metadata.zarr3 else "zarr",
-                "kvstore": packed if metadata.ocdbt else plain,
-                "fill_missing_data_reads": False,  # a missing file is not one of zeros
-            }
-            try:
-                self._stores[name] = ts.open(spec, read=True).result()
-            except Exception as error:  # TensorStore raises many types for damaged files
-                raise checkpoint.damaged(self.place / name, error) from error
+        self.place = checkpoint.weights_of(folder) / "model"
+        self._stores = open_arrays(self.place)
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -50,10 +39,8 @@ class WeightsReader:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """Returns a weight, or the part of it that belongs to `layer`."""
         store = self._stores[name]
-        try:
+        with reading(self.place / name):
             return (store if layer is None else store[layer]).read().result()
-        except Exception as error:
-            raise checkpoint.damaged(self.place / name, error) from error
 
 
 class WeightsWriter:

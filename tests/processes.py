@@ -75,8 +75,11 @@ class Group:
             pytest.fail(f"still running after {seconds} s: {self.said('err')}")
 
     def wait_for_step(self, run, step):
+        self.wait_until(lambda: any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")))
+
+    def wait_until(self, reached):
         deadline = time.monotonic() + 120
-        while not any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")):
+        while not reached():
             codes = [process.poll() for process in self.processes]
             if any(code is not None for code in codes) or time.monotonic() > deadline:
                 self.wait(0)

@@ -11,7 +11,7 @@ import pytest
 
 from llama_jax import atomic_write
 from llama_jax.atomic_write import new_folder, replaced_file
-from llama_jax.errors import InputError, WriteError
+from llama_jax.errors import Fault, InputError
 
 # Writes a folder and a file, says so, and stays.
 WRITER = """
@@ -123,7 +123,7 @@ def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
     ],
 )
 def test_an_error_of_the_system_is_a_fault_in_its_own_words(tmp_path, error, sentence):
-    with pytest.raises(WriteError, match=f"^can't write {tmp_path}/{sentence}$"):
+    with pytest.raises(Fault, match=f"^can't write {tmp_path}/{sentence}$"):
         write_folder(tmp_path / "f", error)
     assert names(tmp_path) == []
 

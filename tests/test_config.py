@@ -99,8 +99,9 @@ BAD_OVERRIDES = [
     ("data.seq_len=9999", "data.seq_len (9999) is longer than model.context (2048)"),
     ("data.mixture={}", "data.mixture must name at least one folder of token shards"),
     (
-        "model.param_dtype=float16",
-        "model.param_dtype float16 is for inference alone (updates vanish): take float32",
+        "model.param_dtype=bfloat16",
+        "model.param_dtype bfloat16 is for inference alone (small updates vanish in it):"
+        " take float32; what is computed with follows model.dtype",
     ),
     (
         "model.quantized=int8",

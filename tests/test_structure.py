@@ -9,13 +9,14 @@ from conftest import ROOT
 # From the ground up. A module imports from lower floors, or from its own.
 FLOORS = [
     {"errors"},
-    {"atomic_write", "regular_file"},
+    {"storage", "stop_signal", "atomic_write", "regular_file"},
     {"family", "chips", "config", "config_file", "folders", "sharding"},
     {"control_channel"},
     {"handshake"},
     {"hosts"},
     {"model", "data"},
     {"tree"},
+    {"checkpoint_files"},
     {"checkpoint"},
     {"weights"},
     {"training", "inference", "evaluation", "convert"},

@@ -265,7 +265,7 @@ def build(
 
     Raises:
         InputError: `out` is there already, a source can't be read, or a split stays empty.
-        WriteError: the system can't write `out`.
+        Fault: the system can't write `out`.
     """
     check_absent(out)
     files = find_files(sources)

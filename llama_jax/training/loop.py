@@ -26,7 +26,7 @@ from llama_jax.model.transformer import Llama
 from llama_jax.sharding import check_divides, make_mesh, set_default_mesh
 from llama_jax.training import origin
 from llama_jax.training.memory import keep_freed_memory
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import check_installed, read_metrics
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.progress import duration, tell
 from llama_jax.training.report import Report, due
@@ -56,14 +56,19 @@ def run(config: Config) -> Outcome:
     >>> outcome.step, outcome.finished
     (60, True)
 
-    SIGTERM and SIGINT end it after the step that is running, with everything saved; where there are
-    several hosts, on all after the same step when it comes to any.
+    From the first step on, SIGTERM and SIGINT end it after the step that is running, with
+    everything saved; where there are several hosts, on all after the same step when it comes to
+    any.
 
     Raises:
         InputError: something in the configuration, the data or the run folder is wrong.
         RunStopped: too many steps in a row had a gradient that is not finite.
+        Fault: a checkpoint could not be read or saved. Those that were saved before are as they
+            were.
     """
     keep_freed_memory()
+    if hosts.leads():
+        check_installed(config.logging)
     hosts.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
     mesh = make_mesh(config.mesh)
     rows = config.data.batch_size // config.training.micro_batches
@@ -84,10 +89,9 @@ def run(config: Config) -> Outcome:
         state = _State(config, data, checkpoints, newest)
         hosts.decided(lambda: write_run_files(config, data, folder))
         _tell_run(config, data, mesh, state.step)
-        try:
-            finished = _train(config, folder, data, checkpoints, state)
-        finally:
-            checkpoints.close()
+        step_function = _compiled(config, data, state)
+        with _stop_signals() as stop, contextlib.closing(checkpoints):
+            finished = _train(config, folder, data, checkpoints, state, step_function, stop)
         return _outcome(folder, state.step, data, finished)
 
 
@@ -147,25 +151,37 @@ class _State:
             self.model, self.opt_state = initial_state(config)
 
 
+def _compiled(config: Config, data: Batches, state: _State) -> Any:
+    """Returns the training step, compiled for the chip that is there."""
+    begun = time.monotonic()
+    example = (state.model, state.opt_state, data.train(state.step), np.int32(state.step))
+    chip = chip_of(jax.devices()[0].device_kind)
+    options: Any = {**chip.options} if chip else {}
+    step_function = train_step.lower(config, *example).compile(compiler_options=options)
+    tell(f"compiled in {duration(time.monotonic() - begun)}")
+    return step_function
+
+
 def _train(
     config: Config,
     folder: Path,
     data: Batches,
     checkpoints: TrainingCheckpoints,
     state: _State,
+    step_function: Any,
+    stop: list[str],
 ) -> bool:
-    """Runs the steps that are left and returns whether all are done."""
+    """Runs the steps that are left and returns whether all are done.
+
+    Args:
+        stop: gets the name of the signal that asks to stop.
+    """
     steps, first = config.training.steps, state.step
-    begun = time.monotonic()
-    example = (state.model, state.opt_state, data.train(first), np.int32(first))
-    chip = chip_of(jax.devices()[0].device_kind)
-    options: Any = {**chip.options} if chip else {}
-    step_function = train_step.lower(config, *example).compile(compiler_options=options)
-    tell(f"compiled in {duration(time.monotonic() - begun)}")
     report = Report(config, folder, data, first)
     running: tuple[int, StepMetrics] | None = None
-    with _stop_signals() as stop, contextlib.closing(report):
+    with contextlib.closing(report):
         while state.step < steps:
+            checkpoints.check()
             if why := hosts.stop_before(state.step, stop[0] if stop else None):
                 tell(f"stopping on {why}: saving step {state.step} …")
                 break

@@ -1,13 +1,17 @@
 """What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, loss.png."""
 
+import contextlib
+import importlib.util
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
 from llama_jax.atomic_write import replaced_file
 from llama_jax.chips import chip_of
 from llama_jax.config import Config, LoggingConfig
+from llama_jax.errors import Fault, InputError
 
 
 def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
@@ -16,6 +20,19 @@ def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
         return config.peak_tflops * 1e12
     chip = chip_of(device_kind)
     return chip.tflops * 1e12 if chip else None
+
+
+def check_installed(config: LoggingConfig) -> None:
+    """Looks for the packages that the configuration asks for.
+
+    Raises:
+        InputError: one is missing.
+    """
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"logging.wandb is {config.wandb}, but the package wandb is not installed: pip install"
+            " wandb, or set logging.wandb to null"
+        )
 
 
 class MetricsLog:
@@ -40,14 +57,27 @@ class MetricsLog:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
             self._wandb = wandb.init(
-                project=config.logging.wandb, name=folder.name, id=folder.name, resume="allow"
+                project=config.logging.wandb,
+                name=folder.name,
+                id=_wandb_id(folder / "wandb_id"),
+                resume="allow",
             )
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Writes the values of `step` (1 is the first); a non-finite number becomes null."""
+        """Writes the values of `step` (1 is the first); a non-finite number becomes null.
+
+        Raises:
+            Fault: the disk is full, or can't be written for another reason.
+        """
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step} | finite) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step} | finite) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise Fault(
+                f"can't write {self.path} ({error.strerror}): mend that, and the same command goes"
+                " on from the last checkpoint"
+            ) from error
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -55,12 +85,25 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes and closes everything."""
-        self._file.close()
+        """Closes everything."""
+        with contextlib.suppress(OSError):  # `write` has raised it before
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _wandb_id(path: Path) -> str:
+    """Returns the run's id at Weights & Biases: made once, then kept in `path`.
+
+    The name of the run folder would not do: two folders of one name would be one run there.
+    """
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(uuid.uuid4().hex)
+        partial.replace(path)
+    return path.read_text().strip()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

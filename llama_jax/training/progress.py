@@ -92,7 +92,9 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = folder / "loss.png"
-    with replaced_file(path) as partial:
-        figure.savefig(partial, format="png")
-    plt.close(figure)
+    try:
+        with replaced_file(path) as partial:
+            figure.savefig(partial, format="png")
+    finally:
+        plt.close(figure)
     return path

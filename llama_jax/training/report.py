@@ -11,7 +11,7 @@ from llama_jax.config import Config
 from llama_jax.data.batches import Batches
 from llama_jax.hosts import leads
 from llama_jax.training.metrics import MetricsLog, peak_flops
-from llama_jax.training.progress import StepProgress, draw_losses
+from llama_jax.training.progress import StepProgress, draw_losses, tell
 from llama_jax.training.step import StepMetrics
 
 
@@ -83,4 +83,7 @@ class Report:
         self.progress.close()
         if self.log:
             self.log.close()
-            draw_losses(self.folder, self.data.unigram_entropy)
+            try:
+                draw_losses(self.folder, self.data.unigram_entropy)
+            except OSError as error:  # not worth the end of a run, nor to hide why it ended
+                tell(f"can't draw the losses: {error}")

@@ -21,6 +21,7 @@ from llama_jax.training.progress import tell
 CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus", "data.tokenizer")
 CHANGEABLE += ("data.validation_fraction", "training.out", "training.steps")
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
+CHANGEABLE += ("training.init_from",)  # it is read while there is no checkpoint
 CHANGEABLE += ("training.eval_batches", "checkpoint", "logging")
 
 VISIBLE_SECONDS = 60.0  # after which any network file system shows what another host wrote

@@ -29,7 +29,7 @@ from llama_jax.convert.conversion import Outcome, convert
 from llama_jax.convert.stream import peak_resident
 from llama_jax.convert.verification import verify
 from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.errors import InputError, WriteError
+from llama_jax.errors import Fault, InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
 from llama_jax.weights import WeightsReader
@@ -226,6 +226,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(whole, tmp_path, monkeypatch, to
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(WriteError, match=r"can't write .*out/model: No space left on device$"):
+    with pytest.raises(Fault, match=r"can't write .*out/model: No space left on device$"):
         convert(whole["meta1"], tmp_path / "out/model", to=to, progress=False)
     assert list((tmp_path / "out").iterdir()) == []

@@ -42,6 +42,40 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+# The command line; on host 1 the step is compiled for ever, outside of Python.
+COMPILING = """
+import ctypes, sys
+from llama_jax import cli, stop_signal
+from llama_jax.training import loop
+
+stop_signal.PATIENCE_SECONDS = 0.2
+def compile_for_ever(*_):
+    print("compiles", flush=True)
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+if sys.argv[-1] == "1":
+    loop._compiled = compile_for_ever
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+# The command line; on host 1 the disk is full from the second save on.
+FULL = """
+import resource, sys
+from llama_jax import cli
+from llama_jax.checkpoint import TrainingCheckpoints
+
+save = TrainingCheckpoints.save
+def full(checkpoints, progress, *state):
+    if progress.step == 8:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    save(checkpoints, progress, *state)
+if sys.argv[-1] == "1":
+    TrainingCheckpoints.save = full
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def config(folder, data, **training):
     values = {"out": str(folder), "steps": STEPS, "eval_every": 0, "eval_batches": 2}
     return Config(
@@ -169,6 +203,39 @@ def test_what_four_saved_two_continue_also_when_one_is_killed(four, alone, runs,
     resumed = losses(run)
     np.testing.assert_array_equal(resumed[: len(before)], before)  # bit for bit
     np.testing.assert_allclose(resumed, losses(alone), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
+    path = written(runs / "early.yaml", config(runs / "early", token_folder))
+    group = Group(runs / "early-said", 2, "train", path, program=("-c", COMPILING))
+    group.wait_until(lambda: "compiles" in group.said("out")[1])
+    group.processes[1].send_signal(signal.SIGTERM)
+    assert group.wait(60) == [0, 0], group.said("err")
+    for said in group.said("err"):
+        last = said.splitlines()[-1]
+        assert last.startswith("llama-jax: host 1 (")
+        assert "stopped on SIGTERM: there was nothing to save; start again with: " in last
+        assert "Traceback" not in said
+    assert TrainingCheckpoints(runs / "early" / "checkpoints").steps == []
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_host_ends_all_with_its_sentence(alone, runs, token_folder):
+    run = runs / "full"
+    path = written(runs / "full.yaml", config(run, token_folder))
+    group = Group(runs / "full-said", 2, "train", path, program=("-c", FULL))
+    assert group.wait(120) == [1, 1], group.said("err")
+    for said in group.said("err"):
+        last = [line for line in said.splitlines() if line.startswith("llama-jax: ")][-1]
+        assert last.startswith("llama-jax: host 1 (")
+        assert f"can't save step 8 in {run / 'checkpoints'} (" in last
+        assert "File too large): the checkpoints of steps 4 are as they were; mend that" in last
+        assert "Traceback" not in said
+    again = Group(runs / "full-again-said", 2, "train", path)
+    assert again.wait() == [0, 0], again.said("err")
+    assert "resumes after step 4 of 12" in again.said("err")[0]
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
 def test_hosts_that_disagree_on_the_configuration_are_told_the_key(runs, token_folder):

@@ -4,11 +4,14 @@ import fcntl
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -29,9 +32,9 @@ from llama_jax.data import corpus
 from llama_jax.data.batches import Batches, read_meta
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.data.tokenizer_export import huggingface_files
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 from llama_jax.training import loop, origin
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import MetricsLog, read_metrics
 
 STEPS = 24
 
@@ -146,12 +149,82 @@ def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
     np.testing.assert_array_equal(losses(folder), losses(whole))
 
 
+def test_a_failed_save_ends_the_run_before_its_next_step(
+    whole, token_folder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    settings = config(folder, token_folder, every=8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = checkpoint.TrainingCheckpoints.save
+
+    def save_to_a_full_disk(checkpoints, progress, *state):
+        if progress.step == 16:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(checkpoints, progress, *state)
+        futures.wait([checkpoints._saving[1]])
+
+    monkeypatch.setattr(checkpoint.TrainingCheckpoints, "save", save_to_a_full_disk)
+    try:
+        with pytest.raises(Fault) as raised:
+            loop.run(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = str(raised.value)
+    assert said.startswith(f"can't save step 16 in {folder / 'checkpoints'} (")
+    assert "File too large): the checkpoints of steps 8 are as they were; mend that" in said
+    assert len(losses(folder)) == 16
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["8"]
+    monkeypatch.undo()
+    assert loop.run(settings).finished
+    np.testing.assert_array_equal(losses(folder), losses(whole))
+
+
+def test_metrics_that_can_not_be_written_are_a_fault(token_folder, tmp_path):
+    log = MetricsLog(tmp_path, config(tmp_path, token_folder), 0)
+    log._file.close()
+    log._file = open("/dev/full", "w")
+    with pytest.raises(Fault, match=r"can't write .*metrics.jsonl \(No space left on device\)"):
+        log.write(1, {"loss": 1.0})
+    log.close()
+
+
+def test_wandb_that_is_missing_is_told_before_anything_is_made(token_folder, tmp_path, monkeypatch):
+    settings = config(tmp_path / "run", token_folder)
+    settings = replace(settings, logging=replace(settings.logging, wandb="mine"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"logging.wandb is mine, but the package wandb is not"):
+        loop.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_in_folders_of_one_name_are_two_at_wandb(token_folder, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **run: begun.append(run)))
+    for parent in ("a", "b", "a"):  # the run in `a` is resumed
+        folder = tmp_path / parent / "run"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = config(folder, token_folder)
+        logging = replace(settings.logging, wandb="mine")
+        MetricsLog(folder, replace(settings, logging=logging), 0).close()
+    ids = [run["id"] for run in begun]
+    assert [run["name"] for run in begun] == ["run"] * 3
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_a_run_that_stopped_early_can_be_made_longer(token_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     loop.run(config(folder, token_folder, steps=4))
     outcome = loop.run(config(folder, token_folder, steps=6))
     assert outcome.step == 6
     assert "training.steps changes from 4 to 6" in capsys.readouterr().err
+
+
+def test_where_a_run_started_from_may_have_moved(whole, token_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    loop.run(config(folder, token_folder, steps=2, init_from=str(whole)))
+    moved = config(folder, token_folder, steps=3, init_from=str(tmp_path / "elsewhere"))
+    assert loop.run(moved).step == 3
+    assert f"training.init_from changes from {whole} to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
