@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.result import Result
+from llama_jax.chips import cpu_cores
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -67,7 +68,7 @@ def table(results: list[Result]) -> str:
 def machine() -> str:
     """Returns a sentence about where and with what it ran."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_cores()
     return (
         f"{time.strftime('%Y-%m-%d')}, {cores} cores ({platform.machine()}), Python"
         f" {platform.python_version()}, {packages}."

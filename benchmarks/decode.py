@@ -26,6 +26,8 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
+from llama_jax.chips import cpu_cores
+
 PROMPT = 64
 
 
@@ -36,7 +38,7 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
     from llama_jax.family import FAMILY
     from llama_jax.folders import read_model_config
     from llama_jax.inference.generate import State, decode, new_rows, prefill
-    from llama_jax.inference.load import load
+    from llama_jax.inference.load import load, suited
     from llama_jax.inference.roofline import step_bytes
     from llama_jax.inference.sampling import Sampling
     from llama_jax.model.transformer import Llama, unrolled
@@ -49,7 +51,7 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
             config = replace(FAMILY[shape], **kinds)
             model = unrolled(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
         else:
-            config, model = load(folder, replace(read_model_config(folder), **kinds))
+            config, model = load(folder, suited(replace(read_model_config(folder), **kinds)))
     prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
     slots = PROMPT + new + 1  # as `generate` takes them
 
@@ -76,7 +78,7 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
         LlamaConfig,
     )
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any  # of no class that the type checker can know
     if shape:

@@ -21,6 +21,8 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
+from llama_jax.chips import cpu_cores
+
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
         LlamaForCausalLM,
     )
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_cores())
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8, use_cache=False,

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +12,22 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.atomic_write import check_absent, new_folder
 from llama_jax.convert import huggingface, meta, orbax, receipt
 from llama_jax.convert.companions import companions
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.doubts import doubts
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import byte_progress, in_order, peak_resident, resident, synced
+from llama_jax.convert.stream import (
+    available_memory,
+    byte_progress,
+    check_memory,
+    in_order,
+    peak_resident,
+    resident,
+    synced,
+)
 from llama_jax.convert.verification import verified
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
@@ -138,7 +145,8 @@ def convert(
         to: format of the folder.
         dtype: float32, bfloat16 or float16; default: as stored, and float32 for quantized weights.
         max_ram: most memory to hold [bytes]; default: three times the largest tensor, and 1 GiB
-            (or what the process holds already, if that is more).
+            (or what the process holds already, if that is more), but no more than the machine or
+            the container has.
         model: member of the family, where the checkpoint's own configuration is not to be followed.
         tokenizer: file or folder of the tokenizer; default: the checkpoint's own.
         shards: files of a Meta folder.
@@ -150,10 +158,10 @@ def convert(
     Raises:
         InputError: the checkpoint is damaged, incomplete, our own int8 or not a LLaMA, it doesn't
             fit into the memory or the format, or the folder is there already.
+        Fault: the system can't write the folder.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise InputError(f"{folder} is already there: remove it, or choose another folder")
+    check_absent(folder)
     source = open_source(Path(path), model)
     if source.layout.quantized:
         raise InputError(
@@ -169,38 +177,26 @@ def convert(
     layout = _layout(config, to, shards)
     budget = _budget(source, dtypes, max_ram)
     extra = companions(source, config, to, tokenizer)
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
-        partial_folder.mkdir(parents=True)
-        with synced(partial_folder):
-            writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
-            records = list[dict[str, Any]]()
-            notes = [*doubts(config, extra.tokenizer), *extra.notes]
-            total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
-            turn = partial(_turn, source, layout, dtypes)
-            cost = partial(_cost, source, dtypes)
-            with writer, byte_progress("converting", total, progress) as advance:
-                for turned in in_order(dtypes, turn, cost, budget):
-                    writer.write(turned.pieces)
-                    records.append(turned.record)
-                    notes += [turned.note] if turned.note else []
-                    advance(sum(array.nbytes for _, _, array in turned.pieces))
-            for name, data in extra.files.items():
-                (partial_folder / name).write_bytes(data)
-            made = receipt.make(source, layout, config, extra.end_ids, extra.files, records, notes)
-            again = None if all(receipt.is_kept(r) for r in records) else source
-            output = open_source(partial_folder)
-            made["verified"] = verified(made, output, again, budget, progress)
-            (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
-        partial_folder.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise InputError(
-                f"can't make {folder} ({error.strerror}): make room, or choose another folder"
-            ) from error
-        raise
+    with new_folder(folder) as partial_folder, synced(partial_folder):
+        writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
+        records = list[dict[str, Any]]()
+        notes = [*doubts(config, extra.tokenizer), *extra.notes]
+        total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
+        turn = partial(_turn, source, layout, dtypes)
+        cost = partial(_cost, source, dtypes)
+        with writer, byte_progress("converting", total, progress) as advance:
+            for turned in in_order(dtypes, turn, cost, budget):
+                writer.write(turned.pieces)
+                records.append(turned.record)
+                notes += [turned.note] if turned.note else []
+                advance(sum(array.nbytes for _, _, array in turned.pieces))
+        for name, data in extra.files.items():
+            (partial_folder / name).write_bytes(data)
+        made = receipt.make(source, layout, config, extra.end_ids, extra.files, records, notes)
+        again = None if all(receipt.is_kept(r) for r in records) else source
+        output = open_source(partial_folder)
+        made["verified"] = verified(made, output, again, budget, progress)
+        (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
     return Outcome(folder, tuple(notes), total, **made["verified"], peak=peak_resident())
 
 
@@ -273,14 +269,16 @@ def _budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | No
     """
     largest = max(_cost(source, dtypes, weight) for weight in dtypes)
     base = resident() + _SLACK
-    limit = max(largest + GIB, base + largest) if max_ram is None else max_ram
-    if base + largest > limit:
+    if max_ram is None:
+        check_memory(largest + _SLACK, "the largest weight, while it is converted,")
+        return min(max(GIB - base, 0) + largest, available_memory() - _SLACK)
+    if base + largest > max_ram:
         raise InputError(
-            f"--max-ram {limit / GIB:.2f}GiB is too little: the largest weight takes"
+            f"--max-ram {max_ram / GIB:.2f}GiB is too little: the largest weight takes"
             f" {largest / GIB:.2f} GiB while it is turned, and the program itself"
             f" {base / GIB:.2f} GiB; give at least {(base + largest) / GIB + 0.005:.2f}GiB"
         )
-    return limit - base
+    return max_ram - base
 
 
 def parse_size(text: str) -> int:

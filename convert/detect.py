@@ -2,12 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llama_jax import folders
 from llama_jax.convert import gguf, huggingface, llama2c, meta, orbax
-from llama_jax.convert.receipt import FILE as RECEIPT
-from llama_jax.convert.source import Source, checked, read_json
+from llama_jax.convert.source import Source, checked
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY
 
@@ -15,6 +13,11 @@ _KINDS = (
     "a Meta folder (params.json), a Hugging Face folder (config.json), a .gguf file, a llama2.c"
     " .bin file, or a model or run folder of llama_jax"
 )
+_READERS = {
+    "meta": meta.read, "huggingface": huggingface.read, "gguf": gguf.read,
+    "llama2c": llama2c.read, "orbax": orbax.read,
+}  # fmt: skip
+_WEIGHTS = (".pth", ".safetensors", ".bin")
 
 
 def open_source(path: Path, model: str | None = None) -> Source:
@@ -41,49 +44,22 @@ def open_source(path: Path, model: str | None = None) -> Source:
 
 
 def _open(path: Path) -> Source:
-    if path.is_file():
-        return _open_file(path)
-    if not path.is_dir():
-        raise InputError(f"there is no {path}: give {_KINDS}")
-    if (path / "params.json").exists():
-        return meta.read(path)
-    if folders.is_run(path) or (path / "weights").exists():
-        return orbax.read(path)
-    if (path / "config.json").exists():
-        return huggingface.read(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
+    try:
+        kind = folders.checkpoint_format(path)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give {_KINDS}") from error
+    if kind == "gguf" and path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise InputError(f"{path} holds {len(files)} .gguf files: give one of them")
         return gguf.read(files[0])
-    weights = [file for file in path.iterdir() if file.suffix in (".pth", ".safetensors", ".bin")]
+    if kind is not None:
+        return _READERS[kind](path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    weights = next((file for file in files if file.suffix in _WEIGHTS), None)
     if weights:
         raise InputError(
-            f"{path} holds {weights[0].name}, but neither params.json nor config.json says what"
-            " model it is: fetch that file too"
+            f"{weights} holds weights, but not what model they are of: give a folder that holds it"
+            " beside params.json or config.json"
         )
     raise InputError(f"{path} is no checkpoint: give {_KINDS}")
-
-
-def _open_file(path: Path) -> Source:
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"GGUF":
-        return gguf.read(path)
-    if path.suffix in (".pth", ".safetensors") or start[:2] in (b"PK", b"\x80\x02"):
-        raise InputError(
-            f"{path} holds weights, but not what model they are of: give the folder that also holds"
-            " params.json or config.json"
-        )
-    if llama2c.is_llama2c(path):
-        return llama2c.read(path)
-    raise InputError(f"{path} is no checkpoint: give {_KINDS}")
-
-
-def read_receipt(folder: Path) -> dict[str, Any]:
-    """Returns the receipt in a folder that a conversion wrote.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    if not (folder / RECEIPT).exists():
-        raise InputError(f"{folder} has no {RECEIPT}: only what llama-jax convert wrote has one")
-    return read_json(folder / RECEIPT)

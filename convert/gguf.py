@@ -1,21 +1,24 @@
 """GGUF files of the llama architecture, whose quantized weights are computed back to float32."""
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llama_jax.convert.layout import Layout
 from llama_jax.convert.source import Source, integer, model_config, number, stored_dtype
 from llama_jax.convert.stored import Stored, in_file, shown
-from llama_jax.data.tokenizer_gguf import has_tokenizer
+from llama_jax.data.gguf_header import Header, TensorInfo, read_header
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig, RopeScaling
 from llama_jax.model.rope import frequencies
+from llama_jax.regular_file import open_regular
 
 NAMES = {
     "tok_embeddings": "token_embd.weight",
@@ -35,6 +38,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q5_K")
 _BLOCK = 1 << 22  # numbers computed back at a time
+_MAX_ALIGNMENT = 1 << 16
 
 
 def read(path: Path) -> Source:
@@ -43,12 +47,8 @@ def read(path: Path) -> Source:
     Raises:
         InputError: it is damaged, of another architecture, or of an unknown quantization.
     """
-    reader = open_gguf(path)
-    about: dict[str, Any] = {
-        name.removeprefix("llama."): _value(field)
-        for name, field in reader.fields.items()
-        if not name.startswith("tokenizer.")
-    }
+    header = read_header(path, ("general.", "llama.", "split."))
+    about = {name.removeprefix("llama."): value for name, value in header.metadata.items()}
     if about.get("general.architecture") != "llama":
         raise InputError(
             f"{path} holds a {shown(about.get('general.architecture'))} model, not a llama: give a"
@@ -56,7 +56,7 @@ def read(path: Path) -> Source:
         )
     if about.get("split.count", 0) not in (0, 1):
         raise InputError(f"{path} is one of several parts: merge them with llama-gguf-split first")
-    tensors = {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}
+    tensors = _tensors(path, header)
     dim, heads = (integer(about, k, path) for k in ("embedding_length", "attention.head_count"))
     embedding = tensors.get(NAMES["tok_embeddings"])
     if embedding is None or len(embedding.shape) != 2:
@@ -87,7 +87,7 @@ def read(path: Path) -> Source:
         **stored_dtype((tensors,)),
     )
     if factors:
-        config = _stretched(config, factors.read(), path)
+        config = _stretched(config, factors, path)
     return Source(
         "gguf",
         path,
@@ -98,60 +98,86 @@ def read(path: Path) -> Source:
     )
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """Returns a reader of the file.
+def _tensors(path: Path, header: Header) -> dict[str, Stored]:
+    """Returns the tensors by name, which must fill the file from the header to its end.
+
+    GGUF has no checksum. A file that lost or gained bytes on its way is known by its length and by
+    the zeros between tensors, which are then elsewhere.
 
     Raises:
-        InputError: it is not a GGUF file, or is damaged.
+        InputError: the tensors don't fill the file, or one is of an unknown quantization.
     """
-    has_tokenizer(path)  # looks at all metadata: the package doesn't end where a list has no end
-    try:
-        with np.errstate(all="raise"):
-            reader = GGUFReader(path)
-    except Exception as error:  # the package raises many types for damaged files
+    unit = header.metadata.get("general.alignment", 32)
+    if type(unit) is not int or not 0 < unit <= _MAX_ALIGNMENT or unit & (unit - 1):
         raise InputError(
-            f"{path} is not a GGUF file, or is damaged or cut short ({shown(str(error))}): fetch it"
+            f"{path} has {shown(unit)} as general.alignment, which must be a power of two: fetch it"
             " again"
-        ) from error
-    end, unit = reader.data_offset, int(reader.alignment)
-    for tensor in reader.tensors:
-        if tensor.data_offset != end:
-            raise InputError(
-                f"{path} is damaged: {shown(tensor.name)} leaves a gap or overlaps: fetch it again"
-            )
-        end += -(-tensor.n_bytes // unit) * unit
-    return reader
-
-
-def _value(field: Any) -> Any:
-    try:
-        return field.contents()
-    except Exception:  # a damaged field: its reader then says that the value is missing
-        return None
-
-
-def _tensor(path: Path, tensor: Any) -> Stored:
-    kind: GGMLQuantizationType = tensor.tensor_type
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    offset, n_bytes = int(tensor.data_offset), int(tensor.n_bytes)
-    if kind.name in _PLAIN:
-        return in_file(path, tensor.name, np.dtype(_PLAIN[kind.name]), offset, shape)
-    if kind.name not in _QUANTIZED:
-        raise InputError(
-            f"{path}: {shown(tensor.name)} is quantized as {kind.name}, which is not supported:"
-            f" give one of {', '.join([*_PLAIN, *_QUANTIZED])}"
         )
+    tensors = dict[str, Stored]()
+    with open_regular(path) as file:
+        end = begin = _aligned(path, file, header.nbytes, unit)
+        for info in header.tensors:
+            if begin + info.offset != end:
+                raise InputError(
+                    f"{path} is damaged: {shown(info.name)} leaves a gap or overlaps: fetch it"
+                    " again"
+                )
+            tensors[info.name], nbytes = _tensor(path, info, end)
+            end = _aligned(path, file, end + nbytes, unit)
+        size = os.fstat(file.fileno()).st_size
+    if size != end:
+        raise InputError(
+            f"{path} is {'cut short' if size < end else 'damaged'}: it has {size:,} bytes, but its"
+            f" header tells of {end:,}: fetch it again"
+        )
+    return tensors
+
+
+def _aligned(path: Path, file: BinaryIO, end: int, unit: int) -> int:
+    """Returns the next multiple of `unit`, up to which the file must hold zeros."""
+    missing = -end % unit
+    if end < os.fstat(file.fileno()).st_size:  # else the file is too short, which is told later
+        file.seek(end)
+        if any(file.read(missing)):
+            raise InputError(
+                f"{path} is damaged: the bytes from {end:,} to the next multiple of {unit} must be"
+                " zero, so its tensors have moved: fetch it again"
+            )
+    return end + missing
+
+
+def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[Stored, int]:
+    """Returns the tensor that begins at a byte of the file, and its bytes there."""
+    known = {kind.value: kind for kind in GGMLQuantizationType}
+    kind = known.get(info.kind)
+    if kind is None or kind.name not in (*_PLAIN, *_QUANTIZED):
+        raise InputError(
+            f"{path}: {shown(info.name)} is quantized as {kind.name if kind else info.kind}, which"
+            f" is not supported: give one of {', '.join([*_PLAIN, *_QUANTIZED])}"
+        )
+    if kind.name in _PLAIN:
+        tensor = in_file(path, info.name, np.dtype(_PLAIN[kind.name]), start, info.shape)
+        return tensor, tensor.nbytes
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    *before, last = info.shape or (1,)
+    if last % block:
+        raise InputError(
+            f"{path} is damaged: {shown(info.name)} has rows of {last} numbers in blocks of"
+            f" {block}: fetch it again"
+        )
+    rows = math.prod(before)
+    packed = in_file(
+        path, info.name, np.dtype(np.uint8), start, (rows, last // block * block_bytes)
+    )
 
     def computed() -> np.ndarray:
-        rows = int(np.prod(shape[:-1]))
-        packed = np.memmap(path, np.uint8, "r", offset, (rows, n_bytes // rows))
-        out = np.empty((rows, shape[-1]), np.float32)
-        step = max(1, _BLOCK // shape[-1])
+        blocks, out = packed.read(), np.empty((rows, last), np.float32)
+        step = max(1, _BLOCK // max(1, last))
         for i in range(0, rows, step):
-            out[i : i + step] = dequantize(packed[i : i + step], kind)
-        return out.reshape(shape)
+            out[i : i + step] = dequantize(blocks[i : i + step], kind)
+        return out.reshape(info.shape)
 
-    return Stored(shape, np.dtype(np.float32), computed, exact=False)
+    return Stored(info.shape, np.dtype(np.float32), computed, exact=False), packed.nbytes
 
 
 def _shortest(number: float) -> float:
@@ -160,12 +186,14 @@ def _shortest(number: float) -> float:
         return float(str(np.float32(number)))
 
 
-def _stretched(config: ModelConfig, factors: np.ndarray, path: Path) -> ModelConfig:
+def _stretched(config: ModelConfig, stored: Stored, path: Path) -> ModelConfig:
     """Returns the config with the scaling of Llama 3.1 that gives the file's factors [H/2].
 
     A factor is by how much the wavelength of a pair is stretched.
     """
-    if np.isfinite(factors).all() and factors.shape == (config.head_dim // 2,) and min(factors) > 0:
+    fits = stored.shape == (config.head_dim // 2,)
+    factors = stored.read() if fits else np.zeros(1)
+    if np.isfinite(factors).all() and min(factors) > 0:
         made = replace(config, rope_scaling=RopeScaling(factor=float(factors.max())))
         if np.allclose(factors, frequencies(config) / frequencies(made), rtol=1e-4):
             return made

@@ -15,7 +15,6 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
-from llama_jax.model.quantize import int8, outputs
 
 _AT_ONCE = 1 << 20  # numbers that are quantized in one go, in a handful of float32 copies
 
@@ -104,6 +103,8 @@ class Layout:
 
     def parts(self, weight: Weight) -> list[Part]:
         """Returns the arrays that one of our own folders keeps `weight` in."""
+        from llama_jax.model.quantize import outputs  # brings JAX, which `info` need not wait for
+
         axes = AXES[weight.name]
         if not self.quantized or not axes.columns:
             return [Part("", axes.ours, None)]
@@ -240,6 +241,8 @@ def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
 
 def _quantized(w: np.ndarray, dims: str) -> list[np.ndarray]:
     """Returns `int8(w, dims)`, made of a part of the output channels at a time."""
+    from llama_jax.model.quantize import int8, outputs
+
     scale = np.empty([w.shape[dims.index(letter)] for letter in outputs(dims)], np.float32)
     rows_first = dims[0] in outputs(dims)
     flat = w.reshape((scale.size, -1) if rows_first else (-1, scale.size))

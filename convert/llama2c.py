@@ -11,8 +11,9 @@ from llama_jax.convert.source import Source, model_config
 from llama_jax.convert.stored import Stored, in_file
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.folders import LLAMA2C_MAGIC
+from llama_jax.regular_file import open_regular
 
-_MAGIC = b"24ka"  # 'ak42', little-endian; since version 1
 _IN_ORDER = ("wq", "wk", "wv", "wo")
 _LEGACY = (
     *("tok_embeddings", "attention_norm", *_IN_ORDER),
@@ -26,27 +27,15 @@ _ENDS = ("tok_embeddings", "norm", "output")
 NAMES = {n: n if n in _ENDS else f"{n}[{{}}]" for n in AXES}
 
 
-def is_llama2c(path: Path) -> bool:
-    """Tells whether the file begins like one of llama2.c's."""
-    with open(path, "rb") as file:
-        start = file.read(28)
-    if start[:4] == _MAGIC:
-        return True
-    sizes = struct.unpack("<7i", start) if len(start) == 28 else (0,) * 7
-    dim, hidden, layers, heads, kv, vocab, context = sizes
-    plausible = all(0 < n < 1 << 24 for n in (dim, hidden, layers, heads, kv, abs(vocab), context))
-    return plausible and dim % heads == 0
-
-
 def read(path: Path) -> Source:
     """Returns the checkpoint in a llama2.c file, legacy or version 1 (both float32).
 
     Raises:
         InputError: it is cut short, or of another version.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(256)
-    legacy = start[:4] != _MAGIC
+    legacy = start[:4] != LLAMA2C_MAGIC
     if not legacy:
         version = struct.unpack_from("<i", start, 4)[0] if len(start) == 256 else None
         if version != 1:

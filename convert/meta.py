@@ -21,6 +21,7 @@ from llama_jax.convert.source import (
     stored_dtype,
 )
 from llama_jax.convert.stored import Stored, shown
+from llama_jax.convert.stream import check_memory
 from llama_jax.convert.torch_file import TorchWriter, read_torch
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY, ModelConfig, RopeScaling, ffn_dim
@@ -147,6 +148,8 @@ def _is_tied(source: Source) -> bool:
         wanted = {shape for _, _, shape in source.layout.pieces(source.config, weight)}
         if {t.shape for t in tensors} != wanted or len({t.dtype for t in tensors}) > 1:
             return False  # as above
+    compared = sum(tensor.nbytes for tensors in pieces for tensor in tensors)
+    check_memory(compared, f"comparing {names[0]} with {names[1]} in {source.path}")
     first_row = np.concatenate([piece.read()[0] for piece in pieces[0]])[: source.config.dim]
     if not same_bits(first_row, pieces[1][0].read()[0]):
         return False  # the usual case, without reading it all

@@ -3,17 +3,29 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax import __version__
 from llama_jax.convert.layout import Layout, Weight
-from llama_jax.convert.source import Source
+from llama_jax.convert.source import Source, read_json
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 
 FILE = "receipt.json"
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """Returns the receipt in a folder that a conversion wrote.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if not (folder / FILE).exists():
+        raise InputError(f"{folder} has no {FILE}: only what llama-jax convert wrote has one")
+    return read_json(folder / FILE)
 
 
 def tensor_hash(array: np.ndarray) -> str:

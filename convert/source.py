@@ -15,12 +15,13 @@ from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.convert.stored import Stored, shown
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.regular_file import read_regular
 
 # What other programs keep beside the weights and what follows from the configuration.
 _NO_WEIGHTS = re.compile(r"rope\.freqs|.*\.rope\.freqs|.*\.inv_freq")
 
 FLOATS = ("float32", "float16", "bfloat16")
-_BEYOND = 1 << 31  # no size of a model comes near it
+_BEYOND = 1 << 24  # no size of a model comes near it; the longest context is 10 million
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,15 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: there is no such file, or it doesn't hold one.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: the checkpoint needs it, fetch it too") from error
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not valid JSON: fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): give another one") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} does not hold a JSON object: fetch it again")
     return found

@@ -1,7 +1,6 @@
 """Tensors in a file, read when asked, and files of tensors, written one tensor at a time."""
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,8 +113,7 @@ def _read(
 class Writer(ABC):
     """Writes a file of tensors, one after the other: the memory holds no more than one.
 
-    The file stands under its name once `close` has returned; before that it is `NAME.part`, which
-    an error inside the `with` block removes.
+    An error inside the `with` block removes the file.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
@@ -125,7 +123,6 @@ class Writer(ABC):
             ValueError: the format has no such dtype.
         """
         self.path = Path(path)
-        self._part = self.path.with_name(self.path.name + ".part")
         self._header = {name: (tuple(s), np.dtype(d)) for name, (s, d) in header.items()}
         self._left = list(reversed(self._header))
         self._closed = False
@@ -152,7 +149,7 @@ class Writer(ABC):
         self._left.pop()
 
     def close(self) -> None:
-        """Ends the file and gives it its name.
+        """Ends the file.
 
         Raises:
             ValueError: tensors are missing.
@@ -162,7 +159,6 @@ class Writer(ABC):
         if self._left:
             raise ValueError(f"{self.path} lacks {self._left[-1]}")
         self._close()
-        os.replace(self._part, self.path)
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -173,5 +169,6 @@ class Writer(ABC):
             if kind is None:
                 self.close()
         finally:
-            self._part.unlink(missing_ok=True)  # close has renamed it where all went well
+            if not self._closed:
+                self.path.unlink(missing_ok=True)
             self._close()

@@ -23,9 +23,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from llama_jax.errors import InputError
+
 _SYNC_SECONDS = 0.5
 _SYNC_THREADS = 8
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -139,7 +142,8 @@ def _sync_files(folder: Path, seen: dict[Path, tuple[int, int]]) -> None:
                 seen[path] = state
 
     with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a disk takes many small files at once
-        list(pool.map(sync, [path for path in folder.rglob("*") if path.is_file()]))
+        files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+        list(pool.map(sync, files))  # unlike rglob, walk passes over a folder that is just removed
 
 
 def give_freed_memory_back() -> None:
@@ -158,6 +162,56 @@ def resident() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
     return peak_resident()
+
+
+def check_memory(nbytes: int, what: str) -> None:
+    """Checks that this process can hold so many more bytes.
+
+    Raises:
+        InputError: the machine, or the limit of a container, has no room for `what`.
+    """
+    has = available_memory()
+    if nbytes > has:
+        raise InputError(
+            f"{what} takes {nbytes / 2**30:,.2f} GiB of memory, but {has / 2**30:,.2f} GiB are"
+            " free: make room, or take a machine with more"
+        )
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Returns how many more bytes this process can hold.
+
+    On Linux the machine's free memory, or what its cgroup's limit leaves if that is less; what
+    files take as a cache counts as free. Elsewhere all memory of the machine.
+
+    Args:
+        root: folder that holds `proc` and `sys`.
+    """
+    if sys.platform != "linux":
+        return os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    meminfo = (root / "proc/meminfo").read_text()
+    free = [int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024]
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        names = ("memory.max", "memory.current") if not controllers else _CGROUP_1
+        place = root / ("sys/fs/cgroup" if not controllers else "sys/fs/cgroup/memory")
+        if controllers in ("", "memory"):
+            group = place / name.lstrip("/")
+            free += [_left(g, *names) for g in (group, *group.parents) if g.is_relative_to(place)]
+    return max(0, min(free))
+
+
+def _left(group: Path, limit: str, usage: str) -> int:
+    """Returns the bytes that the limit of a cgroup leaves."""
+    try:
+        most = int((group / limit).read_text())  # or 'max', which is no number
+        used = int((group / usage).read_text())
+        lines = map(str.split, (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # there is no such limit, or no such file
+        return sys.maxsize
+    stat = {name: int(value) for name, value in lines}
+    cache = sum(stat.get(f"total_{n}", stat.get(n, 0)) for n in ("inactive_file", "active_file"))
+    return most - used + cache
 
 
 def peak_resident() -> int:

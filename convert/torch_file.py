@@ -7,19 +7,25 @@ is named by a key, and `NAME/data/KEY` holds that storage's bytes, neither packe
 
 import io
 import struct
+import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from numpy.typing import DTypeLike
 
 from llama_jax.convert.stored import Stored, Writer, in_file, shown, span
 from llama_jax.convert.torch_pickle import DTYPE_NAMES, Tensor, dump, load
 from llama_jax.errors import InputError
+from llama_jax.regular_file import open_regular
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-_MAX_PICKLE = 8 << 20  # bytes: more than 50,000 tensors
+_MAX_METADATA = 1 << 20  # bytes of the pickle or the zip directory: more than 6,000 tensors
+_CHUNK = 1 << 20  # bytes: what is hashed while the processor's cache holds it
 _SAVE_AGAIN = "load it with torch.load and save it again with torch.save"
 
 
@@ -30,8 +36,8 @@ def read_torch(path: str | Path) -> dict[str, Stored]:
     then passed over. Beside tensors, a state dict may hold None, numbers and text, which are
     passed over as well; anything else in it is refused. Tensors may be views and share storages.
 
-    The checksum of the pickle is verified, those of the storages aren't: that would mean reading
-    the whole file before its first tensor can be used.
+    The checksum of the pickle is verified here, that of a storage before one of its tensors is
+    first read, so that reading raises InputError where a byte was changed.
 
     Raises:
         InputError: the file is missing, cut short, damaged, in another format, compressed,
@@ -40,12 +46,23 @@ def read_torch(path: str | Path) -> dict[str, Stored]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with _Bounded(open_regular(path).detach()) as file:
             return _read_zip(path, file)
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: give a PyTorch file of weights") from error
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): give another file") from error
+
+
+class _Bounded(io.BufferedReader):
+    """A file that gives little at a time: zipfile reads a directory of any size at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = _MAX_METADATA + 1
+        part = super().read(most if size is None or size < 0 else min(size, most))
+        if len(part) == most:
+            raise ValueError("its directory is too large for weights")
+        return part
 
 
 def _read_zip(path: Path, file: BinaryIO) -> dict[str, Stored]:
@@ -111,14 +128,68 @@ def _locate(path: Path, name: str, tensor: Tensor, reader: "_Archive", entry: st
     dims = len(shape)
     if dims > 32 or dims != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
         raise damaged("has a shape, strides or an offset that no tensor can have")
-    begin, size = reader.place(entry, name)
+    stored = reader.place(entry, name)
+    size = stored.size
     if size != storage.numel * storage.dtype.itemsize:
         raise damaged(f"has a storage of {size} bytes, not of {storage.numel} {storage.dtype}")
     # An empty view may point anywhere, as PyTorch's own do: no byte of it is read.
     if 0 not in shape and tensor.offset + span(shape, strides) > storage.numel:
         raise damaged("reaches beyond its storage")
-    start = begin + tensor.offset * storage.dtype.itemsize
-    return in_file(path, name, storage.dtype, start, shape, strides)
+    start = stored.begin + tensor.offset * storage.dtype.itemsize
+    view = in_file(path, name, storage.dtype, start, shape, strides)
+
+    def read() -> np.ndarray:
+        stored.check(path)
+        return view.read()
+
+    return replace(view, read=read)
+
+
+@dataclass
+class _Entry:
+    """An entry of the archive, neither compressed nor encrypted."""
+
+    name: str
+    begin: int  # of its bytes in the file
+    size: int  # in bytes
+    crc: int  # CRC-32 of its bytes, as the zip directory says
+    checked: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self, path: Path) -> None:
+        """Compares the bytes with their checksum, the first time that it is called.
+
+        Raises:
+            InputError: they differ, or can't be read.
+        """
+        with self.lock:
+            if not self.checked and self._crc32(path) != self.crc:
+                if self.crc == 0:  # as torch.serialization.set_crc32_options(False) leaves it
+                    raise InputError(
+                        f"{path} was saved without checksums: load it with torch.load and save it"
+                        " again with torch.serialization.set_crc32_options(True)"
+                    )
+                raise InputError(
+                    f"{path}: {shown(self.name)} is damaged (its checksum differs): fetch the file"
+                    " again"
+                )
+            self.checked = True
+
+    def _crc32(self, path: Path) -> int:
+        crc, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, _CHUNK)))
+        try:
+            with open_regular(path) as file:
+                file.seek(self.begin)
+                while left and (n := file.readinto(buffer[:left])):
+                    crc, left = zlib.crc32(buffer[:n], crc), left - n
+            if left:
+                raise OSError(0, "it ends before")
+        except OSError as error:
+            raise InputError(
+                f"{path}: {shown(self.name)} can't be read ({error.strerror}): the file has"
+                " changed, start again"
+            ) from error
+        return crc
 
 
 class _Archive:
@@ -127,26 +198,22 @@ class _Archive:
     def __init__(self, path: Path, file: BinaryIO, archive: zipfile.ZipFile):
         self._path, self._file, self._zip = path, file, archive
         self._size = file.seek(0, io.SEEK_END)
-        self._places: dict[str, tuple[int, int]] = {}
+        self._entries: dict[str, _Entry] = {}
 
     def content(self, entry: str) -> bytes:
         """Returns the bytes of a small entry, whose checksum is verified."""
-        _, size = self.place(entry, entry)
-        if size > _MAX_PICKLE:
+        found = self.place(entry, entry)
+        if found.size > _MAX_METADATA:
             raise InputError(
                 f"{self._path}: {shown(entry)} is too large for weights: {_SAVE_AGAIN}"
             )
-        try:
-            return self._zip.read(entry)
-        except Exception as error:  # as above
-            raise InputError(
-                f"{self._path}: {shown(entry)} is damaged ({error}): fetch the file again"
-            ) from error
+        found.check(self._path)
+        return self._at(found.begin, found.size)
 
-    def place(self, entry: str, name: str) -> tuple[int, int]:
-        """Returns the first byte and the size of an entry, which the tensor `name` needs."""
-        if entry in self._places:
-            return self._places[entry]
+    def place(self, entry: str, name: str) -> _Entry:
+        """Returns an entry, which the tensor `name` needs."""
+        if entry in self._entries:
+            return self._entries[entry]
         try:
             info = self._zip.getinfo(entry)
         except KeyError as error:
@@ -173,8 +240,7 @@ class _Archive:
                 f"{self._path}: {shown(entry)} isn't where the zip directory says: the file is cut"
                 " short or damaged, fetch it again"
             )
-        self._places[entry] = begin, info.file_size
-        return self._places[entry]
+        return self._entries.setdefault(entry, _Entry(entry, begin, info.file_size, info.CRC))
 
     def _at(self, begin: int, n: int) -> bytes:
         """Returns the n bytes there, or none where the file hasn't got them."""
@@ -197,7 +263,7 @@ class TorchWriter(Writer):
                 raise ValueError(f"PyTorch files have no {dtype} tensor {name}")
         content = dump(self._header)
         self._keys = {name: str(i) for i, name in enumerate(self._header)}
-        self._file = open(self._part, "wb")  # noqa: SIM115 (_close closes it)
+        self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
         self._zip = zipfile.ZipFile(self._file, "w")
         self._add("data.pkl", memoryview(content))
         self._add("byteorder", memoryview(b"little"))

@@ -220,8 +220,9 @@ class _Machine:
         if type(self._stack[-1]) is not dict or len(items) % 2:
             raise self._damaged("it sets the items of what is no dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):
-                raise self._damaged("a key of a dict is neither text nor a number")
+            # Of larger numbers, any number could have one hash, and each would search all before.
+            if type(key) is not str and (type(key) is not int or abs(key) >> 32):
+                raise self._damaged("a key of a dict is neither text nor a small number")
             self._stack[-1][key] = value
 
     def _global(self, module: Any, name: Any) -> _Global:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.convert import receipt
-from llama_jax.convert.detect import open_source, read_receipt
+from llama_jax.convert.detect import open_source
 from llama_jax.convert.layout import Layout, Weight, same_bits, weights
 from llama_jax.convert.source import Source
 from llama_jax.convert.stored import shown
-from llama_jax.convert.stream import byte_progress, in_order
+from llama_jax.convert.stream import byte_progress, check_memory, in_order
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.regular_file import read_regular
 
 _KNOWN = ("name", "dtype", "sha256")
 
@@ -31,18 +32,21 @@ def verify(folder: Path, source: Path | None = None, *, progress: bool = True) -
     Raises:
         InputError: the folder has no receipt, it or the source is damaged, or a bit differs.
     """
-    made = read_receipt(folder)
+    made = receipt.read_receipt(folder)
     output = open_source(folder)
     if not isinstance(made.get("files"), dict):
         raise _damaged(folder)
     here = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in made["files"].items():
         path = folder / name
-        if name not in here or receipt.bytes_hash(path.read_bytes()) != digest:
+        if name not in here or receipt.bytes_hash(read_regular(path)) != digest:
             raise InputError(
                 f"{folder}: {shown(name)} is not the file that the conversion wrote: convert again"
             )
-    return verified(made, output, source and open_source(source), progress=progress)
+    again = source and open_source(source)
+    largest = max(side.largest() for side in (output, again) if side)
+    check_memory(3 * largest, f"the largest weight of {folder}")
+    return verified(made, output, again, progress=progress)
 
 
 def verified(

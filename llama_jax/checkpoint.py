@@ -20,6 +20,8 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
+from llama_jax import hosts
+from llama_jax.atomic_write import new_folder
 from llama_jax.checkpoint_files import FAULTS, first_cause, load_items, parsed
 from llama_jax.config import CheckpointConfig
 from llama_jax.data.tokenizer import Tokenizer
@@ -232,22 +234,24 @@ def write_skeleton(folder: Path, dotted: list[str]) -> Path:
 def save_model(
     folder: str | Path, config: ModelConfig, model: Llama | Unrolled, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes a model folder; it appears when it is whole, or not at all.
+    """Writes a model folder; it appears when it is complete, or not at all.
+
+    On several hosts all call this: each writes its part of the weights into the same folder, which
+    lies on shared storage, and host 0 makes the folder and writes the other files.
 
     >>> lj.save_model("models/mine", config, model, tokenizer)
     >>> lj.load("models/mine")[0] == config
     True
 
     Raises:
-        InputError: `folder` is there already.
+        InputError: `folder` is there already, or another process is writing it.
+        Fault: the system can't write it.
     """
     folder = Path(check_local(str(folder)))
-    if folder.exists():
-        raise InputError(f"{folder} is already there: remove it, or choose another folder")
-    partial_folder = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as stack:
+        partial_folder = Path(
+            hosts.decided(lambda: str(stack.enter_context(new_folder(folder)).absolute()))
+        )
         if isinstance(model, Unrolled):
             weights = tree_to_dict(as_stored(model))
             apart = weights["layers"].values()
@@ -256,16 +260,14 @@ def save_model(
             weights = tree_to_dict(model)
         items = {"model": weights}
         with _by_layers():
-            ocp.save_checkpointables(str((partial_folder / "weights").absolute()), items)
-        (partial_folder / "config.json").write_text(
-            json.dumps(dataclasses.asdict(config), indent=1)
-        )
-        for name, content in (tokenizer.files if tokenizer else {}).items():
-            (partial_folder / name).write_bytes(content)
-        partial_folder.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise
+            ocp.save_checkpointables(str(partial_folder / "weights"), items)
+        if hosts.leads():
+            (partial_folder / "config.json").write_text(
+                json.dumps(dataclasses.asdict(config), indent=1)
+            )
+            for name, content in (tokenizer.files if tokenizer else {}).items():
+                (partial_folder / name).write_bytes(content)
+    hosts.decided(lambda: None)  # host 0 has renamed it
 
 
 def load_model(

@@ -18,7 +18,8 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax.errors import Fault, InputError
-from llama_jax.tree import names
+from llama_jax.model.weights import names
+from llama_jax.regular_file import check_regular
 
 # What the machine's faults raise, in Python, TensorStore (ValueError) and JAX.
 FAULTS = (OSError, MemoryError, ValueError, jax.errors.JaxRuntimeError)
@@ -62,6 +63,7 @@ def open_arrays(place: Path) -> dict[str, Any]:
         InputError: the item is damaged.
         Fault: the machine could not read it.
     """
+    check_regular(place)
     dotted, ocdbt, zarr3 = parsed(
         place / "_METADATA",
         lambda about: (

@@ -3,7 +3,10 @@
 The one table that training and plans both read, so that what is planned is what runs.
 """
 
+import os
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,24 @@ def chip_of(device_kind: str) -> Chip | None:
     """Returns the chip whose kind is the longest start of `device_kind`, or None."""
     fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind), default=None)
+
+
+def cpu_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_has_bfloat16() -> bool:
+    """Tells whether this machine's CPU multiplies bfloat16 itself: AVX512-BF16, AMX, ARM's BF16."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # macOS has no such file
+        asked = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+        try:
+            told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+        except OSError:
+            return False
+        return told.strip() == "1"
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)

@@ -1,18 +1,19 @@
 """The command line, `llama-jax COMMAND`; what runs a model is in `cli_inference`."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import cli_inference, config_file, stop_signal
+from llama_jax import cli_inference, stop_signal
 from llama_jax.errors import Fault, InputError
-from llama_jax.manual import parser
 from llama_jax.storage import check_local
 
 if TYPE_CHECKING:
@@ -23,10 +24,24 @@ _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACC
 _SYSTEM_FAULTS += (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
+# The configuration is imported when SIGTERM is already heard.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 for a failed run, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if [*argv[:1]] != ["train"]:
+        return _run(argv)
+    again = " ".join(["llama-jax", *argv])
+    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
+    with stop_signal.stops_at_sigterm(nothing):
+        return _run(argv)
+    return 0
+
+
+def _run(argv: Sequence[str]) -> int:
+    from llama_jax.manual import parser
+
     made = parser()
     args, rest = made.parse_known_args(argv)
     # argparse takes overrides in one piece only; they may also stand after the flags.
@@ -59,19 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    again = " ".join(["llama-jax train", args.config, *args.overrides])
-    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
-    with stop_signal.stops_at_sigterm(nothing):
-        from llama_jax import distributed
+    from llama_jax import hosts
 
-        with distributed.hosts(args.coordinator, args.processes, args.process):
-            return _train_together(args, again)
-    return 0
+    with hosts.join(args.coordinator, args.processes, args.process):
+        return _train_together(args)
 
 
-def _train_together(args: argparse.Namespace, again: str) -> int:
+def _train_together(args: argparse.Namespace) -> int:
+    from llama_jax import config_file
+
     resolved = config_file.load(args.config, args.overrides)
-    from llama_jax import distributed
+    from llama_jax import hosts
     from llama_jax.training import loop
     from llama_jax.training.progress import tell
 
@@ -81,9 +94,10 @@ def _train_together(args: argparse.Namespace, again: str) -> int:
         tell(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
+        again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
         return 0
-    if not distributed.leads():
+    if not hosts.leads():
         return 0
     if outcome.validation_loss is not None and outcome.unigram_entropy is not None:
         print(
@@ -91,7 +105,7 @@ def _train_together(args: argparse.Namespace, again: str) -> int:
             f" held-out text {outcome.unigram_entropy:.3f}"
         )
     # Several hosts would have to load and continue together: `generate` does it on one.
-    prompts = () if distributed.several() else resolved.logging.samples
+    prompts = () if hosts.several() else resolved.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
         sampling = cli_inference.sampling_of(temperature=0.7, top_p=0.95)
@@ -104,11 +118,21 @@ def _train_together(args: argparse.Namespace, again: str) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import json
 
+    from llama_jax import config_file
+    from llama_jax.family import FAMILY
+
     if args.inference:
         return _plan_inference(args)
     serving = ("context", "batch", "dtype", "cache", "quantize")
     if given := [name for name in serving if getattr(args, name) is not None]:
         raise InputError(f"--{given[0]} is for plan --inference: add that, or leave it out")
+    if not config_file.find(args.config).is_file() and (
+        args.config in FAMILY or Path(args.config).is_dir()
+    ):
+        raise InputError(
+            f"{args.config} is a model, and a training run has a configuration file: give that, or"
+            f" add --inference to plan serving {args.config}"
+        )
     config = config_file.load(args.config, args.overrides)
     from llama_jax.plan import estimate, picture, pod, search, show
     from llama_jax.training.progress import tell
@@ -138,17 +162,18 @@ def _plan_inference(args: argparse.Namespace) -> int:
     import json
     from dataclasses import replace
 
-    from llama_jax import folders
+    from llama_jax import config_file, folders
     from llama_jax.family import FAMILY
 
     if args.search:
         raise InputError("--search is for training runs: leave it out with --inference")
-    if args.overrides and not Path(args.config).is_file():
+    file = config_file.find(args.config)
+    if args.overrides and not file.is_file():
         raise InputError(f"{args.overrides[0]}: overrides are for a configuration file alone")
-    if args.config in FAMILY:
+    if args.config in FAMILY and not args.overrides:
         config = FAMILY[args.config]
-    elif Path(args.config).is_file():
-        config = config_file.load(args.config, args.overrides).model
+    elif file.is_file():
+        config = config_file.load(file, args.overrides).model
     elif Path(args.config).is_dir():
         config = folders.read_model_config(args.config)
     else:
@@ -180,6 +205,22 @@ def _plan_inference(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
+@contextlib.contextmanager
+def _unwinding_at_sigterm() -> Iterator[None]:
+    """Makes SIGTERM exit with 143 through all `with` blocks, which remove what is half-written."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the removal
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_unwinding_at_sigterm()
 def _tokenize(args: argparse.Namespace) -> int:
     from llama_jax.data import corpus
 
@@ -198,6 +239,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
+@_unwinding_at_sigterm()
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.conversion import convert, parse_mesh, parse_size
     from llama_jax.convert.stream import give_freed_memory_back

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, missing
 
 if TYPE_CHECKING:
     from llama_jax.family import ModelConfig
@@ -86,7 +86,7 @@ def continue_text(
     from llama_jax.data.tokenizer import load_tokenizer
     from llama_jax.inference.compiling import compiled, keep_compiled
     from llama_jax.inference.complete import prompt_ids, room
-    from llama_jax.inference.load import load
+    from llama_jax.inference.load import load, suited
     from llama_jax.inference.speculation import stream_ahead
     from llama_jax.inference.stream import stream
     from llama_jax.inference.text import stream_text, until
@@ -104,7 +104,7 @@ def continue_text(
     if cache:
         shape = replace(shape, cache_dtype=cache)
     with jax.set_mesh(sharding.tensor_mesh(shape)):
-        config, model = load(folder, shape, quantize=quantize)
+        config, model = load(folder, suited(shape), quantize=quantize)
         before = compiled().seconds
         watch = _Watch(lambda: compiled().seconds - before)
         options: dict[str, Any] = {
@@ -180,9 +180,7 @@ def serve(args: argparse.Namespace) -> int:
     try:
         from llama_jax.inference import server
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"the server needs {error.name}: install it with pip install -e '.[serve]'"
-        ) from error
+        raise missing(f"the server needs {error.name}", "serve") from error
     from llama_jax.convert.conversion import parse_size
 
     for name, least in {"rows": 1, "context": 2, "queue": 0, "max_tokens": 1}.items():
@@ -204,10 +202,13 @@ def serve(args: argparse.Namespace) -> int:
 
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
+    from llama_jax.inference import start_progress
     from llama_jax.inference.compiling import keep_compiled
     from llama_jax.inference.engine import Engine
-    from llama_jax.inference.load import load
+    from llama_jax.inference.load import load, suited
     from llama_jax.inference.roofline import copy_bandwidth
+    from llama_jax.inference.server_guard import allowed_hosts
+    from llama_jax.inference.warm_up import n_programs
 
     shape = folders.read_model_config(folder)
     context = args.context or min(shape.context, 8192)
@@ -220,11 +221,17 @@ def serve(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     keep_compiled()
     with server.listen(args.host, args.port) as bound, jax.set_mesh(sharding.tensor_mesh(shape)):
+        hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
+        settings = settings._replace(hosts=hosts)
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
-        config, model = load(folder, shape, quantize=args.quantize)
-        engine = Engine(
-            config, model, rows=args.rows, context=context, queue=args.queue, tell=_tell
-        )
+        kind = shape.param_dtype if shape.quantized == "none" else shape.quantized
+        with start_progress.loading(shape.n_params * jax.numpy.dtype(kind).itemsize):
+            config, model = load(folder, suited(shape), quantize=args.quantize)
+        programs = f"{n_programs(context)} programs"
+        with start_progress.stage(f"compiling {programs}", f"compiled {programs}") as progress:
+            engine = Engine(
+                config, model, rows=args.rows, context=context, queue=args.queue, progress=progress
+            )
         try:
             app = server.application(engine, tokenizer, settings)
             bound.listen()
@@ -257,7 +264,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
     from llama_jax import folders, sharding
     from llama_jax.data.tokenizer import load_tokenizer
-    from llama_jax.inference.load import load
+    from llama_jax.inference.load import load, suited
     from llama_jax.inference.perplexity import nats_per_token
     from llama_jax.model.quantize import check_whole
 
@@ -272,7 +279,7 @@ def perplexity(args: argparse.Namespace) -> int:
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
 
     def told(quantize: str | None) -> float:
-        config, model = load(args.folder, shape, quantize=quantize)
+        config, model = load(args.folder, suited(shape), quantize=quantize)
         kind = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(

@@ -28,23 +28,48 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     3
 
     Args:
-        path: a YAML file with the sections of `Config`. `model.family` names a member of the
-            family whose numbers are the defaults of the section.
+        path: a YAML file with the sections of `Config`, or the name of one that comes with
+            llama_jax. `model.family` names a member of the family whose numbers are the defaults
+            of the section.
         overrides: `section.key=value` each, the value read as YAML.
 
     Raises:
         InputError: names file, line and key, and the nearest valid name of an unknown key.
     """
+    path = find(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        if isinstance(error, FileNotFoundError):
+            reason += f"; llama_jax comes with {', '.join(_included())}"
         raise InputError(f"can't read the configuration {path}: {reason}") from error
     document = _Document(str(path))
     document.add_file(text)
     for override in overrides:
         document.add_override(override)
     return document.config()
+
+
+def find(path: str | Path) -> Path:
+    """Returns the configuration file that `path` names.
+
+    A file of that path comes first; else `quickstart` and `configs/quickstart.yaml` name the one
+    that comes with llama_jax, and so on.
+    """
+    if not Path(path).is_file():
+        for name, included in _included().items():
+            if Path(path) in (Path(name), Path("configs", f"{name}.yaml")):
+                return included
+    return Path(path)
+
+
+def _included() -> dict[str, Path]:
+    """Returns the configuration files that come with llama_jax, by name."""
+    here = Path(__file__).parent
+    installed = here / "configs"  # in a wheel; a checkout has them beside the package
+    folder = installed if installed.is_dir() else here.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def dump(config: Config) -> str:

@@ -16,3 +16,20 @@ class Fault(RuntimeError):
     damaged, and never advises to remove one. The command line prints it without a traceback and
     exits with code 1.
     """
+
+
+def missing(what: str, extra: str) -> InputError:
+    """Returns the error about a package of an optional extra of ours that is not installed.
+
+    pip adds an extra's packages to an installed llama_jax, from a wheel and from a checkout alike.
+
+    Args:
+        what: what lacks the package, and its name: 'the server needs uvicorn'.
+        extra: as in pyproject.toml.
+    """
+    return InputError(f"{what}: install it with {install(extra)}")
+
+
+def install(extra: str) -> str:
+    """Returns the command that installs an optional extra."""
+    return f"pip install 'llama_jax[{extra}]'"

@@ -1,14 +1,14 @@
-"""What a folder holds, in one screen."""
+"""What a folder holds, in one screen. Imports no JAX: it answers at once."""
 
 from pathlib import Path
 
-from llama_jax import checkpoint, folders
-from llama_jax.convert.detect import read_receipt
+from llama_jax import folders
 from llama_jax.convert.doubts import doubts
 from llama_jax.convert.receipt import FILE as RECEIPT
+from llama_jax.convert.receipt import read_receipt
 from llama_jax.data.batches import Tokens, read_meta
 from llama_jax.data.corpus import SPLITS
-from llama_jax.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from llama_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY, ModelConfig
 from llama_jax.training.metrics import read_metrics
@@ -20,7 +20,7 @@ def describe(folder: Path) -> str:
     Raises:
         InputError: it is none of them, or what it holds is damaged.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
     if (folder / "meta.json").exists():
         lines = _tokens(folder)
@@ -53,36 +53,43 @@ def _model_folder(folder: Path) -> list[str]:
     config = folders.read_model_config(folder)
     lines = [f"model folder {folder}", *_model(config)]
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    lines += _tokenizer(folder) if has_tokenizer else []
-    if (folder / RECEIPT).is_file():
-        receipt = read_receipt(folder)
-        proof = receipt["verified"]
-        lines.append(
-            f"receipt     from {receipt['source']['kind']} {receipt['source']['name']}:"
-            f" {proof['identical']} weights proven identical, {proof['converted']} changed in type"
-        )
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    lines += [_tokenizer(tokenizer)] if tokenizer else []
+    if (folder / RECEIPT).is_file():
+        lines.append(_receipt(folder))
     lines += [f"looks wrong {doubt}" for doubt in doubts(config, tokenizer)]
     return lines
 
 
-def _tokenizer(folder: Path) -> list[str]:
-    tokenizer = load_tokenizer(folder)
+def _receipt(folder: Path) -> str:
+    match read_receipt(folder):
+        case {
+            "source": {"kind": str(kind), "name": str(name)},
+            "verified": {"identical": int(identical), "converted": int(converted)},
+        }:
+            return (
+                f"receipt     from {kind} {name}: {identical} weights proven identical,"
+                f" {converted} changed in type"
+            )
+    raise InputError(f"{folder / RECEIPT} is damaged: convert the model again")
+
+
+def _tokenizer(tokenizer: Tokenizer) -> str:
     ends = ", ".join(map(str, sorted(tokenizer.end_ids)))
     about = f"{tokenizer.n_vocab:,} tokens, begin {tokenizer.bos_id}, end {ends}"
-    return [f"tokenizer   {tokenizer.path.name}: {about}"]
+    return f"tokenizer   {tokenizer.path.name}: {about}"
 
 
 def _run(folder: Path) -> list[str]:
     config = folders.read_run_config(folder)
     records = read_metrics(folder / "metrics.jsonl")
-    steps = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps
+    steps = folders.saved_steps(folder)
     done = steps[-1] if steps else 0
     state = "finished" if done >= config.training.steps else "not finished: train resumes it"
     lines = [
         f"run folder {folder}",
         *_model(config.model),
-        *_tokenizer(folder),
+        _tokenizer(load_tokenizer(folder)),
         f"data        {', '.join(config.data.mixture)}; {config.data.batch_size} windows of"
         f" {config.data.seq_len} tokens a step",
         f"progress    {done} of {config.training.steps} steps saved ({state})",
@@ -101,7 +108,7 @@ def _run(folder: Path) -> list[str]:
 def _tokens(folder: Path) -> list[str]:
     meta = read_meta(folder)
     lines = [f"token shards {folder}", f"sources     {', '.join(meta['sources'])}"]
-    lines += _tokenizer(folder)
+    lines.append(_tokenizer(load_tokenizer(folder)))
     for split in SPLITS:
         Tokens(folder, split)  # opens every file and checks its length
         about = meta["splits"][split]

@@ -3,6 +3,7 @@
 import argparse
 
 from llama_jax import __version__, config_file
+from llama_jax.errors import install
 
 _TRAIN = """\
 Train a model as a configuration file says, or go on where its run folder stopped.
@@ -10,14 +11,15 @@ Train a model as a configuration file says, or go on where its run folder stoppe
 The run folder (training.out) receives config.yaml, checkpoints/, metrics.jsonl, TensorBoard
 files, loss.png and the tokenizer. The same command resumes: the run continues with the very
 batches and losses that it would have had, also on another mesh. SIGTERM and Ctrl-C save and exit.
-A folder of token shards that is missing is made from data.corpus first.
+A folder of token shards that is missing is made from data.corpus first. CONFIG is a file, or the
+name of one that comes with llama_jax: quickstart, llama-7b, llama3-8b …
 
 On a TPU pod, under SLURM, Open MPI or a JobSet of Kubernetes, run it on every host: they find each
 other. Elsewhere give each host the three flags. training.out and the data lie on shared storage.
 
 example:
-  llama-jax train configs/quickstart.yaml
-  llama-jax train configs/quickstart.yaml training.steps=600 optimizer.peak_lr=1e-3
+  llama-jax train quickstart
+  llama-jax train quickstart training.steps=600 optimizer.peak_lr=1e-3
   llama-jax train configs/llama-7b.yaml --coordinator 10.0.0.2:8476 --processes 4 --process 0
 """
 
@@ -48,16 +50,19 @@ example:
   llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
 """
 
-_SERVE = """\
+_SERVE = f"""\
 Answer requests over HTTP, as OpenAI's API does, with the model in a run folder or model folder.
 
 Clients of OpenAI's use http://HOST:PORT/v1 (completions, chat/completions, models); a page to try
 the model stands at /, counts for Prometheus at /metrics. Requests share one batch of --rows texts;
 more wait, up to --queue, and then get the status 429. SIGTERM and Ctrl-C end it: what is being made
-has 20 s to come to its end. docs/serve.md tells the rest. Needs pip install -e '.[serve]'.
+has 20 s to come to its end. docs/serve.md tells the rest. Needs:
+{install("serve")}
 
-Without a key everybody who reaches HOST can use the model. A key in the environment variable
-LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be read.
+Without a key everybody who reaches HOST can use the model, by an address, localhost, HOST or a name
+of --allow-host: other names are refused, since any site's name may lead here. A key in the
+environment variable LLAMA_JAX_API_KEY stays out of the list of processes, where --api-key can be
+read.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
@@ -100,11 +105,11 @@ example:
   llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
 """
 
-_PLAN = """\
+_PLAN = f"""\
 Tell what a training run will need and reach on a TPU pod, without the pod.
 
 The very step that would run is compiled by XLA's TPU compiler, which needs no TPU (install it with
-pip install -e '.[plan]'), three times: whole, for its memory and its schedule, and with one and
+{install("plan")}), three times: whole, for its memory and its schedule, and with one and
 with two layers, unrolled, for what a layer and what the rest cost, since it counts the body
 of a loop once. All figures are estimates:
 
@@ -170,7 +175,9 @@ def parser() -> argparse.ArgumentParser:
 
     def of_config(name: str, manual: str, epilog: str | None = None) -> argparse.ArgumentParser:
         made = command(name, manual, epilog)
-        made.add_argument("config", metavar="CONFIG", help="YAML file")
+        made.add_argument(
+            "config", metavar="CONFIG", help="YAML file, or the name of one that comes along"
+        )
         made.add_argument(
             "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
         )
@@ -266,6 +273,11 @@ def parser() -> argparse.ArgumentParser:
     serve = of_folder("serve", _SERVE)
     serve.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    serve.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="that clients may use for the server, beside localhost, addresses and HOST; again for"
+        " more, '*' for all (none)",
+    )  # fmt: skip
     serve.add_argument("--api-key", metavar="KEY", help="that clients must send (none)")
     serve.add_argument(
         "--name", dest="model", metavar="NAME", help="of the model, for clients (the folder's)"

@@ -6,6 +6,7 @@ vocabulary.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,13 +113,36 @@ def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mes
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
 
 
-def set_mesh_if_none(make: Callable[[], Mesh]) -> None:
-    """Puts this thread on the mesh that `make` returns, for good, unless it is on one already.
+_default = threading.local()  # .mesh: the last one that `set_default_mesh` set in this thread
 
-    So that a notebook begins with a model and not with a mesh.
+
+def set_default_mesh(make: Callable[[], Mesh]) -> None:
+    """Puts this thread on the mesh that `make` returns, unless the caller set one.
+
+    So that a notebook begins with a model and not with a mesh. The next default replaces this one.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        jax.set_mesh(make())
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh == getattr(_default, "mesh", None):
+        _default.mesh = make()
+        jax.set_mesh(_default.mesh)
+
+
+def check_mesh(w: jax.Array) -> None:
+    """Checks that a weight lies on the current mesh.
+
+    Raises:
+        InputError: it lies on another one.
+    """
+    lies, here = jax.typeof(w).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if not lies.empty and lies.shape != here.shape:
+        raise InputError(
+            f"the model lies on another mesh ({_sizes(lies)}) than the current one"
+            f" ({_sizes(here)}): use it in `with jax.set_mesh(model.norm[...].sharding.mesh):`"
+        )
+
+
+def _sizes(mesh: Any) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) or "none is set"
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.family import ModelConfig
 from llama_jax.model.transformer import Llama
+from llama_jax.model.weights import names
 
 Tree = TypeVar("Tree")
 
@@ -35,13 +36,6 @@ def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
         return found
 
     return jax.tree.map_with_path(leaf, like)
-
-
-def names(path: tuple[Any, ...]) -> list[str]:
-    """Returns the plain names on the path to a leaf, as JAX gives it."""
-    found = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-    # An nnx.Param is a node with one leaf, `value`: the weight's own name is enough.
-    return found[:-1] if found[-1] == "value" else found
 
 
 def abstract(make: Any, *args: Any) -> Any:

@@ -14,7 +14,6 @@ import tensorstore as ts
 
 from llama_jax import checkpoint
 from llama_jax.checkpoint_files import open_arrays, reading
-from llama_jax.errors import InputError
 
 # The caller waits for the disk once, not after each chunk.
 _NOT_SYNCED = ts.Context({"file_io_sync": False})
@@ -89,9 +88,4 @@ class WeightsWriter:
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
         """Writes a weight, or the part of it that belongs to `layer`."""
         store = self._stores[name]
-        try:
-            (store if layer is None else store[layer]).write(array).result()
-        except Exception as error:
-            raise InputError(
-                f"can't write {name}: {str(error).splitlines()[0][:200]}: is the disk full?"
-            ) from error
+        (store if layer is None else store[layer]).write(array).result()

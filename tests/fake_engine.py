@@ -3,12 +3,21 @@
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import openai
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
-from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request, Statistics
+from llama_jax.inference.requests import (
+    Begun,
+    Ended,
+    EngineStopped,
+    MadeToken,
+    QueueFull,
+    Request,
+    Statistics,
+)
 from llama_jax.inference.server import Settings, application, listen, uvicorn_server
 
 # What the engine makes of the prompt `hello`, and where it is asked.
@@ -49,17 +58,23 @@ class FakeEngine:
         text = self.tokenizer.decode(request.prompt)
         return f" {text[-20:]}: é🦙, said with the seed {request.seed}.\nThat is all."
 
-    def submit(self, request: Request, deliver: Callable[[Begun | MadeToken | Ended], None]):
-        if len(request.prompt) + request.max_new_tokens > self.context:
+    def submit(
+        self, requests: list[Request], deliver: Callable[[int, Begun | MadeToken | Ended], None]
+    ):
+        if any(len(r.prompt) + r.max_new_tokens > self.context for r in requests):
             raise InputError("too long")
         with self._changed:
+            if self.failure:
+                raise EngineStopped(self.failure)
             if self._running >= self.rows + self.queue:
                 raise QueueFull
-            self._running += 1
-            self.requests.append(request)
-        ticket = Ticket()
-        threading.Thread(target=self._run, args=(request, ticket, deliver), daemon=True).start()
-        return ticket
+            self._running += len(requests)
+            self.requests += requests
+        tickets = [Ticket() for _ in requests]
+        for i, work in enumerate(zip(requests, tickets, strict=True)):
+            arguments = (*work, partial(deliver, i))
+            threading.Thread(target=self._run, args=arguments, daemon=True).start()
+        return tickets
 
     def _run(self, request, ticket, deliver):
         reason = self._make(request, ticket, deliver)
@@ -114,13 +129,20 @@ def serving(tokenizer, engine=None, **settings):
             | settings
         )
     )
-    server = uvicorn_server(application(engine, tokenizer, made))
+    with running(application(engine, tokenizer, made)) as url:
+        yield engine, url
+
+
+@contextmanager
+def running(app):
+    """Runs an ASGI application in a thread; yields its URL."""
+    server = uvicorn_server(app)
     with listen("127.0.0.1", 0) as bound:
         bound.listen()
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         try:
-            yield engine, f"http://127.0.0.1:{bound.getsockname()[1]}"
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join()

@@ -5,15 +5,41 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llama_jax import handshake
 from llama_jax.training.metrics import read_metrics
 
 
 def free_port():
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
+
+
+def gather(processes, **changes):
+    """Lets threads meet as hosts; returns a control channel or an error of each.
+
+    `changes` are other numbers than the right ones: n2 is host 2's number of hosts, i2 its own.
+    """
+    port = free_port()
+
+    def meet(i):
+        counts = changes.get(f"n{i}", processes), changes.get(f"i{i}", i)
+        return handshake.meet("127.0.0.1", port, *counts, b"")[0]
+
+    with ThreadPoolExecutor(processes) as pool:
+        waiting = [pool.submit(meet, i) for i in range(processes)]
+        return [w.exception() or w.result() for w in waiting]
+
+
+def close(channels):
+    """Ends the connections of hosts that are threads."""
+    for channel in channels:
+        channel.leaving = True
+    for channel in channels:
+        channel.close()
 
 
 class Group:
@@ -24,10 +50,10 @@ class Group:
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(8 // processes)}
         self.folder = folder
         self.processes = []
-        port = free_port()
+        self.port = free_port()
         for i in range(processes):
             own = apart[i] if apart else ()
-            flags = ["--coordinator", f"127.0.0.1:{port}"]
+            flags = ["--coordinator", f"127.0.0.1:{self.port}"]
             flags += ["--processes", str(processes), "--process", str(i)]
             with open(folder / f"out{i}", "w") as out, open(folder / f"err{i}", "w") as err:
                 command = [sys.executable, *program, *map(str, argv), *own, *flags]

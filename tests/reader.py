@@ -24,6 +24,7 @@ NOT_RUN = {
     "llama-cli": "is a part of llama.cpp, which is not here",
     "mountpoint": "is asked on a host of a pod",
     "mpirun": "needs Open MPI and a cluster; the command that it is given is followed",
+    "openssl": "makes a secret, which no test needs",
     "pip": "installs; .ci/run does it with what the README says",
     "pytest": "is what runs this",
     "python": "runs a benchmark, which must be there, or a script of llama.cpp, which is not",

@@ -22,9 +22,6 @@ from llama_jax.sharding import one_device_mesh
 SENTENCE = "The capital of France is Paris. "
 
 
-SENTENCE = "The capital of France is Paris. "
-
-
 @pytest.fixture(scope="module")
 def world(token_folder, tmp_path_factory):
     """The folder that the examples run in, and the names that they know.
@@ -119,12 +116,14 @@ def test_names_are_where_the_type_checker_is_told():
             module = node.module.removeprefix("llama_jax.")
             told |= {a.asname or a.name: f"{module}.{a.name}" for a in node.names}
     assert told == lj._HOMES
-    assert set(told) == set(lj.__all__) < set(dir(lj))
+    assert sorted(told) == sorted(lj.__all__) == dir(lj)
     with pytest.raises(AttributeError, match="no attribute 'forwards'"):
         lj.forwards  # noqa: B018
 
 
-def test_the_import_brings_no_jax():
-    told = "import sys, llama_jax; dir(llama_jax); print('jax' in sys.modules)"
+@pytest.mark.parametrize("done", ["import llama_jax; dir(llama_jax)", "import llama_jax.info"])
+def test_the_import_brings_no_jax(done):
+    """The package's, and that of `llama-jax info`, which took 3.4 s with JAX, Orbax and Grain."""
+    told = f"import sys; {done}; print({{'jax', 'flax', 'orbax', 'grain'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "set()\n"

@@ -6,13 +6,33 @@ import jax
 import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config, tiny_model
+from processes import Group
 
 from llama_jax import tree
 from llama_jax.checkpoint import Progress, TrainingCheckpoints, load_model, save_model
 from llama_jax.config import CheckpointConfig
 from llama_jax.errors import InputError
+from llama_jax.folders import saved_steps
 from llama_jax.inference.load import load
 from llama_jax.training.step import init_state
+
+# Two hosts, on each of which half of the devices are, read a model and save it twice.
+SAVES_TWICE = """
+import sys
+import jax
+from llama_jax import hosts, sharding
+from llama_jax.checkpoint import load_model, save_model
+from llama_jax.config import MeshConfig
+
+folder, made, _, coordinator, _, processes, _, process = sys.argv[1:]
+with hosts.join(coordinator, int(processes), int(process)):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        config, model = load_model(folder)
+        assert not model.tok_embeddings[...].is_fully_addressable
+        save_model(made, config, model, None)
+        print("saved", flush=True)
+        save_model(made, config, model, None)
+"""
 
 CONFIG = tiny_config()
 KEY = jax.random.key(0)
@@ -48,8 +68,10 @@ def model_folder(state, tmp_path_factory):
     return folder
 
 
-def test_the_newest_and_every_kth_are_kept(saved):
-    assert TrainingCheckpoints(saved).steps == [3, 6, 7]
+def test_the_newest_and_every_kth_are_kept(saved, tmp_path):
+    (saved / "8.orbax-checkpoint-tmp").mkdir()  # what a killed process leaves
+    (tmp_path / "checkpoints").symlink_to(saved)
+    assert TrainingCheckpoints(saved).steps == saved_steps(tmp_path) == [3, 6, 7]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
@@ -123,3 +145,18 @@ def test_a_model_taken_apart_is_saved_as_it_was(state, model_folder, tmp_path):
         config, apart = load(model_folder)
         save_model(tmp_path / "again", config, apart, None)
         assert equal(load_model(tmp_path / "again", config)[1], state[0])
+
+
+@pytest.mark.slow
+def test_several_hosts_save_one_model(model_folder, state, tmp_path):
+    made = tmp_path / "made"
+    group = Group(tmp_path / "said", 2, model_folder, made, program=("-c", SAVES_TWICE))
+    assert group.wait() == [2, 2], group.said("err")
+    assert [said.splitlines()[-1] for said in group.said("out")] == ["saved", "saved"]
+    for said in group.said("err"):
+        assert f"{made} is already there" in said.splitlines()[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"said", "made"}
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        config, model = load_model(made)
+    assert config == CONFIG.model
+    assert equal(model, state[0])

@@ -199,6 +199,12 @@ def bad_commands(tmp_path, model_folder, token_folder):
             ["plan", good, "--topology", "v5p:4x4x4", "--picture", "plan.pdf"],
             "--picture plan.pdf: name a file that ends with .png or .svg",
         ),
+        (
+            ["plan", "llama2-7b", "--topology", "v5p:4x4x4"],
+            "llama2-7b is a model, and a training run has a configuration file: give that, or add"
+            " --inference to plan serving llama2-7b",
+        ),
+        (["plan", model_folder, "--topology", "v5p:4x4x4"], "or add --inference to plan serving"),
         (["perplexity", model_folder, latin], "latin.txt can't be read (it is not UTF-8)"),
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),

@@ -1,6 +1,7 @@
 """What a user types to have a model write, answer and be measured."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -57,8 +58,9 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
 ):
     engines = []
 
-    def engine(config, model, *, rows, context, queue, tell):
+    def engine(config, model, *, rows, context, queue, progress):
         assert (config.vocab_size, rows, context, queue) == (320, 3, 100, 5)
+        progress(0.25, "2 of 4: decode")  # no line for this: a start within ten seconds has few
         engines.append(FakeEngine(load_tokenizer(token_folder)))
         engines[0].seconds = 0.02
         return engines[0]
@@ -87,8 +89,13 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
     code, out, err = run(capsys, "serve", model_folder, *options)
     thread.join()
     assert (code, out) == (0, "")
-    assert err == f"mine is served at http://127.0.0.1:{port} (a page) and" + (
-        f" http://127.0.0.1:{port}/v1\n"
+    *started, where, _ = re.sub(r"\d+\.\d s", "N s", err).split("\n")
+    assert started == [
+        "loading 0.00 GB of weights …", "loaded 0.00 GB of weights in N s",
+        "compiling 4 programs …", "compiled 4 programs in N s",
+    ]  # fmt: skip
+    assert where == f"mine is served at http://127.0.0.1:{port} (a page) and" + (
+        f" http://127.0.0.1:{port}/v1"
     )
     assert texts[-2:] == ["data: [DONE]", ""]
     assert engines[0].closed
@@ -102,5 +109,6 @@ def test_serve_names_the_package_that_is_missing(capsys, model_folder, monkeypat
     code, _, err = run(capsys, "serve", model_folder)
     assert code == 2
     assert err == (
-        "llama-jax serve: the server needs uvicorn: install it with pip install -e '.[serve]'\n"
+        "llama-jax serve: the server needs uvicorn: install it with"
+        " pip install 'llama_jax[serve]'\n"
     )

@@ -49,6 +49,17 @@ def test_every_file_in_configs_is_valid_and_says_how_to_run_it():
         assert first == f"# llama-jax train configs/{path.name}"
 
 
+def test_the_files_of_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # no file
+    for path in ("quickstart", "configs/quickstart.yaml"):
+        assert config_file.load(path) == config_file.load(ROOT / "configs" / "quickstart.yaml")
+    (tmp_path / "llama-7b").write_text(MINIMAL)
+    assert config_file.load("llama-7b").training.steps == 10  # a file of one's own comes first
+    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax comes with llama-13b, "):
+        config_file.load("no-such")
+
+
 def test_there_are_few_keys_and_the_manual_explains_each():
     assert len(config_file.KEYS) <= 63
     manual = config_file.manual()

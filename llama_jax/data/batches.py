@@ -8,17 +8,19 @@ saved, and any number of hosts reads the very same batches.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import grain
-import jax
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
 from llama_jax.config import DataConfig
 from llama_jax.errors import InputError
-from llama_jax.sharding import act
+from llama_jax.regular_file import open_regular, read_regular
+
+# JAX and Grain are imported by what uses them: `llama-jax info` reads shards without.
 
 
 class Batch(NamedTuple):
@@ -60,9 +62,12 @@ class Tokens:
     def _open(self, split: str, name: str, length: int) -> np.ndarray:
         path = self.folder / split / name
         try:
+            open_regular(path).close()
             # An empty file can't be mapped.
             array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
             reason = "is missing" if not path.exists() else "is damaged or cut short"
             raise InputError(f"{path} {reason}: make the folder again with `tokenize`") from error
         if len(array) != length:
@@ -92,6 +97,38 @@ class Tokens:
         return np.concatenate(tokens).astype(np.int32), np.concatenate(ends) - start
 
 
+@dataclass
+class _Shard:
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    sha256: dict[str, str]  # of each file
+
+
+@dataclass
+class _Split:
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
+    unigram_entropy: float
+    shards: list[_Shard]
+
+
+@dataclass
+class _Splits:
+    train: _Split
+    validation: _Split
+
+
+@dataclass
+class _Meta:
+    """What must be in a meta.json."""
+
+    sources: list[str]
+    tokenizer_sha256: str
+    n_vocab: PositiveInt
+    splits: _Splits
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Returns the `meta.json` of a folder of token shards.
 
@@ -99,13 +136,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         InputError: it is missing or not of this program.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = json.loads(read_regular(folder / "meta.json"))
         if meta["format"] == 1:
+            TypeAdapter(_Meta).validate_python(meta)
             return meta
-        problem = f"has the unknown format {meta['format']}"
+        problem = f"has the unknown format {str(meta['format'])[:80]!a}"
     except FileNotFoundError:
         problem = "has no meta.json"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         problem = "has a damaged meta.json"
     raise InputError(f"{folder} {problem}: make a folder of token shards with `llama-jax tokenize`")
 
@@ -144,6 +182,8 @@ class Batches:
     """The batches of a run: `train(step)` and `validation(i)`, placed on the current mesh."""
 
     def __init__(self, config: DataConfig, micro_batches: int = 1):
+        import grain
+
         self.config = config
         self.micro_batches = micro_batches
         folders = list(config.mixture)
@@ -226,12 +266,16 @@ class Batches:
 
     def _place(self, read: Callable[[int], Batch]) -> Batch:
         """Builds global arrays of which this process reads the rows of its own devices."""
+        import jax
+
+        from llama_jax.sharding import act
+
         A = self.micro_batches
         B, T = self.config.batch_size // A, self.config.seq_len
         read = cache(read)
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
 
-        def field(number: int) -> jax.Array:
+        def field(number: int) -> Any:
             def part(index: Any) -> np.ndarray:
                 a, b, t = (range(*i.indices(n)) for i, n in zip(index, (A, B, T), strict=True))
                 rows = [[read(i * B + j)[number][t.start : t.stop] for j in b] for i in a]

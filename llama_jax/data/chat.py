@@ -1,17 +1,19 @@
 """Chats as text for a model: the formats of Llama 2 and Llama 3, and the Jinja templates."""
 
+import atexit
+import contextlib
 import functools
 import json
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from llama_jax.data import template_process
 from llama_jax.errors import InputError
 
 ROLES = ("system", "user", "assistant")
@@ -137,10 +139,56 @@ def llama3_ids(
     return ids + header("assistant")
 
 
+class SpecialTokens(Protocol):
+    """A tokenizer as the texts of special tokens concern it."""
+
+    special: Mapping[str, int]  # their ids
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text in which special tokens are a text like any other."""
+        ...
+
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of a text in which the texts of special tokens give these."""
+        ...
+
+
+def template_ids(
+    template: str, messages: Sequence[Message], tokens: Mapping[str, str], tokenizer: SpecialTokens
+) -> list[int]:
+    """Returns the ids of a chat in the format of a template.
+
+    The special tokens are those that the template writes: where a message holds the text of one, it
+    is a text like any other.
+
+    Raises:
+        InputError: as `render`; or a text holds half of a surrogate pair.
+    """
+    special = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    # A mark that no message can hold splits these texts while the template is at work.
+    mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
+
+    def marked(found: re.Match[str]) -> str:
+        return found[0][:1] + mark + found[0][1:]
+
+    def guarded(message: Message) -> Message:
+        return Message(role=message["role"], content=re.sub(special, marked, message["content"]))
+
+    check_messages(messages)
+    text = render(template, list(map(guarded, messages)) if special else messages, tokens)
+    if mark not in text:
+        return tokenizer.parse(text)
+    ids = []
+    for i, part in enumerate(re.split(f"({special})", text)):
+        ids += [tokenizer.special[part]] if i % 2 else tokenizer.encode(part.replace(mark, ""))
+    return ids
+
+
 def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
     """Returns the text that a chat template makes, up to where the model is to answer.
 
-    The templates are those of Hugging Face's `apply_chat_template`; they run in Jinja's sandbox.
+    The templates are those of Hugging Face's `apply_chat_template`; they run in Jinja's sandbox, in
+    a process with limits of time and memory.
 
     Args:
         template: Jinja source.
@@ -148,54 +196,76 @@ def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]
         tokens: the texts of special tokens by the names that templates use (`bos_token`, …).
 
     Raises:
-        InputError: the template is broken, or refuses these messages.
+        InputError: the template is broken, exceeds the limits, or refuses these messages.
     """
     check_messages(messages)
-    try:
-        return _compiled(template).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **tokens,
+    context = {
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
+    result = _result(json.dumps({"template": template, "context": context | dict(tokens)}))
+    if "text" in result:
+        return result["text"]
+    if "line" in result:
+        raise InputError(
+            f"the model's chat template is broken at line {result['line']} ({result['error']}):"
+            " correct chat_template"
         )
-    except jinja2.TemplateSyntaxError as error:
+    if "limit" in result:
         raise InputError(
-            f"the model's chat template is broken at line {error.lineno} ({error.message}): mend"
-            " chat_template"
-        ) from error
-    except Exception as error:  # a template can do whatever Python can fail at
-        raise InputError(
-            f"the model's chat template refuses these messages ({error}): change them, or the"
-            " template"
-        ) from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """The block `{% generation %}`, which marks what the model said: it changes no text."""
-
-    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-        # Jinja's own would escape what HTML gives a meaning to.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+            f"the model's chat template exceeds the limits of a rendering ({result['limit']}):"
+            " correct chat_template"
+        )
+    raise InputError(
+        f"the model's chat template refuses these messages ({result['error']}): change them, or the"
+        " template"
     )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(template)
+
+
+_rendering = threading.Lock()
+
+
+def _result(job: str) -> dict[str, Any]:
+    """Returns the result of a job of `template_process`."""
+    with _rendering:
+        process = _process()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answer = ""
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended before it read the job
+                print(job, file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+        finally:
+            if not answer.endswith("\n"):
+                _process.cache_clear()
+                _end(process)
+    if answer.endswith("\n"):
+        return json.loads(answer)
+    if process.returncode == -signal.SIGPROF:
+        return {"limit": f"more than {template_process.SECONDS} s of processor time"}
+    return {"limit": f"its process ended with {process.returncode}"}
+
+
+@functools.cache
+def _process() -> subprocess.Popen[str]:
+    """Starts the process that renders; it ends with this one, whose end closes its input."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", template_process.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="ascii",
+        start_new_session=True,  # Ctrl-C is for this process, which may still have chats to answer
+    )
+    atexit.register(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    with contextlib.suppress(BrokenPipeError):
+        process.communicate()
+    atexit.unregister(_end)

@@ -12,6 +12,7 @@ from llama_jax.data.tokenizer_sentencepiece import SentencePiece, from_llama2c, 
 from llama_jax.data.tokenizer_settings import side_files
 from llama_jax.data.tokenizer_tiktoken import Tiktoken, is_tiktoken
 from llama_jax.errors import InputError
+from llama_jax.regular_file import open_regular, read_regular
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
@@ -35,10 +36,23 @@ class Tokenizer(Protocol):
     add_bos: bool  # whether the model's prompts begin with bos_id
     files: dict[str, bytes]  # what a model folder holds so that load_tokenizer gives this again
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between the begin and the end token where asked for.
 
-        The text of a special token is a text like any other.
+        The text of a special token is a text like any other. A `continued` text is the part of a
+        longer one that follows an exact cut: it gets no space in front.
+        """
+        ...
+
+    def exact_cut(self, text: str) -> int:
+        """Returns after how many characters the beginning of a long text may be cut; 0: nowhere.
+
+        >>> cut = tokenizer.exact_cut(text)
+        >>> ids = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:], continued=True)
+        >>> ids == tokenizer.encode(text)
+        True
         """
         ...
 
@@ -47,6 +61,10 @@ class Tokenizer(Protocol):
 
         Bytes that are not (yet) a character of UTF-8 come as U+FFFD.
         """
+        ...
+
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a special token gives that token."""
         ...
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
@@ -83,10 +101,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
             " folder that holds one"
         )
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if is_gguf(file.read(4)):
             return _of_files(path, gguf_tokenizer_files(path))
-    data = path.read_bytes()
+    data = read_regular(path)
     files = side_files(path.parent)
     if is_llama2c(data):
         return SentencePiece(path, from_llama2c(data, path), files)
@@ -94,7 +112,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _of_files(path, files | {"tokenizer.json": data})
     beside = path.with_name("tokenizer.json")
     if not is_tiktoken(data) and beside.is_file():
-        files["tokenizer.json"] = beside.read_bytes()  # reads what a chat template makes
+        files["tokenizer.json"] = read_regular(beside)  # reads what a chat template makes
     return _of_files(path, files | {"tokenizer.model": data})
 
 

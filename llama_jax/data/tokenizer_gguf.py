@@ -1,13 +1,10 @@
 """The tokenizer inside a GGUF file, as the files that a model folder holds."""
 
-import mmap
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from llama_jax.data.gguf_header import MAGIC, read_header
 from llama_jax.data.tokenizer_build import (
     CONTROL,
     USER_DEFINED,
@@ -22,20 +19,13 @@ from llama_jax.data.tokenizer_build import (
 from llama_jax.data.tokenizer_settings import to_json
 from llama_jax.errors import InputError
 
-_MAGIC = b"GGUF"
-_STRING, _ARRAY = 8, 9
-_NUMBERS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8",
-    11: "<i8", 12: "<f8",
-}  # fmt: skip
-
 # The names of Llama 3's way to split a text; llama.cpp begins its texts with the begin token.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
 def is_gguf(data: bytes) -> bool:
     """Tells whether a file begins as a GGUF file does."""
-    return data.startswith(_MAGIC)
+    return data.startswith(MAGIC)
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -44,7 +34,7 @@ def has_tokenizer(path: Path) -> bool:
     Raises:
         InputError: the file is damaged.
     """
-    return "tokenizer.ggml.model" in _metadata(path, "tokenizer.ggml.model")
+    return "tokenizer.ggml.model" in read_header(path, "tokenizer.ggml.model").metadata
 
 
 def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
@@ -58,7 +48,7 @@ def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
         InputError: the file is damaged, has no tokenizer, or one of a kind that is not LLaMA's.
     """
     path = Path(path)
-    said = _metadata(path, "tokenizer.")
+    said = read_header(path, "tokenizer.").metadata
     kind = said.get("tokenizer.ggml.model")
     try:
         if kind == "llama":
@@ -153,73 +143,3 @@ def _side_files(
         "tokenizer_config.json": to_json(config),
         "generation_config.json": to_json(generation),
     }
-
-
-def _metadata(path: Path, wanted: str) -> dict[str, Any]:
-    """Returns what a GGUF file says under the keys that begin with `wanted`.
-
-    Nothing after the metadata is read, and the arrays of other keys are passed over: the whole of
-    a Llama 3 file's metadata takes half a second.
-    """
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            version, _, count = struct.unpack_from("<IQQ", data, 4)
-            if not is_gguf(data[:4]) or version not in (2, 3):
-                raise InputError(
-                    f"{path} is no GGUF file of version 2 or 3 (little-endian): convert it anew"
-                )
-            values = _Values(data, 24)
-            said: dict[str, Any] = {}
-            for _ in range(count):
-                key, kind = values.string(), values.number("<u4")
-                value = values.of(kind, key.startswith(wanted))
-                if value is not None:
-                    said[key] = value
-            return said
-    except (struct.error, ValueError, KeyError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
-
-
-class _Values:
-    """Reads the values of GGUF metadata one after another."""
-
-    def __init__(self, data: mmap.mmap, at: int):
-        self.data, self.at = data, at
-
-    def take(self, size: int) -> bytes:
-        part = self.data[self.at : self.at + size]
-        if len(part) != size:
-            raise ValueError(f"it ends at byte {len(self.data)}, within its metadata")
-        self.at += size
-        return part
-
-    def number(self, kind: str) -> Any:
-        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
-
-    def string(self) -> str:
-        (size,) = struct.unpack_from("<Q", self.data, self.at)
-        self.at += 8
-        return self.take(size).decode()
-
-    def of(self, kind: int, wanted: bool) -> Any:
-        """Returns the next value, None where it is an array that is not wanted."""
-        if kind == _STRING:
-            value = self.string()
-        elif kind == _ARRAY:
-            inner, size = self.number("<u4"), self.number("<u8")
-            if inner in _NUMBERS:
-                array = np.dtype(_NUMBERS[inner])
-                value = np.frombuffer(self.take(array.itemsize * size), array).tolist()
-            else:
-                value = list(self._each(inner, size, wanted))
-        else:
-            value = self.number(_NUMBERS[kind])
-        return value if wanted else None
-
-    def _each(self, kind: int, size: int, wanted: bool) -> Iterator[Any]:
-        for _ in range(size):
-            value = self.of(kind, wanted)
-            if wanted:
-                yield value

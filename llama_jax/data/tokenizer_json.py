@@ -1,5 +1,6 @@
 """Hugging Face's tokenizer.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from llama_jax.data import chat
+from llama_jax.data.exact_cuts import Cut, cut_of_json, without_prefix
 from llama_jax.data.tokenizer_settings import (
     check_ids,
     check_text,
@@ -51,6 +53,8 @@ class TokenizerJson:
                 f"{path} is damaged: among its ids up to {self.n_vocab - 1} one is missing, or"
                 " stands twice: fetch it again"
             )
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special = {token.content: i for i, token in added if token.special}
         self._settings = read_settings(files, path.parent)
         begun = self._tokenizer.encode("").ids[:1]
         begin = self._named("bos_token", _BEGIN, [*begun, *self._settings.bos_ids])
@@ -82,15 +86,29 @@ class TokenizerJson:
         ids = [find(token)] if token is not None else [*given, *map(find, usual)]
         return next((i for i in ids if i is not None), None)
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between the begin and the end token where asked for.
 
         Raises:
             InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
         """
         check_text(text)
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        tokenizer = self._without_prefix if continued else self._tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    @cached_property
+    def exact_cut(self) -> Cut:
+        """Returns where a long text may be cut."""
+        return cut_of_json(json.loads(self._data))
+
+    @cached_property
+    def _without_prefix(self) -> tokenizers.Tokenizer:
+        tokenizer = _read(self.path, json.dumps(without_prefix(json.loads(self._data))).encode())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; special tokens have none.
@@ -101,7 +119,11 @@ class TokenizerJson:
         return self._tokenizer.decode(check_ids(ids, self.n_vocab, self.path))
 
     def parse(self, text: str) -> list[int]:
-        """Returns the ids of `text`, in which the texts of special tokens stand for them."""
+        """Returns the ids of `text`; the text of a special token gives that token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
         check_text(text)
         return self._parser.encode(text, add_special_tokens=False).ids
 
@@ -115,7 +137,7 @@ class TokenizerJson:
             names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
             usual = {name: self._tokenizer.id_to_token(i) or "" for name, i in names.items()}
             tokens = self._settings.tokens or usual
-            return self.parse(chat.render(self.template, messages, tokens))
+            return chat.template_ids(self.template, messages, tokens, self)
         if len(self._llama3) < len(_LLAMA3):
             raise InputError(
                 f"{self.path} has no chat format, so this is a base model: take one that was made"

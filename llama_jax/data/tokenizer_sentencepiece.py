@@ -1,5 +1,6 @@
 """The tokenizer of LLaMA and Llama 2: SentencePiece's tokenizer.model, or llama2.c's."""
 
+import hashlib
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -7,9 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import sentencepiece as spm
+from sentencepiece.sentencepiece_model_pb2 import (
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+)
 
 from llama_jax.data import chat
-from llama_jax.data.tokenizer_build import piece_types, sentencepiece_model
+from llama_jax.data.exact_cuts import ESCAPED, Cut, by_pairs, no_cut
+from llama_jax.data.tokenizer_build import BYTE, piece_types, sentencepiece_model
 from llama_jax.data.tokenizer_json import TokenizerJson
 from llama_jax.data.tokenizer_settings import (
     check_ids,
@@ -18,6 +23,9 @@ from llama_jax.data.tokenizer_settings import (
     read_settings,
 )
 from llama_jax.errors import InputError
+
+# SHA-256 of the charsmap that `train_tokenizer` makes: it replaces U+2581 and U+FDD0 alone.
+_ESCAPES = "95a5358aa29b833dc99be672ba76631392d46f7db36301c145ab8b0f557cd39a"
 
 _LLAMA2C_START = b"\x00\x00\x00\x00\x05\x00\x00\x00<unk>"  # score, length and text of the first
 
@@ -50,14 +58,41 @@ class SentencePiece:
         self.chats_as_llama2 = not self._processor.is_control(inst)  # as in Mistral's later ones
         self._json = files.get("tokenizer.json")
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between <s> and </s> where asked for.
 
         Raises:
             InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
         """
         check_text(text)
-        return [self.bos_id] * bos + self._processor.encode(text) + [self.eos_id] * eos
+        processor = self._without_prefix if continued else self._processor
+        return [self.bos_id] * bos + processor.encode(text) + [self.eos_id] * eos
+
+    @cached_property
+    def exact_cut(self) -> Cut:
+        """Returns where a long text may be cut."""
+        model = ModelProto.FromString(self.files["tokenizer.model"])
+        spec, trainer = model.normalizer_spec, model.trainer_spec
+        charsmap = spec.precompiled_charsmap
+        if (
+            trainer.model_type != trainer.BPE
+            or not trainer.byte_fallback  # else unknown characters that follow each other are one
+            or trainer.treat_whitespace_as_suffix
+            or not spec.escape_whitespaces
+            or (charsmap and hashlib.sha256(charsmap).hexdigest() != _ESCAPES)
+        ):
+            return no_cut
+        # Spaces beside a cut would be removed as those at the ends of a text.
+        changed = ESCAPED + " " if spec.remove_extra_whitespaces else ESCAPED
+        return by_pairs((p.piece for p in model.pieces if p.type != BYTE), changed)
+
+    @cached_property
+    def _without_prefix(self) -> spm.SentencePieceProcessor:
+        model = ModelProto.FromString(self.files["tokenizer.model"])
+        model.normalizer_spec.add_dummy_prefix = False
+        return _processor(self.path, model.SerializeToString())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`.
@@ -67,11 +102,26 @@ class SentencePiece:
         """
         return self._processor.decode(check_ids(ids, self.n_vocab, self.path))
 
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a control token gives that token.
+
+        The tokenizer.json beside it reads the text, for which chat templates are written; where
+        there is none, each stretch between control tokens is a text of its own.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        if self._parser is not None:
+            return check_ids(self._parser.parse(text), self.n_vocab, self.path)
+        control = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        ids = []
+        for i, part in enumerate(re.split(f"({control})", text)):
+            ids += [self.special[part]] if i % 2 else self._processor.encode(part)
+        return ids
+
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
         """Returns the ids of a chat, up to where the model is to answer.
-
-        What a template makes is read by the tokenizer.json beside it, for which it was written;
-        where there is none, each stretch between control tokens is a text of its own.
 
         Raises:
             InputError: the messages are not a chat that the format knows.
@@ -86,14 +136,9 @@ class SentencePiece:
             return [i for text, done in turns for i in self.encode(text, bos=True, eos=done)]
         p = self._processor
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
-        text = chat.render(self.template, messages, tokens | dict(self._settings.tokens))
-        check_text(text)
-        if self._parser is not None:
-            return check_ids(self._parser.parse(text), self.n_vocab, self.path)
-        ids: list[int] = []
-        for i, part in enumerate(self._control.split(text)):
-            ids += [p.piece_to_id(part)] if i % 2 else p.encode(part)
-        return ids
+        tokens |= self._settings.tokens
+        ids = chat.template_ids(self.template, messages, tokens, self._parser or self)
+        return check_ids(ids, self.n_vocab, self.path)
 
     @cached_property
     def _parser(self) -> TokenizerJson | None:
@@ -102,10 +147,10 @@ class SentencePiece:
         return TokenizerJson(self.path.with_name("tokenizer.json"), self._json, self.files)
 
     @cached_property
-    def _control(self) -> re.Pattern[str]:
+    def special(self) -> dict[str, int]:
+        """The control tokens."""
         p = self._processor
-        pieces = [p.id_to_piece(i) for i in range(self.n_vocab) if p.is_control(i)]
-        return re.compile(f"({'|'.join(map(re.escape, sorted(pieces, key=len, reverse=True)))})")
+        return {p.id_to_piece(i): i for i in range(self.n_vocab) if p.is_control(i)}
 
 
 def _processor(path: Path, data: bytes) -> spm.SentencePieceProcessor:

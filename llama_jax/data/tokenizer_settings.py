@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
+from llama_jax.regular_file import read_regular
 
 SIDE_FILES = (
     "tokenizer_config.json",
@@ -30,7 +31,7 @@ class Settings:
 def side_files(folder: Path) -> dict[str, bytes]:
     """Returns the files in `folder` that settings are read from, by name."""
     paths = [folder / name for name in (*SIDE_FILES, "config.json")]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    return {path.name: read_regular(path) for path in paths if path.is_file()}
 
 
 def read_settings(files: Mapping[str, bytes], folder: Path) -> Settings:

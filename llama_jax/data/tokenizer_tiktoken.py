@@ -76,7 +76,9 @@ class Tiktoken:
         self.template = self._settings.template
         self.files = folder_files("tokenizer.model", data, files, self._settings)
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
         """Returns the ids of `text`, between begin and end of text where asked for.
 
         Raises:
@@ -86,6 +88,10 @@ class Tiktoken:
         encode = self._encoding.encode_ordinary
         ids = [i for part in split_long(text) for i in encode(part)]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def exact_cut(self, text: str) -> int:
+        """Returns where Meta's tokenizer cuts a text in any case."""
+        return (len(text) - 1) // _MAX_PART * _MAX_PART
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; special tokens have none.
@@ -97,6 +103,16 @@ class Tiktoken:
         text = self._encoding.decode_bytes([i for i in ids if i < len(self.ranks)])
         return text.decode(errors="replace")
 
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a special token gives that token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        encode = self._encoding.encode
+        return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
+
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
         """Returns the ids of a chat, up to where the model is to answer.
 
@@ -106,10 +122,8 @@ class Tiktoken:
         if self.template is None:
             return chat.llama3_ids(self.encode, self.special.__getitem__, messages)
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        text = chat.render(self.template, messages, tokens | dict(self._settings.tokens))
-        check_text(text)
-        encode = self._encoding.encode
-        return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
+        tokens |= self._settings.tokens
+        return chat.template_ids(self.template, messages, tokens, self)
 
 
 def split_long(text: str) -> Iterator[str]:

@@ -18,6 +18,9 @@ _ESCAPE = "2581\tFDD0 FDD2\nFDD0\tFDD0 FDD1\n"
 _UNESCAPE = "FDD0 FDD2\t2581\nFDD0 FDD1\tFDD0\n"
 
 
+MAX_LINE = 1 << 16  # bytes; longer lines are left out
+
+
 def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> None:
     """Trains a tokenizer as LLaMA's was (arXiv 2302.13971, section 2.1) and writes it to `path`.
 
@@ -25,7 +28,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
     nothing is normalised: decode(encode(text)) is text, for every text that UTF-8 can write.
 
     Args:
-        texts: what to learn from; a line is a training sentence.
+        texts: what to learn from; a line is a training sentence, if it is not too long.
         path: the `tokenizer.model` to write.
         n_vocab: number of tokens, with 3 control tokens and 256 bytes among them.
 
@@ -60,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 character_coverage=0.99995,
-                max_sentence_length=1 << 16,
+                max_sentence_length=MAX_LINE,
                 input_sentence_size=2_000_000,
                 shuffle_input_sentence=False,
                 minloglevel=2,

@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.inference.engine import Engine
-from llama_jax.inference.openai_requests import Refused, shutting_down
-from llama_jax.inference.requests import Begun, Ended, Event, MadeToken, Request, Ticket
+from llama_jax.inference.openai_requests import Refused, engine_failed, shutting_down
+from llama_jax.inference.requests import Begun, Ended, Event, MadeToken, Request
 from llama_jax.inference.text import Detokenizer, StopStrings
 
 _LOWEST = -9999.0  # JSON has no infinity
@@ -78,7 +77,7 @@ class _Text:
             if self._stops.stopped:
                 self.end(piece, "stop")
         elif event.reason == "error":
-            raise Refused(500, f"the engine has failed: {event.message}", code="engine_failed")
+            raise engine_failed(event.message)
         elif event.reason == "cancelled":
             raise shutting_down()
         else:
@@ -137,7 +136,8 @@ class Answer:
         first_token: is called when the first token is there.
 
     Raises:
-        QueueFull: there is no place for all of them; none is made.
+        QueueFull: the queue is full; none is made.
+        EngineStopped: the engine has failed, or is closed.
         InputError: the engine refuses one; none is made.
     """
 
@@ -155,13 +155,7 @@ class Answer:
         self._events = asyncio.Queue[tuple[int, Event]]()
         self._texts = [_Text(tokenizer, request, wishes) for request in requests]
         self._deadline, self._first_token = deadline, first_token
-        self._tickets: list[Ticket] = []
-        try:
-            for index, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, partial(self._deliver, index)))
-        except BaseException:
-            self.close()
-            raise
+        self._tickets = engine.submit(requests, self._deliver)
 
     @property
     def n_made(self) -> int:
@@ -189,7 +183,12 @@ class Answer:
             for index, event in events:
                 text = self._texts[index]
                 if not text.ended:
-                    text.take(made.setdefault(index, Piece(index)), event)
+                    piece = made.setdefault(index, Piece(index))
+                    if isinstance(event, Begun) and event.prompt_logprobs:
+                        # 8,192 tokens with 20 alternatives each are a second of detokenizing.
+                        await asyncio.to_thread(text.take, piece, event)
+                    else:
+                        text.take(piece, event)
                     if text.ended and not isinstance(event, Ended):  # by a stop string
                         self._tickets[index].cancel()
             if not begun and self.n_made:
@@ -200,7 +199,7 @@ class Answer:
 
     def close(self) -> None:
         """Ends what is still being made."""
-        for text, ticket in zip(self._texts, self._tickets, strict=False):
+        for text, ticket in zip(self._texts, self._tickets, strict=True):
             if not text.ended:
                 ticket.cancel()
 

@@ -5,15 +5,48 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.family import ModelConfig
-from llama_jax.inference.generate import Rows, State, last_logits
+from llama_jax.inference.generate import (
+    NO_TOKEN,
+    Rows,
+    State,
+    decode,
+    last_logits,
+    new_rows,
+)
 from llama_jax.inference.perplexity import target_logprobs
-from llama_jax.inference.requests import Request
+from llama_jax.inference.requests import ENDS, TOP, MadeToken, Request
+from llama_jax.inference.sampling import Sampling
+from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import Llama, Unrolled, continued
-from llama_jax.sharding import act
+from llama_jax.sharding import act, place
+
+STEPS = 8  # tokens made in one dispatch when nobody waits
 
 CHUNKS = (32, 256)  # tokens of a prompt that are read at a time: a program for each
+
+# The next tokens of all rows: one program for any number of them up to STEPS.
+decode_rows = partial(decode, room=STEPS, top=TOP)
+
+
+def empty(config: ModelConfig, rows: int, slots: int) -> State:
+    """Returns the state of `rows` rows with `slots` slots each, none of which has begun."""
+    ends, V = [[NO_TOKEN] * ENDS] * rows, config.vocab_size
+    prompts_BV = np.zeros((rows, V), bool)
+    none = new_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
+    cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
+    return State(cache, place(np.zeros((rows, V), np.float32), "BV"), none)
+
+
+def settings(config: ModelConfig, request: Request) -> Rows:
+    """Returns the row of a request whose prompt has been read."""
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, list(request.prompt)] = True
+    ends = sorted(request.end_ids)
+    ends += [NO_TOKEN] * (ENDS - len(ends))
+    return new_rows([request.sampling], [request.seed], [request.max_new_tokens], [ends], seen)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -26,12 +59,12 @@ def read_chunk(
     length: jax.Array,
     used: jax.Array,
     targets_1T: jax.Array,
-    told: jax.Array | bool,
-) -> tuple[State, jax.Array]:
+    with_logprobs: jax.Array | bool,
+) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the state with `length` more tokens in a row that holds `used`.
 
-    And the log-probabilities [1, T] of the targets, each after its token; 0 unless they are to be
-    `told`.
+    And the log-probabilities [1, T] of the targets, each after its token, with the ids and the
+    log-probabilities [1, T, TOP] of the most likely tokens there; all 0 without `with_logprobs`.
     """
 
     def taken(x_B_: jax.Array) -> jax.Array:
@@ -45,15 +78,21 @@ def read_chunk(
     x_1TD, alone = continued(config, model, alone, tokens_1T, _one(length))
     logits_1V = last_logits(config, model, x_1TD, _one(length))
 
-    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
-        return target_logprobs(config, model, x_1TD, targets_1T)
+    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scores = target_logprobs(config, model, x_1TD, targets_1T, TOP)
+        logprobs_1T, top_logprobs_1TA, top_tokens_1TA = scores
+        return logprobs_1T, top_tokens_1TA, top_logprobs_1TA
 
-    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> jax.Array:
-        return jnp.zeros(targets_1T.shape, jnp.float32, out_sharding=act("BS"))
+    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def zeros(dtype: type, *more: int) -> jax.Array:
+            dims = "BSS"[: 2 + len(more)]
+            return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=act(dims))
 
-    logprobs_1T = jax.lax.cond(told, ask, leave, x_1TD, targets_1T)
+        return zeros(jnp.float32), zeros(jnp.int32, TOP), zeros(jnp.float32, TOP)
+
+    scores = jax.lax.cond(with_logprobs, ask, leave, x_1TD, targets_1T)
     state = State(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
-    return state, logprobs_1T
+    return state, scores
 
 
 def _one(number: jax.Array) -> jax.Array:
@@ -75,6 +114,22 @@ def stopped(state: State, row: jax.Array) -> State:
     """Returns the state with a row that makes no more tokens."""
     left_B = jnp.where(jnp.arange(len(state.rows.left_B)) == row, 0, state.rows.left_B)
     return state._replace(rows=state.rows._replace(left_B=left_B))
+
+
+def scored(
+    ids: Sequence[int],
+    logprobs_T: np.ndarray,
+    top_tokens_TA: np.ndarray,
+    top_logprobs_TA: np.ndarray,
+    top: int,
+) -> list[MadeToken]:
+    """Returns tokens with their log-probabilities and those of the `top` most likely ones."""
+    logprobs = logprobs_T[: len(ids)].tolist()
+    rows = (x_TA[: len(ids), :top].tolist() for x_TA in (top_tokens_TA, top_logprobs_TA))
+    return [
+        MadeToken(token, logprob, tuple(zip(*pairs, strict=True)))
+        for token, logprob, *pairs in zip(ids, logprobs, *rows, strict=True)
+    ]
 
 
 def sizes(context: int) -> list[int]:

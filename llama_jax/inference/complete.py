@@ -57,16 +57,23 @@ def complete(
     return "".join(until(stops, pieces))
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], *, parse_special: bool = False
+) -> list[int]:
     """Returns the ids of a text as a model's prompt, or of a chat that it is to answer.
+
+    With `parse_special` the text of a special token, written in a prompt, gives that token; one
+    that begins with the begin token gets no second one. Messages of a chat are never parsed so.
 
     Raises:
         InputError: it is no chat that the model's format knows.
     """
     if not isinstance(prompt, str):
         return tokenizer.encode_chat(prompt)
+    ids = tokenizer.parse(prompt) if parse_special else tokenizer.encode(prompt)
     # An empty text begins somewhere too.
-    return tokenizer.encode(prompt, bos=tokenizer.add_bos or not prompt)
+    bos = (tokenizer.add_bos or not prompt) and ids[:1] != [tokenizer.bos_id]
+    return [tokenizer.bos_id] * bos + ids
 
 
 def room(config: ModelConfig, prompt: Sequence[int]) -> int:

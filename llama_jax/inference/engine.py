@@ -6,10 +6,12 @@ chunk for another's prompt. What a row has read stays in its slots when its requ
 prompt that begins alike starts from there.
 """
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,11 @@ from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.inference import batch
 from llama_jax.inference.compiling import compiled
-from llama_jax.inference.generate import NO_TOKEN, Rows, State, decode, new_rows
+from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.inference.requests import (
-    ENDS,
-    TOP,
     Begun,
     Ended,
+    EngineStopped,
     Event,
     MadeToken,
     QueueFull,
@@ -34,12 +35,13 @@ from llama_jax.inference.requests import (
     check,
 )
 from llama_jax.inference.roofline import step_bytes
-from llama_jax.inference.sampling import Sampling
-from llama_jax.model.cache import copy_row, init_cache, resized
+from llama_jax.inference.warm_up import warm_up
+from llama_jax.model.cache import copy_row, resized
 from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.sharding import place
 
-STEPS = 8  # tokens made in one dispatch when nobody waits
+_log = logging.getLogger(__name__)
+
 STEPS_IN_COMPANY = 2  # when a prompt is to be read
 
 
@@ -50,7 +52,7 @@ class _Row:
         self.tokens: list[int] = []
         self.ticket: Ticket | None = None
         self.ready = False  # its prompt has been read
-        self.told: list[float] = []  # log-probabilities of the prompt, where they are asked for
+        self.scores: list[MadeToken] = []  # the prompt's but the first, where they are asked for
         self.since = 0.0  # when it was last given away
 
 
@@ -63,7 +65,7 @@ class Engine:
         rows: texts that are continued at a time.
         context: longest prompt with its continuation [tokens]; default: the model's.
         queue: requests that may wait.
-        tell: is told what is being compiled.
+        progress: is called before each program is compiled, as `warm_up` says.
 
     Raises:
         InputError: a number is out of range.
@@ -77,7 +79,7 @@ class Engine:
         rows: int = 8,
         context: int | None = None,
         queue: int = 64,
-        tell: Callable[[str], None] = lambda _: None,
+        progress: Callable[[float, str], None] = lambda share, text: None,
     ):
         context = config.context if context is None else context
         if not 1 <= context <= config.context:
@@ -93,40 +95,55 @@ class Engine:
         self._sizes = batch.sizes(context)
         self._rows = [_Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is reentrant
         self._closing = False
         self._failure: str | None = None
         self._numbers = Statistics()
         begun = compiled().seconds
-        for slots in reversed(self._sizes):
-            tell(f"compiling for texts of up to {slots - batch.CHUNKS[-1]:,} tokens …")
-            self._state = self._warmed(slots)
+        self._state = warm_up(config, model, rows, context, progress)
         self._numbers = self._numbers._replace(compile_seconds=compiled().seconds - begun)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
-        """Lets a request wait for its turn.
+    def submit(
+        self, requests: Sequence[Request], deliver: Callable[[int, Event], None]
+    ) -> list[Ticket]:
+        """Puts all requests into the queue, or none.
+
+        They are taken as long as the queue is not full, however many they are: so a group may
+        be larger than the queue.
 
         Args:
-            request: what is to be continued.
-            deliver: is called with each event, from the engine's thread; it must not block.
+            requests: what is to be continued.
+            deliver: is called with a request's index and each of its events, mostly from the
+                engine's thread; it must not block.
 
         Raises:
             QueueFull: too many wait already.
-            InputError: the request can't be served; the message says why.
+            EngineStopped: the engine has failed, or is closed.
+            InputError: a request can't be served; the message says why.
         """
-        check(self._config, self.context, request)
-        ticket = Ticket(request, deliver)
+        for request in requests:
+            check(self._config, self.context, request)
+        tickets = [Ticket(r, partial(deliver, i), self._cancel) for i, r in enumerate(requests)]
         with self._changed:
             if self._failure is not None or self._closing:
-                raise InputError(f"the engine has stopped ({self._failure}): start it again")
-            free = sum(row.ticket is None for row in self._rows)
+                raise EngineStopped(self._failure)
+            free = sum(row.ticket is None or row.ticket.cancelled for row in self._rows)
             if len(self._waiting) >= self._queue + free:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting: try again later")
-            self._waiting.append(ticket)
+            self._waiting += tickets
             self._changed.notify()
-        return ticket
+        return tickets
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._changed:
+            ticket.cancelled = True
+            if ticket not in self._waiting:
+                return
+            self._waiting.remove(ticket)
+            self._count(cancelled=1)
+        ticket.deliver(Ended("cancelled"))
 
     def statistics(self) -> Statistics:
         """Returns what it has done so far."""
@@ -146,59 +163,20 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def _warmed(self, slots: int) -> State:
-        """Returns an empty state, after compiling what serving needs, so that no request waits."""
-        state = self._empty(slots)
-        for size in batch.CHUNKS:
-            state, _ = self._read(state, 0, np.zeros((2, size), np.int32), 1, 0, told=False)
-        state = batch.started(state, 0, self._settings(Request((0,), 1)))
-        made, state = self._decode(state, 1, told=False)
-        jax.block_until_ready(made)
-        for other in self._sizes:
-            if other != slots:
-                resized(state.cache, slots=other)
-        return batch.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
-
-    def _empty(self, slots: int) -> State:
-        B, V = self.rows, self._config.vocab_size
-        ends = [[NO_TOKEN] * ENDS] * B
-        rows = new_rows([Sampling()] * B, [0] * B, [0] * B, ends, np.zeros((B, V), bool))
-        cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(self._config, B, slots)
-        logits = place(np.zeros((B, V), np.float32), "BV")
-        return State(cache, logits, rows)
-
-    def _settings(self, request: Request) -> Rows:
-        """Returns the row of one that has been read."""
-        seen = np.zeros((1, self._config.vocab_size), bool)
-        seen[0, list(request.prompt)] = True
-        ends = sorted(request.end_ids)
-        ends += [NO_TOKEN] * (ENDS - len(ends))
-        new = request.max_new_tokens
-        return new_rows([request.sampling], [request.seed], [new], [ends], seen)
-
-    def _read(self, state: State, row: int, chunk: np.ndarray, length: int, used: int, told: bool):
-        """Reads a chunk: tokens, and what follows each."""
-        tokens, targets = (place(part[None], "BT") for part in chunk)
-        last = row, tokens, length, used, targets, told
-        return batch.read_chunk(self._config, self._model, state, *last)
-
-    def _decode(self, state: State, n: int, told: bool):
-        return decode(self._config, self._model, state, n, told, room=STEPS, top=TOP)
-
     def _run(self) -> None:
-        message = "it was closed"
         try:
             with jax.set_mesh(self._mesh):
                 while self._wait_for_work():
                     self._turn()
-        except Exception as error:
-            message = self._failure = f"{type(error).__name__}: {str(error)[:200]}"
+        except BaseException as error:  # not only Exception: whatever ends the thread, all are told
+            self._failure = f"{type(error).__name__}: {str(error)[:200]}"
+            _log.critical("the engine has failed", exc_info=True)
         with self._changed:
             self._closing = True
             left = [*self._waiting, *(row.ticket for row in self._rows if row.ticket)]
             self._waiting.clear()
         for ticket in left:
-            ticket.deliver(Ended("error", f"the engine has stopped: {message}"))
+            ticket.deliver(Ended("error", self._failure) if self._failure else Ended("cancelled"))
 
     def _wait_for_work(self) -> bool:
         """Returns when there is something to do; False when it is to end."""
@@ -217,7 +195,7 @@ class Engine:
             self._read_on(min(reading, key=lambda row: row.since))
         ready = [row for row in self._rows if row.ready]
         if ready:
-            self._make(ready, STEPS_IN_COMPANY if reading else STEPS)
+            self._make(ready, STEPS_IN_COMPANY if reading else batch.STEPS)
 
     def _admit(self) -> None:
         """Gives free rows to those who wait, in their order."""
@@ -225,21 +203,22 @@ class Engine:
             with self._changed:
                 if not self._waiting:
                     return
-                ticket = self._waiting.popleft()
-            if ticket.cancelled:
-                self._count(cancelled=1)
-                ticket.deliver(Ended("cancelled"))
-                continue
+                ticket = self._waiting[0]
             # What is not read anew has no log-probabilities.
             known = () if ticket.request.prompt_logprobs else ticket.request.prompt
             row, source, common = self._best(free, known)
+            with self._changed:
+                if ticket.cancelled:  # it has left the queue
+                    continue
+                # Always in the queue or in a row: a failure finds it there.
+                self._waiting.popleft()
+                row.ticket, row.ready, row.since = ticket, False, time.monotonic()
             if source is not row:
                 numbers = self._rows.index(source), self._rows.index(row)
                 cache = copy_row(self._state.cache, *numbers, common)
                 self._state = self._state._replace(cache=cache)
             row.tokens = list(ticket.request.prompt[:common])
-            row.ticket, row.ready, row.since = ticket, False, time.monotonic()
-            row.told = []
+            row.scores = []
             self._count(reused_tokens=common)
             self._fit()
 
@@ -277,17 +256,21 @@ class Engine:
         length = min(size, len(rest))
         for part, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
             part[: len(tokens)] = tokens
-        number, told = self._rows.index(row), request.prompt_logprobs
-        self._state, logprobs = self._read(self._state, number, chunk, length, used, told)
+        number, with_logprobs = self._rows.index(row), request.prompt_logprobs
+        tokens, targets = (place(part[None], "BT") for part in chunk)
+        self._state, scores = batch.read_chunk(
+            self._config, self._model, self._state, number, tokens, length, used, targets,
+            with_logprobs,
+        )  # fmt: skip
         row.tokens += rest[:length]
-        if told:
-            row.told += np.asarray(logprobs)[0, :length].tolist()
+        if with_logprobs:  # the token after the prompt's last one is not known yet
+            scores_T = (np.asarray(x_1T)[0] for x_1T in scores)
+            row.scores += batch.scored(rest[1 : length + 1], *scores_T, top=request.top_logprobs)
         if length == len(rest):
-            self._state = batch.started(self._state, number, self._settings(request))
+            settings = batch.settings(self._config, request)
+            self._state = batch.started(self._state, number, settings)
             row.ready = True
-            # What follows the prompt's last token is not known yet, and its number means nothing.
-            pairs = zip(request.prompt[1:], row.told, strict=False)
-            row.ticket.deliver(Begun(tuple(MadeToken(*pair) for pair in pairs)))
+            row.ticket.deliver(Begun(tuple(row.scores)))
         jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
 
@@ -295,7 +278,7 @@ class Engine:
         begun = time.perf_counter()
         requests = [row.ticket.request for row in ready if row.ticket is not None]
         told = any(request.logprobs for request in requests)
-        made, self._state = self._decode(self._state, n, told)
+        made, self._state = batch.decode_rows(self._config, self._model, self._state, n, told)
         made = jax.tree.map(np.asarray, made)
         seconds = time.perf_counter() - begun
         total = steps = 0
@@ -318,14 +301,10 @@ class Engine:
     def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:
         ticket = row.ticket
         assert ticket is not None
-        request, (logprobs, top_tokens, top_logprobs) = ticket.request, told
+        request = ticket.request
         row.tokens += ids
-        for i, token in enumerate(ids):
-            top = ()
-            if request.top_logprobs:
-                pairs = zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)
-                top = tuple(pairs)[: request.top_logprobs]
-            ticket.deliver(MadeToken(token, float(logprobs[i]), top))
+        for token in batch.scored(ids, *told, top=request.top_logprobs):
+            ticket.deliver(token)
         if ids and ids[-1] in request.end_ids:
             self._release(row, Ended("stop"))
         elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.family import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, Unrolled, continued, output_head
+from llama_jax.model.transformer import Llama, Unrolled, continued, output_head, token_ids
 from llama_jax.sharding import act, place
 
 NO_TOKEN = -1  # fills a row after its end
@@ -244,6 +244,8 @@ def generate(
         top: alternatives that are told of each token.
         left_padded: the padding stands before the prompts, not behind them.
     """
+    tokens_BT = token_ids(config, tokens_BT)
+    lengths_B, seeds_B = jnp.asarray(lengths_B), jnp.asarray(seeds_B)
     B, T = tokens_BT.shape
     if left_padded:
         rows_B1, all_B = jnp.arange(B)[:, None], jax.reshard(lengths_B, P(None))

@@ -1,5 +1,6 @@
 """Models as inference wants them: layer by layer, on the current mesh."""
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import checkpoint
+from llama_jax.chips import cpu_has_bfloat16
 from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
 from llama_jax.model.quantize import quantized
 from llama_jax.model.transformer import Unrolled, unrolled
-from llama_jax.sharding import head_parts, set_mesh_if_none, tensor_mesh, weight
+from llama_jax.sharding import check_divides, head_parts, set_default_mesh, tensor_mesh, weight
 from llama_jax.tree import abstract_model
 
 
@@ -30,8 +32,9 @@ def load(
     >>> len(model.layers), model.tok_embeddings.shape  # V, D
     (2, (320, 32))
 
-    Where no mesh is set, it sets one for good: all local devices that divide the model. For
-    another, call `jax.set_mesh` before.
+    Where no mesh is set, it sets one: all local devices that divide the model. The next model that
+    is loaded so sets its own, and this one is then used under `jax.set_mesh(its mesh)`. For another
+    mesh, call `jax.set_mesh` before.
 
     Over more devices than it has key/value heads, each device holds the one that its query heads
     want: the configuration that is returned counts these copies as heads of their own, and gives
@@ -39,15 +42,19 @@ def load(
 
     Args:
         folder: a model folder, or a run folder (its newest checkpoint).
-        config: how to compute it; default: as the folder says.
+        config: how to compute it; default: as the folder says, `suited` to this machine.
         quantize: 'int8' keeps its matrices so; None as they are.
 
     Raises:
-        InputError: as `checkpoint.load_model`, or it is quantized already.
+        InputError: as `checkpoint.load_model`, it is quantized already, or the mesh that the
+            caller set does not divide it.
     """
-    config = config or read_model_config(folder)
-    set_mesh_if_none(partial(tensor_mesh, config))
+    config = config or suited(read_model_config(folder))
+    set_default_mesh(partial(tensor_mesh, config))
     copies = max(1, head_parts() // config.n_kv_heads)
+    all_heads = replace(config, n_kv_heads=config.n_heads)
+    copied = head_parts() % config.n_kv_heads == 0  # then key/value heads need not divide
+    check_divides(jax.sharding.get_mesh(), all_heads if copied else config)
     if copies == 1:
         config, model = checkpoint.load_model(folder, config)
         config, model = quantized(config, model) if quantize else (config, model)
@@ -64,6 +71,25 @@ def load(
         setattr(model.layers, name, copied)
     wide, model = quantized(wide, model) if quantize else (wide, model)
     return wide, unrolled(model)
+
+
+def suited(config: ModelConfig) -> ModelConfig:
+    """Returns the configuration with the compute type that is fastest on this machine.
+
+    That is the model's own, but float32 instead of bfloat16 on a CPU without instructions for
+    bfloat16: XLA converts there what it multiplies, and makes half as many tokens a second. The
+    numbers are the same or nearer to exact; the weights take twice the memory. Where they would
+    take more than half of the machine's, the type stays.
+    """
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if (
+        config.dtype != "bfloat16"
+        or jax.local_devices()[0].platform != "cpu"
+        or cpu_has_bfloat16()
+        or 4 * config.n_params > half
+    ):
+        return config
+    return replace(config, dtype="float32", param_dtype="float32")
 
 
 def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

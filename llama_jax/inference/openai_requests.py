@@ -61,6 +61,11 @@ def shutting_down() -> Refused:
     return Refused(503, "the server is shutting down", code="shutting_down")
 
 
+def engine_failed(failure: str) -> Refused:
+    """Returns what all requests get after the engine has failed."""
+    return Refused(500, f"the engine has failed: {failure}", code="engine_failed")
+
+
 class _Sentence(ValueError):
     """What a validator says: a whole sentence."""
 
@@ -176,6 +181,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = False
+    parse_special: bool = True  # llama.cpp's name: texts of special tokens in a prompt give these
 
     @model_validator(mode="after")
     def _something_to_do(self):

@@ -9,6 +9,7 @@ import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.inference.sampling import logprobs
 from llama_jax.model.transformer import Llama, Unrolled, hidden_states, output_head
 from llama_jax.sharding import act, balance, divisors, in_text_order, place
 
@@ -71,13 +72,22 @@ def token_logprobs(
     it; a target of -1 is none of the vocabulary, and has no meaning here.
     """
     x_BTD = hidden_states(config, model, balance(tokens_BT))
-    return in_text_order(target_logprobs(config, model, x_BTD, balance(targets_BT)))
+    logprobs_BT, _, _ = target_logprobs(config, model, x_BTD, balance(targets_BT))
+    return in_text_order(logprobs_BT)
 
 
 def target_logprobs(
-    config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array, targets_BT: jax.Array
-) -> jax.Array:
-    """Returns the log-probability [B, T] float32 of each target by `hidden_states`."""
+    config: ModelConfig,
+    model: Llama | Unrolled,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    top: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the log-probabilities of the targets by `hidden_states`, as `sampling.logprobs`.
+
+    float32 [B, T] and [B, T, top], int32 [B, T, top]. The logits of a few positions are there at a
+    time.
+    """
     x_BSD, targets_BS = jax.reshard((x_BTD, targets_BT), (act("BSD"), act("BS")))
     B, S, _ = x_BSD.shape
     size = max(n for n in divisors(S) if n <= _POSITIONS)
@@ -87,12 +97,16 @@ def target_logprobs(
             jax.lax.dynamic_slice_in_dim(a, i * size, size, 1) for a in (x_BSD, targets_BS)
         )
         logits_BSV = jax.reshard(output_head(config, model, x), act("BSV"))
-        chosen_BSV = jnp.arange(config.vocab_size) == targets[..., None]
-        chosen_BS = jnp.sum(jnp.where(chosen_BSV, logits_BSV, 0), axis=-1)
-        return None, chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
+        return None, logprobs(logits_BSV, targets, top)
+
+    def joined(part: jax.Array) -> jax.Array:
+        more = part.shape[3:]
+        dims = "BSS"[: 2 + len(more)]
+        return part.swapaxes(0, 1).reshape(B, S, *more, out_sharding=act(dims))
 
     _, parts = jax.lax.scan(of_part, None, jnp.arange(S // size))
-    return parts.swapaxes(0, 1).reshape(B, S, out_sharding=act("BS"))
+    logprobs_BS, top_logprobs_BSA, top_tokens_BSA = map(joined, parts)
+    return logprobs_BS, top_logprobs_BSA, top_tokens_BSA
 
 
 def prompt_logprobs(

@@ -81,7 +81,19 @@ Event = Begun | MadeToken | Ended
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
+
+
+class EngineStopped(Exception):
+    """The engine takes no more requests.
+
+    Attributes:
+        failure: why it has failed; None: it was closed.
+    """
+
+    def __init__(self, failure: str | None):
+        super().__init__(f"the engine has failed: {failure}" if failure else "the engine is closed")
+        self.failure = failure
 
 
 class Statistics(NamedTuple):
@@ -102,13 +114,22 @@ class Statistics(NamedTuple):
 
 
 class Ticket:
-    """A request that was accepted."""
+    """A request that was accepted: in the queue, in a row, or ended."""
 
-    def __init__(self, request: Request, deliver: Callable[[Event], None]):
+    def __init__(
+        self,
+        request: Request,
+        deliver: Callable[[Event], None],
+        cancel: Callable[["Ticket"], None],
+    ):
         self.request = request
         self.deliver = deliver
         self.cancelled = False
+        self._cancel = cancel
 
     def cancel(self) -> None:
-        """Ends the request soon: `Ended("cancelled")` follows, if it has not ended yet."""
-        self.cancelled = True
+        """Ends the request: `Ended("cancelled")` follows, if it has not ended yet.
+
+        A request in the queue leaves it at once, one in a row before the next step.
+        """
+        self._cancel(self)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.chips import cpu_cores
 from llama_jax.family import ModelConfig
 from llama_jax.model.transformer import Llama, Unrolled
 from llama_jax.sharding import platform
@@ -57,9 +58,7 @@ def copy_bandwidth() -> float:
 
 
 def _cpu_copy() -> float:
-    import os
-
-    cores = len(os.sched_getaffinity(0))
+    cores = cpu_cores()
     source, target = (np.ones(_COPIED // 4, np.float32) for _ in range(2))
     parts = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
     seconds = []

@@ -77,11 +77,14 @@ class Sampling:
 
 
 class Knobs(NamedTuple):
-    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `act("B")`."""
+    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `act("B")`.
+
+    `tail_p_B` is 1 - top_p: float32 has 2^-24 between numbers near 1, but any number near 0.
+    """
 
     temperature_B: jax.Array | np.ndarray
     top_k_B: jax.Array | np.ndarray
-    top_p_B: jax.Array | np.ndarray
+    tail_p_B: jax.Array | np.ndarray
     min_p_B: jax.Array | np.ndarray
     repetition_B: jax.Array | np.ndarray
     presence_B: jax.Array | np.ndarray
@@ -104,7 +107,7 @@ def knobs(samplings: Sequence[Sampling]) -> Knobs:
     return Knobs(
         temperature_B=column("temperature"),
         top_k_B=column("top_k", np.int32),
-        top_p_B=column("top_p"),
+        tail_p_B=np.array([1 - sampling.top_p for sampling in samplings], np.float32),
         min_p_B=column("min_p"),
         repetition_B=column("repetition_penalty"),
         presence_B=column("presence_penalty"),
@@ -156,23 +159,25 @@ def sample(
 def logprobs(
     logits_BV: jax.Array, tokens_B: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns what the model itself thinks of tokens: before temperature and penalties.
+    """Returns the model's own log-probabilities of tokens: before temperature and penalties.
 
     Args:
-        logits_BV: of any float type, split in any way.
-        tokens_B: tokens of the vocabulary.
+        logits_BV: of any float type, split in any way; or of several positions, [B, S, V].
+        tokens_B: tokens of the vocabulary; or [B, S].
         top: how many of the most likely tokens to return; static, at most V.
 
     Returns:
         The tokens' log-probabilities, float32 [B] (nats), and the most likely tokens, best first:
-        log-probabilities, float32 [B, top], and tokens, int32 [B, top].
+        log-probabilities, float32 [B, top], and tokens, int32 [B, top]; or [B, S] and [B, S, top].
+        A token among the most likely has the same number in both.
     """
-    logits_BV = jax.reshard(logits_BV, act("BS")).astype(jnp.float32)
-    is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[:, None]
+    logits_BV = logits_BV.astype(jnp.float32)
+    is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[..., None]
     chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    top_BK, top_tokens_BK = jax.lax.top_k(logits_BV, top)
-    return chosen_B - total_B, top_BK - total_B[:, None], top_tokens_BK
+    # The logits stay split but for this sort, which needs all of a position's.
+    top_BA, top_tokens_BA = jax.lax.top_k(jax.reshard(logits_BV, act("BSS"[: logits_BV.ndim])), top)
+    return chosen_B - total_B, top_BA - total_B[..., None], top_tokens_BA
 
 
 def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
@@ -210,7 +215,7 @@ def _likely(knobs: Knobs, logits_BV: jax.Array) -> jax.Array:
     temperature_B = jnp.maximum(knobs.temperature_B, jnp.finfo(jnp.float32).tiny)
     scaled_BV = (logits_BV - best_B[:, None]) / temperature_B[:, None]
     scaled_BV = jnp.where(in_top_k_BV, scaled_BV, -jnp.inf)
-    in_top_p_BV = _in_top_p(jnp.where(drawn_B, knobs.top_p_B, 1), scaled_BV)
+    in_top_p_BV = _in_top_p(jnp.where(drawn_B, knobs.tail_p_B, 0), scaled_BV)
     in_min_p_BV = jnp.exp(scaled_BV) >= knobs.min_p_B[:, None]
     return jnp.where(in_top_p_BV & in_min_p_BV, scaled_BV, -jnp.inf)
 
@@ -230,17 +235,17 @@ def _in_top_k(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Ar
     )
 
 
-def _in_top_p(p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
-    """Returns whether a token is among the fewest most likely whose mass reaches p.
+def _in_top_p(tail_p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
+    """Returns whether a token is among the fewest most likely whose mass reaches 1 - `tail_p_B`.
 
-    arXiv 1904.09751, section 3.1. As in transformers the tail is what is summed: at most 1 - p of
-    the mass is left out. All tokens are in where p is 1.
+    arXiv 1904.09751, section 3.1. As in transformers the tail is summed, which loses nothing when
+    p is near 1: at most `tail_p_B` of the mass is left out. All tokens are in where that is 0.
     """
 
     def keeps() -> jax.Array:
         mass_BV = jnp.exp(scaled_BV)
         # Nothing is left out where p is 1, not even tokens of no mass.
-        tail_B = jnp.where(p_B < 1, 1 - p_B, -1) * jnp.sum(mass_BV, axis=-1)
+        tail_B = jnp.where(tail_p_B > 0, tail_p_B, -1) * jnp.sum(mass_BV, axis=-1)
 
         def few_below(least_B: jax.Array) -> jax.Array:
             below_BV = scaled_BV < least_B[:, None]
@@ -248,7 +253,7 @@ def _in_top_p(p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
 
         return scaled_BV >= _highest(few_below, jnp.zeros_like(tail_B))[:, None]
 
-    return jax.lax.cond(jnp.any(p_B < 1), keeps, lambda: jnp.ones_like(scaled_BV, bool))
+    return jax.lax.cond(jnp.any(tail_p_B > 0), keeps, lambda: jnp.ones_like(scaled_BV, bool))
 
 
 def _highest(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import signal
 import socket
@@ -21,6 +22,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 from llama_jax.inference import openai_answers as shapes
 from llama_jax.inference.answer import Answer, Wishes
+from llama_jax.inference.complete import prompt_ids
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.openai_requests import (
     ChatRequest,
@@ -32,9 +34,12 @@ from llama_jax.inference.openai_requests import (
     parse,
 )
 from llama_jax.inference.requests import Request
-from llama_jax.inference.server_guard import REFUSALS, Guard, read_body
+from llama_jax.inference.server_connections import IDLE_SECONDS, Server
+from llama_jax.inference.server_guard import REFUSALS, Guard, Hosts, read_body
 from llama_jax.inference.server_metrics import CONTENT_TYPE, Metrics
 from llama_jax.inference.server_response import respond
+
+_log = logging.getLogger("uvicorn.error")
 
 _USUAL_TOKENS = 16  # of a completion, as OpenAI's
 _GRACE = 20  # so long may texts go on that are being made when the server is stopped [s]
@@ -52,6 +57,7 @@ class Settings(NamedTuple):
 
     name: str  # of the model
     api_key: str | None = None  # None: no key is asked for
+    hosts: Hosts = Hosts()  # that requests may name where no key is asked for
     max_tokens: int = 4096  # of one text
     max_body: int = 2**21  # of a request [bytes]
     timeout: float = 600.0  # of a request [s]
@@ -65,11 +71,14 @@ class _Endpoints:
         self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
         self._metrics = metrics
         self._page = files("llama_jax.inference").joinpath("page.html").read_text("utf-8")
+        self._no_chats = None  # why there are none
         try:
             tokenizer.encode_chat([{"role": "user", "content": "a"}])
-            self._chats = True
-        except InputError:
-            self._chats = False
+        except InputError as error:
+            self._no_chats = "this model has no chat format: use /v1/completions"
+            if tokenizer.template is not None:
+                self._no_chats = str(error)
+                _log.warning("no chats are answered: %s", error)
         self._about = {
             "id": settings.name,
             "object": "model",
@@ -77,7 +86,7 @@ class _Endpoints:
             "owned_by": "llama_jax",
             "context": engine.context,
             "max_tokens": settings.max_tokens,
-            "chat": self._chats,
+            "chat": self._no_chats is None,
         }
 
     async def page(self, http: HttpRequest) -> Response:
@@ -102,7 +111,7 @@ class _Endpoints:
         deadline = self._deadline()
         asked = parse(CompletionRequest, await read_body(http, self._settings.max_body))
         self._check_model(asked.model)
-        prompts = await asyncio.to_thread(lambda: [self._encode(p) for p in asked.prompt])
+        prompts = await asyncio.to_thread(self._encoded, asked)
         texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in asked.prompt]
         echoes = [text if asked.echo else "" for text in texts for _ in range(asked.n)]
         scored = asked.logprobs is not None
@@ -116,8 +125,8 @@ class _Endpoints:
         deadline = self._deadline()
         asked = parse(ChatRequest, await read_body(http, self._settings.max_body))
         self._check_model(asked.model)
-        if not self._chats:
-            raise Refused(400, "this model has no chat format: use /v1/completions")
+        if self._no_chats is not None:
+            raise Refused(400, self._no_chats)
         try:
             prompt = await asyncio.to_thread(self._tokenizer.encode_chat, asked.messages)
         except InputError as error:
@@ -136,12 +145,15 @@ class _Endpoints:
             message += f" {self._settings.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
 
-    def _encode(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, list):
-            check_prompt(prompt, self._tokenizer.n_vocab)
-            return prompt
-        # An empty text begins somewhere too.
-        return self._tokenizer.encode(prompt, bos=self._tokenizer.add_bos or not prompt)
+    def _encoded(self, asked: CompletionRequest) -> list[list[int]]:
+        prompts = []
+        for prompt in asked.prompt:
+            if isinstance(prompt, str):
+                prompt = prompt_ids(self._tokenizer, prompt, parse_special=asked.parse_special)
+            else:
+                check_prompt(prompt, self._tokenizer.n_vocab)
+            prompts.append(prompt)
+        return prompts
 
     def _requests(
         self, asked: GenerationRequest, prompts: list[list[int]], usual: int | None, scores: bool
@@ -200,7 +212,9 @@ def application(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Sta
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, api_key=settings.api_key, metrics=metrics)],
+        middleware=[
+            Middleware(Guard, api_key=settings.api_key, hosts=settings.hosts, metrics=metrics)
+        ],
         exception_handlers=REFUSALS,
     )
 
@@ -239,9 +253,9 @@ def greeting(bound: socket.socket, settings: Settings) -> str:
     return said
 
 
-def uvicorn_server(app: Starlette) -> uvicorn.Server:
+def uvicorn_server(app: Starlette) -> Server:
     """Returns the server that runs `app`: `run(sockets=[listen(…)])`."""
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             app,
             http="h11",
@@ -253,6 +267,7 @@ def uvicorn_server(app: Starlette) -> uvicorn.Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=_GRACE,
         )
     )

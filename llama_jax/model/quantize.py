@@ -19,6 +19,7 @@ from flax import nnx
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
+from llama_jax.model.weights import Weights
 
 if TYPE_CHECKING:
     from llama_jax.model.transformer import Llama
@@ -33,7 +34,7 @@ MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3"
 _STEPS = 127 * (1 - 2**-20)
 
 
-class Int8(nnx.Module):
+class Int8(Weights):
     """A matrix of a model: `values` int8, `scale` float32 over the letters `outputs(dims)`."""
 
     def __init__(self, values: jax.Array, scale: jax.Array):

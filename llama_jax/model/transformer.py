@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
 from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache, KeysValues, write
@@ -22,7 +23,8 @@ from llama_jax.model.pointwise import rms_norm, swiglu
 from llama_jax.model.quantize import MATRICES, matrix
 from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
-from llama_jax.sharding import act, balance, in_balanced_order, in_text_order, weight
+from llama_jax.model.weights import Weights, summary
+from llama_jax.sharding import act, balance, check_mesh, in_balanced_order, in_text_order, weight
 
 
 def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
@@ -35,7 +37,7 @@ def _ones(config: ModelConfig, dims: str) -> nnx.Param:
     return nnx.Param(jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight(dims)))
 
 
-class Block(nnx.Module):
+class Block(Weights):
     """The weights of one layer, or of all layers stacked along a leading L.
 
     Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
@@ -58,7 +60,7 @@ class Block(nnx.Module):
         self.w2 = _normal(config, "FD", residual * F**-0.5, k[6])
 
 
-class Llama(nnx.Module):
+class Llama(Weights):
     """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -82,6 +84,9 @@ class Unrolled(NamedTuple):
     layers: tuple[Block, ...]
     norm: nnx.Param
     output: nnx.Param | None
+
+    def __repr__(self) -> str:
+        return summary(self)
 
 
 def unrolled(model: Llama) -> Unrolled:
@@ -209,6 +214,7 @@ def layer(model: Llama | Unrolled, number: int) -> Block:
 
 def _begin(config: ModelConfig, model: Llama | Unrolled, tokens_BT, seen: _Seen):
     """Returns the embedded tokens, and the function of one layer."""
+    check_mesh(model.norm[...])
     turn = rotation(config, jax.reshard(seen.positions_BT, act("BT")))
 
     def block(x_BTD: jax.Array, layer: Block, kept: KeysValues | None = None):
@@ -229,6 +235,43 @@ def output_head(config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array) 
     else:
         logits = matmul(config, "BTD,DV->BTV", x_BTD, model.output)
     return logits.astype(jnp.float32)
+
+
+def token_ids(config: ModelConfig, tokens_BT: Any) -> Any:
+    """Returns tokens, given as lists or an array, as an array [B, T].
+
+    Raises:
+        InputError: they are no such array of whole numbers, or, where their values are known (not
+            under `jax.jit`), one is not in the vocabulary.
+    """
+    try:
+        tokens_BT = _array(tokens_BT)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the tokens are no array [B, T]: give rows of one length ({str(error)[:100]})"
+        ) from error
+    if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+        raise InputError(
+            f"the tokens must be whole numbers [B, T], not {tokens_BT.dtype}"
+            f" {list(tokens_BT.shape)}: give one row of ids for each text"
+        )
+    if isinstance(tokens_BT, jax.core.Tracer) or not getattr(tokens_BT, "is_fully_addressable", 1):
+        return tokens_BT
+    ids = np.asarray(tokens_BT)
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise InputError(
+            f"the token {outside[0]} is not in the vocabulary: ids are 0 to {config.vocab_size - 1}"
+        )
+    return tokens_BT.astype(np.int32)
+
+
+def _array(x: Any) -> Any:
+    """Returns lists of numbers, or of what `jax.jit` makes of these, as an array."""
+    if isinstance(x, jax.Array | np.ndarray):
+        return x
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    return jnp.asarray(x) if traced else np.asarray(x)
 
 
 def forward(
@@ -253,10 +296,16 @@ def forward(
         positions_BT: int32 position of each token in its own text; default 0, 1, …
         segments_BT: int32 number of each token's text; tokens of different segments never see
             each other. Default: all one text.
+
+    Lists of numbers do as well as arrays.
+
+    Raises:
+        InputError: the tokens are no such array, or, where their values are known (not under
+            `jax.jit`), one is not in the vocabulary; or the model lies on another mesh.
     """
-    tokens_BT = balance(tokens_BT)
-    positions_BT = None if positions_BT is None else balance(positions_BT)
-    segments_BT = None if segments_BT is None else balance(segments_BT)
+    tokens_BT = balance(token_ids(config, tokens_BT))
+    positions_BT = None if positions_BT is None else balance(_array(positions_BT))
+    segments_BT = None if segments_BT is None else balance(_array(segments_BT))
     x_BTD = hidden_states(config, model, tokens_BT, positions_BT, segments_BT)
     logits_BSV = jax.reshard(output_head(config, model, x_BTD), act("BSV"))
     return in_text_order(logits_BSV)

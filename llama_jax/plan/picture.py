@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from llama_jax.atomic_write import replaced_file
 from llama_jax.errors import InputError
 from llama_jax.plan.estimate import Plan
 from llama_jax.plan.inference import InferencePlan
@@ -92,10 +93,9 @@ def draw(path: Path, title: str, there: float, memory: Bars, times: Bars) -> Non
     axes[0, 0].axvline(there, color="black", ls="--", lw=1.2)
     note = {"xytext": (-5, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
     axes[0, 0].annotate(f"{there:g} GiB are there", (there, -0.4), **note, fontsize=9)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
     plt.close(figure)
-    partial.replace(path)
 
 
 def _bars(axes, bars: Bars, unit: str) -> None:

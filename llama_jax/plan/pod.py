@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.chips import CHIPS, Chip
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, missing
 
 _PLANNED = {name: chip for name, chip in CHIPS.items() if chip.hbm}
 
@@ -98,9 +98,7 @@ def devices(pod: Pod) -> list[Any]:
         ).devices
     except Exception as error:  # of a plugin: its types are not documented
         if "not installed" in str(error):
-            raise InputError(
-                "there is no TPU compiler here: install it with pip install -e '.[plan]'"
-            ) from error
+            raise missing("there is no TPU compiler here", "plan") from error
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
             f"--topology {pod}: the TPU compiler does not know it ({reason})"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from llama_jax import checkpoint, distributed, stop_signal
+from llama_jax import checkpoint, hosts, stop_signal
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
 from llama_jax.chips import chip_of
 from llama_jax.config import Config
@@ -23,7 +23,7 @@ from llama_jax.data import corpus
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.model.transformer import Llama
-from llama_jax.sharding import check_divides, make_mesh, set_mesh_if_none
+from llama_jax.sharding import check_divides, make_mesh, set_default_mesh
 from llama_jax.training import origin
 from llama_jax.training.memory import keep_freed_memory
 from llama_jax.training.metrics import check_installed, read_metrics
@@ -67,19 +67,19 @@ def run(config: Config) -> Outcome:
             were.
     """
     keep_freed_memory()
-    if distributed.leads():
+    if hosts.leads():
         check_installed(config.logging)
-    distributed.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
+    hosts.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
     mesh = make_mesh(config.mesh)
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
     folder = Path(config.training.out)
     with only_run(folder), jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
-        newest = distributed.decided(lambda: max(checkpoints.steps, default=None))
-        distributed.decided(lambda: _prepare(config, folder, newest))
+        newest = hosts.decided(lambda: max(checkpoints.steps, default=None))
+        hosts.decided(lambda: _prepare(config, folder, newest))
         data = Batches(config.data, config.training.micro_batches)
-        distributed.agreed({"the content of data.mixture": data.fingerprint})
+        hosts.agreed({"the content of data.mixture": data.fingerprint})
         _check_tokenizer(config, data)
         if newest is None:
             origin.check_tokenizer(config, data)
@@ -87,7 +87,7 @@ def run(config: Config) -> Outcome:
             tell(f"{folder} is finished: {newest} steps are done, nothing is left to train")
             return _outcome(folder, newest, data, finished=True)
         state = _State(config, data, checkpoints, newest)
-        distributed.decided(lambda: write_run_files(config, data, folder))
+        hosts.decided(lambda: write_run_files(config, data, folder))
         _tell_run(config, data, mesh, state.step)
         step_function = _compiled(config, data, state)
         with _stop_signals() as stop, contextlib.closing(checkpoints):
@@ -120,7 +120,7 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     Raises:
         InputError: the mesh doesn't divide the model, or as `checkpoint.load_model`.
     """
-    set_mesh_if_none(partial(make_mesh, config.mesh))
+    set_default_mesh(partial(make_mesh, config.mesh))
     check_divides(jax.sharding.get_mesh(), config.model)
     source = config.training.init_from
     if source is None:
@@ -183,7 +183,7 @@ def _train(
     with contextlib.closing(report):
         while state.step < steps:
             checkpoints.check()
-            if why := distributed.stop_before(state.step, stop[0] if stop else None):
+            if why := hosts.stop_before(state.step, stop[0] if stop else None):
                 tell(f"stopping on {why}: saving step {state.step} …")
                 break
             step = state.step
@@ -288,8 +288,8 @@ def _check_tokenizer(config: Config, data: Batches) -> None:
 def _tell_run(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
-    hosts = f" of {jax.process_count()} hosts" if distributed.several() else ""
-    kind = jax.devices()[0].device_kind + " device(s)" + hosts
+    of_hosts = f" of {jax.process_count()} hosts" if hosts.several() else ""
+    kind = jax.devices()[0].device_kind + " device(s)" + of_hosts
     tell(
         f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"

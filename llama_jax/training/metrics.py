@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from llama_jax.atomic_write import replaced_file
 from llama_jax.chips import chip_of
 from llama_jax.config import Config, LoggingConfig
 from llama_jax.errors import Fault, InputError
@@ -43,9 +44,8 @@ class MetricsLog:
     def __init__(self, folder: Path, config: Config, step: int):
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(self.path)
+        with replaced_file(self.path) as partial:
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._tensorboard: Any = None
         self._wandb: Any = None

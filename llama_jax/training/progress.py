@@ -1,6 +1,5 @@
 """What a run shows people: lines and a bar on standard error, and a picture of the losses."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from llama_jax.distributed import leads
+from llama_jax.atomic_write import replaced_file
+from llama_jax.hosts import leads
 from llama_jax.training.metrics import read_metrics
 
 
@@ -92,11 +92,9 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = folder / "loss.png"
-    partial = folder / f".loss.{os.getpid()}.png"
     try:
-        figure.savefig(partial)
-        partial.replace(path)
+        with replaced_file(path) as partial:
+            figure.savefig(partial, format="png")
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)
     return path

@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_jax.config import Config
 from llama_jax.data.batches import Batches
-from llama_jax.distributed import leads
+from llama_jax.hosts import leads
 from llama_jax.training.metrics import MetricsLog, peak_flops
 from llama_jax.training.progress import StepProgress, draw_losses, tell
 from llama_jax.training.step import StepMetrics

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax import config_file, distributed, folders
+from llama_jax import config_file, folders, hosts
+from llama_jax.atomic_write import replaced_file
 from llama_jax.config import Config
 from llama_jax.data.batches import Batches
 from llama_jax.data.tokenizer import load_tokenizer
@@ -34,7 +35,7 @@ def only_run(folder: Path) -> Iterator[None]:
         InputError: another run is in it, it can't be written, or it isn't there on all hosts.
     """
     with contextlib.ExitStack() as held:
-        mark = distributed.decided(lambda: _lock(folder, held))
+        mark = hosts.decided(lambda: _lock(folder, held))
         _check_shared(folder, mark)
         yield
 
@@ -99,10 +100,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def write_run_files(config: Config, data: Batches, folder: Path) -> None:
     """Leaves the resolved configuration and the tokenizer in the run folder."""
-    partial = folder / ".config.partial"
-    partial.write_text(config_file.dump(config))
-    partial.replace(folder / "config.yaml")
+    with replaced_file(folder / "config.yaml") as partial:
+        partial.write_text(config_file.dump(config))
     for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
         if not (folder / name).exists():
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            with replaced_file(folder / name) as partial:
+                partial.write_bytes(content)

@@ -1,8 +1,8 @@
 """Broken checkpoints by the hundred: each refused in a sentence, or converted as if it were whole.
 
 A case is a whole tiny checkpoint, a way to break it and a number; the case's name seeds what the
-breaking draws. Bytes of the weights themselves are left alone (no format has a checksum of them),
-and so are values that another whole checkpoint could have.
+breaking draws. Bytes of the weights themselves are left alone where the format has no checksum of
+them, and so are values that another whole checkpoint could have.
 """
 
 import errno
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import ways_beside as beside
 import ways_to_break as ways
+import ways_unseen as unseen
 from whole_checkpoints import write_all
 
 from llama_jax import cli
@@ -28,7 +29,7 @@ from llama_jax.convert.conversion import Outcome, convert
 from llama_jax.convert.stream import peak_resident
 from llama_jax.convert.verification import verify
 from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 from llama_jax.family import ModelConfig
 from llama_jax.folders import read_model_config
 from llama_jax.weights import WeightsReader
@@ -61,6 +62,9 @@ HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
     ways.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
     ways.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
     ways.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
+    unseen.one_bit: (("meta1", "meta2", "bin1", "bin3"), 4),
+    unseen.shifted: (("f32", "q8"), 8),
+    unseen.irregular: ((*FOLDERS, "f32", "legacy", "model", "run"), 4),
     ways.missing: ((*FOLDERS, "model", "run"), 2),
     ways.value: (("meta1", "hf1", "model", "run"), 14),
     ways.metadata: (("f32", "q8"), 9),
@@ -222,6 +226,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(whole, tmp_path, monkeypatch, to
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(InputError, match=r"No space left on device.*: make room, or choose"):
+    with pytest.raises(Fault, match=r"can't write .*out/model: No space left on device$"):
         convert(whole["meta1"], tmp_path / "out/model", to=to, progress=False)
     assert list((tmp_path / "out").iterdir()) == []

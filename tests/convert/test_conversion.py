@@ -218,7 +218,7 @@ class TestNothingLost:
             shutil.rmtree(tmp_path / to)
 
     def test_what_a_killed_conversion_left_is_no_obstacle(self, shared_data, tmp_path):
-        left = tmp_path / ".m.partial"
+        left = tmp_path / ".m.partial-0123abcd"
         left.mkdir()
         (left / "config.json").write_text("{")
         folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")

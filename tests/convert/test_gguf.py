@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +118,119 @@ def test_other_architectures_are_refused(tmp_path):
     write(tmp_path / "m.gguf", CONFIG, "F32", architecture="qwen2")
     with pytest.raises(InputError, match="holds a 'qwen2' model, not a llama"):
         open_source(tmp_path / "m.gguf")
+
+
+def header(keys: int, body: bytes, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + body
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def array(kind: int, length: int) -> bytes:
+    return text(b"general.x") + struct.pack("<IIQ", 9, kind, length)
+
+
+def table(*lines: tuple[tuple[int, ...], int, int], alignment: int | None = None) -> bytes:
+    """Returns a header with tensors of these shapes (the file's order), kinds and offsets."""
+    said = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    if alignment is not None:
+        said += text(b"general.alignment") + struct.pack("<II", 4, alignment)
+    for i, (shape, kind, offset) in enumerate(lines):
+        said += text(b"t%d" % i) + struct.pack(
+            f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset
+        )
+    raw = header(1 + (alignment is not None), said, len(lines))
+    return raw + bytes(-len(raw) % 32)
+
+
+ROW, Q8 = ((8,), 0), 8  # eight float32, 32 bytes
+END = "but its header tells of"
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (table((*ROW, 0)) + bytes(32), "lacks 'embedding_length'"),  # the file is good
+        (table((*ROW, 0)) + bytes(31), f"is cut short: it has 159 bytes, {END} 160"),
+        (table((*ROW, 0)) + bytes(33), f"is damaged: it has 161 bytes, {END} 160"),
+        (table((*ROW, 0)) + bytes(64), f"is damaged: it has 192 bytes, {END} 160"),
+        (table(((1 << 40,), 0, 0)) + bytes(32), f"is cut short: it has 160 bytes, {END} 4,398,"),
+        (table(((1 << 62, 8), 0, 0)) + bytes(32), "has a shape beyond all bounds"),
+        (table((*ROW, 0), (*ROW, 64)) + bytes(96), "'t1' leaves a gap or overlaps"),
+        (table((*ROW, 0), (*ROW, 16)) + bytes(48), "'t1' leaves a gap or overlaps"),
+        (table((*ROW, 0), (*ROW, 0)) + bytes(32), "'t1' leaves a gap or overlaps"),
+        (table((*ROW, 4)) + bytes(36), "'t0' leaves a gap or overlaps"),
+        (table(((9,), 0, 0), (*ROW, 64)) + bytes(96), "lacks 'embedding_length'"),
+        (
+            table(((9,), 0, 0), (*ROW, 64)) + bytes(37) + b"\1" * 59,
+            "the bytes from 196 to the next",
+        ),
+        (table(((9,), 0, 0)) + bytes(36), f"it has 164 bytes, {END} 192"),
+        (table((*ROW, 0), alignment=0), "has 0 as general.alignment, which must be a power of two"),
+        (table((*ROW, 0), alignment=48), "has 48 as general.alignment"),
+        (table((*ROW, 0), alignment=1 << 31), "has 2147483648 as general.alignment"),
+        (table(((33,), Q8, 0)), "'t0' has rows of 33 numbers in blocks of 32"),
+        (table(((32,), 99, 0)), "'t0' is quantized as 99, which is not supported"),
+        (table(((1,) * 5, 0, 0)), "a tensor has 5 dimensions"),
+    ],
+)
+def test_tensors_that_do_not_fill_the_file_are_refused(tmp_path, raw, why):
+    (tmp_path / "m.gguf").write_bytes(raw)
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "m.gguf")
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_shifted_file_is_refused(tmp_path, kind):
+    numbers = write(tmp_path / "m.gguf", CONFIG, kind)
+    raw, path = (tmp_path / "m.gguf").read_bytes(), tmp_path / "shifted.gguf"
+    rng, data = np.random.default_rng(0), len(raw) - sum(a.nbytes for a in numbers.values()) // 4
+    for _ in range(100):
+        at, n = int(rng.integers(data, len(raw))), int(rng.integers(1, 100))
+        cut, more = raw[:at] + raw[at + n :], raw[:at] + bytes(n) + raw[at:]
+        for damaged in (cut, more):
+            path.write_bytes(damaged)
+            with pytest.raises(InputError, match=rf"(cut short|damaged).*: it has .*, {END}"):
+                open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (header(1, array(0, 3 << 20) + bytes(3 << 20)), "holds a None model"),
+        (header(1, array(8, 1 << 15) + bytes(8 << 15)), "holds a None model"),
+        (
+            header(1, array(0, 1 << 60) + bytes(99)),
+            r"damaged or cut short \(its header goes beyond",
+        ),
+        (
+            header(1, array(8, 1 << 60) + bytes(99)),
+            "it claims an array of 1152921504606846976 values of",
+        ),
+        (header(1, text(b"k") + struct.pack("<IQ", 8, 1 << 40)), "its header goes beyond byte"),
+        (
+            header(1, array(9, 1) + struct.pack("<IQ", 0, 0)),
+            "it claims an array of 1 values of the type 9",
+        ),
+        (header(1 << 40, b""), "claims 0 tensors and 1099511627776 keys"),
+        (header(0, b"", 1 << 40), "claims 1099511627776 tensors and 0 keys"),
+        (header(2, 2 * (text(b"k") + struct.pack("<II", 4, 0))), "a name occurs twice"),
+    ],
+)
+def test_metadata_of_any_length_takes_little_memory(tmp_path, raw, why):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw)
+    for size in (len(raw), 256 << 30):  # the rest is a hole
+        os.truncate(path, size)
+        tracemalloc.start()
+        with pytest.raises(InputError, match=f"{why}|fetch it again"):
+            open_source(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 400 << 20
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from whole_checkpoints import quiet
+from stored_files import write
+from whole_checkpoints import quiet, read
 
 from llama_jax.convert.verification import verify
 from llama_jax.errors import InputError
@@ -16,9 +18,9 @@ def changed(source: Path, folder: Path) -> Path:
     """Returns a copy of a Meta folder in which one bit of one weight is another."""
     shutil.copytree(source, folder)
     path = folder / "consolidated.00.pth"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    tensors = read(path)
+    tensors["norm.weight"].view(np.uint8)[0] ^= 1
+    write(path, tensors)
     return folder
 
 

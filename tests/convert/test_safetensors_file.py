@@ -119,7 +119,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     assert "there is no" in refused(path)
     path.mkdir()
-    assert "can't be read" in refused(path)
+    assert "is a directory, not a regular file" in refused(path)
     path.rmdir()
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     assert "no safetensors file" in refused(path)

@@ -40,9 +40,7 @@ def test_the_writer_refuses_what_its_header_does_not_say(path):
 def test_a_closed_writer_can_be_closed_again(path):
     with writer(path)(path, {"a": ((2,), np.float32)}) as file:
         file.write("a", np.ones(2, np.float32))
-        assert not path.exists()
         file.close()
-        assert path.exists()
         file.close()
     assert list(path.parent.iterdir()) == [path]
 
@@ -51,5 +49,5 @@ def test_a_closed_writer_can_be_closed_again(path):
 def test_a_file_that_changed_since_is_refused(path, now):
     stored = reader(path)(write(path, {"w": np.ones(9, np.float32)}))["w"]
     path.unlink() if now is None else path.write_bytes(now)
-    with pytest.raises(InputError, match=r"'w' can't be read .*: the file has changed"):
+    with pytest.raises(InputError, match=r"'w.*' can't be read .*: the file has changed"):
         stored.read()

@@ -2,12 +2,14 @@
 
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from conftest import peer
 from stored_files import refused, write
-from torch_files import archive, sample, state_dict, storage, tensor
+from torch_files import archive, sample, state_dict, storage, tensor, text
+from ways_unseen import storages
 
 from llama_jax.convert.torch_file import read_torch
 from llama_jax.errors import InputError
@@ -36,7 +38,7 @@ def test_files_that_are_none_are_refused(tmp_path):
         assert "no PyTorch file of weights" in refused(path)
     path.write_bytes(b"PK" + bytes(500))
     assert "cut short or damaged" in refused(path)
-    assert "can't be read" in refused(tmp_path)
+    assert "is a directory, not a regular file" in refused(tmp_path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a.txt", "a")
     assert "not of one PyTorch state dict" in refused(path)
@@ -133,15 +135,67 @@ def test_a_directory_that_swaps_two_storages_is_refused(tmp_path):
 
 def without_storages(path):
     """The numbers of the bytes of a file that don't belong to a storage."""
-    places = set(range(path.stat().st_size))
-    raw = path.read_bytes()
-    with zipfile.ZipFile(path) as file:
-        for info in file.infolist():
-            if "/data/" in info.filename:
-                sizes = struct.unpack_from("<HH", raw, info.header_offset + 26)
-                begin = info.header_offset + 30 + sum(sizes)
-                places -= set(range(begin, begin + info.file_size))
-    return sorted(places)
+    return sorted(set(range(path.stat().st_size)) - set(storages(path)))
+
+
+def test_a_flipped_bit_of_any_storage_is_refused(shared_data, tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "w.pth"
+    for source in sorted((shared_data / "meta_reference").rglob("*.pth")):
+        raw, places = source.read_bytes(), storages(source)
+        for at in rng.choice(places, 10):
+            flipped = bytearray(raw)
+            flipped[at] ^= 1 << rng.integers(8)
+            path.write_bytes(flipped)
+            told = [*filter(None, map(why_unreadable, read_torch(path).values()))]
+            assert len(told) == 1
+            assert "is damaged (its checksum differs): fetch the file" in told[0]
+
+
+def why_unreadable(stored):
+    try:
+        stored.read()
+    except InputError as error:
+        return str(error)
+
+
+def test_a_storage_that_tensors_share_is_hashed_once(tmp_path, monkeypatch):
+    two = {"v": tensor(), "w": tensor(offset=3, shape=(3,), strides=(1,))}
+    data = b"\x80\x02}(" + b"".join(text(name) + value for name, value in two.items()) + b"u."
+    tensors = read_torch(archive(tmp_path / "w.pth", data))
+    calls = []
+    crc32 = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda *args: calls.append(args) or crc32(*args))
+    assert [stored.read().shape for stored in tensors.values() for _ in range(2)] == [
+        *((2, 3), (2, 3)),
+        *((3,), (3,)),
+    ]
+    assert len(calls) == 1
+
+
+def test_a_file_without_checksums_is_refused(tmp_path):
+    torch = peer("torch")
+    path = tmp_path / "w.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(2)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert "was saved without checksums: load it with torch.load and save it" in refused(path)
+
+
+def test_a_directory_without_an_end_is_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    size = 256 << 30
+    with open(path, "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(size)  # a hole: it takes no space
+        file.seek(size)
+        # A directory in ZIP64 that claims all the bytes before it.
+        file.write(struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size, 0))
+        file.write(struct.pack("<4sIQI", b"PK\6\7", 0, size, 1))
+        file.write(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, 2**32 - 1, 2**32 - 1, 0))
+    assert "is cut short or damaged (its zip directory can't be read)" in refused(path)
 
 
 @pytest.mark.parametrize("writer", ["ours", "torch's"])

@@ -98,6 +98,7 @@ STRANGE = {
     "lists in lists": state_dict(b"]" * 200_000 + b"a" * 199_999),
     "a tensor for a key": b"\x80\x02}" + tensor() + b"Ns.",
     "None for a key": b"\x80\x02}NNs.",
+    "numbers of one hash for keys": b"\x80\x02}(\x8a\x08" + bytes(7) + b"\x20Nu.",
     "a dict of itself": b"\x80\x02}q\x00" + text("w") + b"h\x00s.",
     "a list of itself": b"\x80\x02]q\x00h\x00a.",
     "a memo of four billion": state_dict(b"Nr\xff\xff\xff\xff" + HOOKS),

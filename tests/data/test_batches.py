@@ -140,7 +140,7 @@ def truncate(path):
     [
         (lambda f: (f / "meta.json").unlink(), "has no meta.json"),
         (lambda f: (f / "meta.json").write_text("{"), "has a damaged meta.json"),
-        (lambda f: (f / "meta.json").write_text('{"format": 9}'), "unknown format 9"),
+        (lambda f: (f / "meta.json").write_text('{"format": 9}'), "unknown format '9'"),
         (lambda f: (f / "train/tokens-00000.npy").unlink(), "tokens-00000.npy is missing"),
         (lambda f: truncate(f / "train/tokens-00000.npy"), "damaged or cut short"),
         (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "holds 3 entries, but"),

@@ -1,16 +1,24 @@
 import gzip
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from backports import zstd
 
-from llama_jax.data import corpus
+from llama_jax.data import corpus, exact_cuts, text_files
 from llama_jax.data.batches import Tokens
 from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.data.tokenizer_sentencepiece import SentencePiece
 from llama_jax.errors import InputError
 
 TEXTS = [f"line {i} of a text\nwith two lines {'ab' * (i % 7)}\n" for i in range(40)]
+
+GZIP = gzip.compress(np.random.default_rng(0).bytes(3000).hex().encode())
 
 
 @pytest.fixture
@@ -98,7 +106,7 @@ def test_unigram_entropy_is_that_of_the_tokens(sources):
 
 
 def test_the_standard_library_is_a_corpus():
-    files = corpus.find_files(["python-stdlib"])
+    files = text_files.find_files(["python-stdlib"])
     assert len(files) > 300
     assert {"argparse.py", "inspect.py"} <= {file.name for file in files}
     assert not any("site-packages" in file.parts for file in files)
@@ -113,6 +121,7 @@ def test_the_standard_library_is_a_corpus():
         ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text"),
         ("x.txt.gz", gzip.compress(b"text" * 1000)[:30], "x.txt.gz is damaged or cut short"),
         ("x.txt.gz", b"not gzip at all", "x.txt.gz is damaged or cut short"),
+        ("x.txt.gz", GZIP[:20] + b"\xff" * 20 + GZIP[40:], "x.txt.gz is damaged or cut short"),
         ("x.txt.zst", b"not zstd at all", "x.txt.zst is damaged or cut short"),
     ],
 )
@@ -128,7 +137,7 @@ def test_a_zstd_file_that_is_cut_short_is_refused(tmp_path):
     text = np.random.default_rng(0).bytes(3000).hex()
     (tmp_path / "x.txt.zst").write_bytes(zstd.compress(text.encode())[:-200])
     with pytest.raises(InputError, match="damaged or cut short"):
-        list(corpus.read_texts(tmp_path / "x.txt.zst"))
+        list(text_files.read_text(tmp_path / "x.txt.zst"))
 
 
 def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
@@ -139,3 +148,96 @@ def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
         build(sources / "nothing*.txt", sources / "other")
     with pytest.raises(InputError, match="no document for the validation split"):
         build(sources / "a.jsonl", sources / "other", validation_fraction=0.001)
+
+
+def test_a_long_text_is_encoded_in_pieces_and_its_shards_are_the_same(tmp_path, monkeypatch):
+    text = "".join(f"sentence number {i}, and more\n" for i in range(2000))
+    (tmp_path / "book.txt").write_text(text)
+    whole = build(tmp_path / "book.txt", tmp_path / "whole")
+    longest = []
+
+    def noted(self, text, **how):
+        longest.append(len(text))
+        return encode(self, text, **how)
+
+    encode = SentencePiece.encode
+    monkeypatch.setattr(SentencePiece, "encode", noted)
+    monkeypatch.setattr(exact_cuts, "PIECE", 1000)
+    monkeypatch.setattr(text_files, "_PART", 700)
+    monkeypatch.setattr(corpus, "_TASK_BYTES", 3000)
+    cut = build(tmp_path / "book.txt", tmp_path / "cut", workers=1)
+    assert cut == whole  # with the hashes of all files
+    assert len(longest) > 40
+    assert max(longest) < 2000
+
+
+def test_array_files_are_those_of_numpy(tmp_path):
+    values = np.arange(70_000)
+    for dtype in (np.uint16, np.uint32, np.int64):
+        file = corpus._ArrayFile(tmp_path / "a.npy", dtype)
+        for part in np.split(values, [0, 1, 65_000]):
+            file.append(part)
+        file.close()
+        np.save(tmp_path / "b.npy", values.astype(dtype))
+        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def tokenize(sources, *more, start=""):
+    """Starts the command in a process group of its own."""
+    run = f"import sys; {start}; from llama_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", run, "tokenize", *more, "--out", sources / "o" / "out"]
+    return subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_a_full_disk_is_a_fault_in_one_sentence_and_leaves_nothing(sources):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    source = [sources / "a.jsonl", "--vocab-size", 300]
+    process = tokenize(sources, *source, start=limit)
+    _, said = process.communicate(timeout=60)
+    out = sources / "o" / "out"
+    assert said.splitlines()[-1] == f"llama-jax tokenize: can't write {out}: File too large"
+    assert process.returncode == 1
+    assert "Traceback" not in said
+    assert names(sources / "o") == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command_whatever_ends_it(sources, how):
+    build(sources / "a.jsonl", sources / "tokenizer")
+    # The text never ends, so that the command can't finish before it is killed.
+    endless = "from llama_jax.data import text_files as t"
+    endless += "; t.read_text = lambda path: iter(lambda: 'a line of text\\n' * 1000, None)"
+    options = ["--tokenizer", sources / "tokenizer", "--workers", 2, "--validation-fraction", 0]
+    process = tokenize(sources, sources / "texts", *options, start=endless)
+    deadline = time.monotonic() + 120
+    while not any(  # the workers have made something
+        path.stat().st_size > 1000 for path in sources.glob("o/.out.partial-*/train/tokens*")
+    ):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    deadline = time.monotonic() + 60
+    while _group_lives(process.pid):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.01)
+    left = names(sources / "o")
+    assert (left == []) == (how == signal.SIGTERM)
+    build(sources / "a.jsonl", sources / "o" / "out")
+    assert names(sources / "o") == ["out"]
+
+
+def _group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -11,11 +11,18 @@ from llama_jax.errors import InputError
 from llama_jax.inference.compiling import compiled
 from llama_jax.inference.engine import Engine
 from llama_jax.inference.perplexity import prompt_logprobs
-from llama_jax.inference.requests import Begun, Ended, MadeToken, QueueFull, Request
+from llama_jax.inference.requests import (
+    Begun,
+    Ended,
+    EngineStopped,
+    MadeToken,
+    QueueFull,
+    Request,
+)
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
-from llama_jax.model.transformer import Llama, unrolled
-from llama_jax.sharding import one_device_mesh
+from llama_jax.model.transformer import Llama, forward, unrolled
+from llama_jax.sharding import one_device_mesh, place
 
 CONFIG = tiny_model(context=2048)
 RANDOM = np.random.default_rng(0)
@@ -35,7 +42,12 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     with jax.set_mesh(one_device_mesh()):
-        engine = Engine(CONFIG, model, rows=3, context=700, queue=4)
+        told = []
+        engine = Engine(
+            CONFIG, model, rows=3, context=700, queue=4, progress=lambda *of: told.append(of)
+        )
+        names = "prefill of 32 tokens", "prefill of 256 tokens", "decode", "changes of the cache"
+        assert told == [(i / 4, f"{i + 1} of 4: {name}, 956 slots") for i, name in enumerate(names)]
         yield engine
         engine.close()
 
@@ -45,7 +57,7 @@ class Answer:
 
     def __init__(self, engine, request, pause=0.0):
         self.events, self.pause = queue.Queue(), pause
-        self.ticket = engine.submit(request, self.take)
+        (self.ticket,) = engine.submit([request], lambda _, event: self.take(event))
         self.tokens, self.reason, self.begun = [], None, None
 
     def take(self, event):
@@ -139,12 +151,23 @@ def test_logprobs_come_with_the_tokens(engine, model):
     whole = [*request.prompt, *answer.ids]
     with jax.set_mesh(one_device_mesh()):
         expected = prompt_logprobs(CONFIG, model, np.array([whole], np.int32))[0]
-    told = [token.logprob for token in (*answer.begun.prompt_logprobs, *answer.tokens)]
-    np.testing.assert_allclose(told, expected, atol=1e-5)
-    assert [token.id for token in answer.begun.prompt_logprobs] == whole[1:300]
-    for token in answer.tokens:  # greedy: the token is the most likely one
-        assert len(token.top) == 4
-        assert token.top[0] == (token.id, pytest.approx(token.logprob, abs=1e-5))
+    told = [*answer.begun.prompt_logprobs, *answer.tokens]
+    np.testing.assert_allclose([token.logprob for token in told], expected, atol=1e-5)
+    assert [token.id for token in told] == whole[1:]
+    # The alternatives are those of an independent pass over the whole text.
+    with jax.set_mesh(one_device_mesh()):
+        logits = np.asarray(forward(CONFIG, model, place(np.array([whole], np.int32), "BT"))[0])
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    greedy = 0
+    for token, at in zip(told, exact, strict=False):
+        best = np.argsort(-at)[:4]
+        assert [i for i, _ in token.top] == best.tolist()
+        np.testing.assert_allclose([logprob for _, logprob in token.top], at[best], atol=1e-5)
+        # Clients compare a token with the most likely one by these very numbers.
+        assert dict(token.top).get(token.id, token.logprob) == token.logprob
+        greedy += token.top[0][0] == token.id
+    assert 3 <= greedy < 100
 
 
 def test_a_request_can_be_given_up_while_it_waits_reads_or_makes(engine, model):
@@ -196,7 +219,8 @@ def test_a_full_queue_refuses(engine):
 )
 def test_what_can_not_be_served_is_refused_in_a_sentence(engine, request_, sentence):
     with pytest.raises(InputError, match=sentence):
-        engine.submit(request_, lambda _: None)
+        engine.submit([Request((5,), 1), request_], lambda *_: None)
+    assert engine.statistics().waiting == 0
 
 
 def test_many_requests_from_many_threads_are_not_mixed_up(engine, model):
@@ -226,6 +250,82 @@ def test_closing_ends_what_runs_and_refuses_what_comes(model):
     answer = Answer(engine, Request(some(4), 690), pause=0.005)
     answer.wait(1)
     engine.close()
-    assert answer.wait().reason == "error"
-    with pytest.raises(InputError, match="the engine has stopped"):
-        engine.submit(Request((5,), 1), lambda _: None)
+    assert answer.wait().reason == "cancelled"
+    with pytest.raises(EngineStopped, match="the engine is closed"):
+        engine.submit([Request((5,), 1)], lambda *_: None)
+
+
+@pytest.mark.parametrize("failure", [MemoryError, SystemExit])
+@pytest.mark.parametrize("place", ["copy_row", "batch.read_chunk", "batch.decode_rows"])
+def test_a_failure_ends_all_requests_and_is_logged_once(model, failure, place, monkeypatch, caplog):
+    with jax.set_mesh(one_device_mesh()):
+        engine = Engine(CONFIG, model, rows=3, context=700)
+    first = Answer(engine, Request((5,) * 40, 690 - 40), pause=0.005)
+    first.wait(1)
+    submitted = threading.Event()
+
+    def fail(*_, **__):
+        submitted.wait(60)
+        raise failure("no room")
+
+    monkeypatch.setattr(f"llama_jax.inference.engine.{place}", fail)
+    deliveries = queue.Queue()
+    engine.submit([Request((5,) * 60, 9)] * 8, lambda *event: deliveries.put(event))
+    submitted.set()
+    said = f"{failure.__name__}: no room"
+    assert first.wait().reason == "error"
+    ended = set()
+    while len(ended) < 8:
+        index, event = deliveries.get(timeout=60)
+        ended |= {(index, event)} if isinstance(event, Ended) else set()
+    assert ended == {(i, Ended("error", said)) for i in range(8)}
+    assert engine.failure == said
+    with pytest.raises(EngineStopped, match=f"the engine has failed: {said}"):
+        engine.submit([Request((5,), 1)], lambda *_: None)
+    assert [record.message for record in caplog.records] == ["the engine has failed"]
+    assert caplog.text.count("Traceback") == 1
+    assert caplog.text.count(said) == 1
+
+
+def test_a_request_that_is_given_up_leaves_the_queue_at_once(model):
+    with jax.set_mesh(one_device_mesh()):
+        engine = Engine(CONFIG, model, rows=3, context=700, queue=4)
+    held, reached = threading.Event(), threading.Event()
+
+    def hold(index, event):  # the engine stands still, as while it makes one long step
+        reached.set()
+        held.wait(60)
+
+    engine.submit([Request(some(4), 9)], hold)
+    assert reached.wait(60)
+    events = queue.Queue()
+    for _ in range(16):
+        tickets = engine.submit([Request(some(4), 9)] * 20, lambda *event: events.put(event))
+        with pytest.raises(QueueFull):
+            engine.submit([Request(some(4), 9)], lambda *_: None)
+        for ticket in tickets:
+            ticket.cancel()
+        assert sorted(events.get_nowait() for _ in range(20)) == [
+            (i, Ended("cancelled")) for i in range(20)
+        ]
+    assert engine.statistics().waiting == 0
+    held.set()
+    engine.close()
+
+
+def test_more_texts_than_the_queue_has_room_for_are_taken_together(engine, model):
+    request = Request(some(5), 3)
+    events = queue.Queue()
+    engine.submit([request] * 100, lambda *event: events.put(event))
+    with pytest.raises(QueueFull):
+        engine.submit([request], lambda *_: None)
+    made = {i: [] for i in range(100)}
+    ended = []
+    while len(ended) < 100:
+        index, event = events.get(timeout=60)
+        if isinstance(event, MadeToken):
+            made[index].append(event.id)
+        elif isinstance(event, Ended):
+            ended.append((index, event.reason))
+    assert sorted(ended) == [(i, "length") for i in range(100)]
+    assert list(made.values()) == [alone(model, request)] * 100

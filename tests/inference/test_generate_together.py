@@ -18,13 +18,13 @@ PROMPT = np.random.default_rng(0).integers(3, 320, 9).tolist()
 PROGRAM = """
 import json, sys
 import jax
-from llama_jax import distributed, sharding
+from llama_jax import hosts, sharding
 from llama_jax.folders import read_model_config
 from llama_jax.inference.load import load
 from llama_jax.inference.stream import stream
 
 folder, prompt, _, coordinator, _, processes, _, process = sys.argv[1:]
-with distributed.hosts(coordinator, int(processes), int(process)):
+with hosts.join(coordinator, int(processes), int(process)):
     mesh = sharding.tensor_mesh(read_model_config(folder), jax.devices())
     with jax.set_mesh(mesh):
         config, model = load(folder)

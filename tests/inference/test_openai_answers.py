@@ -4,7 +4,9 @@ import json
 
 import openai
 import pytest
-from fake_engine import ANSWER, FakeEngine, chat, complete
+from fake_engine import ANSWER, FakeEngine, chat, complete, new_client, serving
+
+from llama_jax.data.tokenizer import load_tokenizer
 
 pytest_plugins = ["served"]
 
@@ -63,6 +65,20 @@ class TestCompletions:
             )
             assert made.usage.prompt_tokens == sum(map(len, expected))
             assert made.usage.completion_tokens == 6 * len(expected)
+
+    def test_a_prompt_is_parsed_for_special_tokens(self, client, engine, tokenizer):
+        def prompt(text, **extra):
+            complete(client, text, max_tokens=1, extra_body=extra)
+            return list(engine.requests[-1].prompt)
+
+        hello, there = tokenizer.encode("hello"), tokenizer.encode("there")
+        assert prompt("hello</s>there") == [1, *hello, 2, *there]
+        assert prompt("<s>hello") == [1, *hello]  # one begin token
+        text = "<s>hello</s>there"
+        assert prompt(text, parse_special=False) == [1, *tokenizer.encode(text)]
+        chat(client, text, max_tokens=1)
+        ids = tokenizer.encode("[INST] <s>hello</s>there [/INST]", bos=True)
+        assert list(engine.requests[-1].prompt) == ids
 
     def test_each_of_n_texts_has_a_seed_of_its_own(self, client, engine):
         made = complete(client, n=3)
@@ -226,6 +242,18 @@ class TestChat:
         messages = [{"role": "system", "content": "Be kind."}, ask]
         messages += [{"role": "assistant", "content": said.content}, ask]
         assert engine.requests[-1].prompt == tuple(tokenizer.encode_chat(messages))
+
+
+def test_a_template_without_bounds_costs_the_chats_and_no_more(shared_data, tmp_path, caplog):
+    for path in (shared_data / "stories260K" / "hf").glob("token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ 'a' | center(2000000000) }}")
+    sentence = "the model's chat template exceeds the limits of a rendering"
+    with serving(load_tokenizer(tmp_path)) as (_, url), new_client(url) as client:
+        assert f"no chats are answered: {sentence}" in caplog.text
+        assert complete(client, max_tokens=2).usage.completion_tokens == 2
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            chat(client)
 
 
 def test_models_are_listed(client):

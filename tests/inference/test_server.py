@@ -11,7 +11,9 @@ import pytest
 from fake_engine import ANSWER, CHAT, COMPLETION, HELLO, FakeEngine, complete, new_client, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+from llama_jax.errors import InputError
 from llama_jax.inference.server import Settings, greeting, listen
+from llama_jax.inference.server_guard import allowed_hosts
 
 pytest_plugins = ["served"]
 
@@ -44,14 +46,24 @@ def test_a_key_is_asked_for(tokenizer):
 def test_a_full_queue_says_when_to_come_again(client, engine):
     engine.hold.clear()
     try:
-        with pytest.raises(openai.RateLimitError) as raised:
-            complete(client, n=FakeEngine.rows + FakeEngine.queue + 1)
-        assert int(raised.value.response.headers["retry-after"]) > 0
-        assert raised.value.code == "queue_full"
-        engine.wait_until_idle()  # those that had a place have left it
-        assert set(engine.reasons) == {"cancelled"}
+        with ThreadPoolExecutor(1) as pool:
+            n = FakeEngine.rows + FakeEngine.queue
+            first = pool.submit(complete, client, n=n, max_tokens=1)
+            while len(engine.requests) < n:
+                time.sleep(0.002)
+            with pytest.raises(openai.RateLimitError) as raised:
+                complete(client)
+            assert int(raised.value.response.headers["retry-after"]) > 0
+            assert raised.value.code == "queue_full"
+            assert len(engine.requests) == n
+            engine.hold.set()
+            assert len(first.result().choices) == n
     finally:
         engine.hold.set()
+
+
+def test_more_texts_than_the_queue_has_room_for_are_made(client):
+    assert len(complete(client, n=100, max_tokens=1).choices) == 100
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +104,15 @@ def test_an_engine_that_fails_is_told(client, engine):
             complete(client)
     finally:
         engine.failing = False
+    engine.failure = "MemoryError: no room"
+    try:
+        with pytest.raises(openai.InternalServerError) as raised:
+            complete(client)
+    finally:
+        del engine.failure
+    assert raised.value.status_code == 500
+    assert raised.value.code == "engine_failed"
+    assert raised.value.body["message"] == "the engine has failed: MemoryError: no room"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -105,8 +126,8 @@ def test_a_client_that_leaves_cancels_its_texts(served, engine, stream):
         if not stream:
             engine.hold.clear()
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            head = f"POST {COMPLETION} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-            connection.sendall((head + body).encode())
+            head = f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\n"
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
             if stream:
                 assert b"200 OK" in connection.recv(100)
             else:
@@ -185,11 +206,77 @@ def test_pages_of_other_sites_are_refused(http):
     assert http.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link
 
 
+def page(**headers):
+    """Returns the headers of a request by a page that a browser took from somewhere."""
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        # DNS rebinding: the browser takes the server for a part of evil.example.
+        (page(host="evil.example:8000", sec_fetch_site="same-origin"), 403),
+        (page(host="evil.example", origin="http://evil.example"), 403),
+        (page(host="127.0.0.1.evil.example"), 403),
+        (page(host="localhost.evil.example:80"), 403),
+        (page(host="[::1"), 403),
+        (page(host="llm:8000"), 403),
+        (page(host="localhost:8000"), 200),
+        (page(host="LocalHost."), 200),
+        (page(host="llama.localhost"), 200),
+        (page(host="127.0.0.1:1"), 200),
+        (page(host="[::1]:8000"), 200),
+        (page(host="192.168.1.5:8000"), 200),  # no name: nobody can make it another's
+        # Where browsers send no sec-fetch-site: plain HTTP to an address that is no loopback.
+        (page(host="192.168.1.5:8000", origin="http://192.168.1.5:8000"), 200),
+        (page(host="192.168.1.5:8000", origin="http://192.168.1.5:9000"), 403),
+        (page(host="192.168.1.5:8000", origin="http://evil.example"), 403),
+        (page(host="192.168.1.5:8000", origin="null"), 403),
+        (page(host="192.168.1.5:8000", origin="http://["), 403),
+        # A proxy with TLS that changes the host: the browser says where the page came from.
+        (page(host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="same-origin"), 200),
+        (page(host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="cross-site"), 403),
+    ],
+)
+def test_only_the_own_page_is_served(http, headers, status):
+    answer = http.post(COMPLETION, json={"prompt": "a", "max_tokens": 1}, headers=headers)
+    assert answer.status_code == status, answer.text
+    if "evil" in headers["host"]:
+        for path in ("/", "/health", "/metrics", "/v1/models"):
+            assert http.get(path, headers=headers).status_code == 403
+        assert "start it with --allow-host " in answer.json()["error"]["message"]
+
+
+def test_hosts_that_are_allowed(tokenizer):
+    here = allowed_hosts("box.lan", ["Models.example.org"], "127.0.0.1")
+    names = ("models.example.org", "box.lan", "llm", "evil.example")
+    assert [here.allow(f"{name}:80") for name in names] == [True, True, False, False]
+    network = allowed_hosts("0.0.0.0", [], "0.0.0.0")
+    assert [network.allow(name) for name in names] == [False, False, True, False]
+    assert allowed_hosts("::1", ["*"], "::1").allow("evil.example")
+    for wrong in ("http://a.b", "a.b:80", "a.b/c", ""):
+        with pytest.raises(InputError, match=r"is not a host's name: give one such as"):
+            allowed_hosts("localhost", [wrong], "127.0.0.1")
+    body, evil = {"prompt": "a", "max_tokens": 1}, {"host": "evil.example"}
+    with serving(tokenizer, hosts=here) as (_, url):
+        own = {"host": "127.0.0.1:80", "origin": "http://models.example.org"}
+        assert httpx.post(url + COMPLETION, json=body, headers=own).status_code == 200
+        assert httpx.post(url + COMPLETION, json=body, headers=evil).status_code == 403
+        no_host = b"GET /health HTTP/1.0\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(no_host)
+            assert b"200 OK" in connection.recv(100)
+    with serving(tokenizer, api_key="k") as (_, url):  # the key is what a strange page lacks
+        key = evil | {"authorization": "Bearer k"}
+        assert httpx.post(url + COMPLETION, json=body, headers=key).status_code == 200
+        assert httpx.post(url + COMPLETION, json=body, headers=evil).status_code == 401
+
+
 def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, engine, caplog):
     def broken(request):
         raise RuntimeError(f"secret {request.prompt}")
 
-    engine.submit, submit = (lambda request, deliver: broken(request)), engine.submit
+    engine.submit, submit = (lambda requests, deliver: broken(requests[0])), engine.submit
     try:
         answer = http.post(COMPLETION, json={"prompt": "secret"})
     finally:

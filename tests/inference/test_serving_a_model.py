@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jax
+import numpy as np
 import openai
 import pytest
-from conftest import load_reference
+from conftest import load_reference, peer
 from fake_engine import serving
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,6 +41,46 @@ def test_the_story_is_the_one_that_is_known(client, shared_data):
     )
     assert told.choices[0].text == expected
     assert told.usage.completion_tokens == 200
+
+
+def test_continuations_are_scored_as_by_transformers(client, shared_data):
+    """In lm-eval's way, `is_greedy` included (openai_completions.py and huggingface.py, 0.4.13)."""
+    torch, transformers = peer("torch"), peer("transformers")
+    folder = shared_data / "stories260K"
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+
+    def logprobs(rows):
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], True)
+        with torch.no_grad():
+            return theirs(padded).logits.double().log_softmax(-1)
+
+    text = np.load(folder / "stories260K_reference.npz")["text_ids"].tolist()
+    contexts = [[1, *text[i : i + 5 + i % 30]] for i in range(80)]
+    likely = [list(context) for context in contexts]
+    for _ in range(5):
+        for ids, logprobs_TV in zip(likely, logprobs(likely), strict=True):
+            ids.append(int(logprobs_TV[len(ids) - 1].argmax()))
+    # 1 to 5 tokens: every other time those that follow in another text.
+    asked = [
+        (context, ids[: len(context) + 1 + i % 5] if i % 2 else context + text[i : i + 1 + i % 5])
+        for i, (context, ids) in enumerate(zip(contexts, likely, strict=True))
+    ]
+    agree = greedy = 0
+    for (context, ids), logprobs_TV in zip(asked, logprobs([ids for _, ids in asked]), strict=True):
+        at = range(len(context) - 1, len(ids) - 1)
+        expected = sum(float(logprobs_TV[p, ids[p + 1]]) for p in at)
+        is_greedy = all(int(logprobs_TV[p].argmax()) == ids[p + 1] for p in at)
+        scores = client.completions.create(
+            model="stories", prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True
+        ).choices[0].logprobs  # fmt: skip
+        new = slice(len(context), -1)
+        pairs = list(zip(scores.token_logprobs[new], scores.top_logprobs[new], strict=True))
+        assert len(pairs) == len(at) > 0
+        assert sum(logprob for logprob, _ in pairs) == pytest.approx(expected, abs=2e-4)
+        agree += is_greedy == all(logprob == max(top.values()) for logprob, top in pairs)
+        greedy += is_greedy
+    assert agree == 80
+    assert 40 <= greedy < 70
 
 
 def test_requests_in_company_get_what_they_get_alone(client, served):

@@ -10,20 +10,22 @@ from collections import Counter
 import pytest
 import yaml
 from conftest import ROOT
+from hostile_peers import HostilePeers
 from processes import Group
 
-from llama_jax import config_file, distributed
+from llama_jax import config_file, hosts
+from llama_jax.cli import main
 from llama_jax.errors import InputError
 
 # A program in place of the training: who has joined does what its argument says.
 PROGRAM = """
 import sys, time
-from llama_jax import distributed
+from llama_jax import hosts
 from llama_jax.errors import InputError
 
 does, (_, where, _, processes, _, process) = sys.argv[1], sys.argv[2:]
-with distributed.hosts(where, int(processes), int(process)):
-    distributed.agreed({})
+with hosts.join(where, int(processes), int(process)):
+    hosts.agreed({})
     print("joined", flush=True)
     if does == "input":
         raise InputError("this is wrong")
@@ -40,10 +42,14 @@ with distributed.hosts(where, int(processes), int(process)):
         ("bug", 1, "host 1 ({name}): RuntimeError: nobody thought of this"),
     ],
 )
-def test_an_error_on_one_host_ends_all_with_its_sentence(does, code, sentence, tmp_path):
+def test_an_error_on_one_host_ends_all_with_its_sentence(
+    does, code, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(hosts.JOB_TOKEN, "known to all three")
     apart = [["wait"], [does], ["wait"]]
     group = Group(tmp_path / "said", 3, program=("-c", PROGRAM), apart=apart)
-    assert group.wait(60) == [code] * 3
+    with HostilePeers(group.port, 10):
+        assert group.wait(60) == [code] * 3
     wanted = "llama-jax: " + sentence.format(name=socket.gethostname())
     for i, said in enumerate(group.said("err")):
         assert said.splitlines()[-1] == wanted
@@ -86,7 +92,7 @@ SLURM = {"JOB_ID": "9", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "3",
 def test_only_an_environment_of_several_processes_is_joined(monkeypatch, environment, place):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed._detected() == place
+    assert hosts._detected() == place
 
 
 def test_tpu_slices_are_numbered_through(monkeypatch):
@@ -101,13 +107,32 @@ def test_tpu_slices_are_numbered_through(monkeypatch):
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
     }.items():
         monkeypatch.setenv(name, value)
-    assert distributed._detected() == ("localhost:8482", 4, 3)
+    assert hosts._detected() == ("localhost:8482", 4, 3)
 
 
 def test_an_open_mpi_that_tells_no_address_is_no_single_process(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(InputError, match="Open MPI started 2 processes, but doesn't say where"):
-        distributed._detected()
+        hosts._detected()
+
+
+def test_a_job_token_is_the_secret_or_else_the_schedulers_name_of_the_job(monkeypatch):
+    assert hosts._job_token("n1:61449", detected=False) == b""  # flags may name host 0 differently
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert hosts._job_token("n1:61449", detected=True) == b"n1:61449 9 1"
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1314521088.0;tcp://10.96.0.1:34911")
+    assert hosts._job_token("10.96.0.1:62880", detected=True) == b"10.96.0.1:62880"
+    monkeypatch.setenv(hosts.JOB_TOKEN, "0123456789abcdef")
+    for detected in (True, False):
+        assert hosts._job_token("n1:61449", detected) == b"0123456789abcdef"
+
+
+def test_a_job_token_that_can_be_guessed_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv(hosts.JOB_TOKEN, "")  # as after a command that failed
+    flags = ["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"]
+    assert main(["train", "no.yaml", *flags]) == 2
+    assert "LLAMA_JAX_JOB_TOKEN has 0 characters: set it on all" in capsys.readouterr().err
 
 
 def test_the_recipes_for_pods_are_well_formed():

@@ -1,0 +1,82 @@
+"""What memory a conversion may take where nobody says: no more than there is."""
+
+import struct
+import sys
+
+import pytest
+from whole_checkpoints import quiet, write_llama2c
+
+from llama_jax.convert import stream
+from llama_jax.convert.stream import available_memory
+from llama_jax.convert.verification import verify
+from llama_jax.errors import InputError
+
+MIB = 1 << 20
+V1 = "5:cpu,cpuacct:/x\n4:memory:/docker/a\n0::/docker/a\n"
+
+
+def system(root, cgroup, files):
+    """Writes what Linux says of a machine with 900 MiB free."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable:  921600 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def limits(limit, usage, cache=0, v1=False):
+    names = "memory.limit_in_bytes memory.usage_in_bytes" if v1 else "memory.max memory.current"
+    stat = f"inactive_file {cache}\nactive_file 0\n"
+    stat += f"total_inactive_file {cache}\ntotal_active_file {MIB}\n" if v1 else ""
+    return dict(zip(names.split(), (f"{limit}\n", f"{usage}\n"), strict=True)) | {
+        "memory.stat": stat
+    }
+
+
+def inside(folder, files):
+    return {f"{folder}{name}": text for name, text in files.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and cgroups")
+@pytest.mark.parametrize(
+    ("cgroup", "files", "free"),
+    [
+        ("0::/\n", {}, 900),
+        ("0::/\n", limits(700 * MIB, 300 * MIB, 50 * MIB), 450),  # in a container
+        ("0::/\n", limits(200 * MIB, 300 * MIB), 0),
+        ("0::/a/b\n", inside("a/b/", limits("max", MIB)), 900),
+        ("0::/a/b\n", inside("a/", limits(500 * MIB, 100 * MIB)), 400),  # of a group above
+        ("0::/a\n", inside("a/", limits(5000 * MIB, MIB)), 900),
+        (V1, inside("memory/docker/a/", limits(600 * MIB, 300 * MIB, 9 * MIB, v1=True)), 310),
+        (V1, inside("memory/", limits(600 * MIB, 300 * MIB, v1=True)), 301),  # in a container
+    ],
+)
+def test_the_least_of_machine_and_cgroups_counts(tmp_path, cgroup, files, free):
+    assert available_memory(system(tmp_path, cgroup, files)) == free * MIB
+
+
+def test_a_hole_that_declares_a_weight_beyond_the_memory_is_refused(tmp_path):
+    path = tmp_path / "huge.bin"
+    sizes = (1 << 18, 1 << 18, 1, 1, 1, 1 << 18, 8)  # 256 GiB a matrix
+    numbers = 3 * 2**18 + 8 * 2**36  # three norms, eight matrices
+    header = b"24ka" + struct.pack("<i", 1) + struct.pack("<7i", *sizes) + b"\1"
+    path.write_bytes(header.ljust(256, b"\0"))
+    with open(path, "r+b") as file:
+        file.truncate(256 + 4 * numbers)
+    with pytest.raises(InputError, match=r"while it is converted, takes 768\.06 GiB of memory"):
+        quiet(path, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["huge.bin"]
+
+
+def test_a_machine_without_room_is_told(tmp_path, monkeypatch):
+    write_llama2c(tmp_path / "m.bin", 1)
+    quiet(tmp_path / "m.bin", tmp_path / "m")
+    monkeypatch.setattr(stream, "available_memory", lambda: 1000)
+    with pytest.raises(InputError, match=r"0\.00 GiB are free: make room, or take a machine with"):
+        quiet(tmp_path / "m.bin", tmp_path / "other")
+    with pytest.raises(InputError, match=r"the largest weight of .* takes 0\.00 GiB of memory"):
+        verify(tmp_path / "m", progress=False)
+    assert quiet(tmp_path / "m.bin", tmp_path / "other", max_ram=8 << 30).exists()  # asked for

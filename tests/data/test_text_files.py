@@ -1,0 +1,99 @@
+"""Which files are read as what."""
+
+import gzip
+import json
+
+import pytest
+
+from llama_jax.data import text_files
+from llama_jax.data.text_files import find_files, is_json_lines, lines_of, read_documents
+from llama_jax.errors import InputError
+
+TEXTS = ["one\ntwo", "three"]
+C4 = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in TEXTS).encode()
+DOLMA = "".join(json.dumps({"id": "1", "text": text}) + "\n" for text in TEXTS).encode()
+PRETTY = json.dumps({"text": "a"}, indent=1).encode()
+ARRAY = json.dumps([{"text": text} for text in TEXTS]).encode()
+
+
+def documents(path, fraction=0.0):
+    return [("".join(parts), split) for parts, split in read_documents([path], fraction)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("c4.json", C4),
+        ("c4.json.gz", gzip.compress(C4)),
+        ("dolma.json.gz", gzip.compress(DOLMA)),
+        ("x.ndjson", C4),
+        ("x.jsonl", C4),
+        ("part-00000", C4),
+        ("x.json", b"\n" + C4),
+    ],
+)
+def test_json_lines_are_recognized_by_their_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert documents(tmp_path / name) == [(text, "train") for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", C4),  # the name says so
+        ("README", b"{not JSON}\n"),
+        ("README", b'{"no": "text"}\n'),
+        ("README", ARRAY),
+    ],
+)
+def test_other_files_are_one_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert documents(tmp_path / name) == [(content.decode(), "train")]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (ARRAY, r"x.json is one JSON array: write each .* \(`jq -c '.\[\]'`\), or name the file"),
+        (PRETTY, r"x.json is no JSON lines: write each .* \(`jq -c .`\), or name the file .txt"),
+        (b"3\n", "x.json is no JSON lines"),
+        (b'{"body": "a"}\n', r'x.json:1: a line needs a string "text"; this one has: body'),
+        (C4 + b"[" * 100_000 + b"\n", "x.json:3: not valid JSON .*recursion"),
+        (C4 + b'{"text": %s}\n' % (b"9" * 5000), "x.json:3: not valid JSON .*digits"),
+    ],
+)
+def test_json_that_is_not_one_text_a_line_is_refused(tmp_path, content, sentence):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        documents(tmp_path / "x.json")
+
+
+def test_a_folder_gives_its_texts_and_the_json_that_holds_texts(tmp_path):
+    files = {"a.json.gz": gzip.compress(C4), "b.ndjson": C4, "c.txt": b"c", "d.json": ARRAY}
+    others = {"package.json": PRETTY.replace(b"text", b"name"), "list.json": b"[1]\n", "x.png": C4}
+    for name, content in (files | others).items():
+        (tmp_path / name).write_bytes(content)
+    assert [path.name for path in find_files([str(tmp_path)])] == list(files)
+    assert not is_json_lines(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9999])
+@pytest.mark.parametrize("part", [1, 7, 1000])
+def test_a_single_text_is_split_where_it_would_be_in_one_part(
+    tmp_path, monkeypatch, fraction, part
+):
+    monkeypatch.setattr(text_files, "_PART", part)
+    for text in ("line é\nnext\r\n\n last", "no line end", "\nends\n", "", "\n"):
+        (tmp_path / "x.txt").write_bytes(text.encode())
+        cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 if fraction else len(text)
+        expected = [(text[:cut], "train"), (text[cut:], "validation")]
+        assert documents(tmp_path / "x.txt", fraction) == [d for d in expected if d[0]]
+
+
+def test_lines_are_those_of_the_text_without_the_longest(tmp_path, monkeypatch):
+    text = "one\n\ntwo three\nfour, which is too long\nfive\n"
+    (tmp_path / "x.txt").write_text(text)
+    for part in (1, 3, 100):
+        monkeypatch.setattr(text_files, "_PART", part)
+        lines = lines_of(read_documents([tmp_path / "x.txt"], 0.0), "train", 10)
+        assert list(lines) == ["one", "", "two three", "five", ""]

@@ -1,0 +1,136 @@
+"""Models on the mesh and in the compute type that suit them and the machine."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_model
+
+import llama_jax as lj
+from llama_jax import chips
+from llama_jax.checkpoint import save_model
+from llama_jax.errors import InputError
+from llama_jax.inference import load as load_module
+from llama_jax.inference.load import load
+from llama_jax.model.transformer import Llama
+from llama_jax.sharding import one_device_mesh
+
+# Over 8 devices and over 6.
+SHAPES = [
+    {"n_kv_heads": 8},
+    {"n_heads": 6, "n_kv_heads": 6, "hidden_dim": 60, "vocab_size": 300, "dtype": "bfloat16"},
+]
+forward = jax.jit(lj.forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = []
+    for i, shape in enumerate(SHAPES):
+        config = tiny_model(**shape, param_dtype=shape.get("dtype", "float32"))
+        made.append(tmp_path_factory.mktemp("models") / str(i))
+        with jax.set_mesh(one_device_mesh()):
+            model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+            save_model(made[-1], config, model, None)
+    return made
+
+
+def test_each_model_loads_onto_its_own_mesh(folders):
+    tokens_BT = np.array([[1, 2, 3]])
+
+    def loaded():  # the mesh is the thread's own
+        wide = load(folders[0])
+        assert jax.sharding.get_mesh().size == 8
+        narrow = load(folders[1])
+        assert jax.sharding.get_mesh().size == 6
+        assert forward(*narrow, tokens_BT).shape == (1, 3, 300)
+        for use in (forward, lj.forward):
+            with pytest.raises(InputError, match=r"another mesh \(.*tensor 8\) than .*tensor 6\)"):
+                use(*wide, tokens_BT)
+        with jax.set_mesh(wide[1].norm[...].sharding.mesh):
+            assert forward(*wide, tokens_BT).shape == (1, 3, 320)
+        assert jax.sharding.get_mesh().size == 6
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(loaded).result()
+
+
+def test_a_mesh_that_the_caller_set_stays_or_is_refused(folders):
+    with jax.set_mesh(mesh_of((1, 1, 4))):
+        load(folders[0])
+        assert jax.sharding.get_mesh().size == 4
+        with pytest.raises(InputError, match=r"tensor 4 does not divide model.n_heads \(6\)"):
+            load(folders[1])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_cpu_without_bfloat16_computes_in_float32(folders, monkeypatch):
+    dtypes = {}
+    for units in (True, False):
+        monkeypatch.setattr(load_module, "cpu_has_bfloat16", lambda units=units: units)
+        config, model = load(folders[1])
+        dtypes[units] = config.dtype, config.param_dtype, str(model.layers[0].w1[...].dtype)
+        assert load(folders[0])[0].dtype == "float32"
+    assert dtypes == {True: ("bfloat16",) * 3, False: ("float32",) * 3}
+    huge = lj.FAMILY["llama3.1-405b"]  # 1.6 TB in float32
+    assert load_module.suited(huge) == huge
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("flags\t\t: fpu avx2 fma f16c", False),
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512vl", True),
+        ("flags\t\t: avx512f amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd i8mm bf16 dgh", True),
+        ("Features\t: fp asimd asimddp", False),
+        (None, False),  # neither Linux nor macOS
+    ],
+)
+def test_what_the_cpu_says_of_itself(cpuinfo, has, tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(f"processor\t: 0\n{cpuinfo}\n")
+    monkeypatch.setattr(chips, "Path", lambda _: path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert chips.cpu_has_bfloat16() is has
+
+
+BAD_TOKENS = [
+    ([[1, 2], [3]], "the tokens are no array [B, T]: give rows of one length"),
+    ([1, 2, 3], "the tokens must be whole numbers [B, T], not int64 [3]"),
+    (np.array([[1.5]]), "the tokens must be whole numbers [B, T], not float64 [1, 1]"),
+    ([["a"]], "the tokens must be whole numbers [B, T]"),
+    ([[1, 320]], "the token 320 is not in the vocabulary: ids are 0 to 319"),
+    (np.array([[-1, 3]]), "the token -1 is not in the vocabulary"),
+    ([[1 << 40]], "the token 1099511627776 is not in the vocabulary"),
+]
+
+
+def test_tokens_come_as_lists_or_arrays_and_bad_ones_get_a_sentence(folders):
+    with jax.set_mesh(mesh_of((1, 1, 2))):
+        config, model = load(folders[0])
+        expected = forward(config, model, np.array([[1, 2, 3]], np.int32))
+        for function, tokens in [
+            (lj.forward, [[1, 2, 3]]),
+            (forward, [[1, 2, 3]]),
+            (forward, jax.numpy.array([[1, 2, 3]])),
+        ]:
+            found = function(config, model, tokens, [[0, 1, 2]], [[1, 1, 1]])
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        for tokens, sentence in BAD_TOKENS:
+            with pytest.raises(InputError) as raised:
+                lj.forward(config, model, tokens)
+            assert sentence in str(raised.value)
+        with pytest.raises(InputError, match="must be whole numbers"):
+            forward(config, model, [1, 2, 3])
+        options = {"max_new_tokens": 2}
+        made = [
+            lj.generate(config, model, rows, lengths, lj.Sampling(), seeds, **options).tokens_Bn
+            for rows, lengths, seeds in (
+                ([[1, 2, 3]], [3], [0]),
+                (np.array([[1, 2, 3]]), np.array([3]), np.array([0])),
+            )
+        ]
+        np.testing.assert_array_equal(*made)
