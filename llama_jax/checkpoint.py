@@ -134,7 +134,9 @@ class TrainingCheckpoints:
         response.result()
         self.steps.append(step)
         config = self._config
-        for old in self.steps[: -config.keep] if config else ():
+        if config is None:
+            return
+        for old in self.steps[: -config.keep]:
             if config.keep_every and old % config.keep_every == 0:
                 continue
             self.steps.remove(old)

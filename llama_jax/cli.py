@@ -12,10 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama_jax import cli_inference, config_file, stop_signal
+from llama_jax import cli_inference, stop_signal
 from llama_jax.errors import Fault, InputError
-from llama_jax.family import FAMILY
-from llama_jax.manual import parser
 from llama_jax.storage import check_local
 
 if TYPE_CHECKING:
@@ -26,10 +24,24 @@ _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACC
 _SYSTEM_FAULTS += (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 # What needs JAX is imported by the command that uses it: `--help` and typing errors answer at once.
+# The configuration is imported when SIGTERM is already heard.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 for a failed run, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if [*argv[:1]] != ["train"]:
+        return _run(argv)
+    again = " ".join(["llama-jax", *argv])
+    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
+    with stop_signal.stops_at_sigterm(nothing):
+        return _run(argv)
+    return 0
+
+
+def _run(argv: Sequence[str]) -> int:
+    from llama_jax.manual import parser
+
     made = parser()
     args, rest = made.parse_known_args(argv)
     # argparse takes overrides in one piece only; they may also stand after the flags.
@@ -62,17 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    again = " ".join(["llama-jax train", args.config, *args.overrides])
-    nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
-    with stop_signal.stops_at_sigterm(nothing):
-        from llama_jax import hosts
+    from llama_jax import hosts
 
-        with hosts.join(args.coordinator, args.processes, args.process):
-            return _train_together(args, again)
-    return 0
+    with hosts.join(args.coordinator, args.processes, args.process):
+        return _train_together(args)
 
 
-def _train_together(args: argparse.Namespace, again: str) -> int:
+def _train_together(args: argparse.Namespace) -> int:
+    from llama_jax import config_file
+
     resolved = config_file.load(args.config, args.overrides)
     from llama_jax import hosts
     from llama_jax.training import loop
@@ -84,6 +94,7 @@ def _train_together(args: argparse.Namespace, again: str) -> int:
         tell(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
+        again = " ".join(["llama-jax train", args.config, *args.overrides])
         tell(f"saved after step {outcome.step}; go on with: {again}")
         return 0
     if not hosts.leads():
@@ -106,6 +117,9 @@ def _train_together(args: argparse.Namespace, again: str) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     import json
+
+    from llama_jax import config_file
+    from llama_jax.family import FAMILY
 
     if args.inference:
         return _plan_inference(args)
@@ -148,7 +162,8 @@ def _plan_inference(args: argparse.Namespace) -> int:
     import json
     from dataclasses import replace
 
-    from llama_jax import folders
+    from llama_jax import config_file, folders
+    from llama_jax.family import FAMILY
 
     if args.search:
         raise InputError("--search is for training runs: leave it out with --inference")

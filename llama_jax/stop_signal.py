@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-# Python handles a signal when XLA, which compiles for minutes, has returned. So long, the main
-# thread may take to clean up; then the process ends without it.
-PATIENCE_SECONDS = 3.0
+# So long, work in Python may take to remove what it has half-written.
+UNWINDING_SECONDS = 3.0
 
 
 class Stopped(BaseException):
@@ -22,26 +21,31 @@ def _end(message: str) -> NoReturn:
     os._exit(0)
 
 
-# How a process ends whose main thread is busy. `distributed` ends all hosts of its run instead.
+# How this process ends at SIGTERM. `hosts` ends all hosts of its run instead.
 end: Callable[[str], NoReturn] = _end
+
+_unwinds = False
 
 
 @contextlib.contextmanager
 def stops_at_sigterm(message: str) -> Iterator[None]:
-    """Leaves the block when SIGTERM comes, and prints `message`.
+    """Ends the process with exit code 0 when SIGTERM comes in the block, and prints `message`.
 
-    Exit code 0 is right after that. Inside, another handler may take its place for a time.
+    Another handler may take its place for a time. A thread ends the process, because Python calls
+    a handler only between its own instructions: XLA may compile for minutes, and an exception in
+    the midst of an import aborts some modules written in C++.
     """
 
     def stop(*_: Any) -> None:
-        raise Stopped(message)
+        if _unwinds:
+            raise Stopped(message)
 
     over = threading.Event()
 
     def watch() -> None:
         while number := os.read(read, 1):
             if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop:
-                if not over.wait(PATIENCE_SECONDS):
+                if not (_unwinds and over.wait(UNWINDING_SECONDS)):
                     end(message)
                 return
 
@@ -57,9 +61,20 @@ def stops_at_sigterm(message: str) -> Iterator[None]:
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
     finally:
+        over.set()
         signal.signal(signal.SIGTERM, handler)
         signal.set_wakeup_fd(wakeup)
-        over.set()
         os.close(write)
         watching.join()
         os.close(read)
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Lets SIGTERM raise `Stopped` in the block, so that what is half-written is removed."""
+    global _unwinds
+    _unwinds = True
+    try:
+        yield
+    finally:
+        _unwinds = False

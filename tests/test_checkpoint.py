@@ -134,9 +134,9 @@ def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
     with pytest.raises(InputError, match="is already there"):
         save_model(model_folder, CONFIG.model, None, None)
     for path in ("gs://b/m", Path("gs://b/m")):
-        with pytest.raises(InputError, match="gs:/+b/m is a URL"):
+        with pytest.raises(InputError, match=r"gs:/+b/m is a URL"):
             load_model(path)
-        with pytest.raises(InputError, match="gs:/+b/m is a URL"):
+        with pytest.raises(InputError, match=r"gs:/+b/m is a URL"):
             save_model(path, CONFIG.model, None, None)
 
 

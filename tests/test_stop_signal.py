@@ -11,13 +11,15 @@ import pytest
 # The command line, which says when it has come to a point, and waits there for the signal.
 PROGRAM = """
 import ctypes, sys, time
-from llama_jax import cli, stop_signal
-stop_signal.PATIENCE_SECONDS = 0.2
+from llama_jax import cli
 point = sys.argv.pop(1)
 
 def wait(*_, **__):
     print("waits", flush=True)
-    time.sleep(60)
+    try:
+        time.sleep(60)
+    finally:
+        print("unwinds", flush=True)
 
 def wait_outside_of_python(*_, **__):
     print("waits", flush=True)
@@ -59,7 +61,8 @@ def test_sigterm_before_the_first_step_ends_with_0(point, token_folder, tmp_path
     process = subprocess.Popen(command, **pipes, env=os.environ)
     assert process.stdout.readline() == "waits\n"
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == ("unwinds\n" if point == "preparation" else "")
     assert process.returncode == 0, stderr
     assert stderr.splitlines()[-1] == (
         f"stopped on SIGTERM: there was nothing to save; start again with: llama-jax train {path}"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 
-from llama_jax import checkpoint, hosts
+from llama_jax import checkpoint, hosts, stop_signal
 from llama_jax.checkpoint import Progress, TrainingCheckpoints
 from llama_jax.chips import chip_of
 from llama_jax.config import Config
@@ -103,7 +103,8 @@ def _prepare(config: Config, folder: Path, newest: int | None) -> None:
         if (folder / "config.yaml").exists():
             tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
         origin.check_shape(config)
-    prepare_data(config)
+    with stop_signal.unwinding():
+        prepare_data(config)
 
 
 def initial_state(config: Config) -> tuple[Llama, optax.OptState]:

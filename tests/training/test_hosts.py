@@ -45,10 +45,9 @@ sys.exit(main(sys.argv[1:]))
 # The command line; on host 1 the step is compiled for ever, outside of Python.
 COMPILING = """
 import ctypes, sys
-from llama_jax import cli, stop_signal
+from llama_jax import cli
 from llama_jax.training import loop
 
-stop_signal.PATIENCE_SECONDS = 0.2
 def compile_for_ever(*_):
     print("compiles", flush=True)
     lock = ctypes.create_string_buffer(64)

@@ -182,7 +182,7 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
 def test_metrics_that_can_not_be_written_are_a_fault(token_folder, tmp_path):
     log = MetricsLog(tmp_path, config(tmp_path, token_folder), 0)
     log._file.close()
-    log._file = open("/dev/full", "w")
+    log._file = open("/dev/full", "w")  # noqa: SIM115 (`log` closes it)
     with pytest.raises(Fault, match=r"can't write .*metrics.jsonl \(No space left on device\)"):
         log.write(1, {"loss": 1.0})
     log.close()
