@@ -24,11 +24,16 @@ example:
 """
 
 _TOKENIZE = """\
-Turn text or JSONL (one {"text": …} a line; also .gz and .zst) into a folder of token shards.
+Turn text or JSON lines (one {"text": …} a line) into a folder of token shards.
+
+A .jsonl or .ndjson file is JSON lines, a .txt, .md, .py or .rst file is one text, whatever is in
+it; of any other file, such as the .json.gz of C4, the first line decides. Also .gz and .zst.
 
 A tokenizer is trained as LLaMA's was (BPE, split digits, bytes for the unknown, nothing
 normalised) with --vocab-size, or taken with --tokenizer. All cores work. Every 1/fraction-th
-document is held out for validation. The folder appears when it is whole, or not at all.
+document is held out for validation. A long text is encoded in pieces that end where no token can
+cross, so that memory stays small. The folder appears when it is complete, or not at all; what a
+killed process left of it is removed by the next that makes it. SIGTERM and Ctrl-C leave nothing.
 
 example:
   llama-jax tokenize 'corpus/*.jsonl.zst' --out data/mine --vocab-size 32000

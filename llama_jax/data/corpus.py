@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -227,7 +227,9 @@ def _tasks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield task
 
 
-def _in_order(tasks: Iterable[list[_Piece]], tokenizer: Path, workers: int) -> Iterator[_Encoded]:
+def _in_order(
+    tasks: Iterable[list[_Piece]], tokenizer: Path, workers: int
+) -> Generator[_Encoded, None, None]:
     """Yields the encoded pieces in order, with a bounded number of tasks in memory."""
     if workers == 1:
         yield from itertools.chain.from_iterable(_encode(tokenizer, task) for task in tasks)

@@ -99,9 +99,12 @@ class TokenizerJson:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def exact_cut(self, text: str) -> int:
+        """Returns after how many characters a long text may be cut; 0: nowhere."""
+        return self._cut(text)
+
     @cached_property
-    def exact_cut(self) -> Cut:
-        """Returns where a long text may be cut."""
+    def _cut(self) -> Cut:
         return cut_of_json(json.loads(self._data))
 
     @cached_property

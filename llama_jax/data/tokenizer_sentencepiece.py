@@ -70,9 +70,12 @@ class SentencePiece:
         processor = self._without_prefix if continued else self._processor
         return [self.bos_id] * bos + processor.encode(text) + [self.eos_id] * eos
 
+    def exact_cut(self, text: str) -> int:
+        """Returns after how many characters a long text may be cut; 0: nowhere."""
+        return self._cut(text)
+
     @cached_property
-    def exact_cut(self) -> Cut:
-        """Returns where a long text may be cut."""
+    def _cut(self) -> Cut:
         model = ModelProto.FromString(self.files["tokenizer.model"])
         spec, trainer = model.normalizer_spec, model.trainer_spec
         charsmap = spec.precompiled_charsmap
