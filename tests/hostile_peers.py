@@ -26,7 +26,7 @@ class HostilePeers:
 
     Attributes:
         connections: how many there have been.
-        all_connected: set once each peer has had one.
+        all_connected: set once each peer has had one, and each impostor has been dropped.
     """
 
     def __init__(self, port, peers=30):
@@ -58,11 +58,16 @@ class HostilePeers:
                 socket.create_connection(("127.0.0.1", self.port), timeout=0.2) as connection,
             ):
                 self.connections += 1
-                self._connected.add(peer)
-                if len(self._connected) == self._peers:
-                    self.all_connected.set()
+                if kind != "impostor":
+                    self._note(peer)
                 connection.sendall(OPENINGS[kind])
                 self._stay(kind, connection)
+                self._note(peer)
+
+    def _note(self, peer):
+        self._connected.add(peer)
+        if len(self._connected) == self._peers:
+            self.all_connected.set()
 
     def _stay(self, kind, connection):
         """Holds the connection until the other end closes it."""
