@@ -83,31 +83,29 @@ class Server(uvicorn.Server):
                 continue
             connection = Connection(self.config, self.server_state, {})
             await loop.connect_accepted_socket(lambda it=connection: it, client)
-            n_open = sum(not one.closed for one in self._connections())
-            if n_open > self._limit:
+            if len(self.server_state.connections) > self._limit:
                 made = self._make_room(f"the limit is {self._limit}", besides=connection)
                 if not made:  # all others are being answered
                     connection.refuse(_too_many())
 
-    def _connections(self) -> list["Connection"]:
-        return [one for one in self.server_state.connections if isinstance(one, Connection)]
-
     def _make_room(self, reason: str | None, besides: "Connection | None" = None) -> bool:
         """Closes the connection that waits longest for its client; False: none does."""
-        waiting = [one for one in self._connections() if one.waiting and not one.closed]
-        waiting = [one for one in waiting if one is not besides]
+        connections: Any = self.server_state.connections  # of our class
         now = asyncio.get_running_loop().time()
         if now > self._warned + _WARNING_SECONDS:
             self._warned = now
+            n_waiting = sum(one.waiting for one in connections)
             _log.warning(
                 "%d connections are open, %d of which wait for their clients (%s): those that wait"
                 " longest are closed",
-                len(self._connections()), len(waiting), reason,
+                len(connections), n_waiting, reason,
             )  # fmt: skip
-        if waiting:
-            # A request of which the body is missing is more than an idle connection.
-            min(waiting, key=lambda one: (one.phase == "body", one.since)).give_up()
-        return bool(waiting)
+        waiting = (one for one in connections if one.waiting and one is not besides)
+        # A request of which the body is missing is more than an idle connection.
+        oldest = min(waiting, key=lambda one: (one.phase == "body", one.since), default=None)
+        if oldest is not None:
+            oldest.give_up()
+        return oldest is not None
 
 
 def _too_many() -> Refused:
@@ -121,12 +119,10 @@ class Connection(H11Protocol):
         phase: 'idle', 'head' (a request begins to arrive), 'body' (its body does), 'answer' (it is
             being answered) or 'ending' (the last answer has been given).
         since: when the phase began, in the time of the event loop [s].
-        closed: whether its file descriptor has been given back.
     """
 
     phase = ""
     since = 0.0
-    closed = False
     _timer: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
     _lingering = 0  # bytes received in the phase 'ending'
@@ -147,7 +143,6 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Lets go of everything."""
-        self.closed = True
         self._enter("ending", None, self._close)
         if self._timer is not None:
             self._timer.cancel()
@@ -290,7 +285,7 @@ class Connection(H11Protocol):
             self._abort()
 
     def _abort(self) -> None:
-        self.closed = True
+        self.connections.discard(self)  # its file descriptor is free in the loop's next turn
         self._socket.abort()
 
 
