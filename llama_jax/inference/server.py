@@ -44,8 +44,8 @@ _log = logging.getLogger("uvicorn.error")
 _USUAL_TOKENS = 16  # of a completion, as OpenAI's
 _GRACE = 20  # so long may texts go on that are being made when the server is stopped [s]
 _PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src"
-    " 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline';"
+    " script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -70,7 +70,11 @@ class _Endpoints:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings, metrics: Metrics):
         self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
         self._metrics = metrics
-        self._page = files("llama_jax.inference").joinpath("page.html").read_text("utf-8")
+        page, script = (
+            files("llama_jax.inference").joinpath(name).read_text("utf-8")
+            for name in ("page.html", "markdown.js")
+        )
+        self._page = page.replace('<script src="markdown.js">', f"<script>\n{script}")
         self._no_chats = None  # why there are none
         try:
             tokenizer.encode_chat([{"role": "user", "content": "a"}])

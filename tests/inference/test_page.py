@@ -161,6 +161,74 @@ def test_a_chat_goes_on(page, served):
     assert served[0].requests[-1].prompt == tuple(tokenizer.encode_chat(messages))
 
 
+MARKDOWN = """\
+# Two <b>ways</b>
+
+It is **bold**, *italic*, `a < b` and 2 * 3 * 4, snake_case_name.
+
+1. One
+   ```python
+   if a < b:
+       print("*")
+   ```
+2. Two
+   - [docs](https://example.org/a_b) or https://example.org/c.
+   - [no](javascript:alert(1)) <img src=x onerror=alert(1)>
+
+<script>alert(1)</script>"""
+
+
+def test_markdown_is_never_html(page):
+    page.value(
+        f"markdown(show(document.getElementById('texts'), 'md', ''), {json.dumps(MARKDOWN)})"
+    )
+
+    def texts(selector):
+        return page.value(
+            f"[...document.querySelectorAll('.md {selector}')].map(e => e.textContent)"
+        )
+
+    assert texts("h3") == ["Two <b>ways</b>"]
+    assert (texts("strong"), texts("em")) == (["bold"], ["italic"])
+    assert texts("code") == ["a < b", 'if a < b:\n    print("*")']
+    assert len(texts("ol > li")) == len(texts("ol > li > ul > li")) == 2
+    assert texts("a") == ["docs", "https://example.org/c"]
+    links = "[...document.querySelectorAll('.md a')].map(a => [a.href, a.rel, a.target])"
+    assert page.value(links) == [
+        [f"https://example.org/{path}", "noopener noreferrer", "_blank"] for path in ("a_b", "c")
+    ]
+    assert texts("script, img, b") == []
+    assert texts("p")[0] == "It is bold, italic, a < b and 2 * 3 * 4, snake_case_name."
+    assert texts("p")[-1] == "<script>alert(1)</script>"
+    # What a model repeats exhausts no stack.
+    for part in ("> ", "1. ", "**_"):
+        deep = f"markdown(document.body, {part!r}.repeat(20000)), document.body.textContent.length"
+        assert page.value(deep) > 40
+
+
+def test_an_answer_and_its_code_can_be_copied(page, served):
+    served[0].script = lambda request: "It is `so`:\n```\na < b\n```"
+    page.value("navigator.clipboard.writeText = async text => { window.copied = text; }, 1")
+    page.write("#prompt", "hello")
+    page.click("#send")
+    page.wait_for("!!document.querySelector('.tools')")
+    del served[0].script
+    for button, copied in (
+        (".code .copy", "a < b"),
+        (".tools .copy", "It is `so`:\n```\na < b\n```"),
+    ):
+        page.click(button)
+        assert page.wait_for("window.copied") == copied
+        page.value("window.copied = null")
+
+
+def test_the_page_may_show_its_icon(page):
+    page.value("addEventListener('securitypolicyviolation', e => { window.told = e.blockedURI })")
+    page.value("window.icon = new Image(), icon.onload = () => { window.told = 'shown' }, 1")
+    page.value("icon.src = document.querySelector('link[rel=icon]').href")
+    assert page.wait_for("window.told") == "shown"
+
+
 def test_a_text_is_continued_with_the_settings_and_stopped(page, served):
     engine = served[0]
     engine.seconds = 0.05
