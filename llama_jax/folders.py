@@ -70,7 +70,8 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         return read_run_config(folder).model
     path = folder / "config.json"
     content = read_regular(path) if path.is_file() else None
-    if content is None or b'"model_type"' in content:
+    theirs = content and b'"model_type"' in content and not (folder / "weights").exists()
+    if content is None or theirs:
         raise _not_ours(folder)
     try:
         config = TypeAdapter(ModelConfig).validate_json(content)
