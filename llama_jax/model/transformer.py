@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from llama_jax.errors import InputError
 from llama_jax.family import ModelConfig
@@ -255,7 +256,7 @@ def token_ids(config: ModelConfig, tokens_BT: Any) -> Any:
             f"the tokens must be whole numbers [B, T], not {tokens_BT.dtype}"
             f" {list(tokens_BT.shape)}: give one row of ids for each text"
         )
-    if isinstance(tokens_BT, jax.core.Tracer) or not getattr(tokens_BT, "is_fully_addressable", 1):
+    if isinstance(tokens_BT, Tracer) or not getattr(tokens_BT, "is_fully_addressable", 1):
         return tokens_BT
     ids = np.asarray(tokens_BT)
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
@@ -270,7 +271,7 @@ def _array(x: Any) -> Any:
     """Returns lists of numbers, or of what `jax.jit` makes of these, as an array."""
     if isinstance(x, jax.Array | np.ndarray):
         return x
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(x))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x))
     return jnp.asarray(x) if traced else np.asarray(x)
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
 
-from llama_jax.model import attention, cache, linear, rope
+from llama_jax.model import attention, cache, linear, remat, rope
 from llama_jax.model.cache import KeysValues, init_cache
 from llama_jax.model.transformer import Llama, continued, forward, output_head, unrolled
 
@@ -75,6 +75,19 @@ def test_the_backward_pass_of_splash_that_is_not_fused():
 
     for splash, xla in zip(made("splash"), made("xla"), strict=True):
         np.testing.assert_allclose(splash, xla, atol=T * 2**-24)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_layers_input_in_the_hosts_memory_gives_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(remat, "platform", lambda: "tpu")
+    tokens_BT = np.random.default_rng(0).integers(0, 320, (2, 16))
+    model = jax.jit(Llama, static_argnums=0)(tiny_model(n_layers=1), jax.random.key(0))
+
+    def gradients(config):
+        return jax.jit(jax.grad(lambda m: jnp.mean(forward(config, m, tokens_BT) ** 2)))(model)
+
+    kinds = (gradients(tiny_model(n_layers=1, remat=kind)) for kind in ("offload", "full"))
+    jax.tree.map(np.testing.assert_array_equal, *kinds)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
