@@ -36,12 +36,15 @@ def softmax(scores):
 
 
 def logits(w: Mapping[str, Any], tokens_BT, positions_BT, segments_BT):
-    """Returns the logits [B, T, V]. A query sees the keys up to its own with its own segment."""
+    """Returns the logits [B, T, V], and the largest score of attention, which rounding scales with.
+
+    A query sees the keys up to its own with its own segment.
+    """
     _, _, N, H = w["layers.wq"].shape
     K, T = w["layers.wk"].shape[2], tokens_BT.shape[1]
     causal_TS = np.arange(T)[:, None] >= np.arange(T)
     visible_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    x = w["tok_embeddings"][tokens_BT]
+    x, largest_score = w["tok_embeddings"][tokens_BT], 0.0
     for layer in range(len(w["layers.wq"])):
         weight = {name.removeprefix("layers."): of_all[layer] for name, of_all in w.items()
                   if name.startswith("layers.")}  # fmt: skip
@@ -51,18 +54,19 @@ def logits(w: Mapping[str, Any], tokens_BT, positions_BT, segments_BT):
             q = rotated(h @ weight["wq"][:, head], positions_BT)
             k = rotated(h @ weight["wk"][:, kv_head], positions_BT)
             v = h @ weight["wv"][:, kv_head]
-            scores = jnp.where(visible_BTS, q @ k.swapaxes(1, 2) / H**0.5, -jnp.inf)
-            x = x + softmax(scores) @ v @ weight["wo"][head]
+            scores = q @ k.swapaxes(1, 2) / H**0.5
+            largest_score = jnp.maximum(largest_score, jnp.max(jnp.abs(scores)))
+            x = x + softmax(jnp.where(visible_BTS, scores, -jnp.inf)) @ v @ weight["wo"][head]
         h = norm(x, weight["ffn_norm"])
         gate = h @ weight["w1"]
         x = x + (gate / (1 + jnp.exp(-gate)) * (h @ weight["w3"])) @ weight["w2"]
     head_DV = w["output"] if "output" in w else w["tok_embeddings"].T
-    return norm(x, w["norm"]) @ head_DV
+    return norm(x, w["norm"]) @ head_DV, largest_score
 
 
 def logprobs(w, tokens_BT, targets_BT, positions_BT, segments_BT):
     """Returns the log-probability [B, T] of each target, and log Z [B, T] [nats]."""
-    scores = logits(w, tokens_BT, positions_BT, segments_BT)
+    scores, _ = logits(w, tokens_BT, positions_BT, segments_BT)
     largest = jnp.max(scores, axis=-1)
     log_z = largest + jnp.log(jnp.sum(jnp.exp(scores - largest[..., None]), axis=-1))
     chosen = jnp.take_along_axis(scores, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
