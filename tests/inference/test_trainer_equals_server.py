@@ -1,6 +1,7 @@
 """The log-probabilities of `forward` are those of the engine, however it came to a token."""
 
 import queue
+from contextlib import closing
 from typing import NamedTuple
 
 import jax
@@ -91,16 +92,15 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
             config, model, tokens = stories260k(request.getfixturevalue("shared_data"))
         text, other = tuple(tokens[:600]), tuple(tokens[600:1000])
         served = unrolled(jax.tree.map(lambda w: w.copy(), model))
-        engine = Engine(config, served, rows=3, context=CONTEXT)
-        ask = {"sampling": DRAWN, "logprobs": True, "top_logprobs": 20}
-        long = Request(text, 40, prompt_logprobs=True, **ask)  # in chunks of 256, 256 and 88
-        found = answers(engine, long)
-        branch = Request(text[:300] + other[:45], 40, seed=1, **ask)
-        found += answers(engine, branch)
-        assert engine.statistics().reused_tokens == 300
-        short = [Request(other[i : 9 * i], 90, seed=i, **ask) for i in (5, 20)]
-        found += answers(engine, *short, long)  # one is read while the others make tokens
-        engine.close()
+        with closing(Engine(config, served, rows=3, context=CONTEXT)) as engine:
+            ask = {"sampling": DRAWN, "logprobs": True, "top_logprobs": 20}
+            long = Request(text, 40, prompt_logprobs=True, **ask)  # in chunks of 256, 256 and 88
+            found = answers(engine, long)
+            branch = Request(text[:300] + other[:45], 40, seed=1, **ask)
+            found += answers(engine, branch)
+            assert engine.statistics().reused_tokens == 300
+            short = [Request(other[i : 9 * i], 90, seed=i, **ask) for i in (5, 20)]
+            found += answers(engine, *short, long)  # one is read while the others make tokens
 
         texts = np.zeros((len(found), CONTEXT), np.int32)
         for row, answer in zip(texts, found, strict=True):
