@@ -75,6 +75,11 @@ CASES = [
 ]
 
 
+def name(settings: tuple[Any, ...]) -> str:
+    """Returns the name of a test: 'full-1-2-1-4-False-…'."""
+    return "-".join(name(part) if isinstance(part, tuple) else str(part) for part in settings)
+
+
 def small_model(**changes: Any) -> ModelConfig:
     shape = {"n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "vocab_size": V}
     return tiny_model(**(shape | changes))
@@ -174,9 +179,7 @@ def test_the_table_holds_each_pair_of_settings():
     assert [len(column) for column in columns] == [5, 3, 2, 2, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: "-".join(map(str, case)).replace(", ", "x")
-)
+@pytest.mark.parametrize("case", CASES, ids=name)
 def test_the_gradient_is_the_float64_textbooks(case, monkeypatch):
     expected, loss = expected_gradient(case.kv_heads, case.tied, case.packed, case.z_loss)
     if case.cut:
@@ -322,7 +325,7 @@ def torch_steps():
     return {name: weight.numpy() for name, weight in weights.items()}, metrics, slack
 
 
-@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR])
+@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR], ids=name)
 def test_five_steps_are_those_of_torchs_adamw(mesh):
     expected, metrics, slack = torch_steps()
     assert metrics[0][1] > CLIP > metrics[-1][1]
