@@ -75,9 +75,9 @@ CASES = [
 ]
 
 
-def name(settings: tuple[Any, ...]) -> str:
+def label(settings: tuple[Any, ...]) -> str:
     """Returns the name of a test: 'full-1-2-1-4-False-…'."""
-    return "-".join(name(part) if isinstance(part, tuple) else str(part) for part in settings)
+    return "-".join(label(part) if isinstance(part, tuple) else str(part) for part in settings)
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -179,7 +179,7 @@ def test_the_table_holds_each_pair_of_settings():
     assert [len(column) for column in columns] == [5, 3, 2, 2, 2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize("case", CASES, ids=label)
 def test_the_gradient_is_the_float64_textbooks(case, monkeypatch):
     expected, loss = expected_gradient(case.kv_heads, case.tied, case.packed, case.z_loss)
     if case.cut:
@@ -325,7 +325,7 @@ def torch_steps():
     return {name: weight.numpy() for name, weight in weights.items()}, metrics, slack
 
 
-@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR], ids=name)
+@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR], ids=label)
 def test_five_steps_are_those_of_torchs_adamw(mesh):
     expected, metrics, slack = torch_steps()
     assert metrics[0][1] > CLIP > metrics[-1][1]
