@@ -71,6 +71,21 @@ def peer(name: str) -> Any:
     return importlib.import_module(name)
 
 
+@functools.cache
+def quick_compilation() -> dict[str, bool]:
+    """Returns `compiler_options` for tests that compile many programs and run each once.
+
+    XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters.
+    JAX 0.12 no longer has it.
+    """
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     """Returns a mesh (data, fsdp, tensor, or also context) of the first simulated devices."""
     data, fsdp, tensor, context = (*shape, 1)[:4]

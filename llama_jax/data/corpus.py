@@ -36,6 +36,10 @@ from llama_jax.errors import InputError
 
 SHARD_TOKENS = 1 << 27  # 256 MiB of uint16
 _TASK_BYTES = 1 << 20  # text that one worker gets at a time
+# Of more text, a tokenizer is trained on lines at equal distances: SentencePiece needs four times
+# the text in memory. Compressed text counts four times its file.
+_TRAINING_BYTES = 1 << 26
+_COMPRESSED = (".gz", ".zst")
 
 
 class _Piece(NamedTuple):
@@ -200,8 +204,11 @@ def _encode(tokenizer: Path, task: list[_Piece]) -> list[_Encoded]:
 
 
 def _train(files: Sequence[Path], validation_fraction: float, model: Path, n_vocab: int) -> None:
-    documents = read_documents(files, validation_fraction)
-    train_tokenizer(lines_of(documents, "train", MAX_LINE), model, n_vocab)
+    lines = lines_of(read_documents(files, validation_fraction), "train", MAX_LINE)
+    packed = (path.suffix in _COMPRESSED for path in files)
+    size = sum(path.stat().st_size * 4**p for path, p in zip(files, packed, strict=True))
+    every = max(1, -(-size // _TRAINING_BYTES))
+    train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
 
 
 def _pieces(documents: Iterable[Document], exact_cut: Cut) -> Iterator[_Piece]:
@@ -259,7 +266,8 @@ def build(
     Args:
         sources: what `find_files` takes.
         out: the folder to make. It appears when it is complete, or not at all.
-        n_vocab: tokens of a tokenizer to train on the corpus, where `tokenizer` is None.
+        n_vocab: tokens of a tokenizer to train on the corpus (on some 64 MiB of its lines), where
+            `tokenizer` is None.
         tokenizer: file or folder of the tokenizer to use.
         validation_fraction: share of the documents that is held out.
         workers: processes; default: one a core.
@@ -302,7 +310,7 @@ def build(
             )
             encoded = opened.enter_context(contextlib.closing(_in_order(tasks, model, workers)))
             # Compressed files have an unknown size of text: the bar then only counts.
-            plain = all(file.suffix not in (".gz", ".zst") for file in files)
+            plain = all(file.suffix not in _COMPRESSED for file in files)
             task = bar.add_task("", total=size if plain else None)
             for piece in encoded:
                 writers[piece.split].add(piece)

@@ -209,6 +209,7 @@ def summed_product(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, dy, preferred_element_type=jnp.float32)
 
 
+@jax.named_scope("tok_embeddings")
 def embed(config: ModelConfig, table_VD: nnx.Param | Int8, tokens_BT: jax.Array) -> jax.Array:
     """Returns the rows of the embedding that the tokens name, [B, T, D] in config.dtype."""
     if isinstance(table_VD, Int8):

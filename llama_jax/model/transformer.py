@@ -122,10 +122,12 @@ def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any
             setattr(layer, name, change(getattr(layer, name), dims))
 
 
-def _norm(config: ModelConfig, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:
-    return rms_norm(x_BTD, jax.reshard(scale_D[...], act("D")), config.norm_eps)
+def _norm(config: ModelConfig, name: str, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:
+    with jax.named_scope(name):
+        return rms_norm(x_BTD, jax.reshard(scale_D[...], act("D")), config.norm_eps)
 
 
+@jax.named_scope("attention")
 def _attend(config: ModelConfig, layer: Block, x_BTD, turn, seen, kept):
     q = matmul(config, "BTD,DNH->BTNH", x_BTD, layer.wq)
     q = keep("query", rotate(q, turn, config.head_dim**-0.5))  # attention wants its scores scaled
@@ -139,6 +141,7 @@ def _attend(config: ModelConfig, layer: Block, x_BTD, turn, seen, kept):
     return matmul(config, "BTNH,NHD->BTD", out, layer.wo), kept
 
 
+@jax.named_scope("feed_forward")
 def _feed_forward(config: ModelConfig, layer: Block, x_BTD: jax.Array) -> jax.Array:
     gate_BTF = keep("gate", matmul(config, "BTD,DF->BTF", x_BTD, layer.w1))
     up_BTF = keep("up", matmul(config, "BTD,DF->BTF", x_BTD, layer.w3))
@@ -175,7 +178,7 @@ def hidden_states(
     else:
         once = rematerialized(config, block)
         x_BTD, _ = jax.lax.scan(once, x_BTD, model.layers, unroll=not config.scan)
-    return _norm(config, x_BTD, model.norm)
+    return _norm(config, "norm", x_BTD, model.norm)
 
 
 def continued(
@@ -203,7 +206,7 @@ def continued(
         x_BTD, new = block(x_BTD, layer(model, number), of_layer)
         kept.append(new)
     used_B = cache.used_B + (T if lengths_B is None else lengths_B)
-    return _norm(config, x_BTD, model.norm), Cache(tuple(kept), used_B)
+    return _norm(config, "norm", x_BTD, model.norm), Cache(tuple(kept), used_B)
 
 
 def layer(model: Llama | Unrolled, number: int) -> Block:
@@ -220,15 +223,16 @@ def _begin(config: ModelConfig, model: Llama | Unrolled, tokens_BT, seen: _Seen)
 
     def block(x_BTD: jax.Array, layer: Block, kept: KeysValues | None = None):
         x_BTD = keep("input", x_BTD)
-        h = _norm(config, x_BTD, layer.attention_norm)
+        h = _norm(config, "attention_norm", x_BTD, layer.attention_norm)
         attended, kept = _attend(config, layer, h, turn, seen, kept)
         x_BTD = x_BTD + keep("attended", attended)
-        h = _norm(config, x_BTD, layer.ffn_norm)
+        h = _norm(config, "ffn_norm", x_BTD, layer.ffn_norm)
         return x_BTD + _feed_forward(config, layer, h), kept
 
     return embed(config, model.tok_embeddings, tokens_BT), block
 
 
+@jax.named_scope("output")
 def output_head(config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array) -> jax.Array:
     """Returns the logits [B, T, V], float32, of `hidden_states`."""
     if model.output is None:

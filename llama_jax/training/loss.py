@@ -40,7 +40,8 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     x_BTD = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
     w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
     static = _Static(z_loss, config.reduce_dtype, not config.scan)
-    sums: Any = _head_loss(static, x_BTD, w_DV, batch.targets)
+    with jax.named_scope("loss"):
+        sums: Any = _head_loss(static, x_BTD, w_DV, batch.targets)
     objective, nll = sums
     return objective, (jax.lax.stop_gradient(nll), jnp.sum(batch.targets >= 0))
 

@@ -75,17 +75,18 @@ def train_step(
     and state are donated.
     """
     grads, loss, targets = gradients(config, model, batch)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm)
-    clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
-    rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
-    updates, new_state = adamw(config.optimizer).update(
-        jax.tree.map(lambda g: g * clip, grads), opt_state, model
-    )
-    new_model = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, model, updates)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    metrics = StepMetrics(loss, norm, rate, targets, ~finite)
-    return keep(new_model, model), keep(new_state, opt_state), metrics
+    with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm)
+        clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
+        rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
+        updates, new_state = adamw(config.optimizer).update(
+            jax.tree.map(lambda g: g * clip, grads), opt_state, model
+        )
+        new_model = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, model, updates)
+        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        metrics = StepMetrics(loss, norm, rate, targets, ~finite)
+        return keep(new_model, model), keep(new_state, opt_state), metrics
 
 
 @partial(jax.jit, static_argnums=0)

@@ -171,6 +171,17 @@ def test_a_long_text_is_encoded_in_pieces_and_its_shards_are_the_same(tmp_path, 
     assert max(longest) < 2000
 
 
+def test_of_a_large_corpus_some_lines_train_the_tokenizer(sources, monkeypatch):
+    seen = []
+    monkeypatch.setattr(corpus, "train_tokenizer", lambda lines, *_: seen.extend(lines))
+    assert 2000 < (sources / "a.jsonl").stat().st_size < 3000
+    for limit, every in ((3000, 1), (1000, 3)):
+        monkeypatch.setattr(corpus, "_TRAINING_BYTES", limit)
+        seen.clear()
+        corpus._train([sources / "a.jsonl"], 0.0, sources / "m", 300)
+        assert seen == [line for text in TEXTS for line in text.split("\n")][::every]
+
+
 def test_array_files_are_those_of_numpy(tmp_path):
     values = np.arange(70_000)
     for dtype in (np.uint16, np.uint32, np.int64):

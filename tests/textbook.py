@@ -1,0 +1,91 @@
+"""LLaMA as the paper describes it, with a loop over layers and heads: the reference for tests.
+
+It shares no code with llama_jax. Weights are a dict of arrays with llama_jax's names and axes. All
+numbers have the type of the weights; float64 needs `jax.enable_x64(True)` around the call.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORM_EPS, ROPE_THETA = 1e-5, 10_000.0
+
+
+def norm(x, scale):
+    """RMSNorm (arXiv 1910.07467)."""
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + NORM_EPS) * scale
+
+
+def rotated(x_BTH, positions_BT):
+    """Rotary embedding (arXiv 2104.09864): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
+    half = x_BTH.shape[-1] // 2
+    frequency = ROPE_THETA ** (-jnp.arange(half, dtype=x_BTH.dtype) / half)
+    angle = positions_BT[..., None].astype(x_BTH.dtype) * frequency
+    real, imaginary = x_BTH[..., :half], x_BTH[..., half:]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+
+
+def softmax(scores):
+    """Softmax over the last axis."""
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+def logits(w: Mapping[str, Any], tokens_BT, positions_BT, segments_BT):
+    """Returns the logits [B, T, V], and the largest score of attention, which rounding scales with.
+
+    A query sees the keys up to its own with its own segment.
+    """
+    _, _, N, H = w["layers.wq"].shape
+    K, T = w["layers.wk"].shape[2], tokens_BT.shape[1]
+    causal_TS = np.arange(T)[:, None] >= np.arange(T)
+    visible_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    x, largest_score = w["tok_embeddings"][tokens_BT], 0.0
+    for layer in range(len(w["layers.wq"])):
+        weight = {name.removeprefix("layers."): of_all[layer] for name, of_all in w.items()
+                  if name.startswith("layers.")}  # fmt: skip
+        h = norm(x, weight["attention_norm"])
+        for head in range(N):
+            kv_head = head // (N // K)
+            q = rotated(h @ weight["wq"][:, head], positions_BT)
+            k = rotated(h @ weight["wk"][:, kv_head], positions_BT)
+            v = h @ weight["wv"][:, kv_head]
+            scores = q @ k.swapaxes(1, 2) / H**0.5
+            largest_score = jnp.maximum(largest_score, jnp.max(jnp.abs(scores)))
+            x = x + softmax(jnp.where(visible_BTS, scores, -jnp.inf)) @ v @ weight["wo"][head]
+        h = norm(x, weight["ffn_norm"])
+        gate = h @ weight["w1"]
+        x = x + (gate / (1 + jnp.exp(-gate)) * (h @ weight["w3"])) @ weight["w2"]
+    head_DV = w["output"] if "output" in w else w["tok_embeddings"].T
+    return norm(x, w["norm"]) @ head_DV, largest_score
+
+
+def logprobs(w, tokens_BT, targets_BT, positions_BT, segments_BT):
+    """Returns the log-probability [B, T] of each target, and log Z [B, T] [nats]."""
+    scores, _ = logits(w, tokens_BT, positions_BT, segments_BT)
+    largest = jnp.max(scores, axis=-1)
+    log_z = largest + jnp.log(jnp.sum(jnp.exp(scores - largest[..., None]), axis=-1))
+    chosen = jnp.take_along_axis(scores, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]
+    return chosen - log_z, log_z
+
+
+def loss_and_gradient(w, tokens_BT, targets_BT, positions_BT, segments_BT, z_loss):
+    """Returns the mean cross-entropy, and the gradient of the objective for each weight.
+
+    The mean is over the targets that are not negative. The objective adds z_loss · log² Z to each
+    target's cross-entropy (arXiv 2204.02311, section 5).
+    """
+
+    def objective(w):
+        logprob, log_z = logprobs(w, tokens_BT, targets_BT, positions_BT, segments_BT)
+        counted = targets_BT >= 0
+        loss = -jnp.sum(jnp.where(counted, logprob, 0)) / jnp.sum(counted)
+        penalty = jnp.sum(jnp.where(counted, log_z**2, 0)) / jnp.sum(counted)
+        return loss + z_loss * penalty, loss
+
+    (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(w)
+    return loss, gradient
