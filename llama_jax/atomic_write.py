@@ -70,7 +70,7 @@ def check_absent(path: str | Path) -> None:
 
 
 def _exists(path: str | Path) -> InputError:
-    return InputError(f"{path} is already there: remove it, or choose another folder")
+    return InputError(f"{path} is already there: choose another name, or move it away")
 
 
 @contextlib.contextmanager
