@@ -73,7 +73,7 @@ def test_a_folder_and_a_file_appear_complete_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["f", "t"]
     assert names(tmp_path / "f") == ["a"]
     assert (tmp_path / "t").read_text() == "new"
-    with pytest.raises(InputError, match="f is already there: remove it"):
+    with pytest.raises(InputError, match="f is already there: choose another name"):
         write(tmp_path)
 
 
