@@ -74,8 +74,9 @@ def checked(command, monkeypatch, named):
         if getattr(args, "inference", False):
             assert args.config in FAMILY, command
         elif "overrides" in args:
-            assert Path(args.config).is_file() or args.config in named, command
-            if Path(args.config).is_file():
+            there = config_file.find(args.config).is_file()
+            assert there or args.config in named, command
+            if there:
                 config_file.load(args.config, args.overrides)
 
 
