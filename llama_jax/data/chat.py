@@ -142,7 +142,10 @@ def llama3_ids(
 class SpecialTokens(Protocol):
     """A tokenizer as the texts of special tokens concern it."""
 
-    special: Mapping[str, int]  # their ids
+    @property
+    def special(self) -> Mapping[str, int]:
+        """The ids of the special tokens, by text."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text in which special tokens are a text like any other."""
