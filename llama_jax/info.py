@@ -7,7 +7,6 @@ from llama_jax.convert.doubts import doubts
 from llama_jax.convert.receipt import FILE as RECEIPT
 from llama_jax.convert.receipt import read_receipt
 from llama_jax.data.batches import Tokens, read_meta
-from llama_jax.data.corpus import SPLITS
 from llama_jax.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.family import FAMILY, ModelConfig
@@ -109,9 +108,8 @@ def _tokens(folder: Path) -> list[str]:
     meta = read_meta(folder)
     lines = [f"token shards {folder}", f"sources     {', '.join(meta['sources'])}"]
     lines.append(_tokenizer(load_tokenizer(folder)))
-    for split in SPLITS:
+    for split, about in meta["splits"].items():
         Tokens(folder, split)  # opens every file and checks its length
-        about = meta["splits"][split]
         lines.append(
             f"{split:11} {about['tokens']:,} tokens in {about['documents']:,} documents"
             f" ({about['bytes']:,} bytes), {len(about['shards'])} file(s), unigram entropy"
