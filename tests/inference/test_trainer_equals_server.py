@@ -2,13 +2,14 @@
 
 import queue
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import textbook
-from conftest import load_reference, tiny_model
+from conftest import load_reference, quick_compilation, tiny_model
 
 from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.inference.engine import Engine
@@ -64,7 +65,8 @@ def stories260k(folder):
 
 def random_weights():
     config = tiny_model(**SHAPE)
-    model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+    make = jax.jit(partial(Llama, config), compiler_options=quick_compilation())
+    model = make(jax.random.key(0))
     return config, model, np.random.default_rng(0).integers(3, 512, CONTEXT + 400).tolist()
 
 
@@ -79,7 +81,8 @@ def rounding(model, logits_BTV: np.ndarray, text: list[int]) -> float:
     """
     weights = {".".join(names(p)): np.asarray(w) for p, w in jax.tree.leaves_with_path(model)}
     positions = np.arange(len(text))[None]
-    _, score = textbook.logits(weights, np.array([text]), positions, np.ones_like(positions))
+    logits = jax.jit(textbook.logits, compiler_options=quick_compilation())
+    _, score = logits(weights, np.array([text]), positions, np.ones_like(positions))
     return 16 * 2.0**-24 * float(score + np.abs(logits_BTV).max())
 
 
@@ -105,7 +108,8 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
         texts = np.zeros((len(found), CONTEXT), np.int32)
         for row, answer in zip(texts, found, strict=True):
             row[: len(answer.text)] = answer.text
-        logits_BTV = np.asarray(jax.jit(forward, static_argnums=0)(config, model, texts))
+        trained = jax.jit(partial(forward, config), compiler_options=quick_compilation())
+        logits_BTV = np.asarray(trained(model, texts))
     bound = rounding(model, logits_BTV, found[0].text)
     shifted = logits_BTV.astype(np.float64) - logits_BTV.max(-1, keepdims=True)
     logprobs_BTV = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -155,18 +155,6 @@ class TestOnOneDevice:
         for ours, theirs in zip(*map(jax.tree.leaves, (packed_grads, grads)), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()))
 
-    def test_remat_and_unrolling_change_nothing(self, on_one_device):
-        model, _ = on_one_device
-        gradient = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
-        places = np.broadcast_to(np.arange(TOKENS.shape[1]), TOKENS.shape)
-        batch = TOKENS, places, np.ones_like(TOKENS), np.roll(TOKENS, -1)
-        expected = gradient(CONFIG, model, *batch)
-        kept = ("products", "projections", "attention", "full")
-        for changes in ({"scan": False}, *({"remat": remat} for remat in kept)):
-            made = gradient(tiny_model(**changes), model, *batch)
-            for ours, theirs in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
-                np.testing.assert_allclose(ours, theirs, atol=1e-5 * float(np.abs(theirs).max()))
-
     def test_what_is_kept_for_the_backward_pass_is_what_remat_says(self):
         """Memory falls from policy to policy, by what each leaves out."""
         B, T, L = 4, 64, 16

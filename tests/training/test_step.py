@@ -161,17 +161,6 @@ def test_bfloat16_trains_too(here):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize(
-    ("micro_batches", "mesh"), [(2, (1, 1, 1)), (8, (1, 1, 1)), (4, (1, 2, 4))]
-)
-def test_micro_batches_equal_the_unsplit_batch(here, micro_batches, mesh):
-    state, expected = here
-    config = tiny_config(z_loss=1e-3, micro_batches=micro_batches)
-    with jax.set_mesh(mesh_of(mesh)):
-        model, _ = on_this_mesh(state)
-        assert_close(gradients(config, model, placed(micro_batches)), expected)
-
-
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_a_step_is_adamw_by_the_book(here, mesh):
     state, (grads, loss, _) = here
