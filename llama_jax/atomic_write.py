@@ -19,6 +19,10 @@ from pathlib import Path
 
 from llama_jax.errors import Fault, InputError
 
+# A file among the folders of a path, a link to itself, a name that is too long: not the system's
+# fault.
+_BAD_NAME = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
@@ -27,7 +31,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     After an error the folder is removed.
 
     Raises:
-        InputError: `path` exists, or another process is writing it.
+        InputError: `path` exists, can't exist, or another process is writing it.
         Fault: the system can't write it.
     """
     path = Path(path)
@@ -51,6 +55,7 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     After an error the file is removed, and `path` stays as it was.
 
     Raises:
+        InputError: `path` can't exist.
         Fault: the system can't write it.
     """
     path = Path(path)
@@ -86,6 +91,10 @@ def _faults(path: Path) -> Iterator[None]:
         if number:
             raise Fault(f"can't write {path}: {os.strerror(int(number[1]))}") from error
         if isinstance(error, OSError) and _concerns(error, path):
+            if error.errno in _BAD_NAME:
+                raise InputError(
+                    f"nothing can be written at {path} ({error.strerror}): choose another place"
+                ) from error
             raise Fault(f"can't write {path}: {error.strerror or error}") from error
         raise
 

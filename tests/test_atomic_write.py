@@ -134,3 +134,13 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
         write_folder(tmp_path / "f", error)
     assert raised.value is error
     assert names(tmp_path) == []
+
+
+def test_a_path_that_cannot_exist_is_a_bad_input(tmp_path):
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file/x", "loop/x", "x" * 300):
+        for write_it in (write_folder, write_file):
+            with pytest.raises(InputError, match=r"nothing can be written at .*x \(.*\): choose"):
+                write_it(tmp_path / name)
+    assert names(tmp_path) == ["file", "loop"]
