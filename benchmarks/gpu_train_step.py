@@ -11,7 +11,7 @@ loss, and fused AdamW. Rows are plain texts without documents. Each round starts
 in a process of its own, which has all of the GPU's memory; later rounds find programs compiled.
 
 MFU is by the causal count (attention's lower half, `ModelConfig.flops_per_token`) and by the full
-one (all of attention), over the GPU's dense bfloat16 peak (`llama_jax.chips`).
+one (all of attention), over the GPU's dense bfloat16 peak (`llama_jax.runtime.chips`).
 """
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
@@ -35,9 +35,10 @@ import numpy as np
 from result import Result, add_argument, keep
 from train_step import stepper
 
-from llama_jax.config import LoggingConfig
-from llama_jax.convert.huggingface import config_json
-from llama_jax.family import FAMILY, ModelConfig
+from llama_jax.config.family import FAMILY
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import LoggingConfig
+from llama_jax.convert.formats.huggingface import config_json
 from llama_jax.training.metrics import peak_flops
 
 TINY = ModelConfig(
@@ -165,7 +166,7 @@ def gate(args: argparse.Namespace) -> str:
     import jax.numpy as jnp
 
     from llama_jax.model.attention import attention
-    from llama_jax.sharding import one_device_mesh, place
+    from llama_jax.parallel.mesh import one_device_mesh, place
 
     (N, K, H), T = SHAPES[args.shape].shape("NKH"), args.seq_len
     names = ("values", "gradient of q", "gradient of k", "gradient of v")

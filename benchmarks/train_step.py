@@ -21,12 +21,12 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
-from llama_jax.chips import cpu_cores
+from llama_jax.runtime.chips import cpu_cores
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
 
 if TYPE_CHECKING:
-    from llama_jax.family import ModelConfig
+    from llama_jax.config.model import ModelConfig
 
 BATCH, LENGTH, VOCAB = 4, 512, 32_000
 Dtype = Literal["float32", "bfloat16"]
@@ -34,7 +34,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 def llama_jax(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of llama_jax and returns the loss."""
-    from llama_jax.family import ModelConfig
+    from llama_jax.config.model import ModelConfig
 
     model = ModelConfig(
         dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=1376,
@@ -52,10 +52,10 @@ def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> 
     import jax
     import jax.numpy as jnp
 
-    from llama_jax.config import Config, DataConfig, OptimizerConfig, TrainingConfig
-    from llama_jax.data.batches import Batch
-    from llama_jax.sharding import one_device_mesh, place
-    from llama_jax.training.memory import keep_freed_memory
+    from llama_jax.config.run import Config, DataConfig, OptimizerConfig, TrainingConfig
+    from llama_jax.data.windows import Batch
+    from llama_jax.parallel.mesh import one_device_mesh, place
+    from llama_jax.runtime.process_memory import keep_freed_memory
     from llama_jax.training.step import init_state, train_step
 
     keep_freed_memory()  # as `llama-jax train` does

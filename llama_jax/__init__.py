@@ -14,20 +14,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint import save_model
-    from llama_jax.config import Config
-    from llama_jax.config_file import load as load_config
-    from llama_jax.convert.conversion import convert as convert_checkpoint
-    from llama_jax.data.batches import Batch
-    from llama_jax.data.tokenizer import Tokenizer, load_tokenizer
-    from llama_jax.family import FAMILY
+    from llama_jax.checkpoint.orbax import save_model
+    from llama_jax.config.family import FAMILY
+    from llama_jax.config.run import Config
+    from llama_jax.config.yaml_file import load as load_config
+    from llama_jax.convert.convert import convert as convert_checkpoint
+    from llama_jax.data.windows import Batch
     from llama_jax.inference.complete import complete
     from llama_jax.inference.generate import generate
     from llama_jax.inference.load import load
     from llama_jax.inference.sampling import Sampling
     from llama_jax.model.transformer import forward
-    from llama_jax.training.loop import initial_state
+    from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
     from llama_jax.training.loop import run as train
+    from llama_jax.training.start import initial_state
     from llama_jax.training.step import train_step
 
 __version__ = "0.1.0"
@@ -40,20 +40,20 @@ __all__ = [
 
 # Imported when it is asked for: `llama-jax --help` must not wait for JAX.
 _HOMES = {
-    "FAMILY": "family.FAMILY",
-    "Batch": "data.batches.Batch",
-    "Config": "config.Config",
+    "FAMILY": "config.family.FAMILY",
+    "Batch": "data.windows.Batch",
+    "Config": "config.run.Config",
     "Sampling": "inference.sampling.Sampling",
-    "Tokenizer": "data.tokenizer.Tokenizer",
+    "Tokenizer": "tokenizer.tokenizer.Tokenizer",
     "complete": "inference.complete.complete",
-    "convert_checkpoint": "convert.conversion.convert",
+    "convert_checkpoint": "convert.convert.convert",
     "forward": "model.transformer.forward",
     "generate": "inference.generate.generate",
-    "initial_state": "training.loop.initial_state",
+    "initial_state": "training.start.initial_state",
     "load": "inference.load.load",
-    "load_config": "config_file.load",
-    "load_tokenizer": "data.tokenizer.load_tokenizer",
-    "save_model": "checkpoint.save_model",
+    "load_config": "config.yaml_file.load",
+    "load_tokenizer": "tokenizer.tokenizer.load_tokenizer",
+    "save_model": "checkpoint.orbax.save_model",
     "train": "training.loop.run",
     "train_step": "training.step.train_step",
 }

@@ -2,6 +2,6 @@
 
 import sys
 
-from llama_jax.cli import main
+from llama_jax.cli.main import main
 
 sys.exit(main())

@@ -24,16 +24,16 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import load_model, save_model
-from llama_jax.cli import main
-from llama_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
-from llama_jax.convert.conversion import convert
-from llama_jax.data import corpus
-from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.family import ModelConfig
-from llama_jax.folders import read_model_config
-from llama_jax.model.transformer import Llama
-from llama_jax.sharding import make_mesh, one_device_mesh
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.checkpoint.orbax import load_model, save_model
+from llama_jax.cli.main import main
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from llama_jax.convert.convert import convert
+from llama_jax.data import tokenize
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import make_mesh, one_device_mesh
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -144,7 +144,9 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(rng.choice(words, rng.integers(5, 120)))
         (folder / f"{i:02d}.txt").write_text(text + "\n")
     out = folder / "tokens"
-    corpus.build([str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False)
+    tokenize.build(
+        [str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False
+    )
     return out
 
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT, tiny_config
 
 import llama_jax as lj
-from llama_jax import config_file, family
-from llama_jax.config import DataConfig, LoggingConfig, OptimizerConfig
-from llama_jax.sharding import one_device_mesh
+from llama_jax.config import family, yaml_file
+from llama_jax.config.run import DataConfig, LoggingConfig, OptimizerConfig
+from llama_jax.parallel.mesh import one_device_mesh
 
 SENTENCE = "The capital of France is Paris. "
 
@@ -42,7 +42,7 @@ def world(token_folder, tmp_path_factory):
         optimizer=OptimizerConfig(peak_lr=3e-2, warmup_steps=5),
         logging=LoggingConfig(tensorboard=False, progress=False),
     )
-    (folder / "tiny.yaml").write_text(config_file.dump(run))
+    (folder / "tiny.yaml").write_text(yaml_file.dump(run))
     rows = np.array([[ids]])
     batch = lj.Batch(rows[..., :-1], rows[..., 1:], np.arange(T).reshape(1, 1, T), None)
     with jax.set_mesh(one_device_mesh()):
@@ -121,7 +121,7 @@ def test_names_are_where_the_type_checker_is_told():
         lj.forwards  # noqa: B018
 
 
-@pytest.mark.parametrize("done", ["import llama_jax; dir(llama_jax)", "import llama_jax.info"])
+@pytest.mark.parametrize("done", ["import llama_jax; dir(llama_jax)", "import llama_jax.cli.info"])
 def test_the_import_brings_no_jax(done):
     """The package's, and that of `llama-jax info`, which took 3.4 s with JAX, Orbax and Grain."""
     told = f"import sys; {done}; print({{'jax', 'flax', 'orbax', 'grain'}} & set(sys.modules))"

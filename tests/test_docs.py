@@ -15,13 +15,15 @@ from conftest import ROOT, peer
 from reader import NOT_RUN, Reader, blocks, spans
 from whole_checkpoints import GGUF_TENSORS, MODEL, tokenizer_model, write_folder, write_gguf
 
-from llama_jax import cli, config_file, folders
-from llama_jax.cli import main
-from llama_jax.convert import meta
-from llama_jax.family import FAMILY
-from llama_jax.inference import server
-from llama_jax.plan import program, serving_program
+from llama_jax.checkpoint import folders
+from llama_jax.cli import main as cli
+from llama_jax.cli.main import main
+from llama_jax.config import yaml_file
+from llama_jax.config.family import FAMILY
+from llama_jax.convert.formats import meta
+from llama_jax.plan import compiler, serving_program
 from llama_jax.plan.schedule import Event
+from llama_jax.serving import server
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
@@ -74,10 +76,10 @@ def checked(command, monkeypatch, named):
         if getattr(args, "inference", False):
             assert args.config in FAMILY, command
         elif "overrides" in args:
-            there = config_file.find(args.config).is_file()
+            there = yaml_file.find(args.config).is_file()
             assert there or args.config in named, command
             if there:
-                config_file.load(args.config, args.overrides)
+                yaml_file.load(args.config, args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -102,7 +104,7 @@ def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
 
 
 def test_every_example_of_the_manual_and_of_the_configurations_is_valid(at, monkeypatch):
-    manual = (ROOT / "llama_jax/manual.py").read_text()
+    manual = (ROOT / "llama_jax/cli/manual.py").read_text()
     examples = re.findall(r"example:\n((?:  .*\n)+)", manual)
     configs = [path.read_text() for path in sorted(Path("configs").glob("*.yaml"))]
     examples += ["\n".join(re.findall(r"^# +(llama-jax .*)", text, re.M)) for text in configs]
@@ -208,12 +210,12 @@ def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
 
     def compiled(config, *_):
         seconds = 0.02 * config.model.n_layers
-        return program.Program(gib, 2 * gib, 3 * gib, gib, 5 * gib, seconds, 1e12, events)
+        return compiler.Program(gib, 2 * gib, 3 * gib, gib, 5 * gib, seconds, 1e12, events)
 
     def reading(*_):
-        return program.Reading(3 * gib, 4 * gib, 0.01, 1e12, events)
+        return compiler.Reading(3 * gib, 4 * gib, 0.01, 1e12, events)
 
-    monkeypatch.setattr(program, "compiled", compiled)
+    monkeypatch.setattr(compiler, "compiled", compiled)
     for name in ("compile_prefill", "compile_decode", "compile_step"):
         monkeypatch.setattr(serving_program, name, reading)
     page = blocks(DOCS / "plan.md")

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from llama_jax.data.chat import Message
-from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.family import ModelConfig
+from llama_jax.config.model import ModelConfig
+from llama_jax.inference.detokenize import stream_text, until
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
-from llama_jax.inference.text import stream_text, until
-from llama_jax.model.transformer import Llama, Unrolled
+from llama_jax.model.weights import Llama, Unrolled
+from llama_jax.tokenizer.chat import Message
+from llama_jax.tokenizer.tokenizer import Tokenizer
 
 
 def complete(

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.family import ModelConfig
+from llama_jax.config.model import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, Unrolled, continued, output_head, token_ids
-from llama_jax.sharding import act, place
+from llama_jax.model.transformer import continued, output_head, token_ids
+from llama_jax.model.weights import Llama, Unrolled
+from llama_jax.parallel.mesh import place
+from llama_jax.parallel.sharding import act
 
 NO_TOKEN = -1  # fills a row after its end
 

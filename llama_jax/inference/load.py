@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax import checkpoint
-from llama_jax.chips import cpu_has_bfloat16
-from llama_jax.family import ModelConfig
-from llama_jax.folders import read_model_config
-from llama_jax.model.quantize import quantized
-from llama_jax.model.transformer import Unrolled, unrolled
-from llama_jax.sharding import check_divides, head_parts, set_default_mesh, tensor_mesh, weight
-from llama_jax.tree import abstract_model
+from llama_jax.checkpoint import orbax
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.checkpoint.tree import abstract_model
+from llama_jax.config.model import ModelConfig
+from llama_jax.model.weights import Unrolled, quantized, unrolled
+from llama_jax.parallel.mesh import check_divides, head_parts, set_default_mesh, tensor_mesh
+from llama_jax.parallel.sharding import weight
+from llama_jax.runtime.chips import cpu_has_bfloat16
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
     copied = head_parts() % config.n_kv_heads == 0  # then key/value heads need not divide
     check_divides(jax.sharding.get_mesh(), all_heads if copied else config)
     if copies == 1:
-        config, model = checkpoint.load_model(folder, config)
+        config, model = orbax.load_model(folder, config)
         config, model = quantized(config, model) if quantize else (config, model)
         return config, unrolled(model)
     wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
@@ -65,7 +65,7 @@ def load(
         setattr(
             like.layers, name, jax.tree.map(partial(_stored, config), getattr(like.layers, name))
         )
-    _, model = checkpoint.load_model(folder, config, like=like)
+    _, model = orbax.load_model(folder, config, like=like)
     for name in ("wk", "wv"):
         copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))
         setattr(model.layers, name, copied)

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from llama_jax.family import STRICT
-from llama_jax.sharding import act
+from llama_jax.config.model import STRICT
+from llama_jax.parallel.sharding import act
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

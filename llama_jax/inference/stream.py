@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.family import ModelConfig
 from llama_jax.inference.generate import NO_TOKEN, State, decode, new_rows, prefill
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.transformer import Llama, Unrolled
-from llama_jax.sharding import place
+from llama_jax.model.weights import Llama, Unrolled
+from llama_jax.parallel.mesh import place
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:

@@ -7,7 +7,9 @@ from llama_jax.errors import InputError
 from llama_jax.model import attention_splash, attention_xla
 from llama_jax.model.cache import KeysValues
 from llama_jax.model.remat import keep
-from llama_jax.sharding import act, context_parts, gather_sequence, platform
+from llama_jax.parallel.collectives import gather_sequence
+from llama_jax.parallel.mesh import context_parts, platform
+from llama_jax.parallel.sharding import act
 
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from llama_jax.sharding import context_parts, in_balanced_order, platform, sequence_part
+from llama_jax.parallel.collectives import in_balanced_order, sequence_part
+from llama_jax.parallel.mesh import context_parts, platform
 
 LANES = 128  # of a TPU's vector unit: blocks of keys are multiples of it
 

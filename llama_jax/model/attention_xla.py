@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from llama_jax.model.cache import KeysValues
 from llama_jax.model.remat import keep
-from llama_jax.sharding import context_parts, text_positions
+from llama_jax.parallel.collectives import text_positions
+from llama_jax.parallel.mesh import context_parts
 
 # Queries are taken in blocks, at most 8 of them. A block meets the keys up to its own end only: two
 # leave out a quarter of all scores, eight 7/16, and only one block's scores exist at a time.

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.family import ModelConfig
-from llama_jax.sharding import act, platform
+from llama_jax.config.model import ModelConfig
+from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.sharding import act
 
 
 class KeysValues(NamedTuple):

@@ -11,89 +11,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.family import ModelConfig
-from llama_jax.model.quantize import Int8, outputs
-from llama_jax.sharding import (
-    act,
-    divisors,
-    gather,
-    on_one_device,
-    platform,
-    sum_gradient,
-    vocabulary_parts,
-    vocabulary_start,
-    weight,
+from llama_jax.config.model import ModelConfig
+from llama_jax.model.linear_cpu import (
+    FEW_ROWS,
+    Turned,
+    einsum_in_blocks,
+    einsum_in_order,
+    einsum_transposed,
+    summed_product,
 )
-
-# XLA's CPU back end writes a converted matrix out before it multiplies, on one core. For few rows
-# it is therefore converted in blocks of so many numbers, which stay in the core's cache: twice as
-# fast as float32 weights, and ten times as fast as a matrix whole.
-_BLOCK = 1 << 16
-_FEW_ROWS = 64
-_MANY_ROWS = 256  # from which on activations, not weights, are what is costly to turn
-
-
-def _einsum_in_order(
-    equation: str, x: jax.Array, y: jax.Array, sharding, dtype: Any = None
-) -> jax.Array:
-    """Returns the einsum, summed over its letters as they come: N, H where jnp.einsum takes H, N.
-
-    It sorts them, and XLA's CPU back end then writes out both operands turned. The result is of
-    x's dtype, or `dtype`.
-    """
-    letters = sorted(set(equation) - set(",->"), key=equation.index)
-    ascending = str.maketrans({letter: chr(ord("a") + i) for i, letter in enumerate(letters)})
-    equation = equation.translate(ascending)
-    asked = dtype or whole(x.dtype)
-    out = jnp.einsum(equation, x, y, out_sharding=sharding, preferred_element_type=asked)
-    return out.astype(dtype or x.dtype)
-
-
-class Turned(nnx.Param):
-    """A matrix with the axes [out…, in…], for inference: it has no gradient."""
-
-
-def turned(w: nnx.Param | Int8, dims: str) -> nnx.Param | Int8:
-    """Returns a matrix as the platform reads it fastest where a step has few rows.
-
-    XLA's CPU back end makes a product of 8 rows 1.1 to 1.6 times as fast in float32 and 1.5 to 3.5
-    times in bfloat16 where the matrix comes first and its outputs are its first axes.
-    """
-    if isinstance(w, Int8) or platform() != "cpu":
-        return w
-    return Turned(jnp.moveaxis(w[...], *_ways(dims)))
-
-
-def turned_back(w: nnx.Param | Int8, dims: str) -> nnx.Param | Int8:
-    """Returns a matrix with the axes `dims`, which `turned` may have turned."""
-    return nnx.Param(jnp.moveaxis(w[...], *_ways(dims)[::-1])) if isinstance(w, Turned) else w
-
-
-def _ways(dims: str) -> tuple[list[int], list[int]]:
-    """Returns the axes of a matrix that a product sums over, and where they are in a `Turned`."""
-    summed = [axis for axis, letter in enumerate(dims) if letter not in outputs(dims)]
-    return summed, list(range(-len(summed), 0))
-
-
-def _outputs_first(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns the einsum with a matrix whose axes are [out…, in…], whatever the equation says."""
-    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
-    kept = outputs(w_dims)
-    dims = kept + "".join(letter for letter in w_dims if letter not in kept)
-    w = gather(w, dims, x.dtype)
-    if x.shape[0] * x.shape[1] > _MANY_ROWS:
-        return _einsum_in_order(f"{x_dims},{dims}->{y_dims}", x, w, act(y_dims))
-    y = _einsum_in_order(f"{dims},{x_dims}->{kept}BT", w, x, act(f"{kept}BT"))
-    return jnp.moveaxis(y, (-2, -1), (0, 1))
+from llama_jax.model.quantize import Int8, outputs
+from llama_jax.parallel.collectives import gather, sum_gradient, vocabulary_start
+from llama_jax.parallel.mesh import on_one_device, platform, vocabulary_parts
+from llama_jax.parallel.sharding import act, weight
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _einsum(equation: str, reduce_dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
     w_dims, y_dims = equation.split(",")[1].split("->")
     if w_dims == "VD" and x.shape[1] == 1 and platform() == "cpu":
-        return _outputs_first(equation, x, w)
+        return einsum_transposed(equation, x, w)
     w = gather(w, w_dims, x.dtype)
-    return _einsum_in_order(equation, x, w, act(y_dims))
+    return einsum_in_order(equation, x, w, act(y_dims))
 
 
 def _einsum_forward(equation: str, reduce_dtype: str, x: jax.Array, w: jax.Array):
@@ -105,7 +44,7 @@ def _einsum_backward(equation: str, reduce_dtype: str, operands, dy: jax.Array):
     inputs, y_dims = equation.split("->")
     x_dims, w_dims = inputs.split(",")
     w_gathered = gather(w, w_dims, x.dtype)
-    dx = _einsum_in_order(f"{y_dims},{w_dims}->{x_dims}", dy, w_gathered, jax.typeof(x).sharding)
+    dx = einsum_in_order(f"{y_dims},{w_dims}->{x_dims}", dy, w_gathered, jax.typeof(x).sharding)
 
     def weight_gradient(x, dy):
         # All positions of the batch in one row: as two letters, they would be summed one by one.
@@ -142,7 +81,7 @@ def matmul(config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param | Int8
     if isinstance(w, Int8):
         return _int8_product(equation, x, w)
     if isinstance(w, Turned):
-        return _outputs_first(equation, x, w[...])
+        return einsum_transposed(equation, x, w[...])
     product: Any = _einsum(equation, config.reduce_dtype, x, w[...])
     return product
 
@@ -155,58 +94,11 @@ def _int8_product(equation: str, x: jax.Array, w: Int8) -> jax.Array:
     w_dims, y_dims = equation.split(",")[1].split("->")
     values = jax.reshard(w.values[...], act(w_dims))
     scale = jax.reshard(w.scale[...], act(outputs(w_dims)))
-    if platform() == "cpu" and on_one_device() and math.prod(x.shape[:2]) <= _FEW_ROWS:
-        y = _in_blocks(equation, x, values)
+    if platform() == "cpu" and on_one_device() and math.prod(x.shape[:2]) <= FEW_ROWS:
+        y = einsum_in_blocks(equation, x, values)
     else:
-        y = _einsum_in_order(equation, x, values.astype(x.dtype), act(y_dims), jnp.float32)
+        y = einsum_in_order(equation, x, values.astype(x.dtype), act(y_dims), jnp.float32)
     return (y * scale).astype(x.dtype)
-
-
-def _in_blocks(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns the einsum in float32, computed with one block of a matrix after another."""
-    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
-    kept = [size for size, letter in zip(values.shape, w_dims, strict=True) if letter in y_dims]
-    by_outputs = w_dims[0] in y_dims  # [out, in]: the blocks make parts of the result, not of a sum
-
-    def local(x: jax.Array, values: jax.Array) -> jax.Array:
-        rows = x.reshape(math.prod(x.shape[:2]), -1).astype(jnp.float32)
-        length = math.prod(kept) if by_outputs else rows.shape[1]
-        width = values.size // length
-        size = max(n for n in divisors(length) if n <= max(_BLOCK // width, 16))
-        blocks = values.reshape(-1, size, width)
-        if by_outputs:
-            y = jax.lax.map(lambda block: rows @ block.astype(jnp.float32).T, blocks).swapaxes(0, 1)
-        else:
-            parts = rows.reshape(len(rows), -1, size).swapaxes(0, 1)
-
-            def add(y: jax.Array, both: tuple[jax.Array, jax.Array]):
-                return y + both[0] @ both[1].astype(jnp.float32), None
-
-            y, _ = jax.lax.scan(add, jnp.zeros((len(rows), width)), (parts, blocks))
-        return y.reshape(*x.shape[:2], *kept)
-
-    specs = act(x_dims), act(w_dims)
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=act(y_dims), check_vma=False)
-    return mapped(jax.reshard(x, specs[0]), values)
-
-
-def whole(dtype: Any) -> Any:
-    """Returns the type to ask of products whose result is rounded to `dtype` anyway.
-
-    XLA's CPU back end uses the matrix unit for bfloat16 only where the product comes out as
-    float32, up to seven times as fast.
-    """
-    return jnp.float32 if platform() == "cpu" else dtype
-
-
-def summed_product(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """Returns the einsum in float32: a weight's gradient, summed over the operands' first letters.
-
-    For such a sum XLA's CPU back end has no product of bfloat16 that comes out as float32.
-    """
-    if platform() == "cpu":
-        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-    return jnp.einsum(equation, x, dy, preferred_element_type=jnp.float32)
 
 
 @jax.named_scope("tok_embeddings")

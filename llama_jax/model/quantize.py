@@ -9,26 +9,18 @@ as they are. What a matrix was is off by at most half a scale.
 # keep a scale's summed axes at length 1, and its einsum takes no out_sharding: on an Explicit mesh
 # the product that sums over a split axis (wo, w2) is refused.
 
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from llama_jax.errors import InputError
-from llama_jax.family import ModelConfig
-from llama_jax.model.weights import Weights
-
-if TYPE_CHECKING:
-    from llama_jax.model.transformer import Llama
+from llama_jax.config.model import ModelConfig
+from llama_jax.model.summary import Weights
 
 _SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
 # A layer's, with their letters.
 MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
-
-
 # A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
 # and how the last bit of a division is rounded must not decide where they go.
 _STEPS = 127 * (1 - 2**-20)
@@ -76,36 +68,3 @@ def int8(w: Any, dims: str) -> tuple[Any, Any]:
 def matrix(config: ModelConfig, w: jax.Array, dims: str) -> Any:
     """Returns a matrix as `config` wants it kept: an nnx.Param, or an Int8."""
     return Int8(*int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)
-
-
-def check_whole(config: ModelConfig) -> None:
-    """Checks that a model is not quantized.
-
-    Raises:
-        InputError: it is.
-    """
-    if config.quantized != "none":
-        raise InputError(
-            f"the model is {config.quantized} already: quantize the one that it was made from"
-        )
-
-
-def quantized(config: ModelConfig, model: "Llama") -> "tuple[ModelConfig, Llama]":
-    """Returns configuration and model with every matrix as `Int8`; the norms are shared.
-
-    One matrix after another is turned, on the current mesh; `model` is left as it is, so both are
-    in memory until the caller lets it go.
-
-    Raises:
-        InputError: it is quantized already.
-    """
-    check_whole(config)
-    config = replace(config, quantized="int8")
-    turn = jax.jit(partial(matrix, config), static_argnames="dims")
-    model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
-    model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
-    if model.output is not None:
-        model.output = turn(model.output[...], dims="DV")
-    for name, dims in MATRICES.items():
-        setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
-    return config, model

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.family import ModelConfig
-from llama_jax.sharding import platform
+from llama_jax.parallel.mesh import platform
 
 # The names that a layer gives to what it makes; `attention` also covers its softmax's sums.
 _ATTENTION = ("attention",)

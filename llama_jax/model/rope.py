@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.family import ModelConfig
-from llama_jax.sharding import platform
+from llama_jax.config.model import ModelConfig
+from llama_jax.parallel.mesh import platform
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:

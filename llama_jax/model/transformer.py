@@ -1,12 +1,10 @@
-"""LLaMA: the weights (nouns) and the forward pass (verbs).
+"""LLaMA: the forward pass, as pure functions of the weights in `weights.py`.
 
 One letter per dimension, in suffixes, einsums and the sharding table alike: B batch, T query
 positions, S key positions, L layers, V vocabulary, D width, N query heads, K key/value heads,
 H head size, F feed-forward size. Weights carry Meta's names, with axes [in…, out…].
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,111 +13,18 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.family import ModelConfig
 from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import Cache, KeysValues, write
-from llama_jax.model.linear import embed, matmul, turned, turned_back
-from llama_jax.model.pointwise import rms_norm, swiglu
-from llama_jax.model.quantize import MATRICES, matrix
+from llama_jax.model.layers import rms_norm, swiglu
+from llama_jax.model.linear import embed, matmul
 from llama_jax.model.remat import keep, rematerialized
 from llama_jax.model.rope import rotate, rotation
-from llama_jax.model.weights import Weights, summary
-from llama_jax.sharding import act, balance, check_mesh, in_balanced_order, in_text_order, weight
-
-
-def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
-    shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
-    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims))
-    return matrix(config, drawn, dims)
-
-
-def _ones(config: ModelConfig, dims: str) -> nnx.Param:
-    return nnx.Param(jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight(dims)))
-
-
-class Block(Weights):
-    """The weights of one layer, or of all layers stacked along a leading L.
-
-    Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
-    stream (wo, w2) are (2L)^-1/2 smaller, so that its size does not grow with depth (GPT-2's
-    rule). LLaMA's paper does not state its own.
-    """
-
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        D, F, NH = config.dim, config.hidden_dim, config.n_heads * config.head_dim
-        k = jax.random.split(key, 7)
-        residual = (2 * config.n_layers) ** -0.5
-        self.attention_norm = _ones(config, "D")
-        self.wq = _normal(config, "DNH", D**-0.5, k[0])
-        self.wk = _normal(config, "DKH", D**-0.5, k[1])
-        self.wv = _normal(config, "DKH", D**-0.5, k[2])
-        self.wo = _normal(config, "NHD", residual * NH**-0.5, k[3])
-        self.ffn_norm = _ones(config, "D")
-        self.w1 = _normal(config, "DF", D**-0.5, k[4])
-        self.w3 = _normal(config, "DF", D**-0.5, k[5])
-        self.w2 = _normal(config, "FD", residual * F**-0.5, k[6])
-
-
-class Llama(Weights):
-    """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
-
-    def __init__(self, config: ModelConfig, key: jax.Array):
-        k_embeddings, k_layers, k_output = jax.random.split(key, 3)
-        std = config.dim**-0.5
-        self.tok_embeddings = _normal(config, "VD", std, k_embeddings)
-        layer_keys = jax.random.split(k_layers, config.n_layers)
-        self.layers = jax.vmap(partial(Block, config))(layer_keys)
-        self.norm = _ones(config, "D")
-        self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
-
-
-class Unrolled(NamedTuple):
-    """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
-
-    XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
-    There matrices are `linear.Turned` too: [out…, in…].
-    """
-
-    tok_embeddings: nnx.Param
-    layers: tuple[Block, ...]
-    norm: nnx.Param
-    output: nnx.Param | None
-
-    def __repr__(self) -> str:
-        return summary(self)
-
-
-def unrolled(model: Llama) -> Unrolled:
-    """Returns a model layer by layer. Its stacked weights are deleted, one after the other.
-
-    At most the largest of them is in memory twice meanwhile.
-    """
-    stacked, tree = jax.tree.flatten(model.layers)
-    apart = []
-    for w_L in stacked:
-        apart.append([w_L[i] for i in range(len(w_L))])
-        jax.block_until_ready(apart[-1])
-        w_L.delete()
-    layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
-    turn = jax.jit(turned, static_argnums=1)
-    _change_matrices(layers, turn)
-    output = None if model.output is None else turn(model.output, "DV")
-    return Unrolled(model.tok_embeddings, layers, model.norm, output)
-
-
-def as_stored(model: Unrolled) -> Unrolled:
-    """Returns a model whose matrices have the axes [in…, out…], as in `Llama` and in files."""
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)  # other nodes, the same arrays
-    _change_matrices(layers, turned_back)
-    output = None if model.output is None else turned_back(model.output, "DV")
-    return model._replace(layers=layers, output=output)
-
-
-def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any]) -> None:
-    for layer in layers:
-        for name, dims in MATRICES.items():
-            setattr(layer, name, change(getattr(layer, name), dims))
+from llama_jax.model.weights import Block, Llama, Unrolled, layer
+from llama_jax.parallel.collectives import balance, in_balanced_order, in_text_order
+from llama_jax.parallel.mesh import check_mesh
+from llama_jax.parallel.sharding import act
 
 
 def _norm(config: ModelConfig, name: str, x_BTD: jax.Array, scale_D: nnx.Param) -> jax.Array:
@@ -207,13 +112,6 @@ def continued(
         kept.append(new)
     used_B = cache.used_B + (T if lengths_B is None else lengths_B)
     return _norm(config, "norm", x_BTD, model.norm), Cache(tuple(kept), used_B)
-
-
-def layer(model: Llama | Unrolled, number: int) -> Block:
-    """Returns the weights of one layer, of which a stacked model gives a copy."""
-    if isinstance(model, Unrolled):
-        return model.layers[number]
-    return jax.tree.map(lambda w_L: w_L[number], model.layers)
 
 
 def _begin(config: ModelConfig, model: Llama | Unrolled, tokens_BT, seen: _Seen):

@@ -1,41 +1,151 @@
-"""The base class of what holds weights: it prints one line for each kind of weight."""
+"""The weights of a LLaMA: modules that hold arrays and nothing else."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from llama_jax.config.model import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.model.linear_cpu import turned, turned_back
+from llama_jax.model.quantize import MATRICES, matrix
+from llama_jax.model.summary import Weights, summary
+from llama_jax.parallel.sharding import weight
 
-class Weights(nnx.Module):
-    """A module that holds weights and nothing else."""
+
+def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
+    shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
+    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims))
+    return matrix(config, drawn, dims)
+
+
+def _ones(config: ModelConfig, dims: str) -> nnx.Param:
+    return nnx.Param(jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight(dims)))
+
+
+class Block(Weights):
+    """The weights of one layer, or of all layers stacked along a leading L.
+
+    Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
+    stream (wo, w2) are (2L)^-1/2 smaller, so that its size does not grow with depth (GPT-2's
+    rule). LLaMA's paper does not state its own.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        D, F, NH = config.dim, config.hidden_dim, config.n_heads * config.head_dim
+        k = jax.random.split(key, 7)
+        residual = (2 * config.n_layers) ** -0.5
+        self.attention_norm = _ones(config, "D")
+        self.wq = _normal(config, "DNH", D**-0.5, k[0])
+        self.wk = _normal(config, "DKH", D**-0.5, k[1])
+        self.wv = _normal(config, "DKH", D**-0.5, k[2])
+        self.wo = _normal(config, "NHD", residual * NH**-0.5, k[3])
+        self.ffn_norm = _ones(config, "D")
+        self.w1 = _normal(config, "DF", D**-0.5, k[4])
+        self.w3 = _normal(config, "DF", D**-0.5, k[5])
+        self.w2 = _normal(config, "FD", residual * F**-0.5, k[6])
+
+
+class Llama(Weights):
+    """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        k_embeddings, k_layers, k_output = jax.random.split(key, 3)
+        std = config.dim**-0.5
+        self.tok_embeddings = _normal(config, "VD", std, k_embeddings)
+        layer_keys = jax.random.split(k_layers, config.n_layers)
+        self.layers = jax.vmap(partial(Block, config))(layer_keys)
+        self.norm = _ones(config, "D")
+        self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
+
+
+class Unrolled(NamedTuple):
+    """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
+
+    XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
+    There matrices are `linear.Turned` too: [out…, in…].
+    """
+
+    tok_embeddings: nnx.Param
+    layers: tuple[Block, ...]
+    norm: nnx.Param
+    output: nnx.Param | None
 
     def __repr__(self) -> str:
         return summary(self)
 
 
-def summary(tree: Any) -> str:
-    """Returns the type and size of a tree of weights, and a line for each kind of weight.
+def unrolled(model: Llama) -> Unrolled:
+    """Returns a model layer by layer. Its stacked weights are deleted, one after the other.
 
-    The line says dtype, shape and sharding. Layers that are held one by one share it.
+    At most the largest of them is in memory twice meanwhile.
     """
-    kinds: dict[tuple[str, ...], int] = {}
-    count = 0
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        name = ".".join(part for part in names(path) if not part.isdecimal())
-        spec = getattr(getattr(leaf, "sharding", None), "spec", "")
-        kind = (name, f"{leaf.dtype}{list(leaf.shape)}", str(spec).replace("PartitionSpec", "P"))
-        kinds[kind] = kinds.get(kind, 0) + 1
-        count += leaf.size
-    lines = [f"{type(tree).__name__}: {count:,} numbers"]
-    width = max(len(name) for name, *_ in kinds)
-    for (name, shape, spec), times in kinds.items():
-        several = f"{times} × " if times > 1 else ""
-        lines.append(f"  {name:{width}}  {several + shape:28}  {spec}".rstrip())
-    return "\n".join(lines)
+    stacked, tree = jax.tree.flatten(model.layers)
+    apart = []
+    for w_L in stacked:
+        apart.append([w_L[i] for i in range(len(w_L))])
+        jax.block_until_ready(apart[-1])
+        w_L.delete()
+    layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
+    turn = jax.jit(turned, static_argnums=1)
+    _change_matrices(layers, turn)
+    output = None if model.output is None else turn(model.output, "DV")
+    return Unrolled(model.tok_embeddings, layers, model.norm, output)
 
 
-def names(path: tuple[Any, ...]) -> list[str]:
-    """Returns the plain names on the path to a leaf, as JAX gives it."""
-    found = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
-    # An nnx.Param is a node with one leaf, `value`: the weight's own name is enough.
-    return found[:-1] if found[-1] == "value" else found
+def as_stored(model: Unrolled) -> Unrolled:
+    """Returns a model whose matrices have the axes [in…, out…], as in `Llama` and in files."""
+    layers = jax.tree.map(lambda leaf: leaf, model.layers)  # other nodes, the same arrays
+    _change_matrices(layers, turned_back)
+    output = None if model.output is None else turned_back(model.output, "DV")
+    return model._replace(layers=layers, output=output)
+
+
+def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any]) -> None:
+    for layer in layers:
+        for name, dims in MATRICES.items():
+            setattr(layer, name, change(getattr(layer, name), dims))
+
+
+def layer(model: Llama | Unrolled, number: int) -> Block:
+    """Returns the weights of one layer, of which a stacked model gives a copy."""
+    if isinstance(model, Unrolled):
+        return model.layers[number]
+    return jax.tree.map(lambda w_L: w_L[number], model.layers)
+
+
+def check_whole(config: ModelConfig) -> None:
+    """Checks that a model is not quantized.
+
+    Raises:
+        InputError: it is.
+    """
+    if config.quantized != "none":
+        raise InputError(
+            f"the model is {config.quantized} already: quantize the one that it was made from"
+        )
+
+
+def quantized(config: ModelConfig, model: Llama) -> tuple[ModelConfig, Llama]:
+    """Returns configuration and model with every matrix as `Int8`; the norms are shared.
+
+    One matrix after another is turned, on the current mesh; `model` is left as it is, so both are
+    in memory until the caller lets it go.
+
+    Raises:
+        InputError: it is quantized already.
+    """
+    check_whole(config)
+    config = replace(config, quantized="int8")
+    turn = jax.jit(partial(matrix, config), static_argnames="dims")
+    model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
+    model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
+    if model.output is not None:
+        model.output = turn(model.output[...], dims="DV")
+    for name, dims in MATRICES.items():
+        setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
+    return config, model

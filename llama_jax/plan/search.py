@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
-from llama_jax.config import Config, MeshConfig
+from llama_jax.config.run import Config, MeshConfig
 from llama_jax.errors import InputError
-from llama_jax.plan import estimate
-from llama_jax.plan.estimate import Plan
-from llama_jax.plan.pod import Pod
-from llama_jax.sharding import divisors
+from llama_jax.parallel.mesh import divisors
+from llama_jax.plan import training
+from llama_jax.plan.topology import Pod
+from llama_jax.plan.training import Plan
 
 _MATRIX_EFFICIENCY = 0.85  # of the peak, for arithmetic alone
 _TAKEN = 0.85  # of the memory by arithmetic; compiled programs took 0.80 to 1.06 of it
@@ -76,16 +76,16 @@ def seconds(config: Config, pod: Pod) -> float:
     peak = pod.chip.tflops * 1e12
     sizes = asdict(mesh)
     products = weights * tokens * (1 + again[model.remat]) / pod.size / peak / _MATRIX_EFFICIENCY
-    kernels = estimate.attention_seconds(config, sizes, pod.chip)
+    kernels = training.attention_seconds(config, sizes, pod.chip)
     # Gathered forward and backward in the compute type, and summed once, for each micro-batch.
     moved = model.n_params * (2 + 2 + 4) / mesh.tensor * config.training.micro_batches
-    hidden = moved / estimate.network_bandwidth(pod, mesh.fsdp) / 1e9 if mesh.fsdp > 1 else 0.0
+    hidden = moved / training.network_bandwidth(pod, mesh.fsdp) / 1e9 if mesh.fsdp > 1 else 0.0
     network = max(_EXPOSED * hidden, hidden - products)
     if mesh.tensor > 1:
         # Two sums forward and two backward in each layer, of a token's width; nothing hides them.
         a_token = 4 * 2 * 2 * model.n_layers * model.dim
         local = tokens / (mesh.data * mesh.fsdp * mesh.context)
-        network += local * a_token / estimate.network_bandwidth(pod, mesh.tensor) / 1e9
+        network += local * a_token / training.network_bandwidth(pod, mesh.tensor) / 1e9
     return products + kernels + network
 
 
@@ -114,7 +114,7 @@ def search(config: Config, pod: Pod, compile_best: int, tell: Callable[[str], No
         tries += 1
         tell(f"{tries}: {fragment(way)}, by arithmetic {seconds(way, pod):.2f} s")
         try:
-            plan = estimate.make(way, pod, lambda _: None)
+            plan = training.make(way, pod, lambda _: None)
         except InputError as error:
             tell(f"    {error}")
             continue

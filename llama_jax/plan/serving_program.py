@@ -6,19 +6,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import MeshConfig
+from llama_jax.checkpoint.tree import abstract
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
-from llama_jax.family import ModelConfig
 from llama_jax.inference import generate
 from llama_jax.inference.generate import NO_TOKEN, Rows, State
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs
 from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import Llama, Unrolled, layer
-from llama_jax.plan import pod as pods
-from llama_jax.plan.pod import Pod
-from llama_jax.plan.program import Reading, reading
-from llama_jax.sharding import act, make_mesh, tensor_sizes
-from llama_jax.tree import abstract
+from llama_jax.model.weights import Llama, Unrolled, layer
+from llama_jax.parallel.mesh import make_mesh, tensor_sizes
+from llama_jax.parallel.sharding import act
+from llama_jax.plan import topology as pods
+from llama_jax.plan.compiler import Reading, reading
+from llama_jax.plan.topology import Pod
 
 _BLOCK = 16  # tokens of one dispatch, as `generate.stream` makes them
 _INSTEAD = "--batch or --context"

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.data.batches import Batch
-from llama_jax.family import ModelConfig
-from llama_jax.model.linear import summed_product, whole
-from llama_jax.model.transformer import Llama, hidden_states
-from llama_jax.sharding import (
-    act,
+from llama_jax.config.model import ModelConfig
+from llama_jax.data.windows import Batch
+from llama_jax.model.linear_cpu import summed_product, whole
+from llama_jax.model.transformer import hidden_states
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.collectives import (
     balance,
     gather,
     over_vocabulary,
     sum_gradient,
     sum_over_tokens,
     vocabulary_start,
-    weight,
 )
+from llama_jax.parallel.sharding import act, weight
 
 # Logits that a device holds at a time, in float32. [B, T, V] whole is the largest array of a
 # training step, many times over; in chunks of T it costs nothing but reading the head's gradient

@@ -8,10 +8,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from llama_jax.atomic_write import replaced_file
-from llama_jax.chips import chip_of
-from llama_jax.config import Config, LoggingConfig
+from llama_jax.config.run import Config, LoggingConfig
 from llama_jax.errors import Fault, InputError
+from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.chips import chip_of
 
 
 def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.config import OptimizerConfig
-from llama_jax.model.transformer import Llama
+from llama_jax.config.run import OptimizerConfig
+from llama_jax.model.weights import Llama
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -7,15 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from llama_jax.atomic_write import replaced_file
-from llama_jax.hosts import leads
+from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.console import duration
+from llama_jax.runtime.hosts import leads
 from llama_jax.training.metrics import read_metrics
-
-
-def tell(text: str) -> None:
-    """Prints a line for people, on the standard error of host 0."""
-    if leads():
-        print(text, file=sys.stderr, flush=True)
 
 
 class StepProgress:
@@ -52,16 +47,6 @@ class StepProgress:
         if self._bar:
             self._bar.stop()
             self._bar = None
-
-
-def duration(seconds: float) -> str:
-    """Returns '3d04h', '2h05m', '4m09s' or '12s'."""
-    s = round(seconds)
-    if s >= 86_400:
-        return f"{s // 86_400}d{s % 86_400 // 3600:02d}h"
-    if s >= 3600:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
 def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:

@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llama_jax.config import Config
+from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
-from llama_jax.hosts import leads
+from llama_jax.runtime.console import tell
+from llama_jax.runtime.hosts import leads
 from llama_jax.training.metrics import MetricsLog, peak_flops
-from llama_jax.training.progress import StepProgress, draw_losses, tell
+from llama_jax.training.progress import StepProgress, draw_losses
 from llama_jax.training.step import StepMetrics
 
 

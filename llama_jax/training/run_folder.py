@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_jax import config_file, folders, hosts
-from llama_jax.atomic_write import replaced_file
-from llama_jax.config import Config
+from llama_jax.checkpoint import folders
+from llama_jax.config import yaml_file
+from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
-from llama_jax.data.tokenizer import load_tokenizer
 from llama_jax.errors import InputError
-from llama_jax.training.progress import tell
+from llama_jax.runtime import hosts
+from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.console import tell
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 # A resumed run must be the run that it was. These keys may change, and the change is told.
 CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus", "data.tokenizer")
@@ -101,7 +103,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def write_run_files(config: Config, data: Batches, folder: Path) -> None:
     """Leaves the resolved configuration and the tokenizer in the run folder."""
     with replaced_file(folder / "config.yaml") as partial:
-        partial.write_text(config_file.dump(config))
+        partial.write_text(yaml_file.dump(config))
     for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
         if not (folder / name).exists():
             with replaced_file(folder / name) as partial:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llama_jax.config import Config
-from llama_jax.data.batches import Batch
-from llama_jax.model.transformer import Llama
+from llama_jax.config.run import Config
+from llama_jax.data.windows import Batch
+from llama_jax.model.weights import Llama
 from llama_jax.training.loss import loss_sums
 from llama_jax.training.optimizer import adamw, learning_rate
 

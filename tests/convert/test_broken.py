@@ -24,21 +24,22 @@ import ways_to_break as ways
 import ways_unseen as unseen
 from whole_checkpoints import write_all
 
-from llama_jax import cli
-from llama_jax.convert.conversion import Outcome, convert
-from llama_jax.convert.stream import peak_resident
-from llama_jax.convert.verification import verify
-from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.checkpoint.single_weights import WeightsReader
+from llama_jax.cli.main import main
+from llama_jax.config.model import ModelConfig
+from llama_jax.convert.convert import Outcome, convert
+from llama_jax.convert.verify import verify
 from llama_jax.errors import Fault, InputError
-from llama_jax.family import ModelConfig
-from llama_jax.folders import read_model_config
-from llama_jax.weights import WeightsReader
+from llama_jax.runtime.process_memory import peak_resident
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 Way = Callable[[Path, ways.Rng], ways.Options]
 # After these the checkpoint may still be whole: nothing that matters was hit.
 ENDURED = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
 ADVICE = re.compile(
-    r"\b(fetch|give|correct|convert|remove|choose|save|write|lay|name|start|make|load|leave|one of"
+    r"\b(fetch|give|put|move|correct|convert|"
+    r"remove|choose|save|write|lay|name|start|make|load|leave|one of"
     r"|must hold|must be|not valid|add|numbers that do|the family is)\b"
 )
 
@@ -174,7 +175,7 @@ def run(
     path, folder = str(options.pop("path")), options.pop("folder")
     pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
     target = ["--verify"] if verifies else [str(folder)]
-    status = cli.main(["convert", path, *target, *(part for pair in pairs for part in pair)])
+    status = main(["convert", path, *target, *(part for pair in pairs for part in pair)])
     told = err()
     assert status == (2 if told.startswith("llama-jax convert: ") else 0)
     if status:

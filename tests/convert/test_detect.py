@@ -14,11 +14,11 @@ from whole_checkpoints import (
 )
 
 import llama_jax as lj
-from llama_jax import cli
-from llama_jax.convert import huggingface, meta
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.cli.main import main
 from llama_jax.convert.detect import open_source
+from llama_jax.convert.formats import huggingface, meta
 from llama_jax.errors import InputError
-from llama_jax.folders import read_model_config
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def command(path):
     return str(caught.value), shlex.split(quoted)
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", WAYS)
 def test_the_command_that_is_named_makes_a_model(sources, name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -62,7 +63,7 @@ def test_the_command_that_is_named_makes_a_model(sources, name, tmp_path, monkey
     message, words = command(sources / name)
     assert f"{sources / name} is a checkpoint in {form}'s format: convert it with `" in message
     assert message.endswith(f"`, then give {target}")
-    assert cli.main(words[1:]) == 0
+    assert main(words[1:]) == 0
     assert "warning" not in capsys.readouterr().err
     config, _ = lj.load(target)
     assert config.n_layers == 2
@@ -77,7 +78,7 @@ def test_every_command_that_takes_a_model_names_it(sources, tmp_path, monkeypatc
     ways = [["generate", "--prompt", "a"], ["serve"], ["perplexity", "text"], ["info"]]
     for way, *rest in ways:
         folder = "./-meta"
-        assert cli.main([way, folder, *rest]) == 2
+        assert main([way, folder, *rest]) == 2
         told = capsys.readouterr().err
         assert told.startswith(f"llama-jax {way}: -meta is a checkpoint in Meta's format: ")
         assert "`llama-jax convert ./-meta models/-meta`" in told

@@ -10,14 +10,13 @@ from conftest import mesh_of, tiny_model
 from flax import nnx
 from whole_checkpoints import quiet
 
-from llama_jax.checkpoint import load_model, save_model
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.checkpoint.orbax import load_model, save_model
 from llama_jax.convert import layout
-from llama_jax.convert.verification import verify
+from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
-from llama_jax.folders import read_model_config
-from llama_jax.model.quantize import quantized
-from llama_jax.model.transformer import Llama
-from llama_jax.sharding import one_device_mesh
+from llama_jax.model.weights import Llama, quantized
+from llama_jax.parallel.mesh import one_device_mesh
 
 
 def changed(weight: jax.Array, at: tuple[int, ...], value: float) -> jax.Array:

@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from llama_jax.convert import huggingface, meta, orbax
+from llama_jax.checkpoint.tree import abstract_model, tree_to_dict
+from llama_jax.config.family import FAMILY
+from llama_jax.config.model import ffn_dim
+from llama_jax.convert.formats import huggingface, meta, model_folder
 from llama_jax.convert.layout import AXES, Layout, Weight, same_bits, weights
 from llama_jax.errors import InputError
-from llama_jax.family import FAMILY, ffn_dim
-from llama_jax.tree import abstract_model, tree_to_dict
 
 # Heads 6, key/value heads 3: n_heads / n_kv_heads differs from n_kv_heads, so no mistake hides.
 CONFIG = tiny_model(dim=48, n_heads=6, n_kv_heads=3, head_dim=8, hidden_dim=66, vocab_size=96)
@@ -111,7 +112,7 @@ def test_a_format_without_a_head_size_refuses_another():
 def test_our_own_layout_changes_nothing():
     for weight in weights(CONFIG):
         ours = random(weight)
-        assert orbax.layout(CONFIG).from_ours(CONFIG, weight, ours)[0] is ours
+        assert model_folder.layout(CONFIG).from_ours(CONFIG, weight, ours)[0] is ours
 
 
 def test_bits_are_compared_not_values():

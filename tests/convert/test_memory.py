@@ -6,10 +6,10 @@ import sys
 import pytest
 from whole_checkpoints import quiet, write_llama2c
 
-from llama_jax.convert import stream
-from llama_jax.convert.stream import available_memory
-from llama_jax.convert.verification import verify
+from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
+from llama_jax.runtime import process_memory
+from llama_jax.runtime.process_memory import available_memory
 
 MIB = 1 << 20
 V1 = "5:cpu,cpuacct:/x\n4:memory:/docker/a\n0::/docker/a\n"
@@ -74,7 +74,7 @@ def test_a_hole_that_declares_a_weight_beyond_the_memory_is_refused(tmp_path):
 def test_a_machine_without_room_is_told(tmp_path, monkeypatch):
     write_llama2c(tmp_path / "m.bin", 1)
     quiet(tmp_path / "m.bin", tmp_path / "m")
-    monkeypatch.setattr(stream, "available_memory", lambda: 1000)
+    monkeypatch.setattr(process_memory, "available_memory", lambda: 1000)
     with pytest.raises(InputError, match=r"0\.00 GiB are free: make room, or take a machine with"):
         quiet(tmp_path / "m.bin", tmp_path / "other")
     with pytest.raises(InputError, match=r"the largest weight of .* takes 0\.00 GiB of memory"):

@@ -9,9 +9,9 @@ import pytest
 from stored_files import write
 from whole_checkpoints import quiet, read
 
-from llama_jax.convert.verification import verify
+from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
-from llama_jax.folders import read_model_config
 
 
 def changed(source: Path, folder: Path) -> Path:

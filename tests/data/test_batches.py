@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from llama_jax.config import DataConfig
-from llama_jax.data import corpus
-from llama_jax.data.batches import Batches, Tokens, Windows
+from llama_jax.config.run import DataConfig
+from llama_jax.data import tokenize
+from llama_jax.data.batches import Batches
+from llama_jax.data.shards import Tokens
+from llama_jax.data.windows import Windows
 from llama_jax.errors import InputError
-from llama_jax.sharding import one_device_mesh
+from llama_jax.parallel.mesh import one_device_mesh
 
 
 def config(folder, **changes):
@@ -157,7 +159,7 @@ def test_too_few_tokens_for_a_window_are_refused(token_folder):
 
 
 def test_the_fingerprint_follows_the_content(token_folder, tmp_path):
-    corpus.build(
+    tokenize.build(
         [str(token_folder.parent / "0*.txt")], tmp_path / "less",
         tokenizer=token_folder / "tokenizer.model", validation_fraction=0.1, progress=False,
     )  # fmt: skip

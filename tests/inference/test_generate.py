@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 
-from llama_jax.checkpoint import save_model
-from llama_jax.data.tokenizer import load_tokenizer
+from llama_jax.checkpoint.orbax import save_model
+from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
+from llama_jax.inference.detokenize import stream_text
 from llama_jax.inference.generate import NO_TOKEN, generate
 from llama_jax.inference.load import load
-from llama_jax.inference.perplexity import prompt_logprobs
+from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
-from llama_jax.inference.text import stream_text
-from llama_jax.model.quantize import quantized
-from llama_jax.model.transformer import Llama, as_stored, forward
-from llama_jax.sharding import one_device_mesh, place, tensor_mesh
-from llama_jax.tree import abstract_model
+from llama_jax.model.transformer import forward
+from llama_jax.model.weights import Llama, as_stored, quantized
+from llama_jax.parallel.mesh import one_device_mesh, place, tensor_mesh
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CONFIG = tiny_model()
 LENGTHS = [12, 1, 7, 5, 12, 3, 9, 2]

@@ -7,10 +7,10 @@ import numpy as np
 from conftest import tiny_model
 from processes import Group
 
-from llama_jax.checkpoint import save_model
+from llama_jax.checkpoint.orbax import save_model
 from llama_jax.inference.stream import stream
-from llama_jax.model.transformer import Llama
-from llama_jax.sharding import one_device_mesh
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import one_device_mesh
 
 CONFIG = tiny_model()
 PROMPT = np.random.default_rng(0).integers(3, 320, 9).tolist()
@@ -18,14 +18,15 @@ PROMPT = np.random.default_rng(0).integers(3, 320, 9).tolist()
 PROGRAM = """
 import json, sys
 import jax
-from llama_jax import hosts, sharding
-from llama_jax.folders import read_model_config
+from llama_jax.parallel.mesh import tensor_mesh
+from llama_jax.runtime import hosts
+from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.inference.load import load
 from llama_jax.inference.stream import stream
 
 folder, prompt, _, coordinator, _, processes, _, process = sys.argv[1:]
 with hosts.join(coordinator, int(processes), int(process)):
-    mesh = sharding.tensor_mesh(read_model_config(folder), jax.devices())
+    mesh = tensor_mesh(read_model_config(folder), jax.devices())
     with jax.set_mesh(mesh):
         config, model = load(folder)
         own = model.layers[0].wq[...].addressable_shards

@@ -8,13 +8,13 @@ import pytest
 from conftest import mesh_of, tiny_model
 
 import llama_jax as lj
-from llama_jax import chips
-from llama_jax.checkpoint import save_model
+from llama_jax.checkpoint.orbax import save_model
 from llama_jax.errors import InputError
 from llama_jax.inference import load as load_module
 from llama_jax.inference.load import load
-from llama_jax.model.transformer import Llama
-from llama_jax.sharding import one_device_mesh
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.runtime import chips
 
 # Over 8 devices and over 6.
 SHAPES = [

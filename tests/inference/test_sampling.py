@@ -6,7 +6,8 @@ from conftest import mesh_of, peer
 from pydantic import ValidationError
 
 from llama_jax.inference.sampling import Counts, Sampling, knobs, logprobs, process, sample
-from llama_jax.sharding import act, one_device_mesh, place
+from llama_jax.parallel.mesh import one_device_mesh, place
+from llama_jax.parallel.sharding import act
 
 SHARES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = np.log(np.stack([SHARES, SHARES[::-1]])).astype(np.float32)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llama_jax.inference.sampling import Sampling, knobs, process
-from llama_jax.sharding import place
+from llama_jax.parallel.mesh import place
 
 
 @pytest.mark.usefixtures("one_device")

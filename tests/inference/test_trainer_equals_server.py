@@ -11,13 +11,14 @@ import pytest
 import textbook
 from conftest import load_reference, quick_compilation, tiny_model
 
-from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.inference.engine import Engine
-from llama_jax.inference.requests import Begun, Ended, MadeToken, Request
+from llama_jax.checkpoint.tree import names
+from llama_jax.inference.engine.engine import Engine
+from llama_jax.inference.engine.requests import Begun, Ended, MadeToken, Request
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.transformer import Llama, forward, unrolled
-from llama_jax.sharding import one_device_mesh
-from llama_jax.tree import names
+from llama_jax.model.transformer import forward
+from llama_jax.model.weights import Llama, unrolled
+from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CONTEXT = 700
 # The shape of stories260K, so that random weights of it need no other programs.
@@ -41,8 +42,7 @@ class Answer(NamedTuple):
 def answers(engine: Engine, *requests: Request) -> list[Answer]:
     """Returns the answers to requests that are in the engine together."""
     queues = [queue.Queue() for _ in requests]
-    for request, events in zip(requests, queues, strict=True):
-        engine.submit(request, events.put)
+    engine.submit(requests, lambda i, event: queues[i].put(event))
     found = []
     for request, events in zip(requests, queues, strict=True):
         begun, tokens = Begun(), []

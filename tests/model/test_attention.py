@@ -10,7 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.model import attention as attention_module
 from llama_jax.model.attention import attention, cached_attention
 from llama_jax.model.cache import KeysValues
-from llama_jax.sharding import in_balanced_order
+from llama_jax.parallel.collectives import in_balanced_order
 
 
 def reference(q, k, v, segments):

@@ -10,13 +10,14 @@ import pytest
 from conftest import load_reference, mesh_of, tiny_model
 from flax import nnx
 
+from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.inference.stream import stream
-from llama_jax.model import linear
-from llama_jax.model.quantize import Int8, int8, outputs, quantized
-from llama_jax.model.transformer import Llama, forward
-from llama_jax.sharding import one_device_mesh
-from llama_jax.tree import abstract_model
+from llama_jax.model import linear, linear_cpu
+from llama_jax.model.quantize import Int8, int8, outputs
+from llama_jax.model.transformer import forward
+from llama_jax.model.weights import Llama, quantized
+from llama_jax.parallel.mesh import one_device_mesh
 
 CONFIG = tiny_model()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 320, (8, 8)), jnp.int32)
@@ -85,8 +86,9 @@ def test_the_tree_is_that_of_a_model_of_this_configuration(both):
 @pytest.mark.parametrize("blocks", ["whole", "blocks"])
 def test_products_are_those_of_the_numbers_that_int8_stands_for(both, blocks, monkeypatch):
     config, model, new_config, new = both
-    monkeypatch.setattr(linear, "_FEW_ROWS", 64 if blocks == "blocks" else 0)
-    monkeypatch.setattr(linear, "_BLOCK", 512)  # of 4 to 40 numbers a side: several of each matrix
+    monkeypatch.setattr(linear, "FEW_ROWS", 64 if blocks == "blocks" else 0)
+    # Sides have 4 to 40 numbers: a matrix has several blocks.
+    monkeypatch.setattr(linear_cpu, "_BLOCK", 512)
     like = jax.tree.map(lambda leaf: leaf, model)
     for node, name in [(like, "tok_embeddings"), (like, "output"), *matrices(like.layers)]:
         kept = getattr(new if node is like else new.layers, name)

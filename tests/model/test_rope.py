@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from llama_jax.family import RopeScaling
+from llama_jax.config.model import RopeScaling
 from llama_jax.model.rope import frequencies, rotate, rotation
 
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
 
-from llama_jax.model import attention, cache, linear, remat, rope
+from llama_jax.model import attention, cache, linear, linear_cpu, remat, rope
 from llama_jax.model.cache import KeysValues, init_cache
-from llama_jax.model.transformer import Llama, continued, forward, output_head, unrolled
+from llama_jax.model.transformer import continued, forward, output_head
+from llama_jax.model.weights import Llama, unrolled
 
 BFLOAT16 = 2.0**-8  # half a step of rounding, of a number's size
 
@@ -22,7 +23,7 @@ def of_both(monkeypatch, work):
     """Returns what `work()` returns where the branches of a TPU are taken, and where not."""
     found = []
     for platform in ("tpu", "cpu"):
-        for module in (attention, cache, linear, rope):
+        for module in (attention, cache, linear, linear_cpu, rope):
             monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
         found.append(jax.tree.map(lambda x: np.asarray(x, np.float32), work()))
     return zip(*(jax.tree.leaves(result) for result in found), strict=True)

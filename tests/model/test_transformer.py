@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from conftest import CONTEXT_MESHES, MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 
+from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.model.cache import init_cache
-from llama_jax.model.transformer import Llama, continued, forward, output_head, unrolled
-from llama_jax.sharding import act, one_device_mesh, place
-from llama_jax.tree import abstract_model
+from llama_jax.model.transformer import continued, forward, output_head
+from llama_jax.model.weights import Llama, unrolled
+from llama_jax.parallel.mesh import one_device_mesh, place
+from llama_jax.parallel.sharding import act
 
 CONFIG = tiny_model()
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16)).astype(np.int32)

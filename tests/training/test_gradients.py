@@ -13,16 +13,16 @@ import pytest
 import textbook
 from conftest import load_reference, mesh_of, peer, quick_compilation, tiny_config, tiny_model
 
-from llama_jax.config import Config
-from llama_jax.data.batches import Batch
-from llama_jax.family import ModelConfig
+from llama_jax.checkpoint.tree import abstract_model, names
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import Config
+from llama_jax.data.windows import Batch
 from llama_jax.model import attention_xla
-from llama_jax.model.transformer import Llama
-from llama_jax.sharding import one_device_mesh, place
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import one_device_mesh, place
 from llama_jax.training import loss as loss_module
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.step import gradients, train_step
-from llama_jax.tree import abstract_model, names
 
 # Largest error of a gradient, relative to the largest entry of its leaf. The textbook itself in
 # float32 is off by 1e-6 to 2e-6 (16 to 32 roundings of 2^-24; held to 2.5e-6 below). The program

@@ -9,9 +9,9 @@ import pytest
 from conftest import tiny_model
 from processes import Group
 
-from llama_jax import config_file
-from llama_jax.checkpoint import TrainingCheckpoints
-from llama_jax.config import (
+from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.config import yaml_file
+from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -29,7 +29,7 @@ STEPS, ROWS = 12, 8
 # The command line, which also notes the windows of the training text that this process reads.
 RECORDING = """
 import sys
-from llama_jax.cli import main
+from llama_jax.cli.main import main
 from llama_jax.data import batches
 
 read = batches.Windows.__getitem__
@@ -45,7 +45,7 @@ sys.exit(main(sys.argv[1:]))
 # The command line; on host 1 the step is compiled for ever, outside of Python.
 COMPILING = """
 import ctypes, sys
-from llama_jax import cli
+from llama_jax.cli import main as cli
 from llama_jax.training import loop
 
 def compile_for_ever(*_):
@@ -61,8 +61,8 @@ sys.exit(cli.main(sys.argv[1:]))
 # The command line; on host 1 the disk is full from the second save on.
 FULL = """
 import resource, sys
-from llama_jax import cli
-from llama_jax.checkpoint import TrainingCheckpoints
+from llama_jax.cli import main as cli
+from llama_jax.checkpoint.orbax import TrainingCheckpoints
 
 save = TrainingCheckpoints.save
 def full(checkpoints, progress, *state):
@@ -89,7 +89,7 @@ def config(folder, data, **training):
 
 
 def written(path, settings):
-    path.write_text(config_file.dump(settings))
+    path.write_text(yaml_file.dump(settings))
     return path
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 
-from llama_jax import checkpoint, config_file
-from llama_jax.config import (
+from llama_jax.checkpoint import orbax
+from llama_jax.config import yaml_file
+from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -28,12 +29,13 @@ from llama_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from llama_jax.data import corpus
-from llama_jax.data.batches import Batches, read_meta
-from llama_jax.data.tokenizer import load_tokenizer
-from llama_jax.data.tokenizer_export import huggingface_files
+from llama_jax.data import tokenize
+from llama_jax.data.batches import Batches
+from llama_jax.data.shards import read_meta
 from llama_jax.errors import Fault, InputError
-from llama_jax.training import loop, origin
+from llama_jax.tokenizer.export import huggingface_files
+from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.training import init_from, loop, start
 from llama_jax.training.metrics import MetricsLog, read_metrics
 
 STEPS = 24
@@ -75,8 +77,8 @@ def test_the_loss_falls_and_everything_is_in_the_folder(whole, token_folder):
     assert {p.name for p in whole.iterdir()} == {
         ".lock", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "tokenizer.model",
     }  # fmt: skip
-    assert config_file.load(whole / "config.yaml") == config(whole, token_folder)
-    assert checkpoint.TrainingCheckpoints(whole / "checkpoints").steps == [20, 24]
+    assert yaml_file.load(whole / "config.yaml") == config(whole, token_folder)
+    assert orbax.TrainingCheckpoints(whole / "checkpoints").steps == [20, 24]
     records = read_metrics(whole / "metrics.jsonl")
     assert [r["step"] for r in records if "validation_loss" in r] == [8, 16, 24]
     assert {"grad_norm", "learning_rate", "tokens_per_second", "step_seconds"} <= records[0].keys()
@@ -93,10 +95,10 @@ def test_a_second_run_of_a_finished_one_touches_nothing(whole, token_folder, cap
     assert "is finished: 24 steps are done" in capsys.readouterr().err
 
 
-def start(settings, tmp_path):
+def start_process(settings, tmp_path):
     """Starts the command line in a process of its own, on 8 simulated devices."""
     path = tmp_path / "run.yaml"
-    path.write_text(config_file.dump(settings))
+    path.write_text(yaml_file.dump(settings))
     command = [sys.executable, "-m", "llama_jax", "train", str(path)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -115,7 +117,7 @@ def wait_for_step(process, folder, step):
 def test_killed_at_any_moment_it_resumes_with_the_same_losses(seed, whole, token_folder, tmp_path):
     rng = random.Random(seed)
     folder = tmp_path / "run"
-    process = start(config(folder, token_folder), tmp_path)
+    process = start_process(config(folder, token_folder), tmp_path)
     # A random step, and a random moment in it: within a step, a save, or a validation.
     wait_for_step(process, folder, rng.randrange(1, STEPS - 2))
     time.sleep(rng.uniform(0, 0.2))
@@ -137,12 +139,12 @@ def test_killed_at_any_moment_it_resumes_with_the_same_losses(seed, whole, token
 def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
     folder = tmp_path / "run"
     settings = config(folder, token_folder, every=1000)
-    process = start(settings, tmp_path)
+    process = start_process(settings, tmp_path)
     wait_for_step(process, folder, 3)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    step = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps[-1]
+    step = orbax.TrainingCheckpoints(folder / "checkpoints").steps[-1]
     assert f"saved after step {step}; go on with: llama-jax train" in stderr
     assert len(losses(folder)) == step
     assert loop.run(settings).finished
@@ -155,7 +157,7 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
     folder = tmp_path / "run"
     settings = config(folder, token_folder, every=8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = checkpoint.TrainingCheckpoints.save
+    save = orbax.TrainingCheckpoints.save
 
     def save_to_a_full_disk(checkpoints, progress, *state):
         if progress.step == 16:
@@ -163,7 +165,7 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
         save(checkpoints, progress, *state)
         futures.wait([checkpoints._saving[1]])
 
-    monkeypatch.setattr(checkpoint.TrainingCheckpoints, "save", save_to_a_full_disk)
+    monkeypatch.setattr(orbax.TrainingCheckpoints, "save", save_to_a_full_disk)
     try:
         with pytest.raises(Fault) as raised:
             loop.run(settings)
@@ -245,7 +247,7 @@ def test_other_data_do_not_resume(token_folder, tmp_path):
     other = tmp_path / "other"
     files = str(token_folder.parent / "[0-3]*.txt")
     tokenizer = str(token_folder / "tokenizer.model")
-    corpus.build([files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False)
+    tokenize.build([files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False)
     with pytest.raises(InputError, match="are not those that the run"):
         loop.run(config(folder, other, steps=4))
 
@@ -271,13 +273,13 @@ def test_what_a_run_starts_from_must_be_its_model(whole, token_folder, tmp_path,
     with pytest.raises(InputError, match=r"model.hidden_dim is 128, but the model in .* has 64"):
         loop.run(other)
     assert not (tmp_path / "run" / "config.yaml").exists()
-    origin.check_shape(replace(settings, model=tiny_model(rope_theta=5e5)))
+    init_from.check_shape(replace(settings, model=tiny_model(rope_theta=5e5)))
     assert "rope_theta is 500000.0, but" in capsys.readouterr().err
     (tmp_path / "int8").mkdir()
     shape = {**asdict(tiny_model()), "quantized": "int8"}
     (tmp_path / "int8" / "config.json").write_text(json.dumps(shape))
     with pytest.raises(InputError, match="are int8, for inference alone"):
-        origin.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
+        init_from.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
 
 
 def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token_folder, tmp_path):
@@ -286,10 +288,10 @@ def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token
     texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     # What the run itself tokenizes gets the tokenizer of the model.
     settings = config(tmp_path / "run", tmp_path / "made", init_from=str(whole))
-    loop.prepare_data(replace(settings, data=replace(settings.data, corpus=(str(texts),))))
+    start.prepare_data(replace(settings, data=replace(settings.data, corpus=(str(texts),))))
     hashes = [read_meta(folder)["tokenizer_sha256"] for folder in (tmp_path / "made", token_folder)]
     assert hashes[0] == hashes[1]
-    corpus.build([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
+    tokenize.build([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
     with pytest.raises(InputError, match="was made with another tokenizer than that of"):
         loop.run(config(tmp_path / "run", tmp_path / "other", init_from=str(whole)))
 
@@ -301,7 +303,7 @@ def test_two_files_of_one_tokenizer_are_one(whole, token_folder, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_bytes(files["tokenizer.json"])
     settings = config(tmp_path / "run", token_folder, init_from=str(tmp_path / "model"))
     with jax.set_mesh(mesh_of((8, 1, 1))):
-        origin.check_tokenizer(settings, Batches(settings.data))
+        init_from.check_tokenizer(settings, Batches(settings.data))
 
 
 def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, tmp_path):
@@ -314,7 +316,7 @@ def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, t
     assert [r["skipped"] for r in records[-10:]] == [1] * 10
     assert records[-11]["skipped"] == 0
     assert records[-1]["grad_norm"] is None
-    saved = checkpoint.TrainingCheckpoints(folder / "checkpoints").steps
+    saved = orbax.TrainingCheckpoints(folder / "checkpoints").steps
     assert saved == [records[-1]["step"]]
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from conftest import mesh_of, quick_compilation, tiny_config, tiny_model
 
-from llama_jax.data.batches import Batch
+from llama_jax.checkpoint.tree import abstract, abstract_model
+from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
 from llama_jax.training.step import init_state, train_step
-from llama_jax.tree import abstract, abstract_model
 
 LAYER = {"attention_norm", "attention", "ffn_norm", "feed_forward"}
 TOKENS = jax.ShapeDtypeStruct((8, 16), jnp.int32)

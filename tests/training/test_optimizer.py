@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
-from llama_jax.config import OptimizerConfig
-from llama_jax.model.transformer import Llama
+from llama_jax.config.run import OptimizerConfig
+from llama_jax.model.weights import Llama
 from llama_jax.training.optimizer import decayed, learning_rate
 
 

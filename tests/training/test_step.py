@@ -9,12 +9,12 @@ import optax
 import pytest
 from conftest import MESHES, mesh_of, tiny_config, tiny_model
 
-from llama_jax.data.batches import Batch
+from llama_jax.checkpoint.tree import abstract
+from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
-from llama_jax.sharding import one_device_mesh, place
+from llama_jax.parallel.mesh import one_device_mesh, place
 from llama_jax.training import loss as loss_module
 from llama_jax.training.step import StepMetrics, eval_step, gradients, init_state, train_step
-from llama_jax.tree import abstract
 
 CONFIG = tiny_config(z_loss=1e-3)
 gradients = jax.jit(gradients, static_argnums=0)

@@ -1,0 +1,65 @@
+"""Finding out what a path holds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llama_jax.checkpoint import folders
+from llama_jax.config.family import FAMILY
+from llama_jax.convert.formats import gguf, huggingface, llama2c, meta, model_folder
+from llama_jax.convert.source import Source, checked
+from llama_jax.errors import InputError
+
+_KINDS = (
+    "a Meta folder (params.json), a Hugging Face folder (config.json), a .gguf file, a llama2.c"
+    " .bin file, or a model or run folder of llama_jax"
+)
+_READERS = {
+    "meta": meta.read, "huggingface": huggingface.read, "gguf": gguf.read,
+    "llama2c": llama2c.read, "orbax": model_folder.read,
+}  # fmt: skip
+_WEIGHTS = (".pth", ".safetensors", ".bin")
+
+
+def open_source(path: Path, model: str | None = None) -> Source:
+    """Returns the checkpoint at `path`, of whatever format, looked over.
+
+    Args:
+        path: a folder or file.
+        model: member of the family that it is, where its own configuration is not to be followed.
+
+    Raises:
+        InputError: there is none, or it is damaged, incomplete or not a LLaMA.
+    """
+    try:
+        source = _open(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): give another one") from error
+    if model is not None:
+        if model not in FAMILY:
+            raise InputError(f"--model {model} is not known; the family is: {', '.join(FAMILY)}")
+        own = source.config
+        config = replace(FAMILY[model], dtype=own.dtype, param_dtype=own.param_dtype)
+        source = replace(source, config=config)
+    return checked(source)
+
+
+def _open(path: Path) -> Source:
+    try:
+        kind = folders.checkpoint_format(path)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give {_KINDS}") from error
+    if kind == "gguf" and path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise InputError(f"{path} holds {len(files)} .gguf files: give one of them")
+        return gguf.read(files[0])
+    if kind is not None:
+        return _READERS[kind](path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    weights = next((file for file in files if file.suffix in _WEIGHTS), None)
+    if weights:
+        raise InputError(
+            f"{weights} holds weights, but not what model they are of: give a folder that holds it"
+            " beside params.json or config.json"
+        )
+    raise InputError(f"{path} is no checkpoint: give {_KINDS}")

@@ -1,0 +1,146 @@
+"""Safetensors files, read tensor by tensor and written tensor by tensor.
+
+The format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from llama_jax.convert.files.tensor_file import Stored, Writer, in_file, shown
+from llama_jax.errors import InputError
+from llama_jax.runtime.regular_file import open_regular
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The format allows 100 MB, which take 2 GB as Python's objects; 1,200 tensors take 150 KB.
+_MAX_HEADER = 16 << 20
+_AGAIN = "fetch it again"
+
+
+def read_safetensors(path: str | Path) -> dict[str, Stored]:
+    """Returns the tensors of a safetensors file by name, each read when asked.
+
+    Every byte of the file belongs to one tensor or to the header, as the format demands.
+
+    Raises:
+        InputError: the file is missing, cut short, damaged, or has a dtype beyond NumPy's.
+    """
+    path = Path(path)
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or (size < 8 + length and length <= _MAX_HEADER):
+                raise InputError(f"{path} is cut short inside its header: {_AGAIN}")
+            if length > _MAX_HEADER:
+                raise InputError(f"{path} is no safetensors file, or damaged: {_AGAIN}")
+            raw = file.read(length)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give a safetensors file") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): give another file") from error
+    header = _parse(path, raw)
+
+    tensors: dict[str, Stored] = {}
+    spans = [(0, 0, "")]
+    for name, entry in header.items():
+        dtype, shape, begin, end = _entry(path, name, entry)
+        tensor = in_file(path, name, dtype, 8 + length + begin, shape)
+        if tensor.nbytes != end - begin:
+            wrong = f"has {end - begin} bytes, not {tensor.nbytes}"
+            raise InputError(f"{path} is damaged: {shown(name)} {wrong}: {_AGAIN}")
+        tensors[name] = tensor
+        spans.append((begin, end, name))
+
+    spans.sort()
+    for (_, before, _), (begin, _, name) in itertools.pairwise(spans):
+        if begin != before:
+            raise InputError(f"{path} is damaged: {shown(name)} leaves a gap or overlaps: {_AGAIN}")
+    expected = 8 + length + spans[-1][1]
+    if size != expected:
+        state = "cut short" if size < expected else "damaged"
+        raise InputError(f"{path} is {state}: it has {size} bytes, not {expected}: {_AGAIN}")
+    return tensors
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        if type(header) is not dict:
+            raise ValueError("it is no table of tensors")
+        "".join(header).encode("utf-8")  # JSON can name half of a surrogate pair, UTF-8 can't
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} has a damaged header ({error}): {_AGAIN}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    match entry:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]} if all(
+            type(n) is int and n >= 0 for n in [*shape, begin, end]
+        ):
+            if kind in _DTYPES:
+                return _DTYPES[kind], tuple(shape), begin, end
+            raise InputError(
+                f"{path}: {shown(name)} has the dtype {shown(kind)}, which isn't known here:"
+                f" convert it to one of {', '.join(_DTYPES)}"
+            )
+    raise InputError(f"{path} has a damaged header (its entry for {shown(name)}): {_AGAIN}")
+
+
+class SafetensorsWriter(Writer):
+    """Writes a safetensors file, one tensor after the other: see `Writer`.
+
+    The data begin at a multiple of 8 bytes. Tensors follow one another without a gap, so where
+    dtypes are mixed, the wider should come first: PyTorch doesn't map an unaligned tensor.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
+        super().__init__(path, header)
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in self._header.items():
+            if dtype not in _NAMES or name == "__metadata__":
+                raise ValueError(f"safetensors has no {dtype} tensor {name}")
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            entries[name] = {
+                "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
+            }  # fmt: skip
+        raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        raw += b" " * (-len(raw) % 8)
+        if len(raw) > _MAX_HEADER:
+            raise ValueError(f"{path} would need a header of more than {_MAX_HEADER} bytes")
+        self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
+        self._file.write(len(raw).to_bytes(8, "little") + raw)
+
+    def _put(self, name: str, data: memoryview) -> None:
+        self._file.write(data)
+
+    def _close(self) -> None:
+        self._file.close()

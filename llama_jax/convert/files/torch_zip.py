@@ -1,0 +1,288 @@
+"""PyTorch's `.pth` and `.bin` files of weights, read and written without PyTorch.
+
+A file is a zip archive: `NAME/data.pkl` is a pickle of the dict of tensors, in which each storage
+is named by a key, and `NAME/data/KEY` holds that storage's bytes, neither packed nor converted.
+`torch_pickle` reads the pickle; nothing that a file says is imported or called.
+"""
+
+import io
+import struct
+import threading
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from llama_jax.convert.files.tensor_file import Stored, Writer, in_file, shown, span
+from llama_jax.convert.files.torch_pickle import DTYPE_NAMES, Tensor, dump, load
+from llama_jax.errors import InputError
+from llama_jax.runtime.regular_file import open_regular
+
+_LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+_MAX_METADATA = 1 << 20  # bytes of the pickle or the zip directory: more than 6,000 tensors
+_CHUNK = 1 << 20  # bytes: what is hashed while the processor's cache holds it
+_SAVE_AGAIN = "load it with torch.load and save it again with torch.save"
+
+
+def read_torch(path: str | Path) -> dict[str, Stored]:
+    """Returns the tensors of a PyTorch state dict by name, each read when asked.
+
+    The dict may lie under the key `model` or `state_dict` of another dict, whose other keys are
+    then passed over. Beside tensors, a state dict may hold None, numbers and text, which are
+    passed over as well; anything else in it is refused. Tensors may be views and share storages.
+
+    The checksum of the pickle is verified here, that of a storage before one of its tensors is
+    first read, so that reading raises InputError where a byte was changed.
+
+    Raises:
+        InputError: the file is missing, cut short, damaged, in another format, compressed,
+            big-endian, or asks for a function or class that weights don't need. Nothing in it
+            is run.
+    """
+    path = Path(path)
+    try:
+        with _Bounded(open_regular(path).detach()) as file:
+            return _read_zip(path, file)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give a PyTorch file of weights") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): give another file") from error
+
+
+class _Bounded(io.BufferedReader):
+    """A file that gives little at a time: zipfile reads a directory of any size at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = _MAX_METADATA + 1
+        part = super().read(most if size is None or size < 0 else min(size, most))
+        if len(part) == most:
+            raise ValueError("its directory is too large for weights")
+        return part
+
+
+def _read_zip(path: Path, file: BinaryIO) -> dict[str, Stored]:
+    head = file.read(64)
+    if head[:1] == b"\x80" and _LEGACY_MAGIC in head:
+        raise InputError(f"{path} has the format from before PyTorch 1.6: {_SAVE_AGAIN}")
+    if head[:2] != b"PK":
+        raise InputError(f"{path} is no PyTorch file of weights, or damaged: fetch it again")
+    try:
+        archive = zipfile.ZipFile(file)
+    except Exception as error:  # a damaged directory can make zipfile raise almost anything
+        raise InputError(
+            f"{path} is cut short or damaged (its zip directory can't be read): fetch it again"
+        ) from error
+
+    names = archive.namelist()
+    roots = [n.removesuffix("data.pkl") for n in names if n.split("/", 1)[-1] == "data.pkl"]
+    if any(n.split("/", 1)[-1] == "constants.pkl" or "/code/" in n for n in names):
+        raise InputError(
+            f"{path} is a TorchScript archive: load it with torch.jit.load and save its"
+            " state_dict() with torch.save"
+        )
+    if len(roots) != 1 or len(set(names)) != len(names):
+        raise InputError(
+            f"{path} is a zip archive, but not of one PyTorch state dict: fetch it again"
+        )
+    (root,) = roots
+    reader = _Archive(path, file, archive)
+    if f"{root}byteorder" in names and reader.content(f"{root}byteorder") != b"little":
+        raise InputError(f"{path} is big-endian: {_SAVE_AGAIN} on a little-endian computer")
+    found = load(path, reader.content(f"{root}data.pkl"))
+
+    tensors: dict[str, Stored] = {}
+    for name, value in _state_dict(path, found).items():
+        if isinstance(value, Tensor):
+            tensors[name] = _locate(path, name, value, reader, f"{root}data/{value.storage.key}")
+    return tensors
+
+
+def _state_dict(path: Path, found: Any) -> dict[str, Any]:
+    if type(found) is not dict:
+        raise InputError(f"{path} holds {shown(found)}, not a state dict: save a model's alone")
+    for key in ("model", "state_dict"):
+        if type(found.get(key)) is dict:
+            found = found[key]
+            break
+    for name, value in found.items():
+        if type(name) is not str or not isinstance(value, Tensor | int | float | str | None):
+            raise InputError(
+                f"{path}: {shown(name)} is {shown(value)}, not a tensor with a name: save the"
+                " model's state_dict() alone"
+            )
+    return found
+
+
+def _locate(path: Path, name: str, tensor: Tensor, reader: "_Archive", entry: str) -> Stored:
+    storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+
+    def damaged(why: str) -> InputError:
+        return InputError(f"{path}: {shown(name)} {why}: the file is damaged, fetch it again")
+
+    numbers = [tensor.offset, storage.numel, *shape, *strides]
+    dims = len(shape)
+    if dims > 32 or dims != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+        raise damaged("has a shape, strides or an offset that no tensor can have")
+    stored = reader.place(entry, name)
+    size = stored.size
+    if size != storage.numel * storage.dtype.itemsize:
+        raise damaged(f"has a storage of {size} bytes, not of {storage.numel} {storage.dtype}")
+    # An empty view may point anywhere, as PyTorch's own do: no byte of it is read.
+    if 0 not in shape and tensor.offset + span(shape, strides) > storage.numel:
+        raise damaged("reaches beyond its storage")
+    start = stored.begin + tensor.offset * storage.dtype.itemsize
+    view = in_file(path, name, storage.dtype, start, shape, strides)
+
+    def read() -> np.ndarray:
+        stored.check(path)
+        return view.read()
+
+    return replace(view, read=read)
+
+
+@dataclass
+class _Entry:
+    """An entry of the archive, neither compressed nor encrypted."""
+
+    name: str
+    begin: int  # of its bytes in the file
+    size: int  # in bytes
+    crc: int  # CRC-32 of its bytes, as the zip directory says
+    checked: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check(self, path: Path) -> None:
+        """Compares the bytes with their checksum, the first time that it is called.
+
+        Raises:
+            InputError: they differ, or can't be read.
+        """
+        with self.lock:
+            if not self.checked and self._crc32(path) != self.crc:
+                if self.crc == 0:  # as torch.serialization.set_crc32_options(False) leaves it
+                    raise InputError(
+                        f"{path} was saved without checksums: load it with torch.load and save it"
+                        " again with torch.serialization.set_crc32_options(True)"
+                    )
+                raise InputError(
+                    f"{path}: {shown(self.name)} is damaged (its checksum differs): fetch the file"
+                    " again"
+                )
+            self.checked = True
+
+    def _crc32(self, path: Path) -> int:
+        crc, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, _CHUNK)))
+        try:
+            with open_regular(path) as file:
+                file.seek(self.begin)
+                while left and (n := file.readinto(buffer[:left])):
+                    crc, left = zlib.crc32(buffer[:n], crc), left - n
+            if left:
+                raise OSError(0, "it ends before")
+        except OSError as error:
+            raise InputError(
+                f"{path}: {shown(self.name)} can't be read ({error.strerror}): the file has"
+                " changed, start again"
+            ) from error
+        return crc
+
+
+class _Archive:
+    """The entries of a zip archive, of which none may be compressed or encrypted."""
+
+    def __init__(self, path: Path, file: BinaryIO, archive: zipfile.ZipFile):
+        self._path, self._file, self._zip = path, file, archive
+        self._size = file.seek(0, io.SEEK_END)
+        self._entries: dict[str, _Entry] = {}
+
+    def content(self, entry: str) -> bytes:
+        """Returns the bytes of a small entry, whose checksum is verified."""
+        found = self.place(entry, entry)
+        if found.size > _MAX_METADATA:
+            raise InputError(
+                f"{self._path}: {shown(entry)} is too large for weights: {_SAVE_AGAIN}"
+            )
+        found.check(self._path)
+        return self._at(found.begin, found.size)
+
+    def place(self, entry: str, name: str) -> _Entry:
+        """Returns an entry, which the tensor `name` needs."""
+        if entry in self._entries:
+            return self._entries[entry]
+        try:
+            info = self._zip.getinfo(entry)
+        except KeyError as error:
+            raise InputError(
+                f"{self._path} lacks {shown(entry)}, which {shown(name)} needs: fetch it again"
+            ) from error
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise InputError(
+                f"{self._path}: {shown(entry)} is compressed or encrypted: {_SAVE_AGAIN}"
+            )
+        # The directory doesn't say how long the local header is, which lies before the data: its
+        # name and what follows the data show that it is this entry's, and not shifted.
+        written = entry.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        local = self._at(info.header_offset, 30 + len(written))
+        begin = info.header_offset + 30 + sum(struct.unpack_from("<HH", local.ljust(30), 26))
+        # With flag 8 a checksum follows the data, else the next entry or the directory.
+        after = {b"PK\3\4", b"PK\1\2"} if not info.flag_bits & 8 else {b"PK\7\10"}
+        if (
+            (local[:4], local[30:]) != (b"PK\3\4", written)
+            or (info.file_size and self._at(begin + info.file_size, 4) not in after)
+            or info.file_size != info.compress_size
+        ):
+            raise InputError(
+                f"{self._path}: {shown(entry)} isn't where the zip directory says: the file is cut"
+                " short or damaged, fetch it again"
+            )
+        return self._entries.setdefault(entry, _Entry(entry, begin, info.file_size, info.CRC))
+
+    def _at(self, begin: int, n: int) -> bytes:
+        """Returns the n bytes there, or none where the file hasn't got them."""
+        if not 0 <= begin <= self._size - n:
+            return b""
+        self._file.seek(begin)
+        return self._file.read(n)
+
+
+class TorchWriter(Writer):
+    """Writes a file that `torch.load` reads, also with `mmap=True`, one tensor after the other.
+
+    Each tensor has its own storage, which begins at a multiple of 64 bytes.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
+        super().__init__(path, header)
+        for name, (_, dtype) in self._header.items():
+            if dtype not in DTYPE_NAMES:
+                raise ValueError(f"PyTorch files have no {dtype} tensor {name}")
+        content = dump(self._header)
+        self._keys = {name: str(i) for i, name in enumerate(self._header)}
+        self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
+        self._zip = zipfile.ZipFile(self._file, "w")
+        self._add("data.pkl", memoryview(content))
+        self._add("byteorder", memoryview(b"little"))
+        self._add("version", memoryview(b"3\n"))
+
+    def _add(self, entry: str, data: memoryview) -> None:
+        info = zipfile.ZipInfo(f"{self.path.stem}/{entry}")
+        # Before the data lie 30 bytes, the name, and two extra fields: the one that zipfile adds
+        # for long entries (20 bytes), and one that fills up to the next multiple of 64, as
+        # PyTorch's own does.
+        before = self._file.tell() + 30 + len(info.filename.encode("utf-8")) + 20 + 4
+        fill = -before % 64
+        info.extra = struct.pack("<2sH", b"FB", fill) + b"Z" * fill
+        with self._zip.open(info, "w", force_zip64=True) as file:
+            file.write(data)
+
+    def _put(self, name: str, data: memoryview) -> None:
+        self._add(f"data/{self._keys[name]}", data)
+
+    def _close(self) -> None:
+        self._zip.close()
+        self._file.close()

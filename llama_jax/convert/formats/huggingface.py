@@ -1,0 +1,258 @@
+"""Hugging Face folders: `config.json` and weights in safetensors or PyTorch files."""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from llama_jax.config.model import ModelConfig, RopeScaling
+from llama_jax.convert.files.safetensors import SafetensorsWriter, read_safetensors
+from llama_jax.convert.files.tensor_file import Stored, shown
+from llama_jax.convert.files.torch_zip import read_torch
+from llama_jax.convert.layout import Layout, Weight
+from llama_jax.convert.source import (
+    Source,
+    integer,
+    model_config,
+    number,
+    read_json,
+    stored_dtype,
+)
+from llama_jax.errors import InputError
+
+NAMES = {
+    "tok_embeddings": "model.embed_tokens.weight",
+    "attention_norm": "model.layers.{}.input_layernorm.weight",
+    "wq": "model.layers.{}.self_attn.q_proj.weight",
+    "wk": "model.layers.{}.self_attn.k_proj.weight",
+    "wv": "model.layers.{}.self_attn.v_proj.weight",
+    "wo": "model.layers.{}.self_attn.o_proj.weight",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "w1": "model.layers.{}.mlp.gate_proj.weight",
+    "w3": "model.layers.{}.mlp.up_proj.weight",
+    "w2": "model.layers.{}.mlp.down_proj.weight",
+    "norm": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+_CONTEXT = "max_position_embeddings"
+FILE_BYTES = 5_000_000_000  # as transformers cuts its files
+
+
+def read(folder: Path) -> Source:
+    """Returns the checkpoint in a Hugging Face folder.
+
+    Raises:
+        InputError: a file is missing or damaged, or the model is not a LLaMA.
+    """
+    tensors = _read_weights(folder)
+    config = read_config(folder / "config.json", **stored_dtype((tensors,)))
+    head_kept = config.tied_head and NAMES["output"] in tensors
+    return Source("huggingface", folder, config, Layout(NAMES, head_kept=head_kept), (tensors,))
+
+
+def read_config(path: Path, **computed: Any) -> ModelConfig:
+    """Returns the shape that a Hugging Face `config.json` describes.
+
+    Args:
+        path: the file.
+        computed: `dtype` and `param_dtype`.
+
+    Raises:
+        InputError: it is missing, not of a LLaMA, or asks for what LLaMA doesn't have.
+    """
+    theirs = read_json(path)
+    if theirs.get("model_type") != "llama":
+        raise InputError(
+            f"{path} describes a {shown(theirs.get('model_type'))} model, not a llama: give a LLaMA"
+            " checkpoint"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if theirs.get(key):
+            raise InputError(
+                f"{path}: {key} is true, but LLaMA has no biases: give a LLaMA checkpoint"
+            )
+    if theirs.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"{path}: hidden_act is {shown(theirs['hidden_act'])}, but LLaMA's is silu: give a"
+            " LLaMA checkpoint"
+        )
+    if theirs.get("quantization_config"):
+        raise InputError(
+            f"{path}: the weights are quantized ({_method(theirs)[:100]!a}): fetch the unquantized"
+            " model"
+        )
+    dim, n_heads = (integer(theirs, f"{k}", path) for k in ("hidden_size", "num_attention_heads"))
+    kv, head = theirs.get("num_key_value_heads"), theirs.get("head_dim")
+    # transformers 5 gathers what concerns rotary embeddings under one key.
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
+    if not isinstance(rope, dict | None):
+        raise InputError(
+            f"{path} has {shown(rope)} as its rope parameters, which must be an object: correct it"
+        )
+    theta = number(rope or {}, "rope_theta", number(theirs, "rope_theta", 1e4, path), path)
+    return model_config(
+        path,
+        dim=dim,
+        n_layers=integer(theirs, "num_hidden_layers", path),
+        n_heads=n_heads,
+        n_kv_heads=n_heads if kv is None else integer(theirs, "num_key_value_heads", path),
+        head_dim=max(1, dim // n_heads) if head is None else integer(theirs, "head_dim", path),
+        hidden_dim=integer(theirs, "intermediate_size", path),
+        vocab_size=integer(theirs, "vocab_size", path),
+        context=integer({_CONTEXT: 2048} | theirs, _CONTEXT, path),
+        norm_eps=number(theirs, "rms_norm_eps", 1e-6, path),
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(rope, path),
+        tied_head=theirs.get("tie_word_embeddings", False),
+        **computed,
+    )
+
+
+def _method(theirs: dict[str, Any]) -> str:
+    about = theirs["quantization_config"]
+    return str(about.get("quant_method", "?") if isinstance(about, dict) else about)
+
+
+def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | None:
+    kind = (theirs or {}).get("rope_type", (theirs or {}).get("type", "default"))
+    if theirs is None or kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(
+            f"{path}: rope scaling of type {shown(kind)} is not LLaMA's: give a LLaMA checkpoint"
+        )
+    try:
+        return RopeScaling(
+            factor=theirs["factor"],
+            low_freq_factor=theirs["low_freq_factor"],
+            high_freq_factor=theirs["high_freq_factor"],
+            original_context=theirs["original_max_position_embeddings"],
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"{path}: the llama3 rope scaling is incomplete or impossible: correct the file"
+        ) from error
+
+
+def _read_weights(folder: Path) -> dict[str, Stored]:
+    """Returns all tensors, from one file or from those that an index names."""
+    kinds = (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", read_torch))
+    for stem, ending, read_file in kinds:
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.exists():
+            return _read_indexed(folder, index, read_file)
+        if (folder / f"{stem}.{ending}").exists():
+            return read_file(folder / f"{stem}.{ending}")
+    raise InputError(
+        f"{folder} holds no weights (model.safetensors, pytorch_model.bin, or one of their"
+        " .index.json): fetch them too"
+    )
+
+
+def _read_indexed(folder: Path, index: Path, read_file: Any) -> dict[str, Stored]:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+        raise InputError(f"{index} has no weight_map of names to files: fetch it again")
+    tensors, here = dict[str, Stored](), {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted(set(placed.values())):
+        if Path(name).name != name:
+            raise InputError(
+                f"{index} names {shown(name)}, which is not a file of its own folder: fetch the"
+                " index again"
+            )
+        if name not in here:
+            raise InputError(f"{index} names {shown(name)}, which is missing: fetch it too")
+        found = read_file(folder / name)
+        wanted = {tensor for tensor, file in placed.items() if file == name}
+        if wanted != found.keys():
+            odd = min(wanted ^ found.keys())
+            raise InputError(
+                f"{index} and {folder / name} disagree about {shown(odd)}: fetch both again"
+            )
+        tensors |= found
+    return tensors
+
+
+class Writer:
+    """Writes config.json and safetensors files, weight by weight in the order of the pass."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, layout: Layout, dtypes: Mapping[Weight, np.dtype]
+    ):
+        files: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
+        filled = 0
+        for weight, dtype in dtypes.items():
+            for _, name, shape in layout.pieces(config, weight):
+                size = int(np.prod(shape)) * dtype.itemsize
+                if filled and filled + size > FILE_BYTES:
+                    files.append({})
+                    filled = 0
+                files[-1][name] = (shape, dtype)
+                filled += size
+        n = len(files)
+        paths = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        paths = paths if n > 1 else ["model.safetensors"]
+        if n > 1:
+            sizes = [int(np.prod(s)) * d.itemsize for file in files for s, d in file.values()]
+            placed = {t: path for path, file in zip(paths, files, strict=True) for t in file}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": placed}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        self._left = [(folder / p, file) for p, file in zip(paths, files, strict=True)]
+        self._open = ExitStack()
+        self._file: SafetensorsWriter | None = None
+        self._names: Mapping[str, Any] = {}
+
+    def write(self, pieces: Iterable[tuple[int, str, np.ndarray]]) -> None:
+        """Writes (0, name, tensor)s."""
+        for _, name, piece in pieces:
+            if self._file is None or name not in self._names:
+                self._open.close()
+                path, self._names = self._left.pop(0)
+                self._file = self._open.enter_context(SafetensorsWriter(path, self._names))
+            self._file.write(name, piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Completes the file that is open, or takes it away after an error."""
+        self._open.__exit__(*error)
+
+
+def config_json(config: ModelConfig, bos_id: int | None, end_ids: Iterable[int]) -> dict[str, Any]:
+    """Returns the `config.json` from which transformers makes this model."""
+    ends = sorted(end_ids)
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling
+        and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": config.param_dtype,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }

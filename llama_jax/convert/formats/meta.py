@@ -1,0 +1,261 @@
+"""Meta's folders: `params.json` and `consolidated.NN.pth`, a file for each model-parallel rank."""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from llama_jax.config.family import FAMILY
+from llama_jax.config.model import ModelConfig, RopeScaling, ffn_dim
+from llama_jax.convert.files.tensor_file import Stored, shown
+from llama_jax.convert.files.torch_zip import TorchWriter, read_torch
+from llama_jax.convert.layout import Layout, Weight, same_bits
+from llama_jax.convert.source import (
+    Source,
+    integer,
+    model_config,
+    number,
+    read_json,
+    stored_dtype,
+)
+from llama_jax.errors import InputError
+from llama_jax.runtime.process_memory import check_memory
+
+_ATTENTION, _FFN = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
+NAMES = (
+    {name: f"{name}.weight" for name in ("tok_embeddings", "norm", "output")}
+    | {name: f"layers.{{}}.{name}.weight" for name in ("attention_norm", "ffn_norm")}
+    | {name: f"layers.{{}}.attention.{name}.weight" for name in _ATTENTION}
+    | {name: f"layers.{{}}.feed_forward.{name}.weight" for name in _FFN}
+)
+_FILE = re.compile(r"consolidated\.(\d+)\.pth")
+
+
+def read(folder: Path) -> Source:
+    """Returns the checkpoint in a folder of Meta's.
+
+    What params.json leaves open is taken from the member of the family that has this shape: the
+    context, and the factor of the rope scaling (Meta's code knows 8 alone; 3.2 needs 32).
+
+    Raises:
+        InputError: a file is missing or damaged, or they don't belong together.
+    """
+    path = folder / "params.json"
+    params = read_json(path)
+    shards = tuple(_read_shard(file, i) for i, file in enumerate(_files(folder)))
+    first = shards[0].get(NAMES["tok_embeddings"])
+    if first is None or len(first.shape) != 2:
+        raise InputError(f"{folder} lacks {NAMES['tok_embeddings']}: give a LLaMA checkpoint")
+    dim, n_heads = integer(params, "dim", path), integer(params, "n_heads", path)
+    split = 1 if first.shape[1] != dim else 0
+    rows = first.shape[0] * (1 if split else len(shards))
+    vocab_size = rows if params.get("vocab_size", -1) == -1 else integer(params, "vocab_size", path)
+    multiplier, kv = params.get("ffn_dim_multiplier"), params.get("n_kv_heads")
+    dtype = stored_dtype(shards)
+    config = model_config(
+        path,
+        dim=dim,
+        n_layers=integer(params, "n_layers", path),
+        n_heads=n_heads,
+        n_kv_heads=n_heads if kv is None else integer(params, "n_kv_heads", path),
+        head_dim=max(1, dim // n_heads),
+        hidden_dim=ffn_dim(
+            dim,
+            integer({"multiple_of": 256} | params, "multiple_of", path),
+            None if multiplier is None else number(params, "ffn_dim_multiplier", 1.0, path),
+        ),
+        vocab_size=vocab_size,
+        norm_eps=number(params, "norm_eps", 1e-5, path),
+        rope_theta=number(params, "rope_theta", 10_000.0, path),
+        **dtype,
+    )
+    config = _beyond_params(config, params, "rope.freqs" in shards[0], path)
+    layout = Layout(
+        NAMES, interleaved=True, shards=len(shards), embedding_split=split, head_kept=True
+    )
+    source = Source("meta", folder, config, layout, shards)
+    tied = replace(source, config=replace(config, tied_head=True))
+    return tied if _is_tied(source) else source
+
+
+def _files(folder: Path) -> list[Path]:
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
+    found = dict(numbered)
+    if sorted(i for i, _ in numbered) != list(range(len(found))) or not found:
+        has = ", ".join(str(i) for i, _ in sorted(numbered)) or "none"
+        raise InputError(
+            f"{folder} must hold consolidated.00.pth, .01.pth … each once and without a gap, but"
+            f" it has {has}: fetch the missing ones"
+        )
+    return [found[i] for i in range(len(found))]
+
+
+def _read_shard(path: Path, number: int) -> dict[str, Stored]:
+    tensors = read_torch(path)
+    with zipfile.ZipFile(path) as archive:
+        inner = _FILE.fullmatch(archive.namelist()[0].split("/")[0] + ".pth")
+    # PyTorch writes the file's name into the file, so a renamed shard is known.
+    if inner and int(inner[1]) != number:
+        raise InputError(
+            f"{path} was written as shard {int(inner[1])}, not {number}: give the files the names"
+            " that they had"
+        )
+    return tensors
+
+
+def _beyond_params(
+    config: ModelConfig, params: dict[str, Any], llama2: bool, path: Path
+) -> ModelConfig:
+    """Returns the config with the context and the rope scaling, which params.json doesn't tell."""
+    scaled = params.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool | None):
+        raise InputError(f"{path} has {shown(scaled)} as use_scaled_rope: correct the file")
+    config = replace(config, rope_scaling=RopeScaling() if scaled else None)
+    like = next((member for member in FAMILY.values() if _same_shape(member, config)), None)
+    if llama2:  # its 7B and 13B have the shape of LLaMA's
+        context = 4096
+    elif like:
+        context = like.context
+    else:
+        context = 131_072 if scaled else {5e5: 8192, 1e6: 16_384}.get(config.rope_theta, 2048)
+    factor = like.rope_scaling.factor if like and like.rope_scaling else 8.0
+    factor = number(params, "rope_scaling_factor", factor, path)
+    scaling = RopeScaling(factor=factor) if scaled else None
+    return replace(config, context=context, rope_scaling=scaling)
+
+
+def _same_shape(a: ModelConfig, b: ModelConfig) -> bool:
+    def key(config: ModelConfig) -> tuple[Any, ...]:
+        heads = (config.n_heads, config.n_kv_heads, config.vocab_size, config.rope_theta)
+        return (config.dim, config.n_layers, config.hidden_dim, *heads, bool(config.rope_scaling))
+
+    return key(a) == key(b)
+
+
+def _is_tied(source: Source) -> bool:
+    """Tells whether head and embedding are the same numbers, as in Llama 3.2 1B and 3B."""
+    embedding, head = Weight("tok_embeddings"), Weight("output")
+    names = NAMES["tok_embeddings"], NAMES["output"]
+    if any(name not in shard for name in names for shard in source.shards):
+        return False  # which the look over all names will tell
+    pieces = source.stored(embedding), source.stored(head)
+    for weight, tensors in zip((embedding, head), pieces, strict=True):
+        wanted = {shape for _, _, shape in source.layout.pieces(source.config, weight)}
+        if {t.shape for t in tensors} != wanted or len({t.dtype for t in tensors}) > 1:
+            return False  # as above
+    compared = sum(tensor.nbytes for tensors in pieces for tensor in tensors)
+    check_memory(compared, f"comparing {names[0]} with {names[1]} in {source.path}")
+    first_row = np.concatenate([piece.read()[0] for piece in pieces[0]])[: source.config.dim]
+    if not same_bits(first_row, pieces[1][0].read()[0]):
+        return False  # the usual case, without reading it all
+    a, b = (
+        source.layout.to_ours(source.config, weight, [t.read() for t in source.stored(weight)])
+        for weight in (embedding, head)
+    )
+    return same_bits(a, b.T)
+
+
+def writer_layout(config: ModelConfig, shards: int) -> Layout:
+    """Returns how `config` is laid out in so many files.
+
+    Raises:
+        InputError: whole heads can't be dealt to so many files, or Meta's format can't say it.
+    """
+    if config.head_dim * config.n_heads != config.dim:
+        raise InputError(
+            f"Meta's format has heads of dim / n_heads, but these are {config.head_dim} of"
+            f" {config.n_heads} in a width of {config.dim}: convert to Hugging Face's instead"
+        )
+    if config.rope_scaling and replace(config.rope_scaling, factor=8.0) != RopeScaling():
+        raise InputError(
+            "Meta's format knows the rope scaling of Llama 3.1 and 3.2 alone, and this model's is"
+            " another: convert to Hugging Face's instead"
+        )
+    by_vocab = config.rope_theta == 5e5  # since Llama 3 the embedding is split by vocabulary
+    split = config.vocab_size if by_vocab else config.dim
+
+    def divides(n: int) -> bool:
+        kv = config.n_kv_heads % n == 0 or n % config.n_kv_heads == 0
+        sizes = (config.n_heads, config.hidden_dim, config.vocab_size, split)
+        return kv and not any(size % n for size in sizes)
+
+    if not divides(shards):
+        fitting = [n for n in range(1, config.n_heads + 1) if divides(n)]
+        raise InputError(
+            f"--shards {shards} does not divide this model (heads {config.n_heads}, key/value heads"
+            f" {config.n_kv_heads}, FFN {config.hidden_dim}, vocabulary {config.vocab_size});"
+            f" numbers that do: {', '.join(map(str, fitting))}"
+        )
+    return Layout(
+        NAMES, interleaved=True, shards=shards, embedding_split=not by_vocab, head_kept=True
+    )
+
+
+class Writer:
+    """Writes params.json and the shards into `folder`, weight by weight in their order."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, layout: Layout, dtypes: Mapping[Weight, np.dtype]
+    ):
+        headers: list[dict[str, tuple[tuple[int, ...], np.dtype]]]
+        headers = [{} for _ in range(layout.shards)]
+        for weight, dtype in dtypes.items():
+            for shard, name, shape in layout.pieces(config, weight):
+                headers[shard][name] = (shape, dtype)
+        (folder / "params.json").write_text(json.dumps(params_json(config)))
+        self._open = ExitStack()
+        self._files = [
+            self._open.enter_context(TorchWriter(folder / f"consolidated.{i:02d}.pth", header))
+            for i, header in enumerate(headers)
+        ]
+
+    def write(self, pieces: Iterable[tuple[int, str, np.ndarray]]) -> None:
+        """Writes (shard, name, tensor)s."""
+        for shard, name, piece in pieces:
+            self._files[shard].write(name, piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Completes the files, or takes them away after an error."""
+        self._open.__exit__(*error)
+
+
+def params_json(config: ModelConfig) -> dict[str, Any]:
+    """Returns params.json; what Meta's oldest code doesn't know only where it is needed."""
+    params: dict[str, Any] = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        **_ffn_params(config),
+    }
+    if config.n_kv_heads != config.n_heads:
+        params["n_kv_heads"] = config.n_kv_heads
+    if config.rope_theta != 10_000.0:
+        params["rope_theta"] = config.rope_theta
+    if config.rope_scaling:
+        params["use_scaled_rope"] = True
+        if config.rope_scaling.factor != 8.0:
+            params["rope_scaling_factor"] = config.rope_scaling.factor
+    return params
+
+
+def _ffn_params(config: ModelConfig) -> dict[str, Any]:
+    """Returns `multiple_of` and `ffn_dim_multiplier` from which Meta's code derives F."""
+    for multiplier in (None, 1.3, 1.4, 1.5):  # the released ones
+        for multiple_of in (256, 1024, 4096):
+            if ffn_dim(config.dim, multiple_of, multiplier) == config.hidden_dim:
+                found = {"multiple_of": multiple_of}
+                return found | ({"ffn_dim_multiplier": multiplier} if multiplier else {})
+    # Half a unit above F, so that cutting off the fraction can't miss it.
+    exact = (config.hidden_dim + 0.5) / int(8 * config.dim / 3)
+    return {"multiple_of": 1, "ffn_dim_multiplier": exact}

@@ -1,0 +1,56 @@
+"""Windows of T+1 tokens at fixed places of a token stream."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama_jax.config.run import DataConfig
+from llama_jax.data.shards import Tokens
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what is to be predicted, int32 [B, T]; micro-batches add a leading A.
+
+    From NumPy arrays, two rows of one text each, for a step of one micro-batch:
+
+    >>> rows = np.array([[tokenizer.encode("to be or not to be, that is", bos=True)[:9]] * 2])
+    >>> positions = np.broadcast_to(np.arange(8), (1, 2, 8))
+    >>> batch = lj.Batch(rows[..., :-1], rows[..., 1:], positions, segments=None)
+    >>> batch.targets.shape
+    (1, 2, 8)
+    """
+
+    tokens: Any
+    targets: Any  # the next token, or -1 where no loss is taken
+    positions: Any  # place in the document, counted from where the window shows it
+    segments: Any  # number of the document in the window, from 1; None: all is one text
+
+
+class Windows:
+    """Random access to the windows of T+1 tokens of a stream; each overlaps the next by one."""
+
+    def __init__(self, tokens: Tokens, config: DataConfig):
+        self.tokens = tokens
+        self.length = config.seq_len
+        self.isolate = config.isolate_documents
+        self.count = max(0, len(tokens) - 1) // self.length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Batch:
+        """Returns window `index` as a Batch whose arrays are [T]."""
+        T = self.length
+        start = int(index) * T
+        tokens, starts = self.tokens.read(start, start + T + 1)
+        positions = np.arange(T + 1, dtype=np.int32)
+        segments = np.ones(T + 1, np.int32)
+        if self.isolate:
+            at = starts[(starts > 0) & (starts <= T)]
+            begins = np.zeros(T + 1, np.int32)
+            begins[at] = 1
+            segments += np.cumsum(begins, dtype=np.int32)
+            positions -= np.maximum.accumulate(positions * begins)
+        same = segments[1:] == segments[:-1]
+        targets = np.where(same, tokens[1:], -1).astype(np.int32)
+        return Batch(tokens[:-1], targets, positions[:-1], segments[:-1])

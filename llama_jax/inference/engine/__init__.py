@@ -1,0 +1,1 @@
+"""Continuous batching: many requests in one running batch."""

@@ -1,0 +1,1 @@
+"""The device mesh: how arrays are split over it, and the collectives."""

@@ -1,0 +1,1 @@
+"""Processes, hosts, accelerators, storage and the console."""

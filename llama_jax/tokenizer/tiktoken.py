@@ -1,0 +1,170 @@
+"""The tokenizer of Llama 3: byte pairs in tiktoken's format."""
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import tiktoken
+
+from llama_jax.errors import InputError
+from llama_jax.tokenizer import chat
+from llama_jax.tokenizer.build import LLAMA3_PATTERN
+from llama_jax.tokenizer.settings import check_ids, check_text, folder_files, read_settings
+
+# The special tokens follow the ranks, in this order (Meta's llama-models, llama3/tokenizer.py).
+_NAMED = (
+    "begin_of_text",
+    "end_of_text",
+    "reserved_special_token_0",
+    "reserved_special_token_1",
+    "finetune_right_pad_id",
+    "step_id",
+    "start_header_id",
+    "end_header_id",
+    "eom_id",
+    "eot_id",
+    "python_tag",
+    "image",
+)
+_RESERVED = (f"reserved_special_token_{i}" for i in range(2, 2 + 256 - len(_NAMED)))
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (*_NAMED, *_RESERVED))
+END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+# Meta's tokenizer cuts a text into parts of so many characters, and these where so many characters
+# follow one another that are all white space, or all not.
+_MAX_PART = 400_000
+_MAX_RUN = 25_000
+_LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1},}}")
+
+
+class Tiktoken:
+    """Llama 3's tokenizer.model and what the JSON files beside it say.
+
+    `end_ids` are <|end_of_text|>, <|eom_id|> and <|eot_id|>, and those of generation_config.json.
+    Chats have the form of the folder's chat template, or else that of Llama 3 Instruct.
+
+    Args:
+        path: the file, for messages.
+        data: what is in it.
+        files: those beside it, by name.
+    """
+
+    def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
+        files = files or {}
+        self.path = path
+        self.ranks = read_ranks(data, path)
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._encoding = tiktoken.Encoding(
+            path.name,
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special,
+        )
+        self.n_vocab = len(self.ranks) + len(self.special)
+        self.bos_id = self.special["<|begin_of_text|>"]
+        self.eos_id = self.special["<|end_of_text|>"]
+        self._settings = read_settings(files, path.parent)
+        self.end_ids = frozenset(map(self.special.__getitem__, END_TOKENS)) | self._settings.end_ids
+        self.add_bos = self._settings.add_bos is not False
+        self.template = self._settings.template
+        self.files = folder_files("tokenizer.model", data, files, self._settings)
+
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
+    ) -> list[int]:
+        """Returns the ids of `text`, between begin and end of text where asked for.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        encode = self._encoding.encode_ordinary
+        ids = [i for part in split_long(text) for i in encode(part)]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def exact_cut(self, text: str) -> int:
+        """Returns where Meta's tokenizer cuts a text in any case."""
+        return (len(text) - 1) // _MAX_PART * _MAX_PART
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; special tokens have none.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        ids = check_ids(ids, self.n_vocab, self.path)
+        text = self._encoding.decode_bytes([i for i in ids if i < len(self.ranks)])
+        return text.decode(errors="replace")
+
+    def parse(self, text: str) -> list[int]:
+        """Returns the ids of `text`; the text of a special token gives that token.
+
+        Raises:
+            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+        """
+        check_text(text)
+        encode = self._encoding.encode
+        return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
+
+    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
+        """Returns the ids of a chat, up to where the model is to answer.
+
+        Raises:
+            InputError: the messages are not a chat that the format knows.
+        """
+        if self.template is None:
+            return chat.llama3_ids(self.encode, self.special.__getitem__, messages)
+        tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        tokens |= self._settings.tokens
+        return chat.template_ids(self.template, messages, tokens, self)
+
+
+def split_long(text: str) -> Iterator[str]:
+    """Yields the parts into which Meta's tokenizer cuts a text before it encodes them."""
+    for start in range(0, len(text), _MAX_PART):
+        part = text[start : start + _MAX_PART]
+        at = 0
+        for run in _LONG_RUN.finditer(part):
+            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield part[at:cut]
+                at = cut
+        yield part[at:]
+
+
+def is_tiktoken(data: bytes) -> bool:
+    """Tells whether a file begins as one in tiktoken's format does."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data) is not None
+
+
+def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """Returns the pieces in a file of tiktoken's format, with their ranks from 0 on.
+
+    Raises:
+        InputError: a line is not a piece in base64 and a rank, a piece stands twice, or a rank or
+            a byte is missing.
+    """
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            encoded, rank = line.split()
+            piece = base64.b64decode(encoded, validate=True)
+            if not piece or ranks.setdefault(piece, int(rank)) != int(rank):
+                raise ValueError("a piece that is empty or stands twice")
+        except (ValueError, binascii.Error) as error:
+            raise InputError(
+                f"{path}:{number}: not a new piece in base64 and its rank: the tokenizer is"
+                " damaged, or cut short: fetch it again"
+            ) from error
+    missing = set(range(len(ranks))).difference(ranks.values())
+    if missing:
+        raise InputError(
+            f"{path}: no piece has the rank {min(missing)}: the file is damaged, fetch it again"
+        )
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise InputError(
+            f"{path}: a single byte is missing: the tokenizer is cut short or damaged: fetch it"
+            " again"
+        )
+    return ranks

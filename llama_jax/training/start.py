@@ -1,0 +1,144 @@
+"""Before step 1: prepares and checks the data, and makes or restores the state."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import optax
+
+from llama_jax.checkpoint import orbax
+from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.checkpoint.tree import abstract
+from llama_jax.config.run import Config
+from llama_jax.data import tokenize
+from llama_jax.data.batches import Batches
+from llama_jax.errors import InputError
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import check_divides, make_mesh, set_default_mesh
+from llama_jax.runtime import hosts, stop_signal
+from llama_jax.runtime.console import tell
+from llama_jax.training import init_from
+from llama_jax.training.optimizer import adamw
+from llama_jax.training.run_folder import check_unchanged
+from llama_jax.training.step import init_state
+
+
+def prepare(config: Config, folder: Path, newest: int | None) -> None:
+    """Does what must be done once before the run goes on from its checkpoint `newest`."""
+    if newest is not None:
+        check_unchanged(config, folder)
+    else:
+        if (folder / "config.yaml").exists():
+            tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+        init_from.check_shape(config)
+    with stop_signal.unwinding():
+        prepare_data(config)
+
+
+def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
+    """Returns the weights that a run begins with, and the optimizer's state for them.
+
+    The weights are those of `training.init_from`, or drawn with `training.seed`. Layers are
+    stacked, as training wants them. Where no mesh is set, it sets that of `config.mesh` for good.
+
+    >>> model, opt_state = lj.initial_state(run)
+    >>> model.layers.wq.shape  # L, D, N, H
+    (2, 32, 8, 8)
+
+    Raises:
+        InputError: the mesh doesn't divide the model, or as `checkpoint.load_model`.
+    """
+    set_default_mesh(partial(make_mesh, config.mesh))
+    check_divides(jax.sharding.get_mesh(), config.model)
+    source = config.training.init_from
+    if source is None:
+        return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
+    tell(f"starts from the weights in {source}")
+    _, model = orbax.load_model(source, config.model)
+    return model, jax.jit(adamw(config.optimizer).init)(model)
+
+
+class State:
+    """Weights, optimizer state and the number of steps done: fresh, or restored."""
+
+    def __init__(
+        self, config: Config, data: Batches, checkpoints: TrainingCheckpoints, step: int | None
+    ):
+        self.step = 0
+        if step is not None:
+            model, opt_state = abstract(partial(init_state, config), jax.random.key(0))
+            progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
+            self.step = progress.step
+            if progress.data != data.fingerprint:
+                raise InputError(
+                    f"the data in {', '.join(config.data.mixture)} are not those that the run"
+                    f" {config.training.out} was trained on: restore them, or choose another"
+                    " training.out"
+                )
+            tell(f"{config.training.out}: resumes after step {step} of {config.training.steps}")
+        else:
+            self.model, self.opt_state = initial_state(config)
+
+
+def prepare_data(config: Config) -> None:
+    """Tokenizes `data.corpus` into the folder of `data.mixture`, where that is not there yet.
+
+    Raises:
+        InputError: the folder is missing and there is no corpus to make it from.
+    """
+    for name in config.data.mixture:
+        if Path(name).exists():
+            continue
+        if not config.data.corpus:
+            raise InputError(
+                f"there is no folder of token shards at {name}: make it with `llama-jax tokenize`,"
+                " or set data.corpus"
+            )
+        tell(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
+        meta = tokenize.build(
+            config.data.corpus,
+            name,
+            n_vocab=config.model.vocab_size,
+            tokenizer=init_from.tokenizer_of(config),
+            validation_fraction=config.data.validation_fraction,
+            progress=config.logging.progress,
+        )
+        train, held_out = (meta["splits"][split] for split in tokenize.SPLITS)
+        tell(f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out")
+
+
+def check_vocabulary(config: Config, data: Batches) -> None:
+    """Compares the vocabulary of the data with the model's.
+
+    Raises:
+        InputError: the folders of the mixture have different tokenizers, or more tokens than the
+            model.
+    """
+    hashes = {tokens.meta["tokenizer_sha256"] for tokens in data.splits["train"]}
+    if len(hashes) > 1:
+        raise InputError(
+            "the folders of data.mixture were made with different tokenizers: tokenize them with"
+            " one (`llama-jax tokenize --tokenizer`)"
+        )
+    n_vocab = data.splits["train"][0].meta["n_vocab"]
+    if n_vocab > config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer of {next(iter(config.data.mixture))} has {n_vocab} tokens, but"
+            f" model.vocab_size is {config.model.vocab_size}: set it to {n_vocab} or more"
+        )
+
+
+def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
+    """Prints parameters, devices, steps and epochs of a run."""
+    devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    tokens = config.data.batch_size * config.data.seq_len
+    of_hosts = f" of {jax.process_count()} hosts" if hosts.several() else ""
+    kind = jax.devices()[0].device_kind + " device(s)" + of_hosts
+    tell(
+        f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
+        f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
+    )
+    for source in data.splits["train"]:
+        epochs = config.training.steps * tokens / len(source)
+        share = config.data.mixture[str(source.folder)] / sum(config.data.mixture.values())
+        tell(f"{source.folder}: {len(source):,} tokens, {share * epochs:.2f} epochs in this run")

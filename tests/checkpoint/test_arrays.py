@@ -1,0 +1,172 @@
+"""A checkpoint that can't be read is called damaged where it surely is, and nowhere else."""
+
+import errno
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from conftest import mesh_of, tiny_config
+
+from llama_jax.checkpoint import arrays, tree
+from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints, load_model
+from llama_jax.checkpoint.single_weights import WeightsReader
+from llama_jax.config.run import CheckpointConfig
+from llama_jax.errors import Fault, InputError
+from llama_jax.training.step import init_state
+
+CONFIG = tiny_config()
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A run's folder of checkpoints, with that of step 7."""
+    folder = tmp_path_factory.mktemp("run") / "c"
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        saved = TrainingCheckpoints(folder, CheckpointConfig())
+        saved.save(Progress(7, ["a"]), *jax.jit(partial(init_state, CONFIG))(KEY))
+        saved.close()
+    return folder
+
+
+def restore(folder):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
+        return TrainingCheckpoints(folder).restore(7, *abstract)
+
+
+def of_system(number):
+    return OSError(number, os.strerror(number))
+
+
+def of_tensorstore(status):
+    return ValueError(f'{status} [tensorstore_spec=\'{{"driver":"zarr3"}}\']')
+
+
+# What the faults of a machine raise, in Python, TensorStore (as found by making the system's calls
+# fail) and JAX.
+FAULTS = [
+    MemoryError("Unable to allocate 3.00 GiB for an array"),
+    of_system(errno.EIO),
+    of_system(errno.EACCES),
+    of_system(errno.EMFILE),
+    of_system(errno.ETIMEDOUT),
+    of_system(errno.ESTALE),
+    of_tensorstore('UNKNOWN: Error opening "zarr3" driver: Failed to read: Input/output error'),
+    of_tensorstore("PERMISSION_DENIED: Error reading: Failed to open: Permission denied"),
+    of_tensorstore("RESOURCE_EXHAUSTED: Error reading: Failed to open: Too many open files"),
+    of_tensorstore("RESOURCE_EXHAUSTED: Error reading: Cannot allocate memory"),
+    of_tensorstore("DEADLINE_EXCEEDED: Error reading: Connection timed out"),
+    of_tensorstore("ABORTED: Error reading: Stale file handle"),
+    of_tensorstore("UNAVAILABLE: Error reading: Connection refused"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=str)
+@pytest.mark.parametrize("stage", ["metadata", "open", "read"])
+def test_no_fault_of_the_machine_is_called_damage(
+    checkpoints, model_folder, monkeypatch, stage, error
+):
+    def fail(*_, **__):
+        raise error
+
+    real = arrays.ts.open
+
+    class Store:
+        def __init__(self, store):
+            self.shape = store.shape
+
+        def __getitem__(self, _):
+            return self
+
+        def read(self):
+            return SimpleNamespace(result=fail)
+
+    def opened(*args, **options):
+        store = Store(real(*args, **options).result())
+        return SimpleNamespace(result=lambda: store)
+
+    if stage == "metadata":
+        read_text = Path.read_text
+
+        def read(path, *args, **options):
+            return (fail if path.name == "_METADATA" else read_text)(path, *args, **options)
+
+        monkeypatch.setattr(Path, "read_text", read)
+    else:
+        monkeypatch.setattr(arrays.ts, "open", opened if stage == "read" else fail)
+
+    def load():
+        with jax.set_mesh(mesh_of((1, 1, 1))):
+            load_model(model_folder)
+
+    def read_one():
+        WeightsReader(model_folder).read("norm", None)
+
+    for reads in (lambda: restore(checkpoints), load, read_one):
+        with pytest.raises(Fault) as raised:
+            reads()
+        said = str(raised.value)
+        assert "could not be read (" in said
+        assert str(error).split(" [tensor")[0] in said
+        assert "tensorstore_spec" not in said
+        assert "damaged" not in said
+        assert "remove" not in said
+        assert raised.value.__cause__ is error
+
+
+def test_an_error_of_our_own_stays_what_it_is(checkpoints, monkeypatch):
+    def wrong(*_):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(arrays, "_load_array", wrong)
+    with pytest.raises(TypeError, match="a bug"):
+        restore(checkpoints)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model/d/*", cut),
+        ("model/d/*", zero),
+        ("model/d/*", Path.unlink),
+        ("model/ocdbt.process_0/d/*", cut),
+        ("optimizer/manifest.ocdbt", zero),
+        ("model/_METADATA", zero),
+        ("model/_METADATA", Path.unlink),
+        ("model/_METADATA", lambda path: path.write_text("[]")),
+        ("model/_METADATA", lambda path: path.write_bytes(b'{"\xff": 1}')),
+        ("model/_METADATA", lambda path: path.write_text('{"tree_metadata": {"a": {}}}')),
+        ("_CHECKPOINT_METADATA", zero),
+        ("_CHECKPOINT_METADATA", Path.unlink),
+        ("_CHECKPOINT_METADATA", lambda path: path.write_text('{"custom_metadata": {}}')),
+        ("model", lambda path: path.rename(path.with_name("elsewhere"))),
+    ],
+)
+def test_damage_is_named_and_nobody_is_told_to_remove_anything(
+    checkpoints, tmp_path, capfd, file, damage
+):
+    copy = tmp_path / "c"
+    shutil.copytree(checkpoints, copy)
+    damage(next((copy / "7").glob(file)))
+    with pytest.raises(InputError) as raised:
+        restore(copy)
+    said = str(raised.value)
+    assert said.startswith(f"the checkpoint {copy / '7'}")
+    assert "is damaged or cut short (" in said
+    assert "put a copy in its place, or let a run go on from the checkpoint before it" in said
+    assert "remove" not in said
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,164 @@
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_config, tiny_model
+from processes import Group
+
+from llama_jax.checkpoint import tree
+from llama_jax.checkpoint.folders import saved_steps
+from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints, load_model, save_model
+from llama_jax.config.run import CheckpointConfig
+from llama_jax.errors import InputError
+from llama_jax.inference.load import load
+from llama_jax.training.step import init_state
+
+# Two hosts, on each of which half of the devices are, read a model and save it twice.
+SAVES_TWICE = """
+import sys
+import jax
+from llama_jax.parallel import mesh
+from llama_jax.runtime import hosts
+from llama_jax.checkpoint.orbax import load_model, save_model
+from llama_jax.config.run import MeshConfig
+
+folder, made, _, coordinator, _, processes, _, process = sys.argv[1:]
+with hosts.join(coordinator, int(processes), int(process)):
+    with jax.set_mesh(mesh.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        config, model = load_model(folder)
+        assert not model.tok_embeddings[...].is_fully_addressable
+        save_model(made, config, model, None)
+        print("saved", flush=True)
+        save_model(made, config, model, None)
+"""
+
+CONFIG = tiny_config()
+KEY = jax.random.key(0)
+
+
+def equal(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+@pytest.fixture(scope="module")
+def state():
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        return jax.jit(partial(init_state, CONFIG))(KEY)
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    """Steps 1 to 7, of which the last 2 and every 3rd are kept."""
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        checkpoints = TrainingCheckpoints(tmp_path / "c", CheckpointConfig(keep=2, keep_every=3))
+        for step in range(1, 8):
+            checkpoints.save(Progress(step, ["a", "b"]), *state)
+        checkpoints.close()
+    return tmp_path / "c"
+
+
+@pytest.fixture(scope="module")
+def model_folder(state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "m"
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        save_model(folder, CONFIG.model, state[0], None)
+    return folder
+
+
+def test_the_newest_and_every_kth_are_kept(saved, tmp_path):
+    (saved / "8.orbax-checkpoint-tmp").mkdir()  # what a killed process leaves
+    (tmp_path / "checkpoints").symlink_to(saved)
+    assert TrainingCheckpoints(saved).steps == saved_steps(tmp_path) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
+def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
+    with jax.set_mesh(mesh_of(shape)):
+        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
+        progress, *restored = TrainingCheckpoints(saved).restore(7, *abstract)
+    assert progress == Progress(7, ["a", "b"])
+    assert equal(state, tuple(restored))
+    for leaf, wanted in zip(*map(jax.tree.leaves, (restored, abstract)), strict=True):
+        assert leaf.sharding == wanted.sharding
+        assert leaf.committed
+    assert jax.tree.structure(tuple(restored)) == jax.tree.structure(state)
+
+
+def test_names_on_disk_are_plain(state):
+    names = tree.tree_to_dict(state[0])
+    assert set(names) == {"tok_embeddings", "layers", "norm", "output"}
+    assert set(names["layers"]) == {
+        "attention_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3",
+    }  # fmt: skip
+
+
+def test_a_model_folder_reads_back(model_folder, state):
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        config, model = load_model(model_folder)
+    assert config == CONFIG.model
+    assert equal(model, state[0])
+    assert not list(model_folder.parent.glob(".*"))
+
+
+def test_weights_are_cast_as_asked(model_folder):
+    half = dataclasses.replace(CONFIG.model, param_dtype="bfloat16")
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        _, model = load_model(model_folder, half)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dim": 64}, r"holds model.\S+ as \(.*32.*\), but the configuration says \(.*64.*\)"),
+        ({"n_layers": 3}, r"holds model.layers\S+ as \(2, .*\), but the configuration says \(3,"),
+        ({"tied_head": True}, "holds model.output as .* but the configuration says nothing"),
+    ],
+)
+def test_another_shape_of_model_is_refused(model_folder, changes, sentence):
+    with jax.set_mesh(mesh_of((1, 1, 1))), pytest.raises(InputError, match=sentence):
+        load_model(model_folder, tiny_model(**changes))
+
+
+def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
+    with pytest.raises(InputError, match="neither a run folder nor a model folder"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        load_model(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    with pytest.raises(InputError, match=r"config.json is not the configuration of a llama_jax"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="is already there"):
+        save_model(model_folder, CONFIG.model, None, None)
+    for path in ("gs://b/m", Path("gs://b/m")):
+        with pytest.raises(InputError, match=r"gs:/+b/m is a URL"):
+            load_model(path)
+        with pytest.raises(InputError, match=r"gs:/+b/m is a URL"):
+            save_model(path, CONFIG.model, None, None)
+
+
+def test_a_model_taken_apart_is_saved_as_it_was(state, model_folder, tmp_path):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        config, apart = load(model_folder)
+        save_model(tmp_path / "again", config, apart, None)
+        assert equal(load_model(tmp_path / "again", config)[1], state[0])
+
+
+@pytest.mark.slow
+def test_several_hosts_save_one_model(model_folder, state, tmp_path):
+    made = tmp_path / "made"
+    group = Group(tmp_path / "said", 2, model_folder, made, program=("-c", SAVES_TWICE))
+    assert group.wait() == [2, 2], group.said("err")
+    # Gloo writes lines of its own, before or after.
+    assert ["saved" in said.splitlines() for said in group.said("out")] == [True, True]
+    for said in group.said("err"):
+        assert f"{made} is already there" in said.splitlines()[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"said", "made"}
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        config, model = load_model(made)
+    assert config == CONFIG.model
+    assert equal(model, state[0])

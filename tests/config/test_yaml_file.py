@@ -1,0 +1,152 @@
+import dataclasses
+
+import pytest
+from conftest import ROOT
+
+from llama_jax.config import yaml_file
+from llama_jax.config.family import FAMILY
+from llama_jax.config.run import Config
+from llama_jax.errors import InputError
+
+MINIMAL = """\
+model: {family: llama-7b}
+data:
+  mixture: {data/x: 1}
+  batch_size: 8
+training: {out: runs/x, steps: 10}
+optimizer:
+  peak_lr: 1e-4
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_a_member_of_the_family_gives_the_defaults_of_the_model(minimal):
+    config = yaml_file.load(minimal, ["model.context=4096", "model.remat=none"])
+    expected = dataclasses.replace(FAMILY["llama-7b"], context=4096, remat="none")
+    assert config.model == expected
+    assert config.optimizer.peak_lr == 1e-4  # YAML 1.1 would read this as text
+
+
+def test_what_is_saved_reads_back_the_same(minimal, tmp_path):
+    config = yaml_file.load(minimal, ["model.family=llama3.1-8b", "mesh.tensor=4"])
+    (tmp_path / "again.yaml").write_text(yaml_file.dump(config))
+    assert yaml_file.load(tmp_path / "again.yaml") == config
+    assert hash(yaml_file.load(tmp_path / "again.yaml")) == hash(config)
+
+
+def test_every_file_in_configs_is_valid_and_says_how_to_run_it():
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        yaml_file.load(path)
+        first = path.read_text().splitlines()[0]
+        assert first == f"# llama-jax train configs/{path.name}"
+
+
+def test_the_files_of_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # no file
+    for path in ("quickstart", "configs/quickstart.yaml"):
+        assert yaml_file.load(path) == yaml_file.load(ROOT / "configs" / "quickstart.yaml")
+    (tmp_path / "llama-7b").write_text(MINIMAL)
+    assert yaml_file.load("llama-7b").training.steps == 10  # a file of one's own comes first
+    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax comes with llama-13b, "):
+        yaml_file.load("no-such")
+
+
+def test_there_are_few_keys_and_the_manual_explains_each():
+    assert len(yaml_file.KEYS) <= 63
+    manual = yaml_file.manual()
+    for section in dataclasses.fields(Config):
+        assert f"\n{section.name}:" in manual
+    for key in yaml_file.KEYS.values():
+        assert f"  {key.name}  (" in manual
+        assert len(key.description) > 10
+
+
+# What is written, and the sentence that it gets (after the place).
+BAD_OVERRIDES = [
+    (
+        "optimizer.peak_lrr=1",
+        "optimizer.peak_lrr is not a known key; did you mean optimizer.peak_lr?",
+    ),
+    ("peak_lr=1", "peak_lr is not a known key; did you mean optimizer.peak_lr?"),
+    ("optimizer.steps=3", "optimizer.steps is not a known key; did you mean training.steps?"),
+    ("optimiser.peak_lr=1", "optimiser is not a known key; did you mean optimizer?"),
+    ("optimizer.peak_lr=fast", "optimizer.peak_lr must be a valid number, not 'fast'"),
+    ("optimizer.peak_lr=-1", "optimizer.peak_lr must be greater than 0, not -1"),
+    ("optimizer.b2=1.5", "optimizer.b2 must be less than or equal to 1, not 1.5"),
+    ("training.steps=true", "training.steps must be a valid integer, not True"),
+    ("training.steps=1.5", "training.steps must be a valid integer, not 1.5"),
+    ("training.steps=", "training.steps must be a valid integer, not None"),
+    ("logging.progress=1", "logging.progress must be a valid boolean, not 1"),
+    ("data.corpus=books", "data.corpus must be a list, not 'books'"),
+    ("data.mixture={a: heavy}", "data.mixture.a must be a valid number, not 'heavy'"),
+    ("mesh=3", "mesh must be a section of keys, not 3"),
+    ("mesh.fsdp=0", "mesh: the size of an axis is at least 1, or -1 to fill"),
+    ("model.family=llama-9b", "model.family: there is no 'llama-9b'; did you mean llama-7b?"),
+    ("model.dtype=float8", "model.dtype must be 'float32' or 'bfloat16', not 'float8'"),
+    ("model.n_kv_heads=5", "model: n_kv_heads (5) must divide n_heads (32)"),
+    ("model.head_dim=7", "model: head_dim (7) must be even for rotary embeddings"),
+    ("model.rope_scaling={factor: 0}", "model.rope_scaling.factor must be greater than 0, not 0"),
+    ("training.micro_batches=3", "training.micro_batches (3) must divide data.batch_size (8)"),
+    ("data.seq_len=9999", "data.seq_len (9999) is longer than model.context (2048)"),
+    ("data.mixture={}", "data.mixture must name at least one folder of token shards"),
+    (
+        "model.param_dtype=bfloat16",
+        "model.param_dtype bfloat16 is for inference alone (small updates vanish in it):"
+        " take float32; what is computed with follows model.dtype",
+    ),
+    (
+        "model.quantized=int8",
+        "model.quantized int8 is for inference alone (no gradient reaches whole numbers): leave it"
+        " out",
+    ),
+    ("zzz", "an override is written section.key=value"),
+    ("training.steps=[", "the value is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), BAD_OVERRIDES)
+def test_bad_overrides_get_one_sentence(minimal, override, sentence):
+    with pytest.raises(InputError) as caught:
+        yaml_file.load(minimal, [override])
+    message = str(caught.value)
+    assert message.endswith(sentence)
+    assert "\n" not in message
+    assert message.startswith((f"command line, '{override}'", str(minimal)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("  peak_lr: 1e-4", "  peak_lrr: 1e-4"), "run.yaml:7: optimizer.peak_lrr is not a known"),
+        (("  batch_size: 8", "  batch_size: eight"), "run.yaml:4: data.batch_size must be a valid"),
+        (("  batch_size: 8\n", ""), "run.yaml:2: data.batch_size is missing (windows in one"),
+        (("steps: 10", "steps: 10, steps: 20"), "training.steps was already given in line 5"),
+        (("steps: 10", "steps: [10"), "not valid YAML"),
+        ((MINIMAL, "- a\n"), "the file must hold sections: model, mesh, data"),
+        ((MINIMAL, ""), "the file must hold sections: model, mesh, data"),
+    ],
+)
+def test_mistakes_in_a_file_are_named_with_their_line(tmp_path, change, sentence):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL.replace(*change))
+    with pytest.raises(InputError) as caught:
+        yaml_file.load(path)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"can't read the configuration .*: No such file"):
+        yaml_file.load(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not UTF-8"):
+        yaml_file.load(tmp_path / "binary.yaml")

@@ -1,0 +1,154 @@
+import gzip
+import json
+import random
+import re
+
+import pytest
+
+from llama_jax.inference.detokenize import Detokenizer, StopStrings, stream_text
+from llama_jax.tokenizer.export import huggingface_files
+from llama_jax.tokenizer.tokenizer import load_tokenizer
+
+VECTORS = {
+    "llama_sentencepiece_32000.model": "llama_spm_vectors.json",
+    "tok512.model": "tok512_vectors.json",
+    "tok512.bin": "tok512_vectors.json",
+    "mistral_v1_32000.model": "mistral_v1_vectors.json",
+    "mistral_v3_32768.model": "mistral_v3_vectors.json",
+    "llama3_tiktoken_128000.model.gz": "llama3_vectors.json",
+}
+ODD = "naïve 🦙🦙 ▁ \ufdd0\ufdd1 ﬁ２\u3000é  x\n"
+
+
+@pytest.fixture(scope="module", params=[*VECTORS, "llama 2 as tokenizer.json", "our own"])
+def tokenizer(request, shared_data, token_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "our own":
+        return load_tokenizer(token_folder)
+    if request.param == "llama 2 as tokenizer.json":
+        model = load_tokenizer(shared_data / "tokenizers" / "llama_sentencepiece_32000.model")
+        for name, data in huggingface_files(model).items():
+            (folder / name).write_bytes(data)
+        return load_tokenizer(folder / "tokenizer.json")
+    path = shared_data / "tokenizers" / request.param
+    if path.suffix == ".gz":
+        (folder / "tokenizer.model").write_bytes(gzip.decompress(path.read_bytes()))
+        return load_tokenizer(folder)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer, shared_data):
+    vectors = VECTORS.get(tokenizer.path.name, "llama3_vectors.json")
+    cases = json.loads((shared_data / "tokenizers" / vectors).read_text())["cases"]
+    return [*(case["text"] for case in cases), ODD]
+
+
+def test_pieces_make_up_the_text_wherever_the_prompt_ends(tokenizer, texts):
+    assert len(texts) > 50
+    for text in texts:
+        for ids in (tokenizer.encode(text), tokenizer.encode(text, bos=True, eos=True)):
+            for end in {0, 1, 2, len(ids) // 2, len(ids)}:
+                pieces = list(stream_text(tokenizer, ids[:end], iter(ids[end:])))
+                assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_no_piece_cuts_a_character(tokenizer, texts):
+    for text in texts:
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            pieces = list(stream_text(tokenizer, [], iter(tokenizer.encode(text))))
+            assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_text_comes_as_soon_as_its_characters_are_whole(tokenizer):
+    ids = tokenizer.encode("Once upon a time")
+    made = Detokenizer(tokenizer, ids[:1])
+    assert all(made.add(token) for token in ids[1:])
+    assert made.rest() == ""
+
+
+def test_tokens_that_are_no_text_come_as_they_are_decoded(tokenizer):
+    def known(text):
+        # ByteFallback in a tokenizer.json spoils the whole characters beside a broken one.
+        spoils = tokenizer.path.name == "tokenizer.json"
+        return re.sub("[^a ]", "", text) if spoils else text
+
+    rng = random.Random(0)
+    usual = [i for c in "aé🦙\ufdd0▁ " for i in tokenizer.encode(c)]
+    several = [i for i in range(tokenizer.n_vocab) if "\ufffd" in tokenizer.decode([i])]
+    assert len(several) >= 128
+    for length in (3, 10, 40, 200):
+        for _ in range(20):
+            ids = rng.choices(usual, k=length) + rng.choices(several, k=length)
+            rng.shuffle(ids)
+            text = "".join(stream_text(tokenizer, [], iter(ids)))
+            assert known(text) == known(tokenizer.decode(ids))
+
+
+def test_no_token_costs_more_than_the_one_before(tokenizer, monkeypatch):
+    lengths = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    broken = tokenizer.encode("🦙")[-2]
+    for ids in (tokenizer.encode("some words and 🦙 " * 200), [broken] * 500):
+        "".join(list(stream_text(tokenizer, [tokenizer.bos_id], iter(ids))))
+        assert max(lengths) < 40
+
+
+def test_a_token_alone_has_the_text_that_it_adds(tokenizer):
+    made = Detokenizer(tokenizer, [tokenizer.bos_id])
+    for token in tokenizer.encode("one two three"):
+        assert made.alone(token) == made.add(token)
+    *_, last = tokenizer.encode("é🦙")
+    assert made.alone(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
+
+
+def pieces_of(rng, text):
+    while text:
+        n = rng.randrange(1, 5)
+        yield text[:n]
+        text = text[n:]
+
+
+@pytest.mark.parametrize(
+    ("strings", "text", "shown"),
+    [
+        ([], "abc", "abc"),
+        (["b"], "abc", "a"),
+        (["bc", "abd"], "ababcab", "aba"),
+        (["abcd", "bc"], "xabcd", "xa"),  # "bc" is whole first
+        (["bc", "abc"], "xabc", "x"),  # both are whole at once
+        (["aab"], "aaab", "a"),
+        (["abab"], "abaabab", "aba"),
+        (["END"], "the EN", "the EN"),
+        (["🦙\n"], "a 🦙🦙\nb", "a 🦙"),
+        (["a"], "a", ""),
+    ],
+)
+def test_a_text_ends_before_the_stop_string_that_is_whole_first(strings, text, shown):
+    rng = random.Random(0)
+    for _ in range(50):
+        stops = StopStrings(strings)
+        made = "".join(stops.add(piece) for piece in pieces_of(rng, text))
+        assert made + stops.rest() == shown
+        assert stops.stopped == (shown != text)
+
+
+def test_only_what_could_become_a_stop_string_is_held_back():
+    stops = StopStrings(["\n\nUser:", "###"])
+    shown = [stops.add(piece) for piece in ("Hi", "\n", "\nUs", "ers: #", "#1 ##", "# no")]
+    assert shown == ["Hi", "", "", "\n\nUsers: ", "##1 ", ""]
+    assert stops.stopped
+    assert stops.add("more") == ""
+    assert stops.rest() == ""
+
+
+def test_stop_strings_agree_with_a_search_of_the_whole_text():
+    rng = random.Random(1)
+    for _ in range(2000):
+        strings = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(3)]
+        text = "".join(rng.choices("abc", k=30))
+        ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
+        stops = StopStrings(strings)
+        made = "".join(stops.add(piece) for piece in pieces_of(rng, text)) + stops.rest()
+        assert made == (text[: min(ends)[1]] if ends else text)

@@ -1,0 +1,28 @@
+"""What a notebook shows of a model."""
+
+import jax
+from conftest import mesh_of, tiny_model
+
+from llama_jax.model.weights import Llama, quantized, unrolled
+
+
+def test_a_model_prints_a_line_for_each_kind_of_weight():
+    config = tiny_model()
+    with jax.set_mesh(mesh_of((1, 2, 2))):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        stacked = repr(model)
+        traced = []
+        jax.jit(lambda m: traced.append(repr(m)))(model)
+        small = repr(quantized(config, model)[1].layers.w1)
+        apart = repr(unrolled(model))
+    assert [" ".join(line.split()) for line in stacked.splitlines()[:4]] == [
+        "Llama: 45,216 numbers",
+        "layers.attention_norm float32[2, 32] P(None, 'fsdp')",
+        "layers.ffn_norm float32[2, 32] P(None, 'fsdp')",
+        "layers.w1 float32[2, 32, 64] P(None, 'fsdp', 'tensor')",
+    ]
+    assert len(stacked.splitlines()) == 13
+    assert traced[0].startswith("Llama: 45,216 numbers\n")
+    assert small.splitlines()[0] == "Int8: 4,224 numbers"
+    assert "layers.w1 2 × float32[64, 32] P('tensor', 'fsdp')" in " ".join(apart.split())
+    assert len(apart.splitlines()) == 13

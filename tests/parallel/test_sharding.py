@@ -1,0 +1,119 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_model
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config.run import MeshConfig
+from llama_jax.errors import InputError
+from llama_jax.parallel import collectives, sharding
+from llama_jax.parallel.collectives import sum_gradient
+from llama_jax.parallel.mesh import _across_slices, check_divides, make_mesh, place, tensor_mesh
+from llama_jax.parallel.sharding import act, weight
+
+
+def test_letters_become_axes():
+    assert weight("DNH") == P("fsdp", "tensor", None)
+    assert act("BTD") == P(("data", "fsdp"), "context", None)
+
+
+def test_minus_one_fills_an_axis():
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "context": 1,
+        "tensor": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (MeshConfig(data=3), "data 3 × fsdp -1 × context 1 × tensor 1 does not fit 8 device(s)"),
+        (MeshConfig(data=-1, fsdp=-1), "only one axis can be -1"),
+        (MeshConfig(data=1, fsdp=4, tensor=1), "must multiply to 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make_mesh(config)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would():
+    with pytest.raises(InputError, match=r"tensor 8 does not divide model.n_kv_heads \(4\); sizes"):
+        check_divides(mesh_of((1, 1, 8)), tiny_model())
+    with pytest.raises(InputError, match=r"sizes that divide this model: 1, 2, 4$"):
+        check_divides(mesh_of((1, 1, 8)), tiny_model())
+    with pytest.raises(InputError, match=r"data × fsdp \(8\) does not divide the 12 rows"):
+        check_divides(mesh_of((2, 4, 1)), tiny_model(), batch=12)
+
+
+def test_a_context_that_does_not_divide_the_windows_is_refused():
+    sentence = r"context 8 cuts windows into 16 chunks, which don't divide data.seq_len \(24\)"
+    with pytest.raises(InputError, match=sentence + r".*sizes of context that do: 1, 2, 3, 4, 6"):
+        check_divides(mesh_of((1, 1, 1, 8)), tiny_model(), batch=8, seq_len=24)
+
+
+class Elsewhere:
+    """A device of one of several slices."""
+
+    def __init__(self, number, slice_index, platform):
+        self.id, self.slice_index, self.platform = number, slice_index, platform
+        self.process_index, self.device_kind = slice_index, "some chip"
+        self.coords, self.core_on_chip = (number % 2, number % 4 // 2, 0), 0
+
+
+def test_data_runs_across_slices():
+    devices = [Elsewhere(i, i // 4, "tpu") for i in range(8)]
+    placed = _across_slices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
+    assert [d.slice_index for d in placed[:, 0, 0, 0]] == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="data 1 is no multiple of the 2 slices, and no other"):
+        _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, devices)
+    # GPU nodes are slices too, and there fsdp may cross.
+    nodes = [Elsewhere(i, i // 4, "gpu") for i in reversed(range(8))]
+    placed = _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
+    assert [d.id for d in placed.ravel()] == list(range(8))
+
+
+def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():
+    assert tensor_mesh(tiny_model()).size == 8  # two devices to each of 4 key/value heads
+    assert tensor_mesh(tiny_model(n_heads=4)).size == 4
+    assert tensor_mesh(tiny_model(n_kv_heads=3, n_heads=12, vocab_size=324)).size == 1
+
+
+def test_place_puts_every_row_on_its_device():
+    array = np.arange(16).reshape(8, 2)
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        placed = place(array, "BT")
+    assert placed.sharding.spec == act("BT")
+    assert np.array_equal(placed, array)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
+def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
+    """Columns of a square of devices, then rows: each ends with its own part."""
+    given = np.random.default_rng(0).standard_normal((8, 16, 4)).astype(np.float32)
+
+    def summed():
+        def local(x):
+            return sum_gradient(x[0], "DF", "float32")
+
+        mapped = jax.shard_map(
+            local, in_specs=P(sharding.BATCH_AXES), out_specs=weight("DF"), check_vma=False
+        )
+        with jax.set_mesh(mesh_of(shape)):
+            rows = jax.NamedSharding(jax.sharding.get_mesh(), P(sharding.BATCH_AXES))
+            x = jax.device_put(given, rows)
+            return np.asarray(jax.jit(mapped)(x))
+
+    np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
+    monkeypatch.setattr(collectives, "_scatters", lambda parts, _: collectives.in_a_square(parts))
+    np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
+
+
+def test_a_square_of_devices_may_be_longer_than_high():
+    columns, rows = collectives.in_a_square(8)
+    assert columns == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]

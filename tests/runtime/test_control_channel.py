@@ -1,0 +1,101 @@
+"""The control channel: where all hosts stop, and what broken messages do."""
+
+import queue
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from processes import close, gather
+
+from llama_jax.runtime import handshake
+from llama_jax.runtime.control_channel import MESSAGE_BYTES, Connection, ControlChannel
+
+
+def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
+    rng = random.Random(0)
+    for _ in range(10):
+        channels = gather(4)
+        wanting, wanted_at = rng.randrange(4), rng.randrange(1, 20)
+        sleeps = [random.Random(rng.random()) for _ in channels]
+        # Like a device: a step ends when all hosts have dispatched it.
+        device = threading.Barrier(4, timeout=60)
+
+        def run(i, channels=channels, sleeps=sleeps, device=device, wanting=wanting, at=wanted_at):
+            for step in range(100_000):  # how many pass meanwhile depends on the machine's load
+                wish = "SIGTERM" if i == wanting and step >= at else None
+                if why := channels[i].stop_before(step, wish):
+                    assert why.startswith(f"SIGTERM on host {wanting} ")
+                    return step
+                time.sleep(sleeps[i].uniform(0, 0.002))
+                device.wait()
+            return None
+
+        with ThreadPoolExecutor(4) as pool:
+            stopped = set(pool.map(run, range(4)))
+        (step,) = stopped
+        assert step >= wanted_at
+        close(channels)
+
+
+BROKEN = [
+    b"\xff\x00 no JSON", b"", b"null", b"[]", b'["decision"]', b"[" * 100_000, b"9" * 10_000,
+    b'["hello","00"]', b'["error",null]', b'["error",["x",256]]', b'["shutdown",["x"]]',
+    b'["values",[1]]', b'["which step",1]', b'["step","x"]', b'["stop before",[1]]',
+    b'["stop request",3]', b'"' + b"x" * 2 * MESSAGE_BYTES,
+]  # fmt: skip
+# Only host 0 may send these.
+COMMANDS = [b'["decision",1]', b'["shutdown",["x",0]]', b'["stop before",[0,"x"]]']
+
+
+def test_broken_messages_change_nothing(capsys):
+    channels = gather(2)
+    for i, lines in [(1, BROKEN + COMMANDS), (0, BROKEN)]:
+        (connection,) = channels[i].connections.values()
+        for line in lines:
+            connection.socket.sendall(line + b"\n")
+    channels[0].to_others("decision", "the next")
+    assert channels[1].decisions.get(timeout=60) == "the next"
+    channels[1].to_coordinator("values", {"loss": 1.5})
+    assert channels[0].values[1].get(timeout=60) == {"loss": 1.5}
+    assert channels[0].decisions.empty()
+    assert [channel.stop_before(0, None) for channel in channels] == [None, None]
+    assert all(
+        len(c._rest) <= MESSAGE_BYTES + 1 for ch in channels for c in ch.connections.values()
+    )
+    close(channels)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # one for each host, of 37
+    assert all("ignored a message of host" in line for line in lines)
+
+
+def test_a_message_that_arrives_with_the_start_is_not_lost():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connection = Connection(socket.create_connection(server.getsockname()))
+        host_0 = server.accept()[0]
+    with host_0:
+        host_0.sendall(b'["start",[["a","b"],1234]]\n["decision","at once"]\n')
+        names, _ = handshake._wait_for_start(connection, "host 0", 2)
+        channel = ControlChannel(1, names, {0: connection})
+        assert channel.decisions.get(timeout=60) == "at once"
+        close([channel])
+
+
+def test_a_bug_in_the_reader_ends_the_run(monkeypatch, capsys):
+    channels, exits = gather(2), queue.SimpleQueue()
+
+    def leave(message, code):
+        exits.put((message, code))
+        threading.Event().wait()  # in place of the end of the process
+
+    for channel in channels:
+        monkeypatch.setattr(channel, "_exit", leave)
+    monkeypatch.setattr(channels[0].connections[1], "read", lambda: 1 / 0)
+    channels[1].to_coordinator("step", 1)
+    wanted = f"{channels[0].name(0)}: ZeroDivisionError: division by zero", 1
+    assert [exits.get(timeout=60) for _ in channels] == [wanted] * 2
+    assert "in _read_until_closed" in capsys.readouterr().err
+    for channel in channels:
+        for connection in channel.connections.values():
+            connection.socket.close()

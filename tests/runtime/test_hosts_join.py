@@ -1,0 +1,152 @@
+"""Hosts find each other, and end as one with one sentence."""
+
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import yaml
+from conftest import ROOT
+from hostile_peers import HostilePeers
+from processes import Group
+
+from llama_jax.cli.main import main
+from llama_jax.config import yaml_file
+from llama_jax.errors import InputError
+from llama_jax.runtime import hosts
+
+# A program in place of the training: who has joined does what its argument says.
+PROGRAM = """
+import sys, time
+from llama_jax.runtime import hosts
+from llama_jax.errors import InputError
+
+does, (_, where, _, processes, _, process) = sys.argv[1], sys.argv[2:]
+with hosts.join(where, int(processes), int(process)):
+    hosts.agreed({})
+    print("joined", flush=True)
+    if does == "input":
+        raise InputError("this is wrong")
+    if does == "bug":
+        raise RuntimeError("nobody thought of this")
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "code", "sentence"),
+    [
+        ("input", 2, "host 1 ({name}): this is wrong"),
+        ("bug", 1, "host 1 ({name}): RuntimeError: nobody thought of this"),
+    ],
+)
+def test_an_error_on_one_host_ends_all_with_its_sentence(
+    does, code, sentence, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(hosts.JOB_TOKEN, "known to all three")
+    apart = [["wait"], [does], ["wait"]]
+    group = Group(tmp_path / "said", 3, program=("-c", PROGRAM), apart=apart)
+    with HostilePeers(group.port, 10):
+        assert group.wait(60) == [code] * 3
+    wanted = "llama-jax: " + sentence.format(name=socket.gethostname())
+    for i, said in enumerate(group.said("err")):
+        assert said.splitlines()[-1] == wanted
+        assert ("Traceback" in said) == (does == "bug" and i == 1)
+
+
+def test_the_death_of_host_0_is_told_too(tmp_path):
+    group = Group(tmp_path / "said", 3, "wait", program=("-c", PROGRAM))
+    deadline = time.monotonic() + 60
+    while "joined\n" * 3 not in "".join(group.said("out")):
+        assert time.monotonic() < deadline, group.said("err")
+        time.sleep(0.05)
+    group.processes[0].kill()
+    codes = group.wait(60)
+    for code, said in zip(codes[1:], group.said("err")[1:], strict=True):
+        assert f"llama-jax: host 0 ({socket.gethostname()}) has died" in said, said
+        assert code in (1, -signal.SIGABRT)  # JAX may abort before the process has gone
+
+
+SLURM = {"JOB_ID": "9", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "3", "LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({f"SLURM_{k}": v for k, v in SLURM.items()}, ("n1:61449", 4, 3)),
+        ({f"SLURM_{k}": v for k, v in (SLURM | {"NTASKS": "1"}).items()}, None),
+        (
+            {
+                "OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://10.96.0.1,10.148.0.1:34911",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": "1",
+            },
+            ("10.96.0.1:62880", 2, 1),
+        ),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is alone
+    ],
+)
+def test_only_an_environment_of_several_processes_is_joined(monkeypatch, environment, place):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._detected() == place
+
+
+def test_tpu_slices_are_numbered_through(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    for name, value in {
+        "TPU_WORKER_HOSTNAMES": "localhost,b",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._detected() == ("localhost:8482", 4, 3)
+
+
+def test_an_open_mpi_that_tells_no_address_is_no_single_process(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="Open MPI started 2 processes, but doesn't say where"):
+        hosts._detected()
+
+
+def test_a_job_token_is_the_secret_or_else_the_schedulers_name_of_the_job(monkeypatch):
+    assert hosts._job_token("n1:61449", detected=False) == b""  # flags may name host 0 differently
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    assert hosts._job_token("n1:61449", detected=True) == b"n1:61449 9 1"
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1314521088.0;tcp://10.96.0.1:34911")
+    assert hosts._job_token("10.96.0.1:62880", detected=True) == b"10.96.0.1:62880"
+    monkeypatch.setenv(hosts.JOB_TOKEN, "0123456789abcdef")
+    for detected in (True, False):
+        assert hosts._job_token("n1:61449", detected) == b"0123456789abcdef"
+
+
+def test_a_job_token_that_can_be_guessed_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv(hosts.JOB_TOKEN, "")  # as after a command that failed
+    flags = ["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"]
+    assert main(["train", "no.yaml", *flags]) == 2
+    assert "LLAMA_JAX_JOB_TOKEN has 0 characters: set it on all" in capsys.readouterr().err
+
+
+def test_the_recipes_for_pods_are_well_formed():
+    text = (ROOT / "docs" / "pods.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+    kinds = Counter(kind for kind, _ in blocks)
+    assert kinds == {"bash": 8, "yaml": 1, "dockerfile": 1}
+    scripts = [block for kind, block in blocks if kind == "bash"]
+    (jobset,) = [yaml.safe_load(block) for kind, block in blocks if kind == "yaml"]
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    for script in [*scripts, *pod["containers"][0]["args"]]:
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert checked.returncode == 0, checked.stderr
+    overrides = re.findall(r"'?((?:data|mesh|model|training)\.\w+=(?:[^\s'`{]+|{[^}]*}))", text)
+    assert len(overrides) >= 10
+    yaml_file.load(ROOT / "configs" / "llama-7b.yaml", overrides)

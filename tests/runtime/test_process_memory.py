@@ -1,0 +1,39 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, statistics, sys
+import jax, jax.numpy as jnp
+from llama_jax.runtime.process_memory import keep_freed_memory
+
+jax.config.update("jax_platforms", sys.argv[1])
+keep_freed_memory()
+jax.config.update("jax_platforms", "cpu")
+
+@jax.jit
+def step(x):  # makes temporaries of 64 MB
+    return jnp.exp(-jnp.outer(x, x)) @ x
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+each = []
+for _ in range(40):
+    before = faults()
+    step(jnp.arange(4096.0)).block_until_ready()
+    each.append(faults() - before)
+print(round(statistics.median(each)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_a_step_on_the_cpu_maps_no_memory_anew():
+    def faults(chosen: str) -> int:
+        command = [sys.executable, "-c", FAULTS, chosen]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("cpu") < 1000
+    assert faults("cuda") > 10_000

@@ -1,0 +1,79 @@
+"""SIGTERM ends a run that has nothing to save with exit code 0, whatever it is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+# The command line, which says when it has come to a point, and waits there for the signal.
+PROGRAM = """
+import ctypes, sys, time
+from llama_jax.cli import main
+point = sys.argv.pop(1)
+
+def wait(*_, **__):
+    print("waits", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("unwinds", flush=True)
+
+def wait_outside_of_python(*_, **__):
+    print("waits", flush=True)
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):  # a lock that is locked twice waits for ever, and no signal wakes it
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+class Import:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            wait()
+
+if point == "import":
+    sys.meta_path.insert(0, Import())
+else:
+    from llama_jax.training import loop, start
+    if point == "preparation":
+        start.prepare_data = wait
+    elif point == "restore":
+        loop.TrainingCheckpoints.restore = wait
+        start.initial_state = wait
+    else:
+        loop._compiled = wait_outside_of_python
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "point", ["import", slow("preparation"), slow("restore"), slow("compilation")]
+)
+def test_sigterm_before_the_first_step_ends_with_0(point, token_folder, tmp_path):
+    path, out = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(CONFIG.format(data=token_folder, out=out))
+    command = [sys.executable, "-c", PROGRAM, point, "train", str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env=os.environ)
+    assert process.stdout.readline() == "waits\n"
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == ("unwinds\n" if point == "preparation" else "")
+    assert process.returncode == 0, stderr
+    assert stderr.splitlines()[-1] == (
+        f"stopped on SIGTERM: there was nothing to save; start again with: llama-jax train {path}"
+    )
+    assert "Traceback" not in stderr
+    assert not [p for p in tmp_path.rglob("*") if p.name.isdecimal() or "partial" in p.name]
+
+
+CONFIG = """
+model: {{dim: 32, n_layers: 1, n_heads: 4, n_kv_heads: 4, head_dim: 8, hidden_dim: 64,
+         vocab_size: 320, context: 64, dtype: float32, remat: none}}
+data: {{mixture: {{{data}: 1}}, batch_size: 8, seq_len: 16}}
+training: {{out: {out}, steps: 4}}
+"""

@@ -1,0 +1,140 @@
+"""The pieces of a long text have the tokens of the uncut text."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from llama_jax.tokenizer import exact_cuts, tiktoken
+from llama_jax.tokenizer.build import byte_level, sequence
+from llama_jax.tokenizer.export import huggingface_files
+from llama_jax.tokenizer.huggingface import TokenizerJson
+from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.tokenizer.train import train_tokenizer
+
+# Joined at random they make what a splitting, a merge or a normalization could reach across.
+UNITS = [
+    *"abZ.!?'-_0 \t\n\r,;\"#",
+    "the ",
+    " and",
+    "\n\n",
+    "\r\n",
+    "  ",
+    "   \n",
+    "'s",
+    "'LL",
+    "12",
+]
+UNITS += ["▁", "\ufdd0", "\ufdd1", "\ufdd2", "é", "e\u0301", "é ", "你好", "。", "\u3000", "\x85"]
+UNITS += [
+    "\x1c",
+    "\u2028",
+    "\u00a0",
+    "🦙",
+    "👩\u200d👩",
+    "\0",
+    "<s>",
+    "</s>",
+    "<0x0A>",
+    "<|eot_id|>",
+]
+UNITS += ["[INST]", "[REFERENCE_DOC_19]", "def f(x):\n    return x", "ﬁ", "ＡＢ", "ß"]
+
+
+def hostile(seed):
+    rng = random.Random(seed)
+    chosen = rng.choices(UNITS, k=rng.randint(2, 20))
+    return "".join(rng.choices(chosen, k=400))
+
+
+def changed(tokenizer, **parts):
+    """The tokenizer with other parts in its tokenizer.json."""
+    content = json.loads(tokenizer.files["tokenizer.json"]) | parts
+    return TokenizerJson(tokenizer.path, json.dumps(content).encode())
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+DIGITS = {"type": "Digits", "individual_digits": True}  # SmolLM2 has GPT-2's splitting after it
+
+
+@pytest.fixture(scope="module")
+def known(shared_data, tmp_path_factory):
+    """Tokenizers of every kind that can be cut, by name."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    packed = shared_data / "tokenizers/llama3_tiktoken_128000.model.gz"
+    ranks = gzip.decompress(packed.read_bytes()).splitlines(keepends=True)
+    (root / "llama3.model").write_bytes(b"".join(ranks[:4000]))
+    shakespeare = (shared_data / "text/tinyshakespeare.txt").read_text()
+    train_tokenizer([shakespeare[:200_000]], root / "own.model", 800)
+    files = {"llama3": root / "llama3.model", "own": root / "own.model"}
+    for name in ("llama_sentencepiece_32000", "mistral_v3_32768", "tok512"):
+        files[name] = shared_data / "tokenizers" / f"{name}.model"
+    found = {name: load_tokenizer(path) for name, path in files.items()}
+    for name in ("llama3", "own", "llama_sentencepiece_32000"):
+        data = huggingface_files(found[name])["tokenizer.json"]
+        found[f"{name}.json"] = TokenizerJson(root, data)
+    llama2 = found["llama_sentencepiece_32000.json"]
+    for scheme in ("first", "always"):  # as newer versions write it
+        how = METASPACE | {"prepend_scheme": scheme}
+        found[f"metaspace {scheme}"] = changed(llama2, normalizer=None, pre_tokenizer=how)
+    gpt2 = sequence("pretokenizers", DIGITS, byte_level(split_words=True))
+    found["gpt2"] = changed(found["llama3.json"], pre_tokenizer=gpt2)
+    return found
+
+
+def check(tokenizer, text, part=1000):
+    parts = [text[i : i + part] for i in range(0, len(text), part)]
+    pieces = list(exact_cuts.pieces(parts, tokenizer.exact_cut))
+    assert "".join(pieces) == text
+    assert all(pieces)
+    ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
+    assert ids == tokenizer.encode(text), text
+    return pieces
+
+
+NAMES = ["llama3", "llama3.json", "own", "own.json", "llama_sentencepiece_32000", "tok512"]
+NAMES += ["llama_sentencepiece_32000.json", "mistral_v3_32768", "metaspace first"]
+NAMES += ["metaspace always", "gpt2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_have_the_tokens_of_the_text(shared_data, known, name, monkeypatch):
+    text = (shared_data / "text/tinyshakespeare.txt").read_text()[:50_000]
+    monkeypatch.setattr(exact_cuts, "PIECE", 1000)
+    monkeypatch.setattr(tiktoken, "_MAX_PART", 3000)
+    pieces = check(known[name], text)
+    assert len(pieces) >= len(text) // 4000
+    assert max(map(len, pieces)) <= 4000
+    monkeypatch.setattr(exact_cuts, "PIECE", 20)
+    monkeypatch.setattr(tiktoken, "_MAX_PART", 90)
+    counts = [len(check(known[name], hostile(seed), 37)) for seed in range(100)]
+    assert sum(counts) > 10 * len(counts)
+
+
+def test_a_text_without_an_exact_cut_is_cut_in_the_end(known, monkeypatch):
+    monkeypatch.setattr(exact_cuts, "PIECE", 100)
+    monkeypatch.setattr(exact_cuts, "LONGEST", 400)
+    tokenizer = known["own"]
+    pieces = list(exact_cuts.pieces(["the" * 1000], tokenizer.exact_cut))
+    assert [len(piece) for piece in pieces] == [399, *[400] * 6, 201]
+    ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
+    assert tokenizer.decode(ids) == "the" * 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}},
+        {"model": {"type": "Unigram", "vocab": []}},
+        {"added_tokens": [{"content": "a b", "special": False}]},
+        {"added_tokens": [{"content": "a", "special": False, "rstrip": True}]},
+    ],
+)
+def test_what_is_not_known_is_not_cut(known, change):
+    content = json.loads(known["llama3.json"].files["tokenizer.json"])
+    text = "some words\nand a line " * 10
+    assert exact_cuts.cut_of_json(content)(text) > 0
+    assert exact_cuts.cut_of_json(content | change)(text) == 0
