@@ -153,8 +153,8 @@ def test_several_hosts_save_one_model(model_folder, state, tmp_path):
     made = tmp_path / "made"
     group = Group(tmp_path / "said", 2, model_folder, made, program=("-c", SAVES_TWICE))
     assert group.wait() == [2, 2], group.said("err")
-    # Gloo writes lines of its own, before or after.
-    assert ["saved" in said.splitlines() for said in group.said("out")] == [True, True]
+    # Gloo writes to standard output as well, in the middle of our lines.
+    assert ["saved" in said for said in group.said("out")] == [True, True]
     for said in group.said("err"):
         assert f"{made} is already there" in said.splitlines()[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"said", "made"}
