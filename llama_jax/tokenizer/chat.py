@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import template_process
@@ -139,35 +139,29 @@ def llama3_ids(
     return ids + header("assistant")
 
 
-class SpecialTokens(Protocol):
-    """A tokenizer as the texts of special tokens concern it."""
-
-    @property
-    def special(self) -> Mapping[str, int]:
-        """The ids of the special tokens, by text."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text in which special tokens are a text like any other."""
-        ...
-
-    def parse(self, text: str) -> list[int]:
-        """Returns the ids of a text in which the texts of special tokens give these."""
-        ...
-
-
 def template_ids(
-    template: str, messages: Sequence[Message], tokens: Mapping[str, str], tokenizer: SpecialTokens
+    template: str,
+    messages: Sequence[Message],
+    tokens: Mapping[str, str],
+    *,
+    special: Mapping[str, int],
+    encode: Callable[[str], list[int]],
+    parse: Callable[[str], list[int]],
 ) -> list[int]:
     """Returns the ids of a chat in the format of a template.
 
-    The special tokens are those that the template writes: where a message holds the text of one, it
-    is a text like any other.
+    Only the template writes special tokens: the text of one in a message is a text like any other.
+
+    Args:
+        template, messages, tokens: as of `render`.
+        special: the ids of the special tokens, by their texts.
+        encode: gives the ids of a text in which special tokens are text.
+        parse: gives the ids of a text in which the text of a special token gives that token.
 
     Raises:
         InputError: as `render`; or a text holds half of a surrogate pair.
     """
-    special = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
+    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
     # A mark that no message can hold splits these texts while the template is at work.
     mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
 
@@ -175,15 +169,15 @@ def template_ids(
         return found[0][:1] + mark + found[0][1:]
 
     def guarded(message: Message) -> Message:
-        return Message(role=message["role"], content=re.sub(special, marked, message["content"]))
+        return Message(role=message["role"], content=re.sub(pattern, marked, message["content"]))
 
     check_messages(messages)
-    text = render(template, list(map(guarded, messages)) if special else messages, tokens)
+    text = render(template, list(map(guarded, messages)) if pattern else messages, tokens)
     if mark not in text:
-        return tokenizer.parse(text)
+        return parse(text)
     ids = []
-    for i, part in enumerate(re.split(f"({special})", text)):
-        ids += [tokenizer.special[part]] if i % 2 else tokenizer.encode(part.replace(mark, ""))
+    for i, part in enumerate(re.split(f"({pattern})", text)):
+        ids += [special[part]] if i % 2 else encode(part.replace(mark, ""))
     return ids
 
 
@@ -231,8 +225,14 @@ _rendering = threading.Lock()
 
 
 def _result(job: str) -> dict[str, Any]:
-    """Returns the result of a job of `template_process`."""
+    """Returns the result of a job of `template_process`.
+
+    Raises:
+        RuntimeError: the process can't be started, or something else ended it.
+    """
     with _rendering:
+        if _process().poll() is not None:  # ended from outside, between two jobs
+            _process.cache_clear()
         process = _process()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -249,7 +249,9 @@ def _result(job: str) -> dict[str, Any]:
         return json.loads(answer)
     if process.returncode == -signal.SIGPROF:
         return {"limit": f"more than {template_process.SECONDS} s of processor time"}
-    return {"limit": f"its process ended with {process.returncode}"}
+    if process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+        return {"limit": "more stack than its process has"}
+    raise RuntimeError(f"the process that renders chat templates ended: {process.returncode}")
 
 
 @functools.cache

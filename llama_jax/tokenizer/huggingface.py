@@ -135,7 +135,10 @@ class TokenizerJson:
             names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
             usual = {name: self._tokenizer.id_to_token(i) or "" for name, i in names.items()}
             tokens = self._settings.tokens or usual
-            return chat.template_ids(self.template, messages, tokens, self)
+            return chat.template_ids(
+                self.template, messages, tokens,
+                special=self.special, encode=self.encode, parse=self.parse,
+            )  # fmt: skip
         if len(self._llama3) < len(_LLAMA3):
             raise InputError(
                 f"{self.path} has no chat format, so this is a base model: take one that was made"

@@ -135,7 +135,11 @@ class SentencePiece:
         p = self._processor
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
         tokens |= self._settings.tokens
-        ids = chat.template_ids(self.template, messages, tokens, self._parser or self)
+        reader = self._parser or self
+        ids = chat.template_ids(
+            self.template, messages, tokens,
+            special=reader.special, encode=reader.encode, parse=reader.parse,
+        )  # fmt: skip
         return check_ids(ids, self.n_vocab, self.path)
 
     @cached_property

@@ -68,7 +68,7 @@ def result(line: str) -> dict[str, Any]:
     except jinja2.TemplateSyntaxError as error:
         return {"error": str(error.message)[:1000], "line": error.lineno}
     except MemoryError:
-        return {"limit": f"more than {MEMORY >> 20} MiB of memory"}
+        raise
     except Exception as error:  # a template can do whatever Python can fail at
         return {"error": str(error)[:1000]}
     if len(text) > 4 * len(line) + EXTRA_OUTPUT:
@@ -83,7 +83,10 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        answer = json.dumps(result(line))
+        try:
+            answer = json.dumps(result(line))
+        except MemoryError:
+            answer = json.dumps({"limit": f"more than {MEMORY >> 20} MiB of memory"})
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(answer, flush=True)
 

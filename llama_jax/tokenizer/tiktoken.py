@@ -118,7 +118,10 @@ class Tiktoken:
             return chat.llama3_ids(self.encode, self.special.__getitem__, messages)
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
         tokens |= self._settings.tokens
-        return chat.template_ids(self.template, messages, tokens, self)
+        return chat.template_ids(
+            self.template, messages, tokens,
+            special=self.special, encode=self.encode, parse=self.parse,
+        )  # fmt: skip
 
 
 def split_long(text: str) -> Iterator[str]:

@@ -179,6 +179,15 @@ os.kill(os.getpid(), signal.SIGKILL)"""
         time.sleep(0.01)
 
 
+def test_a_process_that_was_killed_is_started_again():
+    chat.render("{{ 1 }}", [USER], {})
+    killed = chat._process()
+    killed.kill()
+    killed.wait()
+    assert chat.render("{{ 2 }}", [USER], {}) == "2"
+    assert chat._process() is not killed
+
+
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
 
 
