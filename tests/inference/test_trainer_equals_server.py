@@ -41,8 +41,8 @@ class Answer(NamedTuple):
 
 def answers(engine: Engine, *requests: Request) -> list[Answer]:
     """Returns the answers to requests that are in the engine together."""
-    queues = [queue.Queue() for _ in requests]
-    engine.submit(requests, lambda i, event: queues[i].put(event))
+    queues: list[queue.Queue] = [queue.Queue() for _ in requests]
+    engine.submit(requests, lambda number, event: queues[number].put(event))
     found = []
     for request, events in zip(requests, queues, strict=True):
         begun, tokens = Begun(), []
@@ -99,9 +99,10 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
             ask = {"sampling": DRAWN, "logprobs": True, "top_logprobs": 20}
             long = Request(text, 40, prompt_logprobs=True, **ask)  # in chunks of 256, 256 and 88
             found = answers(engine, long)
-            branch = Request(text[:300] + other[:45], 40, seed=1, **ask)
-            found += answers(engine, branch)
-            assert engine.statistics().reused_tokens == 300
+            # The first starts in the slots of `long`, the second in a copy of them.
+            branches = [Request(text[:300] + other[i : i + 45], 40, seed=i, **ask) for i in (0, 50)]
+            found += answers(engine, *branches)
+            assert engine.statistics().reused_tokens == 600
             short = [Request(other[i : 9 * i], 90, seed=i, **ask) for i in (5, 20)]
             found += answers(engine, *short, long)  # one is read while the others make tokens
 
@@ -123,4 +124,4 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
             pairs += [(logprob, logprobs_TV[i, id_]) for id_, logprob in token.top]
         assert len(pairs) == len(answer.prompt_logprobs) + 21 * len(answer.tokens)
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=bound)
-    assert [len(answer.prompt_logprobs) for answer in found] == [599, 0, 0, 0, 599]
+    assert [len(answer.prompt_logprobs) for answer in found] == [599, 0, 0, 0, 0, 599]
