@@ -32,6 +32,7 @@ with hosts.join(coordinator, int(processes), int(process)):
         assert not model.tok_embeddings[...].is_fully_addressable
         save_model(made, config, model, None)
         print("saved", flush=True)
+        hosts.agreed({})  # host 0's error ends all: not before all have printed
         save_model(made, config, model, None)
 """
 
@@ -153,7 +154,7 @@ def test_several_hosts_save_one_model(model_folder, state, tmp_path):
     made = tmp_path / "made"
     group = Group(tmp_path / "said", 2, model_folder, made, program=("-c", SAVES_TWICE))
     assert group.wait() == [2, 2], group.said("err")
-    # Gloo writes to standard output as well, in the middle of our lines.
+    # Gloo writes to standard output as well.
     assert ["saved" in said for said in group.said("out")] == [True, True]
     for said in group.said("err"):
         assert f"{made} is already there" in said.splitlines()[-1]
