@@ -169,7 +169,7 @@ def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
 
 
 def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
-    with server.listen("127.0.0.1", 0) as free:
+    with server.bind_socket("127.0.0.1", 0) as free:
         port = str(free.getsockname()[1])
     instead = ("127.0.0.1:8000", f"127.0.0.1:{port}")
     first, *rest = blocks(DOCS / "serve.md")
@@ -193,8 +193,8 @@ def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
         small = [*SMALL["serve"], "--port", port] if command[0] == "serve" else []
         assert main([*command, *small]) == 0
 
-    thread, greeting = threading.Thread(target=use), server.greeting
-    monkeypatch.setattr(server, "greeting", lambda *a: thread.start() or greeting(*a))
+    thread, startup_message = threading.Thread(target=use), server.startup_message
+    monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
     run_page([first], reader, begin)
     thread.join()
     assert not problems, problems

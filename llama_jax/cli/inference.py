@@ -192,7 +192,7 @@ def serve(args: argparse.Namespace) -> int:
     if not 0 < args.timeout < float("inf"):
         raise InputError(f"--timeout must be above 0, not {args.timeout}")
     folder = Path(args.folder)
-    settings = server.Settings(
+    settings = server.ServerSettings(
         name=args.model or folder.resolve().name,
         api_key=_api_key(args.api_key),
         max_tokens=args.max_tokens,
@@ -222,7 +222,7 @@ def serve(args: argparse.Namespace) -> int:
         shape = replace(shape, cache_dtype=args.cache)
     tokenizer = load_tokenizer(folder)
     keep_compiled()
-    with server.listen(args.host, args.port) as bound, jax.set_mesh(tensor_mesh(shape)):
+    with server.bind_socket(args.host, args.port) as bound, jax.set_mesh(tensor_mesh(shape)):
         hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
         settings = settings._replace(hosts=hosts)
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
@@ -235,9 +235,9 @@ def serve(args: argparse.Namespace) -> int:
                 config, model, rows=args.rows, context=context, queue=args.queue, progress=progress
             )
         try:
-            app = server.application(engine, tokenizer, settings)
+            app = server.build_app(engine, tokenizer, settings)
             bound.listen()
-            print(server.greeting(bound, settings), file=sys.stderr, flush=True)
+            print(server.startup_message(bound, settings), file=sys.stderr, flush=True)
             server.serve(app, bound)
         finally:
             engine.close()

@@ -19,7 +19,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from llama_jax.serving.openai_requests import Refused
+from llama_jax.serving.openai_requests import RequestError
 from llama_jax.serving.openai_responses import error
 
 _log = logging.getLogger("uvicorn.error")
@@ -108,8 +108,8 @@ class Server(uvicorn.Server):
         return oldest is not None
 
 
-def _too_many() -> Refused:
-    return Refused(503, "there are too many connections: try again later")
+def _too_many() -> RequestError:
+    return RequestError(503, "there are too many connections: try again later")
 
 
 class Connection(H11Protocol):
@@ -173,9 +173,9 @@ class Connection(H11Protocol):
         problem = sys.exception()  # h11 says what is wrong, and the status that fits
         status = getattr(problem, "error_status_hint", 400)
         reason = str(problem).partition(": bytearray")[0]  # without the client's bytes
-        self.refuse(Refused(status, f"this is not a valid HTTP request: {reason[:200]}"))
+        self.refuse(RequestError(status, f"this is not a valid HTTP request: {reason[:200]}"))
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RequestError) -> None:
         """Answers with an error outside of any route, and ends the connection."""
         cycle, body = self.cycle, json.dumps(error(refused)).encode()
         if cycle is not None and not cycle.response_complete:
@@ -275,7 +275,7 @@ class Connection(H11Protocol):
 
     def _too_slow(self) -> None:
         message = f"the headers of the request did not arrive within {_HEAD_SECONDS} s"
-        self.refuse(Refused(408, message))
+        self.refuse(RequestError(408, message))
 
     def _close(self) -> None:
         if self.flow.write_paused:  # the client is still taking its answer

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.requests import EngineStopped, QueueFull
 from llama_jax.serving.metrics import Metrics
-from llama_jax.serving.openai_requests import Refused, engine_failed, shutting_down
+from llama_jax.serving.openai_requests import RequestError, engine_error, shutdown_error
 from llama_jax.serving.openai_responses import error
 
 _log = logging.getLogger("uvicorn.error")
@@ -28,7 +28,7 @@ _BODY_SECONDS = 60  # so long may a body take to arrive
 _GONE = 499  # counted for clients that left
 
 
-class Hosts(NamedTuple):
+class AllowedHosts(NamedTuple):
     """The names that requests may give as their host.
 
     evil.example can have its name resolve to this machine (DNS rebinding). A browser then takes the
@@ -46,7 +46,7 @@ class Hosts(NamedTuple):
 
     def allow(self, host: str) -> bool:
         """Returns whether a request to `host`, with or without a port, is answered."""
-        name = host_name(host)
+        name = parse_host_name(host)
         if name is None:
             return False
         if "*" in self.names or name in self.names:
@@ -56,7 +56,7 @@ class Hosts(NamedTuple):
         return self.network and "." not in name
 
 
-def host_name(host: str) -> str | None:
+def parse_host_name(host: str) -> str | None:
     """Returns the name or address in 'NAME:PORT', 'NAME' or '[ADDRESS]:PORT'; None: it is none."""
     try:
         name = urlsplit(f"//{host}").hostname
@@ -65,7 +65,7 @@ def host_name(host: str) -> str | None:
     return name and name.rstrip(".")
 
 
-def allowed_hosts(host: str, names: Sequence[str], listening_on: str) -> Hosts:
+def allowed_hosts(host: str, names: Sequence[str], listening_on: str) -> AllowedHosts:
     """Returns the names that requests may give as their host.
 
     Args:
@@ -77,13 +77,13 @@ def allowed_hosts(host: str, names: Sequence[str], listening_on: str) -> Hosts:
         InputError: one of the names is none.
     """
     for name in names:
-        if name != "*" and (host_name(name) != name.lower() or "/" in name):
+        if name != "*" and (parse_host_name(name) != name.lower() or "/" in name):
             raise InputError(
                 f"--allow-host {name!r} is not a host's name: give one such as models.example.org,"
                 " without a port, or '*' for all"
             )
     network = not ipaddress.ip_address(listening_on).is_loopback
-    return Hosts(frozenset(name.lower() for name in (*names, host)), network)
+    return AllowedHosts(frozenset(name.lower() for name in (*names, host)), network)
 
 
 def _is_address(name: str) -> bool:
@@ -94,7 +94,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Guard:
+class RequestGuard:
     """Asks for the key, refuses other sites' pages, and counts what was answered.
 
     Nothing of a request is logged: a failure is told by its kind and place.
@@ -106,7 +106,7 @@ class Guard:
         metrics: where requests are counted.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: Hosts, metrics: Metrics):
+    def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: AllowedHosts, metrics: Metrics):
         self._app, self._hosts, self._metrics = app, hosts, metrics
         self._key = None if api_key is None else api_key.encode()
 
@@ -129,27 +129,27 @@ class Guard:
             status = _GONE
         except asyncio.CancelledError:  # the server's time to end is over
             if status == _GONE:
-                await _response(shutting_down())(scope, receive, noting)
+                await _response(shutdown_error())(scope, receive, noting)
         except Exception as failure:
             where = "".join(traceback.format_tb(failure.__traceback__))
             _log.error("a request failed: %s at\n%s", type(failure).__name__, where)
             if status == _GONE:
-                await _response(Refused(500, "the server has failed"))(scope, receive, noting)
+                await _response(RequestError(500, "the server has failed"))(scope, receive, noting)
         finally:
             route = scope.get("route")
             name = "other" if route is None else route.path
             self._metrics.answered(name, status, time.monotonic() - begun)
 
-    def _refused(self, http: Request) -> Refused | None:
+    def _refused(self, http: Request) -> RequestError | None:
         # A page of another site must not use a server that only this machine reaches.
         if http.method == "POST" and self._from_another_site(http):
-            return Refused(403, "requests from pages of other sites are refused")
+            return RequestError(403, "requests from pages of other sites are refused")
         if self._key is None:
             host = http.headers.get("host", "")
             if not host or self._hosts.allow(host):  # browsers always send one
                 return None
-            name = (host_name(host) or host)[:200]
-            return Refused(
+            name = (parse_host_name(host) or host)[:200]
+            return RequestError(
                 403,
                 f"the host {name!r} is not one of this server's: use localhost or its address,"
                 f" or start it with --allow-host {name} or with a key",
@@ -160,7 +160,7 @@ class Guard:
         if kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key):
             return None
         what = "is wrong" if key else "is missing"
-        return Refused(
+        return RequestError(
             401,
             f"the API key {what}: send it in the header 'Authorization: Bearer KEY'",
             code="invalid_api_key",
@@ -175,7 +175,7 @@ class Guard:
         if origin is None:
             return False
         host = origin.partition("://")[2]
-        return host != http.headers.get("host") and host_name(host) not in self._hosts.names
+        return host != http.headers.get("host") and parse_host_name(host) not in self._hosts.names
 
 
 async def read_body(http: Request, limit: int) -> bytes:
@@ -186,7 +186,7 @@ async def read_body(http: Request, limit: int) -> bytes:
         limit: the most it may hold [bytes].
 
     Raises:
-        Refused: with status 413, it holds more; with 408, it doesn't come.
+        RequestError: with status 413, it holds more; with 408, it doesn't come.
     """
     body = bytearray()
     if int(http.headers.get("content-length", 0)) <= limit:
@@ -200,11 +200,11 @@ async def read_body(http: Request, limit: int) -> bytes:
                     return bytes(body)
         except TimeoutError as error:
             message = f"the body did not arrive within {_BODY_SECONDS} s"
-            raise Refused(408, message) from error
-    raise Refused(413, f"the body is longer than {limit} bytes", code="request_too_large")
+            raise RequestError(408, message) from error
+    raise RequestError(413, f"the body is longer than {limit} bytes", code="request_too_large")
 
 
-def _response(refused: Refused, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def _response(refused: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     sent = dict(headers or {})
     if refused.status == 401:
         sent["www-authenticate"] = "Bearer"
@@ -215,26 +215,26 @@ def _response(refused: Refused, headers: Mapping[str, str] | None = None) -> JSO
     return JSONResponse(error(refused), status_code=refused.status, headers=sent)
 
 
-async def _tell_refused(http: Request, refused: Exception) -> JSONResponse:
-    assert isinstance(refused, Refused)
+async def _respond_request_error(http: Request, refused: Exception) -> JSONResponse:
+    assert isinstance(refused, RequestError)
     return _response(refused)
 
 
-async def _tell_bad_input(http: Request, bad: Exception) -> JSONResponse:
-    return _response(Refused(400, str(bad)))
+async def _respond_input_error(http: Request, bad: Exception) -> JSONResponse:
+    return _response(RequestError(400, str(bad)))
 
 
-async def _tell_full(http: Request, full: Exception) -> JSONResponse:
+async def _respond_queue_full(http: Request, full: Exception) -> JSONResponse:
     message = "the queue is full: try again a little later"
-    return _response(Refused(429, message, code="queue_full"))
+    return _response(RequestError(429, message, code="queue_full"))
 
 
-async def _tell_stopped(http: Request, stopped: Exception) -> JSONResponse:
+async def _respond_engine_stopped(http: Request, stopped: Exception) -> JSONResponse:
     assert isinstance(stopped, EngineStopped)
-    return _response(engine_failed(stopped.failure) if stopped.failure else shutting_down())
+    return _response(engine_error(stopped.failure) if stopped.failure else shutdown_error())
 
 
-async def _tell_http(http: Request, problem: Exception) -> JSONResponse:
+async def _respond_http_exception(http: Request, problem: Exception) -> JSONResponse:
     assert isinstance(problem, HTTPException)
     sentences = {
         404: f"there is nothing at {http.url.path[:200]}: see /v1/models, /v1/completions and"
@@ -242,14 +242,14 @@ async def _tell_http(http: Request, problem: Exception) -> JSONResponse:
         405: f"{http.url.path[:200]} can't be used by {http.method}",
     }
     message = sentences.get(problem.status_code, problem.detail)
-    return _response(Refused(problem.status_code, message), problem.headers)
+    return _response(RequestError(problem.status_code, message), problem.headers)
 
 
 # What the exceptions of a route are told as.
-REFUSALS = {
-    Refused: _tell_refused,
-    InputError: _tell_bad_input,
-    QueueFull: _tell_full,
-    EngineStopped: _tell_stopped,
-    HTTPException: _tell_http,
+EXCEPTION_HANDLERS = {
+    RequestError: _respond_request_error,
+    InputError: _respond_input_error,
+    QueueFull: _respond_queue_full,
+    EngineStopped: _respond_engine_stopped,
+    HTTPException: _respond_http_exception,
 }

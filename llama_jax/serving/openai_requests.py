@@ -46,7 +46,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that gets no answer: its status, one sentence, and the field that is wrong."""
 
     def __init__(
@@ -56,14 +56,14 @@ class Refused(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
-def shutting_down() -> Refused:
+def shutdown_error() -> RequestError:
     """Returns what those are told who wait when the server ends."""
-    return Refused(503, "the server is shutting down", code="shutting_down")
+    return RequestError(503, "the server is shutting down", code="shutting_down")
 
 
-def engine_failed(failure: str) -> Refused:
+def engine_error(failure: str) -> RequestError:
     """Returns what all requests get after the engine has failed."""
-    return Refused(500, f"the engine has failed: {failure}", code="engine_failed")
+    return RequestError(500, f"the engine has failed: {failure}", code="engine_failed")
 
 
 class _Sentence(ValueError):
@@ -230,20 +230,20 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
     """Returns the request in a body of JSON; null stands for a field's default.
 
     Raises:
-        Refused: with status 400, what is wrong with it.
+        RequestError: with status 400, what is wrong with it.
     """
     try:
         content = pydantic_core.from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise Refused(400, f"the body is not valid JSON: {error}") from error
+        raise RequestError(400, f"the body is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise Refused(400, "the body must be a JSON object")
+        raise RequestError(400, "the body must be a JSON object")
     content = {name: value for name, value in content.items() if value is not None}
     for name, neutral in _REFUSED.items():
         if name in content and content.pop(name) not in neutral:
             allowed = " or ".join(map(repr, neutral))
             hint = f": leave it out, or give {allowed}" if neutral else ": leave it out"
-            raise Refused(400, f"{name} is not supported{hint}", param=name)
+            raise RequestError(400, f"{name} is not supported{hint}", param=name)
     content = {name: value for name, value in content.items() if name not in _IGNORED}
     try:
         request = kind.model_validate(content)
@@ -266,19 +266,19 @@ def _refuse(error: ValidationError) -> NoReturn:
         message = f"{param} is not a field of this request"
     else:
         message = f"{param} must be {message[:1].lower()}{message[1:]}"
-    raise Refused(400, message, param=param) from error
+    raise RequestError(400, message, param=param) from error
 
 
 def check_prompt(ids: list[int], n_vocab: int) -> None:
     """Checks that the ids of a prompt are tokens.
 
     Raises:
-        Refused: with status 400, one is not.
+        RequestError: with status 400, one is not.
     """
     strange = next((i for i in ids if not 0 <= i < n_vocab), None)
     if strange is not None:
         message = f"token {strange} of the prompt is outside the model's {n_vocab} tokens"
-        raise Refused(400, message, param="prompt")
+        raise RequestError(400, message, param="prompt")
 
 
 def new_tokens(
@@ -294,12 +294,13 @@ def new_tokens(
         limit: of the output [tokens].
 
     Raises:
-        Refused: with status 400, the prompt leaves too little room, or more than `limit` is asked.
+        RequestError: with status 400, the prompt leaves too little room, or the request asks for more
+            than `limit`.
     """
     room = context - prompt
     if room < 1 or (asked or 0) > room:
         said = f" and max_tokens of {asked} don't fit" if asked else " doesn't fit"
-        raise Refused(
+        raise RequestError(
             400,
             f"a prompt of {prompt} tokens{said} the context of {context} tokens",
             param="max_tokens" if room > 0 else "prompt",
@@ -307,5 +308,5 @@ def new_tokens(
         )
     if (asked or 0) > limit:
         message = f"max_tokens must be at most {limit} on this server, not {asked}"
-        raise Refused(400, message, param="max_tokens")
+        raise RequestError(400, message, param="max_tokens")
     return min(room, limit, usual or limit) if asked is None else asked

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llama_jax import __version__
-from llama_jax.serving.openai_requests import Refused
-from llama_jax.serving.text_stream import Piece, Scored
+from llama_jax.serving.openai_requests import RequestError
+from llama_jax.serving.text_stream import Piece, TokenLogprobs
 
 Json = dict[str, Any]
 
 
-def error(refused: Refused) -> Json:
+def error(refused: RequestError) -> Json:
     """Returns the body that tells why there is no answer."""
     types = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     usual = "invalid_request_error" if refused.status < 500 else "server_error"
@@ -35,7 +35,7 @@ def usage(prompt: int, made: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
 
-class CompletionShape:
+class CompletionFormatter:
     """The shape of /v1/completions.
 
     Args:
@@ -88,7 +88,7 @@ class CompletionShape:
         }
 
 
-def _alternatives(token: Scored) -> Mapping[str, float] | None:
+def _alternatives(token: TokenLogprobs) -> Mapping[str, float] | None:
     """Returns the likely tokens and the one that was made, by their text."""
     if token.logprob is None:
         return None
@@ -98,7 +98,7 @@ def _alternatives(token: Scored) -> Mapping[str, float] | None:
     )
 
 
-class ChatShape:
+class ChatFormatter:
     """The shape of /v1/chat/completions.
 
     Args:

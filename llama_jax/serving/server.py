@@ -25,18 +25,18 @@ from llama_jax.inference.engine.requests import Request
 from llama_jax.serving import openai_responses as shapes
 from llama_jax.serving.connections import IDLE_SECONDS, Server
 from llama_jax.serving.metrics import CONTENT_TYPE, Metrics
-from llama_jax.serving.middleware import REFUSALS, Guard, Hosts, read_body
+from llama_jax.serving.middleware import EXCEPTION_HANDLERS, AllowedHosts, RequestGuard, read_body
 from llama_jax.serving.openai_requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    Refused,
+    RequestError,
     check_prompt,
     new_tokens,
     parse,
 )
 from llama_jax.serving.sse import respond
-from llama_jax.serving.text_stream import Answer, Wishes
+from llama_jax.serving.text_stream import OutputOptions, ResponseStream
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 _log = logging.getLogger("uvicorn.error")
@@ -52,12 +52,12 @@ _PAGE_HEADERS = {
 }
 
 
-class Settings(NamedTuple):
+class ServerSettings(NamedTuple):
     """What the server allows."""
 
     name: str  # of the model
     api_key: str | None = None  # None: no key is asked for
-    hosts: Hosts = Hosts()  # that requests may name where no key is asked for
+    hosts: AllowedHosts = AllowedHosts()  # that requests may name where no key is asked for
     max_tokens: int = 4096  # of one text
     max_body: int = 2**21  # of a request [bytes]
     timeout: float = 600.0  # of a request [s]
@@ -67,7 +67,9 @@ class Settings(NamedTuple):
 class _Endpoints:
     """What each route does."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings, metrics: Metrics):
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, settings: ServerSettings, metrics: Metrics
+    ):
         self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
         self._metrics = metrics
         page, script = (
@@ -119,9 +121,9 @@ class _Endpoints:
         texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in asked.prompt]
         echoes = [text if asked.echo else "" for text in texts for _ in range(asked.n)]
         scored = asked.logprobs is not None
-        shape = shapes.CompletionShape(self._settings.name, scored=scored, echoes=echoes)
+        shape = shapes.CompletionFormatter(self._settings.name, scored=scored, echoes=echoes)
         requests = self._requests(asked, prompts, _USUAL_TOKENS, asked.echo and scored)
-        wishes = Wishes(asked.stop, scored, prompt_only=asked.max_tokens == 0)
+        wishes = OutputOptions(asked.stop, scored, prompt_only=asked.max_tokens == 0)
         answer = self._answer(http, requests, wishes, deadline)
         return await respond(http, asked, answer, shape, sum(map(len, prompts)))
 
@@ -130,14 +132,14 @@ class _Endpoints:
         asked = parse(ChatRequest, await read_body(http, self._settings.max_body))
         self._check_model(asked.model)
         if self._no_chats is not None:
-            raise Refused(400, self._no_chats)
+            raise RequestError(400, self._no_chats)
         try:
             prompt = await asyncio.to_thread(self._tokenizer.encode_chat, asked.messages)
         except InputError as error:
-            raise Refused(400, str(error), param="messages") from error
-        shape = shapes.ChatShape(self._settings.name, scored=asked.logprobs, n=asked.n)
+            raise RequestError(400, str(error), param="messages") from error
+        shape = shapes.ChatFormatter(self._settings.name, scored=asked.logprobs, n=asked.n)
         requests = self._requests(asked, [prompt], None, False)
-        answer = self._answer(http, requests, Wishes(asked.stop, asked.logprobs), deadline)
+        answer = self._answer(http, requests, OutputOptions(asked.stop, asked.logprobs), deadline)
         return await respond(http, asked, answer, shape, len(prompt))
 
     def _deadline(self) -> float:
@@ -147,7 +149,7 @@ class _Endpoints:
         if name not in (None, self._settings.name):
             message = f"there is no model {name[:200]!r} here: the one served is"
             message += f" {self._settings.name!r}"
-            raise Refused(404, message, param="model", code="model_not_found")
+            raise RequestError(404, message, param="model", code="model_not_found")
 
     def _encoded(self, asked: CompletionRequest) -> list[list[int]]:
         prompts = []
@@ -182,20 +184,20 @@ class _Endpoints:
         return requests
 
     def _answer(
-        self, http: HttpRequest, requests: Sequence[Request], wishes: Wishes, deadline: float
-    ) -> Answer:
+        self, http: HttpRequest, requests: Sequence[Request], wishes: OutputOptions, deadline: float
+    ) -> ResponseStream:
         begun, route = time.monotonic(), http.scope["route"].path
 
         def first_token() -> None:
             self._metrics.first_token(route, time.monotonic() - begun)
 
-        return Answer(
+        return ResponseStream(
             self._engine, self._tokenizer, requests, wishes,
             deadline=deadline, first_token=first_token,
         )  # fmt: skip
 
 
-def application(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Starlette:
+def build_app(engine: Engine, tokenizer: Tokenizer, settings: ServerSettings) -> Starlette:
     """Returns the server as an ASGI application.
 
     Args:
@@ -217,13 +219,15 @@ def application(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Sta
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(Guard, api_key=settings.api_key, hosts=settings.hosts, metrics=metrics)
+            Middleware(
+                RequestGuard, api_key=settings.api_key, hosts=settings.hosts, metrics=metrics
+            )
         ],
-        exception_handlers=REFUSALS,
+        exception_handlers=EXCEPTION_HANDLERS,
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
+def bind_socket(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound, and does not take connections yet.
 
     Raises:
@@ -247,7 +251,7 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def greeting(bound: socket.socket, settings: Settings) -> str:
+def startup_message(bound: socket.socket, settings: ServerSettings) -> str:
     """Returns what to tell whoever started the server: where it is, and who can use it."""
     host, port = bound.getsockname()[:2]
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -257,8 +261,8 @@ def greeting(bound: socket.socket, settings: Settings) -> str:
     return said
 
 
-def uvicorn_server(app: Starlette) -> Server:
-    """Returns the server that runs `app`: `run(sockets=[listen(…)])`."""
+def create_server(app: Starlette) -> Server:
+    """Returns the server that runs `app`: `run(sockets=[bind_socket(…)])`."""
     return Server(
         uvicorn.Config(
             app,
@@ -282,7 +286,7 @@ def serve(app: Starlette, bound: socket.socket) -> None:
     # uvicorn hands the signal on when it has ended, to whoever had it before.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn_server(app).run(sockets=[bound])
+        create_server(app).run(sockets=[bound])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

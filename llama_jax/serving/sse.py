@@ -9,8 +9,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.serving import openai_responses as shapes
-from llama_jax.serving.openai_requests import GenerationRequest, Refused
-from llama_jax.serving.text_stream import Answer, Piece
+from llama_jax.serving.openai_requests import GenerationRequest, RequestError
+from llama_jax.serving.text_stream import Piece, ResponseStream
 
 _T = TypeVar("_T")
 
@@ -18,8 +18,8 @@ _T = TypeVar("_T")
 async def respond(
     http: Request,
     asked: GenerationRequest,
-    answer: Answer,
-    shape: shapes.CompletionShape | shapes.ChatShape,
+    answer: ResponseStream,
+    shape: shapes.CompletionFormatter | shapes.ChatFormatter,
     n_prompt: int,
 ) -> Response:
     """Returns the answer, whole or as a stream that has begun; a client that leaves ends it.
@@ -32,7 +32,7 @@ async def respond(
         n_prompt: length of the prompts [tokens].
 
     Raises:
-        Refused: there is no answer.
+        RequestError: there is no answer.
         ClientDisconnect: the client has left.
     """
     pieces = answer.pieces()
@@ -57,7 +57,7 @@ async def _whole(pieces: AsyncIterator[list[Piece]]) -> list[Piece]:
     return [texts[index] for index in sorted(texts)]
 
 
-async def _unless_gone(http: Request, making: Awaitable[_T], answer: Answer) -> _T:
+async def _unless_gone(http: Request, making: Awaitable[_T], answer: ResponseStream) -> _T:
     """Returns what `making` gives, unless it fails or the client leaves: that ends the answer."""
     made, gone = asyncio.ensure_future(making), asyncio.create_task(_gone(http))
     try:
@@ -82,8 +82,8 @@ async def _events(
     first: list[Piece],
     pieces: AsyncIterator[list[Piece]],
     asked: GenerationRequest,
-    answer: Answer,
-    shape: shapes.CompletionShape | shapes.ChatShape,
+    answer: ResponseStream,
+    shape: shapes.CompletionFormatter | shapes.ChatFormatter,
     n_prompt: int,
 ) -> AsyncIterator[str]:
     """Yields the events of a stream."""
@@ -96,7 +96,7 @@ async def _events(
             for part in (part for piece in several for part in shape.part(piece)):
                 yield shapes.event(part | no_counts)
             several = await anext(pieces, None)
-    except Refused as refused:
+    except RequestError as refused:
         yield shapes.event(shapes.error(refused))
         return
     if asked.with_usage:
@@ -107,7 +107,7 @@ async def _events(
 class _Events(StreamingResponse):
     """A stream of server-sent events; a client that leaves ends the answer."""
 
-    def __init__(self, events: AsyncIterator[str], answer: Answer):
+    def __init__(self, events: AsyncIterator[str], answer: ResponseStream):
         # nginx would hold the events back.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")

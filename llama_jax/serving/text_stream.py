@@ -9,13 +9,13 @@ from typing import NamedTuple
 from llama_jax.inference.detokenize import Detokenizer, StopStrings
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import Begun, Ended, Event, MadeToken, Request
-from llama_jax.serving.openai_requests import Refused, engine_failed, shutting_down
+from llama_jax.serving.openai_requests import RequestError, engine_error, shutdown_error
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no infinity
 
 
-class Scored(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """A token with its log-probability, as clients see it."""
 
     text: str
@@ -30,15 +30,15 @@ class Piece:
 
     index: int
     text: str = ""
-    tokens: list[Scored] = field(default_factory=list)  # where they are asked for
-    prompt: list[Scored] = field(default_factory=list)  # in the first piece, where asked for
+    tokens: list[TokenLogprobs] = field(default_factory=list)  # where they are asked for
+    prompt: list[TokenLogprobs] = field(default_factory=list)  # in the first piece, where asked for
     reason: str | None = None  # in the last piece: stop or length
 
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens or self.prompt or self.reason)
 
 
-class Wishes(NamedTuple):
+class OutputOptions(NamedTuple):
     """What is wanted of each text."""
 
     stops: Sequence[str] = ()  # strings that end it
@@ -49,13 +49,13 @@ class Wishes(NamedTuple):
 class _Text:
     """One text that is being made."""
 
-    def __init__(self, tokenizer: Tokenizer, request: Request, wishes: Wishes):
+    def __init__(self, tokenizer: Tokenizer, request: Request, wishes: OutputOptions):
         self._tokenizer, self._request, self._wishes = tokenizer, request, wishes
         self._made = Detokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(wishes.stops)
         self._at = 0  # characters made
         self._shown = 0  # characters that stop strings let through
-        self._waiting: list[Scored] = []  # tokens whose text is held back
+        self._waiting: list[TokenLogprobs] = []  # tokens whose text is held back
         self.n_made = 0
         self.ended = False
 
@@ -63,7 +63,7 @@ class _Text:
         """Adds to `piece` what `event` brings.
 
         Raises:
-            Refused: the engine has failed, or is being closed.
+            RequestError: the engine has failed, or is being closed.
         """
         if isinstance(event, Begun):
             piece.prompt += self._prompt(event.prompt_logprobs)
@@ -77,9 +77,9 @@ class _Text:
             if self._stops.stopped:
                 self.end(piece, "stop")
         elif event.reason == "error":
-            raise engine_failed(event.message)
+            raise engine_error(event.message)
         elif event.reason == "cancelled":
-            raise shutting_down()
+            raise shutdown_error()
         else:
             self.end(piece, event.reason)
 
@@ -106,25 +106,25 @@ class _Text:
         piece.tokens += self._waiting[:n]
         self._waiting = self._waiting[n:]
 
-    def _prompt(self, scores: Sequence[MadeToken]) -> list[Scored]:
+    def _prompt(self, scores: Sequence[MadeToken]) -> list[TokenLogprobs]:
         """Returns the tokens of the prompt with the scores of all but the first."""
         if not self._request.prompt_logprobs:
             return []
         first, *others = self._request.prompt
         text = Detokenizer(self._tokenizer)
         at = len(text.add(first))
-        scored = [Scored(self._tokenizer.decode([first]), 0, None, ())]
+        scored = [TokenLogprobs(self._tokenizer.decode([first]), 0, None, ())]
         for token, score in zip(others, scores, strict=True):
             scored.append(self._score(text, score._replace(id=token), at))
             at += len(text.add(token))
         return scored
 
-    def _score(self, text: Detokenizer, token: MadeToken, at: int) -> Scored:
+    def _score(self, text: Detokenizer, token: MadeToken, at: int) -> TokenLogprobs:
         top = tuple((text.alone(i), max(_LOWEST, logprob)) for i, logprob in token.top)
-        return Scored(text.alone(token.id), at, max(_LOWEST, token.logprob), top)
+        return TokenLogprobs(text.alone(token.id), at, max(_LOWEST, token.logprob), top)
 
 
-class Answer:
+class ResponseStream:
     """The texts of one HTTP request, while they are made. To be closed, whatever happens.
 
     Args:
@@ -146,7 +146,7 @@ class Answer:
         engine: Engine,
         tokenizer: Tokenizer,
         requests: Sequence[Request],
-        wishes: Wishes,
+        wishes: OutputOptions,
         *,
         deadline: float,
         first_token: Callable[[], None],
@@ -166,7 +166,7 @@ class Answer:
         """Yields what has come since the last time: at most one piece of each text.
 
         Raises:
-            Refused: with status 504, nothing was made in time; with 500 or 503, the engine has
+            RequestError: with status 504, nothing was made in time; with 500 or 503, the engine has
                 failed or is being closed.
         """
         begun = False
@@ -209,7 +209,7 @@ class Answer:
 
     def _give_up(self, made: dict[int, Piece]) -> None:
         if not self.n_made:
-            raise Refused(
+            raise RequestError(
                 504, "nothing was made within the time limit: try again later", code="timeout"
             )
         for index, text in enumerate(self._texts):

@@ -12,7 +12,7 @@ from conftest import run
 from fake_engine import FakeEngine
 
 from llama_jax.serving import server
-from llama_jax.serving.server import greeting
+from llama_jax.serving.server import startup_message
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 
@@ -67,7 +67,7 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
 
     monkeypatch.setattr("llama_jax.inference.engine.engine.Engine", engine)
     monkeypatch.setenv("LLAMA_JAX_API_KEY", "open sesame")
-    with server.listen("127.0.0.1", 0) as free:
+    with server.bind_socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     texts = []
 
@@ -84,7 +84,7 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
                     texts.append(event)
 
     thread = threading.Thread(target=use)
-    monkeypatch.setattr(server, "greeting", lambda *a: thread.start() or greeting(*a))
+    monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
     options = ["--port", port, "--rows", 3, "--context", 100, "--queue", 5, "--name", "mine"]
     code, out, err = run(capsys, "serve", model_folder, *options)
     thread.join()

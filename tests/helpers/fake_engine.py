@@ -17,7 +17,7 @@ from llama_jax.inference.engine.requests import (
     Request,
     Statistics,
 )
-from llama_jax.serving.server import Settings, application, listen, uvicorn_server
+from llama_jax.serving.server import ServerSettings, bind_socket, build_app, create_server
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 # What the engine makes of the prompt `hello`, and where it is asked.
@@ -123,21 +123,21 @@ class FakeEngine:
 def serving(tokenizer, engine=None, **settings):
     """Runs a server on a free port of the loopback; yields its engine and its URL."""
     engine = engine or FakeEngine(tokenizer)
-    made = Settings(
+    made = ServerSettings(
         **(
             {"name": "stories", "copy_bandwidth": 1e10, "max_tokens": 150, "max_body": 20_000}
             | settings
         )
     )
-    with running(application(engine, tokenizer, made)) as url:
+    with running(build_app(engine, tokenizer, made)) as url:
         yield engine, url
 
 
 @contextmanager
 def running(app):
     """Runs an ASGI application in a thread; yields its URL."""
-    server = uvicorn_server(app)
-    with listen("127.0.0.1", 0) as bound:
+    server = create_server(app)
+    with bind_socket("127.0.0.1", 0) as bound:
         bound.listen()
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

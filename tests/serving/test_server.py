@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llama_jax.errors import InputError
 from llama_jax.serving.middleware import allowed_hosts
-from llama_jax.serving.server import Settings, greeting, listen
+from llama_jax.serving.server import ServerSettings, bind_socket, startup_message
 
 pytest_plugins = ["served"]
 
@@ -288,13 +288,13 @@ def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, eng
 
 
 def test_the_greeting_warns_where_everybody_can_come():
-    with listen("127.0.0.1", 0) as bound:
+    with bind_socket("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-        said = greeting(bound, Settings("m"))
+        said = startup_message(bound, ServerSettings("m"))
         assert (
             said
             == f"m is served at http://127.0.0.1:{port} (a page) and http://127.0.0.1:{port}/v1"
         )
-    with listen("0.0.0.0", 0) as bound:
-        assert "warning: there is no key" in greeting(bound, Settings("m"))
-        assert "warning" not in greeting(bound, Settings("m", api_key="k"))
+    with bind_socket("0.0.0.0", 0) as bound:
+        assert "warning: there is no key" in startup_message(bound, ServerSettings("m"))
+        assert "warning" not in startup_message(bound, ServerSettings("m", api_key="k"))
