@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama_jax.data.shards import EncodedPiece, SplitWriter
 from llama_jax.data.text_files import SPLITS, Document, find_files, lines_of, read_documents
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
+from llama_jax.runtime.console import byte_progress
 from llama_jax.tokenizer.exact_cuts import Cut, pieces
 from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
 from llama_jax.tokenizer.train import MAX_LINE, train_tokenizer
@@ -167,7 +166,7 @@ def build(
         tokenizer: file or folder of the tokenizer to use.
         validation_fraction: share of the documents that is held out.
         workers: processes; default: one a core.
-        progress: show a bar on standard error.
+        progress: show the progress on standard error.
 
     Raises:
         InputError: `out` is there already, a source can't be read, or a split stays empty.
@@ -194,23 +193,21 @@ def build(
         else:
             raise InputError("tokenize: give a tokenizer, or the size of a vocabulary to train")
         loaded = load_tokenizer(model)
-        columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         tasks = _tasks(_pieces(read_documents(files, validation_fraction), loaded.exact_cut))
         with contextlib.ExitStack() as opened:
             writers = {
                 split: opened.enter_context(SplitWriter(partial / split, loaded.n_vocab))
                 for split in SPLITS
             }
-            bar = opened.enter_context(
-                Progress(*columns, console=Console(stderr=True), disable=not progress)
-            )
-            encoded = opened.enter_context(contextlib.closing(_in_order(tasks, model, workers)))
             # Compressed files have an unknown size of text: the bar then only counts.
             plain = all(file.suffix not in _COMPRESSED for file in files)
-            task = bar.add_task("", total=size if plain else None)
+            advance = opened.enter_context(
+                byte_progress("tokenizing", size if plain else None, progress)
+            )
+            encoded = opened.enter_context(contextlib.closing(_in_order(tasks, model, workers)))
             for piece in encoded:
                 writers[piece.split].add(piece)
-                bar.advance(task, piece.n_bytes)
+                advance(piece.n_bytes)
             for writer in writers.values():
                 writer.finish()
         for split, writer in writers.items():

@@ -3,13 +3,14 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -17,9 +18,12 @@ from rich.progress import (
 
 from llama_jax.runtime.hosts import leads
 
+LINE_SECONDS = 10.0  # between two lines where standard error is no terminal
+TEXT = TextColumn("{task.description}")  # the column that shows the text of `TaskProgress.update`
+
 
 def tell(text: str) -> None:
-    """Prints a line for people, on the standard error of host 0."""
+    """Prints a line on the standard error of host 0."""
     if leads():
         print(text, file=sys.stderr, flush=True)
 
@@ -34,39 +38,87 @@ def duration(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
-@contextmanager
-def byte_progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Shows bytes, rate and time left on standard error; calling what it gives adds bytes.
+class TaskProgress:
+    """Shows the progress of a task on the standard error of host 0.
 
-    A bar on a terminal, a line every ten seconds elsewhere.
+    A terminal gets a bar, which `close` removes. Otherwise `update` prints a line, at most every
+    ten seconds.
+
+    Args:
+        columns: of the bar on a terminal; `TEXT` is the one for the text.
+        total: amount of work, or None if it is unknown.
+        text: of the bar before the first update.
+        completed: amount of work that is done at the start.
+        shown: False shows nothing.
     """
-    console = Console(stderr=True)
-    if shown and not console.is_terminal:
-        yield _lines(title, total)
-        return
+
+    def __init__(
+        self,
+        *columns: ProgressColumn,
+        total: float | None,
+        text: str = "",
+        completed: float = 0,
+        shown: bool = True,
+    ):
+        self._shown = shown and leads()
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if self._shown and console.is_terminal:
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(text, total=total, completed=completed)
+            self._bar.start()
+
+    def update(
+        self, completed: float, text: str, *, line_details: str = "", line_now: bool = False
+    ) -> None:
+        """Shows that `completed` of the total is done.
+
+        Args:
+            completed: amount of work that is done in all.
+            text: for the column `TEXT` of the bar, and for the line.
+            line_details: end of the line. A terminal shows the same in other columns.
+            line_now: print the line even if the last one is less than ten seconds old.
+        """
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=completed, description=text)
+        elif self._shown and (line_now or now - self._last_line > LINE_SECONDS):
+            self._last_line = now
+            print(text + line_details, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def byte_progress(title: str, total: int | None, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Shows the bytes processed, their rate and the time left.
+
+    Args:
+        title: first word of the bar and of each line.
+        total: bytes in all, or None if they are unknown.
+        shown: False shows nothing.
+
+    Yields:
+        A function that adds a number of bytes.
+    """
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn(title), *columns, console=console, disable=not shown, transient=True
-    ) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda n: bar.advance(task, n)
-
-
-def _lines(title: str, total: int) -> Callable[[int], None]:
-    begun = told = time.monotonic()
-    done = 0
+    start, done = time.monotonic(), 0
 
     def advance(n: int) -> None:
-        nonlocal done, told
+        nonlocal done
         done += n
-        now = time.monotonic()
-        if now - told > 10:
-            told, rate = now, done / (now - begun)
-            print(
-                f"{title}  {done / 1e9:.1f} of {total / 1e9:.1f} GB  {rate / 1e6:.0f} MB/s"
-                f"  {(total - done) / rate:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        rate = done / max(1e-9, time.monotonic() - start)
+        if total is None:
+            details = f"  {done / 1e9:.1f} GB  {rate / 1e6:.0f} MB/s"
+        else:
+            details = f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB  {rate / 1e6:.0f} MB/s"
+            details += f"  {(total - done) / max(1.0, rate):.0f} s left"
+        progress.update(done, title, line_details=details)
 
-    return advance
+    with closing(TaskProgress(TEXT, *columns, total=total, text=title, shown=shown)) as progress:
+        yield advance

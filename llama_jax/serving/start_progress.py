@@ -1,16 +1,15 @@
 """Shows how far the start of a server is, on standard error."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TimeElapsedColumn
 
-_LINE_SECONDS = 10  # between two lines where standard error is no terminal
+from llama_jax.runtime.console import TEXT, TaskProgress, tell
+
 _POLL_SECONDS = 0.5
 
 
@@ -18,41 +17,26 @@ _POLL_SECONDS = 0.5
 def stage(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
     """Shows one stage of the start: a bar on a terminal, a line every ten seconds elsewhere.
 
-    A line at its start and one at its end appear in any case; the last one has the time it took.
+    Elsewhere a line marks its start too. The line at its end, with the time taken, always appears.
 
     Args:
         doing: 'compiling 12 programs'.
         done: 'compiled 12 programs'.
 
     Yields:
-        What tells the progress: the share that is done [0 … 1], and a text.
+        A function that shows the progress: the share that is done [0 … 1], and a text.
     """
-    console = Console(stderr=True)
-    begun, verb = time.monotonic(), doing.partition(" ")[0]
-    if console.is_terminal:
-        columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(doing, total=1.0)
-            yield lambda share, text: bar.update(
-                task, completed=share, description=f"{verb} {text}"
-            )
-    else:
-        _tell(f"{doing} …")
-        yield _lines(verb)
-    _tell(f"{done} in {time.monotonic() - begun:.1f} s")
+    start, verb = time.monotonic(), doing.partition(" ")[0]
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TEXT)
+    with closing(TaskProgress(*columns, total=1.0)) as progress:
 
+        def show(share: float, text: str) -> None:
+            elapsed = f"  {time.monotonic() - start:.0f} s"
+            progress.update(share, f"{verb} {text}", line_details=elapsed)
 
-def _lines(verb: str) -> Callable[[float, str], None]:
-    begun = told = time.monotonic()
-
-    def advance(share: float, text: str) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told > _LINE_SECONDS:
-            told = now
-            _tell(f"{verb} {text}  {now - begun:.0f} s")
-
-    return advance
+        progress.update(0.0, f"{doing} …", line_now=True)
+        yield show
+    tell(f"{done} in {time.monotonic() - start:.1f} s")
 
 
 @contextmanager
@@ -84,7 +68,3 @@ def loading(n_bytes: int) -> Iterator[None]:
 
 def _bytes_on_devices() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

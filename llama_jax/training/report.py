@@ -11,8 +11,9 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.runtime.console import tell
 from llama_jax.runtime.hosts import leads
+from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import MetricsLog, peak_flops
-from llama_jax.training.progress import StepProgress, draw_losses
+from llama_jax.training.progress import StepProgress
 from llama_jax.training.step import StepMetrics
 
 

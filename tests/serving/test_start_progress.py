@@ -1,20 +1,24 @@
 import re
 import sys
+import time
 
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from llama_jax.runtime import console
+from llama_jax.runtime.console import TaskProgress
 from llama_jax.serving import start_progress
 from llama_jax.serving.start_progress import loading, stage
 
 
 def test_a_line_comes_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([0.0, 0.0, 4.0, 11.0, 12.0, 21.5, 30.0])
-    monkeypatch.setattr(start_progress.time, "monotonic", lambda: next(clock))
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with stage("compiling 12 programs", "compiled 12 programs") as progress:
-        for i in range(4):
+        for i, now in enumerate((4.0, 11.0, 12.0, 21.5)):  # noqa: B007 (the clock reads `now`)
             progress(i / 12, f"{i + 1} of 12: decode")
+        now = 30.0
     assert capsys.readouterr().err.splitlines() == [
         "compiling 12 programs …",
         "compiling 2 of 12: decode  11 s",
@@ -27,7 +31,7 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
     def terminal(**_):
         return Console(file=sys.stderr, force_terminal=True, width=100)
 
-    monkeypatch.setattr(start_progress, "Console", terminal)
+    monkeypatch.setattr(console, "Console", terminal)
     with stage("compiling 12 programs", "compiled 12 programs") as progress:
         progress(0.5, "7 of 12: decode")
     err = capsys.readouterr().err
@@ -46,15 +50,15 @@ def test_loading_counts_the_bytes_on_the_devices(capsys, monkeypatch):
     shown = []
     monkeypatch.setattr(start_progress, "_POLL_SECONDS", 0.001)
     monkeypatch.setattr(
-        start_progress, "_lines", lambda verb: lambda share, text: shown.append((share, text))
+        TaskProgress, "update", lambda self, share, text, **_: shown.append((share, text))
     )
     with loading(40_000_000):
         half = jnp.zeros((5_000_000,))
-        while not shown or shown[-1] != (0.5, "weights: 0.02 of 0.04 GB"):
+        while not shown or shown[-1] != (0.5, "loading weights: 0.02 of 0.04 GB"):
             assert len(shown) < 10_000
         half.delete()
         n = len(shown)
         while len(shown) < n + 3:
             pass
-    assert shown[-1] == (0.5, "weights: 0.02 of 0.04 GB")  # it never falls
-    assert capsys.readouterr().err.startswith("loading 0.04 GB of weights …\nloaded 0.04 GB")
+    assert shown[-1] == (0.5, "loading weights: 0.02 of 0.04 GB")  # it never falls
+    assert capsys.readouterr().err.startswith("loaded 0.04 GB of weights in ")

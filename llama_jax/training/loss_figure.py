@@ -1,0 +1,42 @@
+"""The figure of a run's losses, loss.png."""
+
+from pathlib import Path
+
+from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.training.metrics import read_metrics
+
+
+def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
+    """Draws the losses in metrics.jsonl as loss.png and returns its path."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(folder / "metrics.jsonl")
+    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    if training:
+        axes.plot(*zip(*training, strict=True), color="#9db4d6", lw=1, label="training")
+    if validation:
+        style = {"color": "#1f4e9c", "marker": "o", "ms": 4, "lw": 1.8}
+        axes.plot(*zip(*validation, strict=True), **style, label="validation")
+        step, loss = validation[-1]
+        axes.annotate(
+            f"{loss:.2f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right"
+        )
+    if unigram_entropy is not None:
+        label = f"unigram entropy of the held-out text ({unigram_entropy:.2f})"
+        axes.axhline(unigram_entropy, color="#b0532d", ls="--", lw=1.2, label=label)
+    axes.set(xlabel="step", ylabel="loss [nats per token]", title=folder.name)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = folder / "loss.png"
+    try:
+        with replaced_file(path) as partial:
+            figure.savefig(partial, format="png")
+    finally:
+        plt.close(figure)
+    return path
