@@ -37,7 +37,6 @@ def generate(args: argparse.Namespace) -> int:
         stops=args.stop,
         quantize=args.quantize,
         cache=args.cache,
-        speculate=args.speculate,
         stats=args.stats,
     )
     seconds = time.monotonic() - begun
@@ -76,7 +75,6 @@ def continue_text(
     stops: list[str] | None = None,
     quantize: str | None = None,
     cache: str | None = None,
-    speculate: bool = False,
     stats: bool = False,
 ) -> int:
     """Streams prompt and continuation to standard output; returns the number of new tokens."""
@@ -85,7 +83,6 @@ def continue_text(
     from llama_jax.checkpoint import folders
     from llama_jax.inference.complete import prompt_ids, room
     from llama_jax.inference.detokenize import stream_text, until
-    from llama_jax.inference.engine.speculation import stream_ahead
     from llama_jax.inference.load import load, suited
     from llama_jax.inference.stream import stream
     from llama_jax.parallel.mesh import tensor_mesh
@@ -108,15 +105,10 @@ def continue_text(
         config, model = load(folder, suited(shape), quantize=quantize)
         before = compiled().seconds
         watch = _Watch(lambda: compiled().seconds - before)
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "sampling": sampling,
-            "end_ids": frozenset() if ignore_eos else tokenizer.end_ids,
-        }
-        if speculate:
-            tokens = stream_ahead(config, model, ids, **options)
-        else:
-            tokens = stream(config, model, ids, **options, seed=seed)
+        tokens = stream(
+            config, model, ids, max_new_tokens=max_new_tokens, sampling=sampling,
+            end_ids=frozenset() if ignore_eos else tokenizer.end_ids, seed=seed,
+        )  # fmt: skip
         pieces = stream_text(tokenizer, ids, watch.watched(tokens))
         asked = next(pieces)
         if not chat:
@@ -126,9 +118,8 @@ def continue_text(
         print()
         if stats:
             _tell(watch.told(len(ids)))
-            if not speculate:  # else a step makes any number of tokens
-                slots = 1 << max(5, (len(ids) + max_new_tokens).bit_length())
-                _tell(watch.share(config, model, slots))
+            slots = 1 << max(5, (len(ids) + max_new_tokens).bit_length())
+            _tell(watch.share(config, model, slots))
     return watch.made
 
 

@@ -47,8 +47,7 @@ Continue a text with the model in a run folder or model folder.
 Standard output carries the text alone, as it is made; everything else goes to standard error.
 The default is the most likely token each time; --temperature above 0 draws instead, among the
 tokens that --top-k, --top-p and --min-p leave (in this order, after the penalties, as transformers
-has it). --speculate makes the same most likely tokens in fewer passes where a text repeats itself.
-Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or ~/.cache/llama_jax.
+has it). Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or ~/.cache/llama_jax.
 
 example:
   llama-jax generate runs/quickstart --prompt 'def '
@@ -267,9 +266,6 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
     generate.add_argument(
         "--ignore-eos", action="store_true", help="go on after an end-of-text token"
-    )
-    generate.add_argument(
-        "--speculate", action="store_true", help="guess from the text itself, exactly"
     )
     generate.add_argument(
         "--stats", action="store_true", help="tokens/s, and the share of the memory's bandwidth"

@@ -33,36 +33,6 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int
         )
 
 
-def begin(
-    config: ModelConfig,
-    model: Llama | Unrolled,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    end_ids: frozenset[int],
-    seed: int,
-    spare: int,
-) -> State:
-    """Returns the state after one prompt, with room for the new tokens and `spare` slots.
-
-    Lengths are rounded up to powers of two, 32 at least, so that few programs serve all.
-
-    Raises:
-        InputError: as `check_prompt`.
-    """
-    check_prompt(config, prompt, max_new_tokens)
-    tokens = np.zeros((1, _rounded_up(len(prompt))), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    seen = np.zeros((1, config.vocab_size), bool)
-    seen[0, list(prompt)] = True
-    slots = _rounded_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + spare)
-    lengths = place(np.array([len(prompt)], np.int32), "B")
-    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
-    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
-    return State(cache, logits, rows)
-
-
 def stream(
     config: ModelConfig,
     model: Llama | Unrolled,
@@ -89,10 +59,16 @@ def stream(
     Raises:
         InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
     """
-    state = begin(
-        config, model, prompt, max_new_tokens=max_new_tokens, sampling=sampling,
-        end_ids=end_ids, seed=seed, spare=1,
-    )  # fmt: skip
+    check_prompt(config, prompt, max_new_tokens)
+    tokens = np.zeros((1, _round_up(len(prompt))), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    seen = np.zeros((1, config.vocab_size), bool)
+    seen[0, list(prompt)] = True
+    slots = _round_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + 1)
+    lengths = place(np.array([len(prompt)], np.int32), "B")
+    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
+    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
+    state = State(cache, logits, rows)
     left, n = max_new_tokens, 1  # the first token is not kept waiting
     while left > 0:
         made, state = decode(config, model, state, n, room=block)
@@ -103,5 +79,6 @@ def stream(
         left = 0 if {*tokens} & end_ids else left - len(tokens)
 
 
-def _rounded_up(number: int) -> int:
+def _round_up(number: int) -> int:
+    """Returns the next power of two, at least 32, so that few programs serve all lengths."""
     return 1 << max(5, (number - 1).bit_length())
