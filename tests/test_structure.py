@@ -85,7 +85,7 @@ def test_every_file_can_be_read_in_one_sitting():
 
 def test_the_readme_names_every_folder():
     text = (ROOT / "README.md").read_text()
-    tree = text.split("## What is where\n\n```text\n")[1].split("```")[0]
+    tree = text.split("## Files\n\n```text\n")[1].split("```")[0]
     named, parents = set(), []
     for indent, name in re.findall(r"^( *)(\w+)/ ", tree.replace("/\n", "/ \n"), re.M):
         parents = [*parents[: len(indent) // 2], name]
