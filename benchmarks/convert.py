@@ -22,7 +22,7 @@ import numpy as np
 from result import Result, add_argument, keep
 
 from llama_jax.config.family import FAMILY
-from llama_jax.convert.formats.meta import Writer, writer_layout
+from llama_jax.convert.formats.meta import MetaWriter, writer_layout
 from llama_jax.convert.layout import weights
 
 
@@ -34,10 +34,12 @@ def make(folder: Path, layers: int) -> int:
     # Random bits of a plausible size; drawing fresh ones for each weight would take minutes.
     numbers = (np.random.default_rng(0).standard_normal(1 << 28, np.float32) / 64).astype("f2")
     total = 0
-    with Writer(folder, config, layout, dict.fromkeys(weights(config), np.dtype("f2"))) as writer:
+    with MetaWriter(
+        folder, config, layout, dict.fromkeys(weights(config), np.dtype("f2"))
+    ) as writer:
         for i, weight in enumerate(weights(config)):
             pieces = []
-            for shard, name, shape in layout.pieces(config, weight):
+            for shard, name, shape in layout.tensor_specs(config, weight):
                 size = int(np.prod(shape))
                 pieces.append((shard, name, numbers[i : i + size].reshape(shape)))
                 total += 2 * size

@@ -36,7 +36,7 @@ def load_items(where: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     stores = {item: open_arrays(where / item) for item in wanted}
     for item, tree in wanted.items():
         _check_shapes(where, item, stores[item], tree)
-    with reading(where):
+    with classify_errors(where):
         return {
             item: jax.tree.map_with_path(partial(_load_array, stores[item]), tree)
             for item, tree in wanted.items()
@@ -64,7 +64,7 @@ def open_arrays(place: Path) -> dict[str, Any]:
         Fault: the machine could not read it.
     """
     check_regular(place)
-    dotted, ocdbt, zarr3 = parsed(
+    dotted, ocdbt, zarr3 = parse_json_file(
         place / "_METADATA",
         lambda about: (
             [
@@ -79,7 +79,7 @@ def open_arrays(place: Path) -> dict[str, Any]:
     context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
     packed: Any = {"driver": "ocdbt", "base": f"file://{root}/", "cache_pool": "cache_pool#ocdbt"}
     opening = dict[str, Any]()
-    with reading(place):
+    with classify_errors(place):
         for name in dotted:
             plain: Any = {"driver": "file", "path": f"{root}/{name}/"}
             spec = {
@@ -91,14 +91,14 @@ def open_arrays(place: Path) -> dict[str, Any]:
         return {name: store.result() for name, store in opening.items()}
 
 
-def parsed(path: Path, pick: Callable[[Any], Picked]) -> Picked:
+def parse_json_file(path: Path, pick: Callable[[Any], Picked]) -> Picked:
     """Returns what `pick` finds in a JSON file of a checkpoint.
 
     Raises:
         InputError: the file is missing or makes no sense.
         Fault: the machine could not read it.
     """
-    with reading(path.parent):
+    with classify_errors(path.parent):
         text = path.read_text(encoding="utf-8")
     try:
         return pick(json.loads(text))
@@ -107,7 +107,7 @@ def parsed(path: Path, pick: Callable[[Any], Picked]) -> Picked:
 
 
 @contextlib.contextmanager
-def reading(where: Path) -> Iterator[None]:
+def classify_errors(where: Path) -> Iterator[None]:
     """Turns an error in the block into one that says whether the checkpoint `where` is damaged.
 
     What is not surely damage is not called so: who trusts that word may throw good files away.
@@ -120,9 +120,9 @@ def reading(where: Path) -> Iterator[None]:
         yield
     except FAULTS as error:
         if isinstance(error, _DAMAGE) or _STATUS.match(str(error)):
-            raise _damaged(where, first_cause(error)) from error
+            raise _damaged(where, root_cause(error)) from error
         raise Fault(
-            f"the checkpoint {where} could not be read ({first_cause(error)}): its files may"
+            f"the checkpoint {where} could not be read ({root_cause(error)}): its files may"
             " well be sound; mend that and try again"
         ) from error
 
@@ -134,7 +134,7 @@ def _damaged(where: Path, reason: str) -> InputError:
     )
 
 
-def first_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Returns the message of what caused an error, without TensorStore's description of itself."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause

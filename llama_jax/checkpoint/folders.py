@@ -16,18 +16,18 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular, read_regular
 from llama_jax.runtime.storage import check_local
 
-Format = Literal["meta", "huggingface", "gguf", "llama2c", "orbax"]
+CheckpointFormat = Literal["meta", "huggingface", "gguf", "llama2c", "orbax"]
 LLAMA2C_MAGIC = b"24ka"  # 'ak42', little-endian; since version 1
 _NAMES = {"meta": "Meta", "huggingface": "Hugging Face", "gguf": "GGUF", "llama2c": "llama2.c"}
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
-def is_run(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     """Tells whether `folder` is a run folder (and not a model folder)."""
     return (folder / "config.yaml").is_file()
 
 
-def checkpoint_format(path: Path) -> Format | None:
+def checkpoint_format(path: Path) -> CheckpointFormat | None:
     """Returns the format of the checkpoint at `path`, from file names and first bytes alone.
 
     None where no file says what model it is. Our own folders are 'orbax'.
@@ -42,7 +42,7 @@ def checkpoint_format(path: Path) -> Format | None:
         return "gguf" if start[:4] == b"GGUF" else "llama2c" if _is_llama2c(start) else None
     if (path / "params.json").exists():
         return "meta"
-    if is_run(path) or (path / "weights").exists():
+    if is_run_folder(path) or (path / "weights").exists():
         return "orbax"
     if (path / "config.json").exists():
         return "huggingface"
@@ -66,7 +66,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         InputError: the folder is neither, or its configuration is damaged.
     """
     folder = Path(check_local(str(folder)))
-    if is_run(folder):
+    if is_run_folder(folder):
         return read_run_config(folder).model
     path = folder / "config.json"
     content = read_regular(path) if path.is_file() else None
@@ -107,7 +107,7 @@ def _not_ours(path: Path) -> InputError:
     )
 
 
-def _conversion(source: Path, kind: Format) -> tuple[str, str]:
+def _conversion(source: Path, kind: CheckpointFormat) -> tuple[str, str]:
     """Returns the shell command that converts a checkpoint, and the folder that it makes."""
     if kind == "gguf" and source.is_dir():
         source = min(source.glob("*.gguf"))

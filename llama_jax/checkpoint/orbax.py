@@ -20,8 +20,8 @@ import numpy as np
 import optax
 from orbax.checkpoint import v1 as ocp
 
-from llama_jax.checkpoint.arrays import FAULTS, first_cause, load_items, parsed
-from llama_jax.checkpoint.folders import is_run, read_model_config
+from llama_jax.checkpoint.arrays import FAULTS, load_items, parse_json_file, root_cause
+from llama_jax.checkpoint.folders import is_run_folder, read_model_config
 from llama_jax.checkpoint.tree import abstract_model, dict_to_tree, tree_to_dict
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import CheckpointConfig
@@ -158,7 +158,7 @@ class TrainingCheckpoints:
                 numbers = ", ".join(map(str, self.steps))
                 before = f"the checkpoints of steps {numbers} are as they were"
             raise Fault(
-                f"can't save step {step} in {self.folder} ({first_cause(error)}): {before}; mend"
+                f"can't save step {step} in {self.folder} ({root_cause(error)}): {before}; mend"
                 " that, and the same command goes on from the last one"
             ) from error
 
@@ -179,7 +179,7 @@ class TrainingCheckpoints:
         where = self.folder / str(step)
         wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
         loaded = load_items(where, wanted)
-        data = parsed(
+        data = parse_json_file(
             where / "_CHECKPOINT_METADATA", lambda about: [*about["custom_metadata"]["data"]]
         )
         return (
@@ -194,13 +194,13 @@ class TrainingCheckpoints:
         return dict_to_tree(model, load_items(self.folder / str(step), wanted)["model"])
 
 
-def weights_of(folder: Path) -> Path:
+def weights_folder(folder: Path) -> Path:
     """Returns where the weights of a model folder, or of a run's newest checkpoint, lie.
 
     Raises:
         InputError: the run has no checkpoint yet.
     """
-    if not is_run(folder):
+    if not is_run_folder(folder):
         return folder / "weights"
     steps = TrainingCheckpoints(folder / "checkpoints").steps
     if not steps:
@@ -295,5 +295,5 @@ def load_model(
             f" {own_config.quantized}: give the folder that it was made from"
         )
     model = like or abstract_model(config)
-    loaded = load_items(weights_of(folder), {"model": tree_to_dict(model)})
+    loaded = load_items(weights_folder(folder), {"model": tree_to_dict(model)})
     return config, dict_to_tree(model, loaded["model"])

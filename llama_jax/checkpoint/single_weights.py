@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax.checkpoint import orbax
-from llama_jax.checkpoint.arrays import open_arrays, reading
+from llama_jax.checkpoint.arrays import classify_errors, open_arrays
 
 # The caller waits for the disk once, not after each chunk.
 _NOT_SYNCED = ts.Context({"file_io_sync": False})
@@ -28,7 +28,7 @@ class WeightsReader:
     """
 
     def __init__(self, folder: Path):
-        self.place = orbax.weights_of(folder) / "model"
+        self.place = orbax.weights_folder(folder) / "model"
         self._stores = open_arrays(self.place)
 
     @property
@@ -39,7 +39,7 @@ class WeightsReader:
     def read(self, name: str, layer: int | None) -> np.ndarray:
         """Returns a weight, or the part of it that belongs to `layer`."""
         store = self._stores[name]
-        with reading(self.place / name):
+        with classify_errors(self.place / name):
             return (store if layer is None else store[layer]).read().result()
 
 

@@ -38,7 +38,7 @@ def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
     return jax.tree.map_with_path(leaf, like)
 
 
-def abstract(make: Any, *args: Any) -> Any:
+def eval_shape_on_mesh(make: Any, *args: Any) -> Any:
     """Returns the shapes, dtypes and shardings on the current mesh of what `make(*args)` makes."""
     mesh = jax.sharding.get_mesh()
 
@@ -51,4 +51,4 @@ def abstract(make: Any, *args: Any) -> Any:
 
 def abstract_model(config: ModelConfig) -> Llama:
     """Returns the shapes, dtypes and shardings of a model's weights on the current mesh."""
-    return abstract(partial(Llama, config), jax.random.key(0))
+    return eval_shape_on_mesh(partial(Llama, config), jax.random.key(0))

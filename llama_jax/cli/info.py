@@ -7,7 +7,7 @@ from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.receipt import FILE as RECEIPT
 from llama_jax.convert.receipt import read_receipt
-from llama_jax.convert.sanity_checks import doubts
+from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import Tokens, read_meta
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ def describe(folder: Path) -> str:
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
     if (folder / "meta.json").exists():
         lines = _tokens(folder)
-    elif folders.is_run(folder):
+    elif folders.is_run_folder(folder):
         lines = _run(folder)
     else:
         lines = _model_folder(folder)
@@ -57,7 +57,7 @@ def _model_folder(folder: Path) -> list[str]:
     lines += [_tokenizer(tokenizer)] if tokenizer else []
     if (folder / RECEIPT).is_file():
         lines.append(_receipt(folder))
-    lines += [f"looks wrong {doubt}" for doubt in doubts(config, tokenizer)]
+    lines += [f"looks wrong {warning}" for warning in sanity_warnings(config, tokenizer)]
     return lines
 
 

@@ -17,24 +17,24 @@ from llama_jax.convert import receipt
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.formats import huggingface, meta, model_folder
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
-from llama_jax.convert.sanity_checks import doubts
+from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import in_order, synced
-from llama_jax.convert.tokenizer_files import companions
-from llama_jax.convert.verify import verified
+from llama_jax.convert.stream import map_in_order, sync_in_background
+from llama_jax.convert.tokenizer_files import collect_tokenizer_files
+from llama_jax.convert.verify import verify_output
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import AXES as MESH_AXES
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.process_memory import available_memory, check_memory, peak_resident, resident
 
-Format = Literal["orbax", "hf", "meta"]
+OutputFormat = Literal["orbax", "hf", "meta"]
 GIB = 1 << 30
 _SLACK = 64 << 20  # small things that come and go
 _COPIES = 3  # of a weight in memory at once: as read, as turned, as written
 
 
-class Writer(Protocol):
+class CheckpointWriter(Protocol):
     """Writes the tensors of one format into a folder."""
 
     def write(self, pieces: Any) -> None:
@@ -46,7 +46,7 @@ class Writer(Protocol):
         """Completes the files, or takes them away after an error."""
 
 
-class Turned(NamedTuple):
+class ConvertedWeight(NamedTuple):
     """A weight on its way: what to write and what to remember."""
 
     weight: Weight
@@ -57,14 +57,14 @@ class Turned(NamedTuple):
 
 def _turn(
     source: Source, layout: Layout, dtypes: Mapping[Weight, np.dtype], weight: Weight
-) -> Turned:
+) -> ConvertedWeight:
     """Reads a weight and brings it into the layout and type that are wanted."""
     config = source.config
-    stored = source.stored(weight)
+    stored = source.stored_tensors(weight)
     read = [tensor.read() for tensor in stored]
-    names = source.layout.pieces(config, weight)
+    names = source.layout.tensor_specs(config, weight)
     had = [
-        receipt.entry(name, shard, array, tensor.exact)
+        receipt.tensor_record(name, shard, array, tensor.exact)
         for (shard, name, _), tensor, array in zip(names, stored, read, strict=True)
     ]
     ours = source.layout.to_ours(config, weight, read)
@@ -80,10 +80,12 @@ def _turn(
     made = layout.from_ours(config, weight, ours)
     pieces = [
         (shard, name, array)
-        for (shard, name, _), array in zip(layout.pieces(config, weight), made, strict=True)
+        for (shard, name, _), array in zip(layout.tensor_specs(config, weight), made, strict=True)
     ]
-    wrote = [receipt.entry(name, shard, a) for shard, name, a in pieces]
-    return Turned(weight, pieces, {"weight": str(weight), "source": had, "written": wrote}, note)
+    wrote = [receipt.tensor_record(name, shard, a) for shard, name, a in pieces]
+    return ConvertedWeight(
+        weight, pieces, {"weight": str(weight), "source": had, "written": wrote}, note
+    )
 
 
 def _not_finite(weight: Weight, array: np.ndarray) -> str | None:
@@ -99,7 +101,7 @@ def _not_finite(weight: Weight, array: np.ndarray) -> str | None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConversionResult:
     """What a conversion came to."""
 
     folder: Path
@@ -114,7 +116,7 @@ def convert(
     path: str | Path,
     folder: str | Path,
     *,
-    to: Format = "orbax",
+    to: OutputFormat = "orbax",
     dtype: str | None = None,
     max_ram: int | None = None,
     model: str | None = None,
@@ -123,7 +125,7 @@ def convert(
     mesh: Mapping[str, int] | None = None,
     quantize: Literal["int8"] | None = None,
     progress: bool = True,
-) -> Outcome:
+) -> ConversionResult:
     """Converts the checkpoint at `path` into a new folder, and proves it by turning it back.
 
     >>> done = lj.convert_checkpoint("models/tiny", "export", to="hf", progress=False)
@@ -171,31 +173,33 @@ def convert(
     config = _written_config(source.config, dtypes, dtype, quantize)
     layout = _layout(config, to, shards)
     budget = _budget(source, dtypes, max_ram)
-    extra = companions(source, config, to, tokenizer)
-    with new_folder(folder) as partial_folder, synced(partial_folder):
+    extra = collect_tokenizer_files(source, config, to, tokenizer)
+    with new_folder(folder) as partial_folder, sync_in_background(partial_folder):
         writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
         records = list[dict[str, Any]]()
-        notes = [*doubts(config, extra.tokenizer), *extra.notes]
+        notes = [*sanity_warnings(config, extra.tokenizer), *extra.notes]
         total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
         turn = partial(_turn, source, layout, dtypes)
         cost = partial(_cost, source, dtypes)
         with writer, byte_progress("converting", total, progress) as advance:
-            for turned in in_order(dtypes, turn, cost, budget):
+            for turned in map_in_order(dtypes, turn, cost, budget):
                 writer.write(turned.pieces)
                 records.append(turned.record)
                 notes += [turned.note] if turned.note else []
                 advance(sum(array.nbytes for _, _, array in turned.pieces))
         for name, data in extra.files.items():
             (partial_folder / name).write_bytes(data)
-        made = receipt.make(source, layout, config, extra.end_ids, extra.files, records, notes)
-        again = None if all(receipt.is_kept(r) for r in records) else source
+        made = receipt.make_receipt(
+            source, layout, config, extra.end_ids, extra.files, records, notes
+        )
+        again = None if all(receipt.is_identical(r) for r in records) else source
         output = open_source(partial_folder)
-        made["verified"] = verified(made, output, again, budget, progress)
+        made["verified"] = verify_output(made, output, again, budget, progress)
         (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
-    return Outcome(folder, tuple(notes), total, **made["verified"], peak=peak_resident())
+    return ConversionResult(folder, tuple(notes), total, **made["verified"], peak=peak_resident())
 
 
-def _dtypes(source: Source, to: Format, dtype: str | None) -> dict[Weight, np.dtype]:
+def _dtypes(source: Source, to: OutputFormat, dtype: str | None) -> dict[Weight, np.dtype]:
     """Returns the type that each weight is to be written in."""
     own = {weight: source.dtype(weight) for weight in weights(source.config)}
     if dtype is not None:
@@ -223,7 +227,7 @@ def _written_config(
     return replace(config, param_dtype=kept, dtype="float32" if kept == "float32" else "bfloat16")
 
 
-def _layout(config: ModelConfig, to: Format, shards: int) -> Layout:
+def _layout(config: ModelConfig, to: OutputFormat, shards: int) -> Layout:
     if to == "meta":
         return meta.writer_layout(config, shards)
     if shards != 1:
@@ -238,12 +242,12 @@ def _writer(
     config: ModelConfig,
     layout: Layout,
     dtypes: Mapping[Weight, np.dtype],
-    to: Format,
+    to: OutputFormat,
     mesh: Mapping[str, int],
-) -> Writer:
+) -> CheckpointWriter:
     if to == "orbax":
-        return model_folder.Writer(folder, config, dtypes, mesh)
-    make = meta.Writer if to == "meta" else huggingface.Writer
+        return model_folder.ModelFolderWriter(folder, config, dtypes, mesh)
+    make = meta.MetaWriter if to == "meta" else huggingface.HuggingFaceWriter
     return make(folder, config, layout, dtypes)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.convert.formats import gguf, huggingface, llama2c, meta, model_folder
-from llama_jax.convert.source import Source, checked
+from llama_jax.convert.source import Source, validate_source
 from llama_jax.errors import InputError
 
 _KINDS = (
@@ -40,7 +40,7 @@ def open_source(path: Path, model: str | None = None) -> Source:
         own = source.config
         config = replace(FAMILY[model], dtype=own.dtype, param_dtype=own.param_dtype)
         source = replace(source, config=config)
-    return checked(source)
+    return validate_source(source)
 
 
 def _open(path: Path) -> Source:

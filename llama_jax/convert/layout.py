@@ -29,7 +29,7 @@ class Weight(NamedTuple):
         return self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
 
 
-class Part(NamedTuple):
+class OrbaxArray(NamedTuple):
     """One of the arrays that our own folders keep a weight in."""
 
     suffix: str  # after its name
@@ -84,15 +84,17 @@ class Layout:
     interleaved: bool = False
     shards: int = 1  # files over which Meta's model parallelism splits each matrix
     embedding_split: int = 0  # axis: 1 for Llama 1 and 2, 0 for Llama 3 and later
-    head_kept: bool = False  # a tied head is written out a second time
+    stores_tied_head: bool = False  # a tied head is written out a second time
 
-    def pieces(self, config: ModelConfig, weight: Weight) -> list[tuple[int, str, tuple[int, ...]]]:
+    def tensor_specs(
+        self, config: ModelConfig, weight: Weight
+    ) -> list[tuple[int, str, tuple[int, ...]]]:
         """Returns (shard, their name, their shape) of what makes up `weight`, in order."""
         if self.ours:
             full, bracket, layer = self.names[weight.name].format(weight.layer).partition("[")
             return [
                 (0, f"{full}{part.suffix}{bracket}{layer}", config.shape(part.letters))
-                for part in self.parts(weight)
+                for part in self.orbax_arrays(weight)
             ]
         shape = self._shape(config, weight.name)
         found = [(i, self.names[weight.name].format(weight.layer), shape) for i in self._shards()]
@@ -101,25 +103,25 @@ class Layout:
             found += [(i, self.names["output"], shape) for i in self._shards()]
         return found
 
-    def parts(self, weight: Weight) -> list[Part]:
+    def orbax_arrays(self, weight: Weight) -> list[OrbaxArray]:
         """Returns the arrays that one of our own folders keeps `weight` in."""
         from llama_jax.model.quantize import outputs  # brings JAX, which `info` need not wait for
 
         axes = AXES[weight.name]
         if not self.quantized or not axes.columns:
-            return [Part("", axes.ours, None)]
+            return [OrbaxArray("", axes.ours, None)]
         return [
-            Part(".values", axes.ours, np.dtype(np.int8)),
-            Part(".scale", outputs(axes.ours), np.dtype(np.float32)),
+            OrbaxArray(".values", axes.ours, np.dtype(np.int8)),
+            OrbaxArray(".scale", outputs(axes.ours), np.dtype(np.float32)),
         ]
 
     def nbytes(self, config: ModelConfig, weight: Weight, dtype: np.dtype) -> int:
         """Returns the size of `weight` as it is written in this layout [bytes]."""
         if self.ours:
-            kinds = [part.dtype or dtype for part in self.parts(weight)]
+            kinds = [part.dtype or dtype for part in self.orbax_arrays(weight)]
         else:
-            kinds = [dtype] * len(self.pieces(config, weight))
-        shapes = [shape for _, _, shape in self.pieces(config, weight)]
+            kinds = [dtype] * len(self.tensor_specs(config, weight))
+        shapes = [shape for _, _, shape in self.tensor_specs(config, weight)]
         return sum(
             math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)
         )
@@ -127,7 +129,7 @@ class Layout:
     def to_ours(
         self, config: ModelConfig, weight: Weight, pieces: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Returns a weight in our axes and rotary order from `pieces`, as named by `pieces()`.
+        """Returns a weight in our axes and rotary order; `pieces` follow `tensor_specs`.
 
         Raises:
             InputError: pieces that must be equal (norms, a tied head) are not.
@@ -144,9 +146,9 @@ class Layout:
         return made
 
     def from_ours(self, config: ModelConfig, weight: Weight, ours: np.ndarray) -> list[np.ndarray]:
-        """Returns the pieces of a weight, as named by `pieces()`: `to_ours` undone."""
+        """Returns the pieces of a weight, as named by `tensor_specs()`: `to_ours` undone."""
         if self.ours:
-            in_two = len(self.parts(weight)) == 2
+            in_two = len(self.orbax_arrays(weight)) == 2
             return _quantized(ours, AXES[weight.name].ours) if in_two else [ours]
         made = self._part(config, weight, ours)
         if weight.name == "tok_embeddings" and self._head_beside(config):
@@ -154,7 +156,7 @@ class Layout:
         return made
 
     def _head_beside(self, config: ModelConfig) -> bool:
-        return config.tied_head and self.head_kept
+        return config.tied_head and self.stores_tied_head
 
     def _shards(self) -> range:
         return range(self.shards)

@@ -38,14 +38,14 @@ def bytes_hash(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def entry(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
+def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
     """Returns a line about a tensor; the hash is of the numbers, computed or not."""
     about: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
     about |= ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
     return about | {"sha256": tensor_hash(array)}
 
 
-def rotary(layout: Layout) -> str:
+def rotary_order(layout: Layout) -> str:
     """Names the order of the numbers that turn together."""
     return "interleaved" if layout.interleaved else "half-split"
 
@@ -54,10 +54,22 @@ def layout_record(layout: Layout) -> dict[str, Any]:
     """Returns what is needed to bring weights back into a layout."""
     record = dataclasses.asdict(layout)
     del record["names"]
+    record["head_kept"] = record.pop("stores_tied_head")
     return record
 
 
-def make(
+def source_layout(receipt: Mapping[str, Any]) -> Layout:
+    """Returns the layout of the source that a receipt describes: `layout_record` undone.
+
+    Raises:
+        AttributeError, KeyError or TypeError: the receipt is damaged.
+    """
+    record = dict(receipt["source"]["layout"].items())
+    stores_tied_head = record.pop("head_kept", False)
+    return Layout(receipt["source"]["names"], stores_tied_head=stores_tied_head, **record)
+
+
+def make_receipt(
     source: Source,
     layout: Layout,
     config: ModelConfig,
@@ -72,11 +84,11 @@ def make(
         "source": {
             "kind": source.kind,
             "name": source.path.resolve().name,
-            "rotary": rotary(source.layout),
+            "rotary": rotary_order(source.layout),
             "layout": layout_record(source.layout),
             "names": dict(source.layout.names),
         },
-        "output": {"rotary": rotary(layout)},
+        "output": {"rotary": rotary_order(layout)},
         "config": dataclasses.asdict(config),
         "end_ids": sorted(end_ids),
         "files": {name: bytes_hash(data) for name, data in files.items()},
@@ -86,13 +98,13 @@ def make(
     }
 
 
-def is_kept(record: Mapping[str, Any]) -> bool:
+def is_identical(record: Mapping[str, Any]) -> bool:
     """Tells whether a weight was written with the very numbers that the source holds."""
     types = {tensor["dtype"] for side in ("source", "written") for tensor in record[side]}
     return len(types) == 1 and not any("quantized" in tensor for tensor in record["source"])
 
 
-def check_undone(
+def check_restores_source(
     record: Mapping[str, Any],
     layout: Layout,
     config: ModelConfig,

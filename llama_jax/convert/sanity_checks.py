@@ -9,7 +9,7 @@ from llama_jax.tokenizer.tokenizer import Tokenizer
 _USUAL = {"norm_eps": (1e-8, 1e-3), "rope_theta": (1e2, 1e9), "context": (1, 1 << 30)}
 
 
-def doubts(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+def sanity_warnings(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
     """Returns a sentence on each thing that looks wrong about a model and its tokenizer."""
     found = list[str]()
     if config.context == 4096 and config.norm_eps == 1e-6:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.convert.files.tensor_file import Stored, shown
+from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import read_regular
@@ -32,24 +32,24 @@ class Source:
     path: Path
     config: ModelConfig
     layout: Layout
-    shards: tuple[Mapping[str, Stored], ...]  # of each shard: their name -> tensor
+    shards: tuple[Mapping[str, StoredTensor], ...]  # of each shard: their name -> tensor
     dropped: Mapping[str, str] = field(default_factory=dict)  # their name -> why
 
-    def stored(self, weight: Weight) -> list[Stored]:
-        """Returns the tensors that make up `weight`, in the order of `Layout.pieces`."""
-        pieces = self.layout.pieces(self.config, weight)
+    def stored_tensors(self, weight: Weight) -> list[StoredTensor]:
+        """Returns the tensors that make up `weight`, in the order of `Layout.tensor_specs`."""
+        pieces = self.layout.tensor_specs(self.config, weight)
         return [self.shards[shard][name] for shard, name, _ in pieces]
 
     def dtype(self, weight: Weight) -> np.dtype:
         """Returns the type that `weight` is stored in."""
-        return self.stored(weight)[0].dtype
+        return self.stored_tensors(weight)[0].dtype
 
-    def largest(self) -> int:
-        """Returns the bytes of the largest tensor."""
-        return max(tensor.nbytes for shard in self.shards for tensor in shard.values())
+    def nbytes(self, weight: Weight) -> int:
+        """Returns the size of the tensors that make up `weight`, once read [bytes]."""
+        return sum(tensor.nbytes for tensor in self.stored_tensors(weight))
 
 
-def checked(source: Source) -> Source:
+def validate_source(source: Source) -> Source:
     """Returns `source` without what is no weight, after a look at every name, shape and type.
 
     Raises:
@@ -62,7 +62,7 @@ def checked(source: Source) -> Source:
     left = [set(shard) for shard in source.shards]
     for weight in weights(source.config):
         types = set[str]()
-        for shard, name, shape in source.layout.pieces(source.config, weight):
+        for shard, name, shape in source.layout.tensor_specs(source.config, weight):
             tensor, where = source.shards[shard].get(name), _where(source, shard)
             if tensor is None:
                 raise InputError(
@@ -89,7 +89,7 @@ def checked(source: Source) -> Source:
     for shard, names in enumerate(left):
         unknown = sorted(name for name in names if not _NO_WEIGHTS.fullmatch(name))
         if unknown:
-            name = shown(unknown[0])[1:-1]
+            name = quote(unknown[0])[1:-1]
             raise InputError(
                 f"{_where(source, shard)} holds {name}, which LLaMA of this configuration"
                 " doesn't have: correct the configuration, or give a LLaMA checkpoint"
@@ -102,7 +102,7 @@ def _where(source: Source, shard: int) -> str:
     return f"{source.path}" + (f", shard {shard}" if len(source.shards) > 1 else "")
 
 
-def stored_dtype(shards: tuple[Mapping[str, Stored], ...]) -> dict[str, str]:
+def stored_dtype(shards: tuple[Mapping[str, StoredTensor], ...]) -> dict[str, str]:
     """Returns `param_dtype`, the type of most numbers stored, and the `dtype` to compute in."""
     counts = Counter[str]()
     for tensor in shards[0].values():
@@ -160,7 +160,7 @@ def integer(about: Mapping[str, Any], key: str, where: Path) -> int:
     """
     value = about.get(key)
     if type(value) is not int or not 1 <= value < _BEYOND:
-        problem = f"lacks {key!r}" if value is None else f"has {shown(value)} as {key}"
+        problem = f"lacks {key!r}" if value is None else f"has {quote(value)} as {key}"
         raise InputError(f"{where} {problem}, which must be a positive integer: correct the file")
     return value
 
@@ -174,7 +174,7 @@ def number(about: Mapping[str, Any], key: str, default: float | None, where: Pat
     value = about.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise InputError(
-            f"{where} has {shown(value)} as {key}, which must be a positive number: correct the"
+            f"{where} has {quote(value)} as {key}, which must be a positive number: correct the"
             " file"
         )
     return float(value)

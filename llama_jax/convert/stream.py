@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def in_order(
+def map_in_order(
     items: Iterable[Item],
     work: Callable[[Item], Made],
     cost: Callable[[Item], int],
@@ -51,7 +51,7 @@ def in_order(
 
 
 @contextmanager
-def synced(folder: Path) -> Iterator[None]:
+def sync_in_background(folder: Path) -> Iterator[None]:
     """Sends what is written into `folder` to the disk all the while, and waits for it at the end.
 
     Left to itself, a system begins to write late, and the work and the disk wait for each other.

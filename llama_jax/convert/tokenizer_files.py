@@ -15,7 +15,7 @@ from llama_jax.tokenizer.settings import to_json
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 
-class Companions(NamedTuple):
+class TokenizerFiles(NamedTuple):
     """Small files to be written beside the weights."""
 
     files: dict[str, bytes]
@@ -28,9 +28,9 @@ class Companions(NamedTuple):
         return self.tokenizer.end_ids if self.tokenizer else ()
 
 
-def companions(
+def collect_tokenizer_files(
     source: Source, config: ModelConfig, to: str, given: str | Path | None
-) -> Companions:
+) -> TokenizerFiles:
     """Returns the files that the format `to` wants beside the weights of `source`.
 
     Args:
@@ -69,7 +69,7 @@ def companions(
             notes.append(
                 "Meta's format has no place for this tokenizer.json: its folder has no tokenizer"
             )
-    return Companions(files, tokenizer, notes)
+    return TokenizerFiles(files, tokenizer, notes)
 
 
 def _tokenizer_of(source: Source) -> Path | None:

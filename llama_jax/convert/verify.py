@@ -11,10 +11,10 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert import receipt
 from llama_jax.convert.detect import open_source
-from llama_jax.convert.files.tensor_file import shown
+from llama_jax.convert.files.tensor_file import quote
 from llama_jax.convert.layout import Layout, Weight, same_bits, weights
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import in_order
+from llama_jax.convert.stream import map_in_order
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.process_memory import check_memory
@@ -43,15 +43,16 @@ def verify(folder: Path, source: Path | None = None, *, progress: bool = True) -
         path = folder / name
         if name not in here or receipt.bytes_hash(read_regular(path)) != digest:
             raise InputError(
-                f"{folder}: {shown(name)} is not the file that the conversion wrote: convert again"
+                f"{folder}: {quote(name)} is not the file that the conversion wrote: convert again"
             )
     again = source and open_source(source)
-    largest = max(side.largest() for side in (output, again) if side)
+    sides = [side for side in (output, again) if side]
+    largest = max(side.nbytes(weight) for side in sides for weight in weights(side.config))
     check_memory(3 * largest, f"the largest weight of {folder}")
-    return verified(made, output, again, progress=progress)
+    return verify_output(made, output, again, progress=progress)
 
 
-def verified(
+def verify_output(
     made: Mapping[str, Any],
     output: Source,
     source: Source | None,
@@ -69,9 +70,9 @@ def verified(
     """
     try:
         config = ModelConfig(**made["config"])
-        layout = Layout(made["source"]["names"], **made["source"]["layout"])
+        layout = receipt.source_layout(made)
         records = {record["weight"]: record for record in made["weights"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged(output.path) from error
     # Meta's format doesn't tell the context, and a tied head only by two equal matrices.
     untold = {"context", "tied_head"} if output.kind == "meta" else set()
@@ -89,11 +90,11 @@ def verified(
 
     def check(weight: Weight) -> tuple[int, bool]:
         record = records[str(weight)]
-        read = [tensor.read() for tensor in output.stored(weight)]
-        kept = receipt.is_kept(record)
+        read = [tensor.read() for tensor in output.stored_tensors(weight)]
+        kept = receipt.is_identical(record)
         if kept:
             ours = output.layout.to_ours(config, weight, read)
-            receipt.check_undone(record, layout, config, weight, ours)
+            receipt.check_restores_source(record, layout, config, weight, ours)
         else:
             _check_written(record, read)
         if source:
@@ -101,12 +102,12 @@ def verified(
         return sum(array.nbytes for array in read), kept
 
     def cost(weight: Weight) -> int:
-        return 3 * sum(tensor.nbytes for tensor in output.stored(weight))
+        return 3 * output.nbytes(weight)
 
     identical = 0
-    total = sum(tensor.nbytes for weight in order for tensor in output.stored(weight))
+    total = sum(output.nbytes(weight) for weight in order)
     with byte_progress("proving   ", total, progress) as advance:
-        for nbytes, kept in in_order(order, check, cost, budget):
+        for nbytes, kept in map_in_order(order, check, cost, budget):
             identical += kept
             advance(nbytes)
     return {"identical": identical, "converted": len(order) - identical}
@@ -125,11 +126,11 @@ def _is_whole(
             return False
         for weight in order:
             read, written = (records[str(weight)][side] for side in ("source", "written"))
-            shapes = [shape for _, _, shape in layout.pieces(output.config, weight)]
+            shapes = [shape for _, _, shape in layout.tensor_specs(output.config, weight)]
             known = [isinstance(t[k], str) for t in read + written for k in _KNOWN]
             if [tuple(tensor["shape"]) for tensor in read] != shapes or not all(known):
                 return False
-            if len(written) != len(output.stored(weight)):
+            if len(written) != len(output.stored_tensors(weight)):
                 return False
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return False
@@ -150,7 +151,7 @@ def _check_source(
     written: list[np.ndarray] | None,
 ) -> None:
     """Compares the source with its hashes in the receipt, and with what was made from it."""
-    read = [tensor.read() for tensor in source.stored(weight)]
+    read = [tensor.read() for tensor in source.stored_tensors(weight)]
     for array, tensor in zip(read, record["source"], strict=True):
         if receipt.tensor_hash(array) != tensor["sha256"]:
             raise InputError(

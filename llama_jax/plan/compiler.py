@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint.tree import abstract
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
@@ -61,7 +61,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         InputError: the compiler fails.
     """
     with jax.set_mesh(mesh):
-        model, opt_state = abstract(lambda: init_state(config, jax.random.key(0)))
+        model, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         A, B = config.training.micro_batches, config.data.batch_size
         sharding = jax.NamedSharding(mesh, act("ABT"))
         rows = jax.ShapeDtypeStruct((A, B // A, config.data.seq_len), jnp.int32, sharding=sharding)

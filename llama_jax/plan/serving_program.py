@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint.tree import abstract
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
@@ -57,13 +57,13 @@ def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Unrolled:
         return Unrolled(model.tok_embeddings, layers, model.norm, model.output)
 
     with jax.set_mesh(mesh):
-        return abstract(make)
+        return eval_shape_on_mesh(make)
 
 
 def cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> Cache:
     """Returns the abstract cache of a batch."""
     with jax.set_mesh(mesh):
-        return abstract(partial(init_cache, config, batch, slots))
+        return eval_shape_on_mesh(partial(init_cache, config, batch, slots))
 
 
 def compile_step(
@@ -105,7 +105,7 @@ def compile_decode(
     """
     model = weights(config, mesh)
     with jax.set_mesh(mesh):
-        state = abstract(partial(_state, config, batch, slots))
+        state = eval_shape_on_mesh(partial(_state, config, batch, slots))
         lowered = generate.decode.lower(config, model, state, _BLOCK, room=_BLOCK)
     return reading(lowered, pod.chip, {}, _INSTEAD)
 

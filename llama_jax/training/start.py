@@ -8,7 +8,7 @@ import optax
 
 from llama_jax.checkpoint import orbax
 from llama_jax.checkpoint.orbax import TrainingCheckpoints
-from llama_jax.checkpoint.tree import abstract
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
@@ -66,7 +66,7 @@ class State:
     ):
         self.step = 0
         if step is not None:
-            model, opt_state = abstract(partial(init_state, config), jax.random.key(0))
+            model, opt_state = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
             progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
             self.step = progress.step
             if progress.data != data.fingerprint:

@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory):
 
 def restore(folder):
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
+        abstract = tree.eval_shape_on_mesh(partial(init_state, CONFIG), KEY)
         return TrainingCheckpoints(folder).restore(7, *abstract)
 
 

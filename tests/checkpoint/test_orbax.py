@@ -79,7 +79,7 @@ def test_the_newest_and_every_kth_are_kept(saved, tmp_path):
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
 def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
     with jax.set_mesh(mesh_of(shape)):
-        abstract = tree.abstract(partial(init_state, CONFIG), KEY)
+        abstract = tree.eval_shape_on_mesh(partial(init_state, CONFIG), KEY)
         progress, *restored = TrainingCheckpoints(saved).restore(7, *abstract)
     assert progress == Progress(7, ["a", "b"])
     assert equal(state, tuple(restored))

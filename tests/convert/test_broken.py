@@ -28,7 +28,7 @@ from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.cli.main import main
 from llama_jax.config.model import ModelConfig
-from llama_jax.convert.convert import Outcome, convert
+from llama_jax.convert.convert import ConversionResult, convert
 from llama_jax.convert.verify import verify
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime.process_memory import peak_resident
@@ -106,7 +106,7 @@ class Made(NamedTuple):
     notes: set[str]
 
 
-def made(outcome: Outcome) -> Made:
+def made(outcome: ConversionResult) -> Made:
     reader = WeightsReader(outcome.folder)
     bits = {name: reader.read(name, None).tobytes() for name in reader.arrays}
     told = None
@@ -161,7 +161,7 @@ def on_command_line(case: Case) -> bool:
 
 def run(
     options: dict[str, Any], command_line: bool, err: Callable[[], str]
-) -> Outcome | str | None:
+) -> ConversionResult | str | None:
     """Returns what a conversion came to (None for a verification), or why it was refused."""
     verifies = options.pop("verify", False)
     if not command_line:
@@ -182,7 +182,7 @@ def run(
         return told.removeprefix("llama-jax convert: ").removesuffix("\n")
     assert all(line.startswith("warning: ") for line in told.splitlines()), told
     notes = tuple(line.removeprefix("warning: ") for line in told.splitlines())
-    return None if verifies else Outcome(folder, notes, 0, 0, 0, 0)
+    return None if verifies else ConversionResult(folder, notes, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -203,7 +203,7 @@ def test_is_refused_in_a_sentence_or_converted_as_if_whole(case, whole, clean, t
     assert peak_resident() - held < 256 << 20
     assert not (tmp_path / "in/canary").exists()
     assert list(everything(place.parent)) == before
-    if isinstance(outcome, Outcome):
+    if isinstance(outcome, ConversionResult):
         new = set(outcome.notes) - expected.notes
         assert new or case.breaking.__name__ in ENDURED, "nothing was noticed"
         assert new or made(outcome) == expected

@@ -156,7 +156,7 @@ class TestTransformers:
 
     def test_reads_files_cut_at_a_size(self, shared_data, tmp_path, monkeypatch):
         transformers = peer("transformers")
-        monkeypatch.setattr("llama_jax.convert.formats.huggingface.FILE_BYTES", 300_000)
+        monkeypatch.setattr("llama_jax.convert.formats.huggingface.MAX_FILE_BYTES", 300_000)
         source = shared_data / "stories260K/meta"
         folder = quiet(source, tmp_path / "hf", to="hf")
         assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2

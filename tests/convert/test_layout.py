@@ -52,7 +52,9 @@ def test_any_number_of_shards_comes_back(shards, split):
     for weight in weights(CONFIG):
         ours = random(weight)
         pieces = layout.from_ours(CONFIG, weight, ours)
-        assert [piece.shape for piece in pieces] == [p[2] for p in layout.pieces(CONFIG, weight)]
+        assert [piece.shape for piece in pieces] == [
+            p[2] for p in layout.tensor_specs(CONFIG, weight)
+        ]
         assert same_bits(layout.to_ours(CONFIG, weight, pieces), ours)
 
 
@@ -71,7 +73,7 @@ def test_metas_order_of_ranks_is_that_of_heads_and_columns():
 
 def test_405b_in_16_files_holds_each_key_value_head_twice():
     layout = meta.writer_layout(FAMILY["llama3.1-405b"], 16)
-    pieces = layout.pieces(FAMILY["llama3.1-405b"], Weight("wk", 0))
+    pieces = layout.tensor_specs(FAMILY["llama3.1-405b"], Weight("wk", 0))
     assert {shape for _, _, shape in pieces} == {(128, 16_384)}
 
 

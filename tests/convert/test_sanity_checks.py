@@ -7,7 +7,7 @@ import pytest
 
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import RopeScaling
-from llama_jax.convert.sanity_checks import doubts
+from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.tokenizer.export import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -30,34 +30,36 @@ def llama3(folder: Path, end_ids: list[int] | int):
 
 
 def test_the_family_as_released_raises_no_doubt(llama2):
-    assert doubts(FAMILY["llama2-7b"], llama2) == []
-    assert doubts(FAMILY["llama-7b"], llama2) == []
-    assert doubts(FAMILY["codellama-7b"], llama2) == []
+    assert sanity_warnings(FAMILY["llama2-7b"], llama2) == []
+    assert sanity_warnings(FAMILY["llama-7b"], llama2) == []
+    assert sanity_warnings(FAMILY["codellama-7b"], llama2) == []
 
 
 def test_the_epsilon_of_the_early_llama2_chat_files_is_named(llama2):
-    (doubt,) = doubts(replace(FAMILY["llama2-7b"], norm_eps=1e-6), llama2)
-    assert "Llama 2 was trained with 1e-5" in doubt
+    (warning,) = sanity_warnings(replace(FAMILY["llama2-7b"], norm_eps=1e-6), llama2)
+    assert "Llama 2 was trained with 1e-5" in warning
 
 
 @pytest.mark.parametrize("scaling", [RopeScaling(factor=8.0), None])
 def test_another_rope_factor_on_a_3_2_model_is_named(scaling):
     config = replace(FAMILY["llama3.2-1b"], rope_scaling=scaling)
-    first, *_ = doubts(config, None)
+    first, *_ = sanity_warnings(config, None)
     assert "whose rope scaling factor is 32" in first
     assert "--model llama3.2-1b" in first
-    assert doubts(FAMILY["llama3.2-1b"], None) == [doubts(FAMILY["llama3.2-3b"], None)[0]]
+    assert sanity_warnings(FAMILY["llama3.2-1b"], None) == [
+        sanity_warnings(FAMILY["llama3.2-3b"], None)[0]
+    ]
 
 
 def test_a_single_end_of_an_instruct_model_is_named(tmp_path):
     config = replace(FAMILY["llama3-8b"], vocab_size=512)
-    (doubt,) = doubts(config, llama3(tmp_path, 257))
-    assert "names 257 alone as end of text" in doubt
-    assert doubts(config, llama3(tmp_path, [257, 264, 265])) == []
+    (warning,) = sanity_warnings(config, llama3(tmp_path, 257))
+    assert "names 257 alone as end of text" in warning
+    assert sanity_warnings(config, llama3(tmp_path, [257, 264, 265])) == []
 
 
 def test_a_tokenizer_that_does_not_fit_the_embedding_is_named(llama2):
-    (doubt,) = doubts(replace(FAMILY["llama2-7b"], vocab_size=31_999), llama2)
-    assert "32,000 tokens, but the embedding has 31,999 rows" in doubt
-    (doubt,) = doubts(FAMILY["llama3-8b"], llama2)
-    assert "the tokenizer makes only 32,000 tokens" in doubt
+    (warning,) = sanity_warnings(replace(FAMILY["llama2-7b"], vocab_size=31_999), llama2)
+    assert "32,000 tokens, but the embedding has 31,999 rows" in warning
+    (warning,) = sanity_warnings(FAMILY["llama3-8b"], llama2)
+    assert "the tokenizer makes only 32,000 tokens" in warning

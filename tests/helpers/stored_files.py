@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.convert.files.safetensors import SafetensorsWriter, read_safetensors
-from llama_jax.convert.files.tensor_file import Stored, Writer
+from llama_jax.convert.files.tensor_file import StoredTensor, TensorFileWriter
 from llama_jax.convert.files.torch_zip import TorchWriter, read_torch
 from llama_jax.errors import InputError
 
@@ -30,11 +30,11 @@ def arrays() -> dict[str, np.ndarray]:
     return found
 
 
-def reader(path: Path) -> Callable[[Path], dict[str, Stored]]:
+def reader(path: Path) -> Callable[[Path], dict[str, StoredTensor]]:
     return read_safetensors if path.suffix == ".safetensors" else read_torch
 
 
-def writer(path: Path) -> type[Writer]:
+def writer(path: Path) -> type[TensorFileWriter]:
     return SafetensorsWriter if path.suffix == ".safetensors" else TorchWriter
 
 

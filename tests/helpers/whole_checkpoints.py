@@ -41,7 +41,7 @@ def numbers(layout: Layout, seed: int = 0, config=MODEL) -> list[tuple[int, str,
     rng, made = np.random.default_rng(seed), []
     for weight in weights(config):
         ours = rng.standard_normal(config.shape(AXES[weight.name].ours), np.float32)
-        named = layout.pieces(config, weight)
+        named = layout.tensor_specs(config, weight)
         parts = layout.from_ours(config, weight, ours)
         made += [(i, name, part) for (i, name, _), part in zip(named, parts, strict=True)]
     return made
@@ -52,7 +52,8 @@ def write_folder(folder: Path, kind: Any, shards: int, seed: int = 0, config=MOD
     layout = meta.writer_layout(config, shards) if of_meta else Layout(huggingface.NAMES)
     folder.mkdir()
     dtypes = dict.fromkeys(weights(config), np.dtype(np.float32))
-    with kind.Writer(folder, config, layout, dtypes) as writer:
+    writer_class = meta.MetaWriter if of_meta else huggingface.HuggingFaceWriter
+    with writer_class(folder, config, layout, dtypes) as writer:
         writer.write(numbers(layout, seed, config))
     if not of_meta:
         (folder / "config.json").write_text(json.dumps(huggingface.config_json(config, 1, [2])))
@@ -130,7 +131,7 @@ def write_all(at: Path) -> dict[str, Path]:
     write_folder(at / "meta2", meta, 2)
     write_folder(at / "hf1", huggingface, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "FILE_BYTES", 60_000)
+        patch.setattr(huggingface, "MAX_FILE_BYTES", 60_000)
         write_folder(at / "hf3", huggingface, 1)
     for name, source in (("bin1", "hf1"), ("bin3", "hf3")):
         (at / name).mkdir()

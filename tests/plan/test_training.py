@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import mesh_of, peer, tiny_config, tiny_model
 
-from llama_jax.checkpoint.tree import abstract
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.cli.main import main
 from llama_jax.config.family import FAMILY
 from llama_jax.config.run import Config, DataConfig, MeshConfig, TrainingConfig
@@ -198,7 +198,7 @@ def test_plan_refuses_what_does_not_divide(capsys, tmp_path):
 def test_what_a_layer_keeps_is_read_from_the_step():
     config = tiny_config(tiny_model(n_layers=4, remat="full"))
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        model, opt_state = abstract(lambda: init_state(config, jax.random.key(0)))
+        model, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         B, T = config.data.batch_size, config.data.seq_len
         rows = jax.ShapeDtypeStruct(
             (1, B, T), jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from conftest import mesh_of, quick_compilation, tiny_config, tiny_model
 
-from llama_jax.checkpoint.tree import abstract, abstract_model
+from llama_jax.checkpoint.tree import abstract_model, eval_shape_on_mesh
 from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
 from llama_jax.training.step import init_state, train_step
@@ -27,7 +27,7 @@ def scopes(lowered: jax.stages.Lowered, *, backward: bool = False) -> set[str]:
 def test_a_compiled_step_names_its_parts():
     config = tiny_config(tiny_model(remat="full"))
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        state = abstract(partial(init_state, config), jax.random.key(0))
+        state = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
         batch = Batch(*(jax.ShapeDtypeStruct((1, 8, 16), jnp.int32) for _ in range(4)))
         step = train_step.lower(config, *state, batch, jax.ShapeDtypeStruct((), jnp.int32))
     parts = LAYER | {"tok_embeddings", "norm"}

@@ -9,7 +9,7 @@ import optax
 import pytest
 from conftest import MESHES, mesh_of, tiny_config, tiny_model
 
-from llama_jax.checkpoint.tree import abstract
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
 from llama_jax.parallel.mesh import one_device_mesh, place
@@ -51,7 +51,7 @@ def here():
 
 def on_this_mesh(state):
     """Returns a copy of `state`, which a step may donate, on the current mesh."""
-    wanted = abstract(partial(init_state, CONFIG), jax.random.key(0))
+    wanted = eval_shape_on_mesh(partial(init_state, CONFIG), jax.random.key(0))
     copy = jax.tree.map(np.array, state)
     return jax.device_put(copy, jax.tree.map(lambda leaf: leaf.sharding, wanted))
 
@@ -136,7 +136,7 @@ def test_the_logits_of_a_batch_are_never_there_at_once(monkeypatch):
     def temporaries(chunk_bytes):
         monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
         with jax.set_mesh(one_device_mesh()):
-            model, _ = abstract(partial(init_state, config), jax.random.key(0))
+            model, _ = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
             batch = Batch(*(jax.ShapeDtypeStruct((1, B, T), jnp.int32) for _ in range(4)))
             made = jax.jit(lambda model, batch: gradients.__wrapped__(config, model, batch))
             return made.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
@@ -216,7 +216,7 @@ def test_the_whole_batch_masked_is_a_finite_step(here):
 def test_optimizer_state_inherits_the_shardings_of_its_weights(remat):
     config = tiny_config(tiny_model(remat=remat))
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        model, opt_state = abstract(partial(init_state, config), jax.random.key(0))
+        model, opt_state = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(model)]
     for moments in (opt_state[0].mu, opt_state[0].nu):
         assert [leaf.sharding.spec for leaf in jax.tree.leaves(moments)] == specs

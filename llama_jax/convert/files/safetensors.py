@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llama_jax.convert.files.tensor_file import Stored, Writer, in_file, shown
+from llama_jax.convert.files.tensor_file import StoredTensor, TensorFileWriter, mapped_tensor, quote
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular
 
@@ -36,7 +36,7 @@ _MAX_HEADER = 16 << 20
 _AGAIN = "fetch it again"
 
 
-def read_safetensors(path: str | Path) -> dict[str, Stored]:
+def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file by name, each read when asked.
 
     Every byte of the file belongs to one tensor or to the header, as the format demands.
@@ -61,21 +61,21 @@ def read_safetensors(path: str | Path) -> dict[str, Stored]:
         raise InputError(f"{path} can't be read ({error.strerror}): give another file") from error
     header = _parse(path, raw)
 
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     spans = [(0, 0, "")]
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(path, name, entry)
-        tensor = in_file(path, name, dtype, 8 + length + begin, shape)
+        tensor = mapped_tensor(path, name, dtype, 8 + length + begin, shape)
         if tensor.nbytes != end - begin:
             wrong = f"has {end - begin} bytes, not {tensor.nbytes}"
-            raise InputError(f"{path} is damaged: {shown(name)} {wrong}: {_AGAIN}")
+            raise InputError(f"{path} is damaged: {quote(name)} {wrong}: {_AGAIN}")
         tensors[name] = tensor
         spans.append((begin, end, name))
 
     spans.sort()
     for (_, before, _), (begin, _, name) in itertools.pairwise(spans):
         if begin != before:
-            raise InputError(f"{path} is damaged: {shown(name)} leaves a gap or overlaps: {_AGAIN}")
+            raise InputError(f"{path} is damaged: {quote(name)} leaves a gap or overlaps: {_AGAIN}")
     expected = 8 + length + spans[-1][1]
     if size != expected:
         state = "cut short" if size < expected else "damaged"
@@ -108,14 +108,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
             if kind in _DTYPES:
                 return _DTYPES[kind], tuple(shape), begin, end
             raise InputError(
-                f"{path}: {shown(name)} has the dtype {shown(kind)}, which isn't known here:"
+                f"{path}: {quote(name)} has the dtype {quote(kind)}, which isn't known here:"
                 f" convert it to one of {', '.join(_DTYPES)}"
             )
-    raise InputError(f"{path} has a damaged header (its entry for {shown(name)}): {_AGAIN}")
+    raise InputError(f"{path} has a damaged header (its entry for {quote(name)}): {_AGAIN}")
 
 
-class SafetensorsWriter(Writer):
-    """Writes a safetensors file, one tensor after the other: see `Writer`.
+class SafetensorsWriter(TensorFileWriter):
+    """Writes a safetensors file, one tensor after the other: see `TensorFileWriter`.
 
     The data begin at a multiple of 8 bytes. Tensors follow one another without a gap, so where
     dtypes are mixed, the wider should come first: PyTorch doesn't map an unaligned tensor.

@@ -15,15 +15,15 @@ from llama_jax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file.
 
     Attributes:
         shape: its lengths.
         dtype: bfloat16 is `ml_dtypes.bfloat16`.
-        read: returns it as a read-only array on a memory map of its span of the file alone. Each
-            call makes a new map, so what was read leaves the memory when the array is let go.
-            Raises InputError where the file has changed since it was opened.
+        read: returns it as a read-only array on a memory map of its bytes alone. Each call creates
+            a new map, so the pages leave the memory when the array is garbage-collected. Raises
+            InputError if the file has changed since it was opened.
         exact: whether these are the file's own numbers; if not, they are computed from quantized
             blocks, and can't be turned back.
     """
@@ -39,21 +39,21 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def shown(name: object) -> str:
+def quote(name: object) -> str:
     """Returns what a file says as a message can show it: quoted, escaped and not endless."""
     plain = isinstance(name, str | int | float | None)
     text = ascii(name) if plain else f"a {type(name).__name__}"
     return text if len(text) <= 100 else f"{text[:80]}...{text[-17:]}"
 
 
-def in_file(
+def mapped_tensor(
     path: Path,
     name: str,
     dtype: np.dtype,
     start: int,
     shape: tuple[int, ...],
     strides: tuple[int, ...] | None = None,
-) -> Stored:
+) -> StoredTensor:
     """Returns the tensor whose first element is at byte `start` of the file.
 
     Args:
@@ -68,20 +68,20 @@ def in_file(
         InputError: no array can have this shape.
     """
     if len(shape) > 32 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63:
-        raise InputError(f"{path}: {shown(name)} has a shape beyond all bounds: fetch it again")
+        raise InputError(f"{path}: {quote(name)} has a shape beyond all bounds: fetch it again")
     if strides is None:
-        strides = contiguous(shape)
+        strides = row_major_strides(shape)
     # Where a length is 1 its stride means nothing, and may be any number.
     strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
-    return Stored(shape, dtype, partial(_read, path, name, dtype, start, shape, strides))
+    return StoredTensor(shape, dtype, partial(_read, path, name, dtype, start, shape, strides))
 
 
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the strides of row-major order, in elements, as PyTorch counts them."""
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
-def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+def element_span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Returns how many elements lie between a tensor's first and last, with both."""
     if 0 in shape:
         return 0
@@ -96,7 +96,7 @@ def _read(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> np.ndarray:
-    nbytes = span(shape, strides) * dtype.itemsize
+    nbytes = element_span(shape, strides) * dtype.itemsize
     if nbytes == 0:  # no memory map can be empty
         nothing = np.zeros(shape, dtype)
         nothing.flags.writeable = False
@@ -106,11 +106,11 @@ def _read(
         return np.ndarray(shape, dtype, bytes_, strides=[s * dtype.itemsize for s in strides])
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: {shown(name)} can't be read ({error}): the file has changed, start again"
+            f"{path}: {quote(name)} can't be read ({error}): the file has changed, start again"
         ) from error
 
 
-class Writer(ABC):
+class TensorFileWriter(ABC):
     """Writes a file of tensors, one after the other: the memory holds no more than one.
 
     An error inside the `with` block removes the file.

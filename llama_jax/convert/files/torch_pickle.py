@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.convert.files.tensor_file import contiguous, shown
+from llama_jax.convert.files.tensor_file import quote, row_major_strides
 from llama_jax.errors import InputError
 
 _STORAGES = {
@@ -49,7 +49,7 @@ class _Global:
 
 
 @dataclass(frozen=True)
-class Storage:
+class PickledStorage:
     """The bytes of one tensor or more, in the archive under a key."""
 
     dtype: np.dtype
@@ -58,17 +58,17 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PickledTensor:
     """A view of a storage, as the pickle says: nothing about it is checked yet."""
 
-    storage: Storage
+    storage: PickledStorage
     offset: int  # this and the strides count elements
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
 
 
-def load(path: Path, data: bytes) -> Any:
-    """Returns what a pickle makes of strings, numbers, tuples, lists, dicts and `Tensor`s.
+def load_pickle(path: Path, data: bytes) -> Any:
+    """Returns what a pickle makes of strings, numbers, tuples, lists, dicts and `PickledTensor`s.
 
     Args:
         path: the file that holds it, for messages.
@@ -230,16 +230,16 @@ class _Machine:
         if known not in _STORAGES and known not in _FUNCTIONS:
             wanted = f"{module}.{name}" if known else "what has no name"
             raise InputError(
-                f"{self._path} asks for {shown(wanted)}, which weights don't need (nothing was"
+                f"{self._path} asks for {quote(wanted)}, which weights don't need (nothing was"
                 " run): where you trust the file, load it with torch.load and save its"
                 " state_dict() alone"
             )
         return _Global(known)
 
-    def _storage(self, key: Any) -> Storage:
+    def _storage(self, key: Any) -> PickledStorage:
         match key:
             case ("storage", _Global(name), str(entry), _, int(numel)) if name in _STORAGES:
-                return Storage(_STORAGES[name], entry, numel)
+                return PickledStorage(_STORAGES[name], entry, numel)
         raise self._damaged("a storage's name has another form")
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -253,16 +253,16 @@ class _Machine:
             case ("torch device", str(kind)) | ("torch device", str(kind), _):
                 return kind
             case ("torch._utils _rebuild_tensor_v2", storage, int(offset), shape, strides, _, _):
-                if isinstance(storage, Storage) and type(shape) is type(strides) is tuple:
-                    return Tensor(storage, offset, shape, strides)
-            case ("torch._utils _rebuild_parameter", Tensor() as tensor, _, _):
+                if isinstance(storage, PickledStorage) and type(shape) is type(strides) is tuple:
+                    return PickledTensor(storage, offset, shape, strides)
+            case ("torch._utils _rebuild_parameter", PickledTensor() as tensor, _, _):
                 return tensor
-            case ("torch._utils _rebuild_parameter_with_state", Tensor() as tensor, _, _, _):
+            case ("torch._utils _rebuild_parameter_with_state", PickledTensor() as tensor, _, _, _):
                 return tensor
         raise self._damaged(f"{function.name} has other arguments than a tensor of weights")
 
 
-def dump(header: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+def dump_pickle(header: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
     """Returns the pickle of a dict of tensors, whose storages are numbered in its order."""
 
     def text(value: str) -> bytes:
@@ -284,7 +284,7 @@ def dump(header: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
         kind = known(DTYPE_NAMES[dtype])
         storage = many(text("storage"), kind, text(str(i)), text("cpu"), numel) + pickle.BINPERSID
         hooks = known("collections OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-        sizes = many(*map(number, shape)) + many(*map(number, contiguous(shape)))
+        sizes = many(*map(number, shape)) + many(*map(number, row_major_strides(shape)))
         tensor = many(storage, number(0), sizes, pickle.NEWFALSE, hooks)
         parts += [text(name), known("torch._utils _rebuild_tensor_v2"), tensor, pickle.REDUCE]
     parts.append(pickle.SETITEMS + pickle.STOP)

@@ -18,8 +18,19 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike
 
-from llama_jax.convert.files.tensor_file import Stored, Writer, in_file, shown, span
-from llama_jax.convert.files.torch_pickle import DTYPE_NAMES, Tensor, dump, load
+from llama_jax.convert.files.tensor_file import (
+    StoredTensor,
+    TensorFileWriter,
+    element_span,
+    mapped_tensor,
+    quote,
+)
+from llama_jax.convert.files.torch_pickle import (
+    DTYPE_NAMES,
+    PickledTensor,
+    dump_pickle,
+    load_pickle,
+)
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular
 
@@ -29,7 +40,7 @@ _CHUNK = 1 << 20  # bytes: what is hashed while the processor's cache holds it
 _SAVE_AGAIN = "load it with torch.load and save it again with torch.save"
 
 
-def read_torch(path: str | Path) -> dict[str, Stored]:
+def read_torch(path: str | Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a PyTorch state dict by name, each read when asked.
 
     The dict may lie under the key `model` or `state_dict` of another dict, whose other keys are
@@ -65,7 +76,7 @@ class _Bounded(io.BufferedReader):
         return part
 
 
-def _read_zip(path: Path, file: BinaryIO) -> dict[str, Stored]:
+def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     head = file.read(64)
     if head[:1] == b"\x80" and _LEGACY_MAGIC in head:
         raise InputError(f"{path} has the format from before PyTorch 1.6: {_SAVE_AGAIN}")
@@ -93,36 +104,43 @@ def _read_zip(path: Path, file: BinaryIO) -> dict[str, Stored]:
     reader = _Archive(path, file, archive)
     if f"{root}byteorder" in names and reader.content(f"{root}byteorder") != b"little":
         raise InputError(f"{path} is big-endian: {_SAVE_AGAIN} on a little-endian computer")
-    found = load(path, reader.content(f"{root}data.pkl"))
+    found = load_pickle(path, reader.content(f"{root}data.pkl"))
 
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, value in _state_dict(path, found).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, PickledTensor):
             tensors[name] = _locate(path, name, value, reader, f"{root}data/{value.storage.key}")
     return tensors
 
 
 def _state_dict(path: Path, found: Any) -> dict[str, Any]:
     if type(found) is not dict:
-        raise InputError(f"{path} holds {shown(found)}, not a state dict: save a model's alone")
+        kind = "one tensor" if isinstance(found, PickledTensor) else quote(found)
+        raise InputError(
+            f"{path} contains {kind}, not a state dict: save the model's state_dict() alone"
+        )
     for key in ("model", "state_dict"):
         if type(found.get(key)) is dict:
             found = found[key]
             break
     for name, value in found.items():
-        if type(name) is not str or not isinstance(value, Tensor | int | float | str | None):
-            raise InputError(
-                f"{path}: {shown(name)} is {shown(value)}, not a tensor with a name: save the"
-                " model's state_dict() alone"
-            )
+        if type(name) is not str:
+            problem = f"the key {quote(name)} is not a string"
+        elif not isinstance(value, PickledTensor | int | float | str | None):
+            problem = f"{quote(name)} is {quote(value)}, not a tensor"
+        else:
+            continue
+        raise InputError(f"{path}: {problem}: save the model's state_dict() alone")
     return found
 
 
-def _locate(path: Path, name: str, tensor: Tensor, reader: "_Archive", entry: str) -> Stored:
+def _locate(
+    path: Path, name: str, tensor: PickledTensor, reader: "_Archive", entry: str
+) -> StoredTensor:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
 
     def damaged(why: str) -> InputError:
-        return InputError(f"{path}: {shown(name)} {why}: the file is damaged, fetch it again")
+        return InputError(f"{path}: {quote(name)} {why}: the file is damaged, fetch it again")
 
     numbers = [tensor.offset, storage.numel, *shape, *strides]
     dims = len(shape)
@@ -133,10 +151,10 @@ def _locate(path: Path, name: str, tensor: Tensor, reader: "_Archive", entry: st
     if size != storage.numel * storage.dtype.itemsize:
         raise damaged(f"has a storage of {size} bytes, not of {storage.numel} {storage.dtype}")
     # An empty view may point anywhere, as PyTorch's own do: no byte of it is read.
-    if 0 not in shape and tensor.offset + span(shape, strides) > storage.numel:
+    if 0 not in shape and tensor.offset + element_span(shape, strides) > storage.numel:
         raise damaged("reaches beyond its storage")
     start = stored.begin + tensor.offset * storage.dtype.itemsize
-    view = in_file(path, name, storage.dtype, start, shape, strides)
+    view = mapped_tensor(path, name, storage.dtype, start, shape, strides)
 
     def read() -> np.ndarray:
         stored.check(path)
@@ -170,7 +188,7 @@ class _Entry:
                         " again with torch.serialization.set_crc32_options(True)"
                     )
                 raise InputError(
-                    f"{path}: {shown(self.name)} is damaged (its checksum differs): fetch the file"
+                    f"{path}: {quote(self.name)} is damaged (its checksum differs): fetch the file"
                     " again"
                 )
             self.checked = True
@@ -186,7 +204,7 @@ class _Entry:
                 raise OSError(0, "it ends before")
         except OSError as error:
             raise InputError(
-                f"{path}: {shown(self.name)} can't be read ({error.strerror}): the file has"
+                f"{path}: {quote(self.name)} can't be read ({error.strerror}): the file has"
                 " changed, start again"
             ) from error
         return crc
@@ -205,7 +223,7 @@ class _Archive:
         found = self.place(entry, entry)
         if found.size > _MAX_METADATA:
             raise InputError(
-                f"{self._path}: {shown(entry)} is too large for weights: {_SAVE_AGAIN}"
+                f"{self._path}: {quote(entry)} is too large for weights: {_SAVE_AGAIN}"
             )
         found.check(self._path)
         return self._at(found.begin, found.size)
@@ -218,11 +236,11 @@ class _Archive:
             info = self._zip.getinfo(entry)
         except KeyError as error:
             raise InputError(
-                f"{self._path} lacks {shown(entry)}, which {shown(name)} needs: fetch it again"
+                f"{self._path} lacks {quote(entry)}, which {quote(name)} needs: fetch it again"
             ) from error
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise InputError(
-                f"{self._path}: {shown(entry)} is compressed or encrypted: {_SAVE_AGAIN}"
+                f"{self._path}: {quote(entry)} is compressed or encrypted: {_SAVE_AGAIN}"
             )
         # The directory doesn't say how long the local header is, which lies before the data: its
         # name and what follows the data show that it is this entry's, and not shifted.
@@ -237,7 +255,7 @@ class _Archive:
             or info.file_size != info.compress_size
         ):
             raise InputError(
-                f"{self._path}: {shown(entry)} isn't where the zip directory says: the file is cut"
+                f"{self._path}: {quote(entry)} isn't where the zip directory says: the file is cut"
                 " short or damaged, fetch it again"
             )
         return self._entries.setdefault(entry, _Entry(entry, begin, info.file_size, info.CRC))
@@ -250,7 +268,7 @@ class _Archive:
         return self._file.read(n)
 
 
-class TorchWriter(Writer):
+class TorchWriter(TensorFileWriter):
     """Writes a file that `torch.load` reads, also with `mmap=True`, one tensor after the other.
 
     Each tensor has its own storage, which begins at a multiple of 64 bytes.
@@ -261,7 +279,7 @@ class TorchWriter(Writer):
         for name, (_, dtype) in self._header.items():
             if dtype not in DTYPE_NAMES:
                 raise ValueError(f"PyTorch files have no {dtype} tensor {name}")
-        content = dump(self._header)
+        content = dump_pickle(self._header)
         self._keys = {name: str(i) for i, name in enumerate(self._header)}
         self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
         self._zip = zipfile.ZipFile(self._file, "w")

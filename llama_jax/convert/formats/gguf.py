@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llama_jax.config.model import ModelConfig, RopeScaling
-from llama_jax.convert.files.tensor_file import Stored, in_file, shown
+from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor, quote
 from llama_jax.convert.layout import Layout
 from llama_jax.convert.source import Source, integer, model_config, number, stored_dtype
 from llama_jax.errors import InputError
@@ -51,7 +51,7 @@ def read(path: Path) -> Source:
     about = {name.removeprefix("llama."): value for name, value in header.metadata.items()}
     if about.get("general.architecture") != "llama":
         raise InputError(
-            f"{path} holds a {shown(about.get('general.architecture'))} model, not a llama: give a"
+            f"{path} holds a {quote(about.get('general.architecture'))} model, not a llama: give a"
             " LLaMA checkpoint"
         )
     if about.get("split.count", 0) not in (0, 1):
@@ -68,7 +68,7 @@ def read(path: Path) -> Source:
     kind = about.get("rope.scaling.type", "none")
     if kind not in ("none", "llama3"):
         raise InputError(
-            f"{path}: rope scaling of type {shown(kind)} is not LLaMA's: give a LLaMA checkpoint"
+            f"{path}: rope scaling of type {quote(kind)} is not LLaMA's: give a LLaMA checkpoint"
         )
     factors = tensors.pop(_ROPE_FACTORS, None)
     config = model_config(
@@ -98,7 +98,7 @@ def read(path: Path) -> Source:
     )
 
 
-def _tensors(path: Path, header: Header) -> dict[str, Stored]:
+def _tensors(path: Path, header: Header) -> dict[str, StoredTensor]:
     """Returns the tensors by name, which must fill the file from the header to its end.
 
     GGUF has no checksum. A file that lost or gained bytes on its way is known by its length and by
@@ -110,16 +110,16 @@ def _tensors(path: Path, header: Header) -> dict[str, Stored]:
     unit = header.metadata.get("general.alignment", 32)
     if type(unit) is not int or not 0 < unit <= _MAX_ALIGNMENT or unit & (unit - 1):
         raise InputError(
-            f"{path} has {shown(unit)} as general.alignment, which must be a power of two: fetch it"
+            f"{path} has {quote(unit)} as general.alignment, which must be a power of two: fetch it"
             " again"
         )
-    tensors = dict[str, Stored]()
+    tensors = dict[str, StoredTensor]()
     with open_regular(path) as file:
         end = begin = _aligned(path, file, header.nbytes, unit)
         for info in header.tensors:
             if begin + info.offset != end:
                 raise InputError(
-                    f"{path} is damaged: {shown(info.name)} leaves a gap or overlaps: fetch it"
+                    f"{path} is damaged: {quote(info.name)} leaves a gap or overlaps: fetch it"
                     " again"
                 )
             tensors[info.name], nbytes = _tensor(path, info, end)
@@ -146,27 +146,27 @@ def _aligned(path: Path, file: BinaryIO, end: int, unit: int) -> int:
     return end + missing
 
 
-def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[Stored, int]:
+def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[StoredTensor, int]:
     """Returns the tensor that begins at a byte of the file, and its bytes there."""
     known = {kind.value: kind for kind in GGMLQuantizationType}
     kind = known.get(info.kind)
     if kind is None or kind.name not in (*_PLAIN, *_QUANTIZED):
         raise InputError(
-            f"{path}: {shown(info.name)} is quantized as {kind.name if kind else info.kind}, which"
+            f"{path}: {quote(info.name)} is quantized as {kind.name if kind else info.kind}, which"
             f" is not supported: give one of {', '.join([*_PLAIN, *_QUANTIZED])}"
         )
     if kind.name in _PLAIN:
-        tensor = in_file(path, info.name, np.dtype(_PLAIN[kind.name]), start, info.shape)
+        tensor = mapped_tensor(path, info.name, np.dtype(_PLAIN[kind.name]), start, info.shape)
         return tensor, tensor.nbytes
     block, block_bytes = GGML_QUANT_SIZES[kind]
     *before, last = info.shape or (1,)
     if last % block:
         raise InputError(
-            f"{path} is damaged: {shown(info.name)} has rows of {last} numbers in blocks of"
+            f"{path} is damaged: {quote(info.name)} has rows of {last} numbers in blocks of"
             f" {block}: fetch it again"
         )
     rows = math.prod(before)
-    packed = in_file(
+    packed = mapped_tensor(
         path, info.name, np.dtype(np.uint8), start, (rows, last // block * block_bytes)
     )
 
@@ -177,7 +177,7 @@ def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[Stored, int]:
             out[i : i + step] = dequantize(blocks[i : i + step], kind)
         return out.reshape(info.shape)
 
-    return Stored(info.shape, np.dtype(np.float32), computed, exact=False), packed.nbytes
+    return StoredTensor(info.shape, np.dtype(np.float32), computed, exact=False), packed.nbytes
 
 
 def _shortest(number: float) -> float:
@@ -186,7 +186,7 @@ def _shortest(number: float) -> float:
         return float(str(np.float32(number)))
 
 
-def _stretched(config: ModelConfig, stored: Stored, path: Path) -> ModelConfig:
+def _stretched(config: ModelConfig, stored: StoredTensor, path: Path) -> ModelConfig:
     """Returns the config with the scaling of Llama 3.1 that gives the file's factors [H/2].
 
     A factor is by how much the wavelength of a pair is stretched.

@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig, RopeScaling
 from llama_jax.convert.files.safetensors import SafetensorsWriter, read_safetensors
-from llama_jax.convert.files.tensor_file import Stored, shown
+from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.convert.layout import Layout, Weight
 from llama_jax.convert.source import (
@@ -38,7 +38,7 @@ NAMES = {
     "output": "lm_head.weight",
 }
 _CONTEXT = "max_position_embeddings"
-FILE_BYTES = 5_000_000_000  # as transformers cuts its files
+MAX_FILE_BYTES = 5_000_000_000  # as transformers cuts its files
 
 
 def read(folder: Path) -> Source:
@@ -49,8 +49,10 @@ def read(folder: Path) -> Source:
     """
     tensors = _read_weights(folder)
     config = read_config(folder / "config.json", **stored_dtype((tensors,)))
-    head_kept = config.tied_head and NAMES["output"] in tensors
-    return Source("huggingface", folder, config, Layout(NAMES, head_kept=head_kept), (tensors,))
+    stores_tied_head = config.tied_head and NAMES["output"] in tensors
+    return Source(
+        "huggingface", folder, config, Layout(NAMES, stores_tied_head=stores_tied_head), (tensors,)
+    )
 
 
 def read_config(path: Path, **computed: Any) -> ModelConfig:
@@ -66,7 +68,7 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
     theirs = read_json(path)
     if theirs.get("model_type") != "llama":
         raise InputError(
-            f"{path} describes a {shown(theirs.get('model_type'))} model, not a llama: give a LLaMA"
+            f"{path} describes a {quote(theirs.get('model_type'))} model, not a llama: give a LLaMA"
             " checkpoint"
         )
     for key in ("attention_bias", "mlp_bias"):
@@ -76,7 +78,7 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
             )
     if theirs.get("hidden_act", "silu") != "silu":
         raise InputError(
-            f"{path}: hidden_act is {shown(theirs['hidden_act'])}, but LLaMA's is silu: give a"
+            f"{path}: hidden_act is {quote(theirs['hidden_act'])}, but LLaMA's is silu: give a"
             " LLaMA checkpoint"
         )
     if theirs.get("quantization_config"):
@@ -90,7 +92,7 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
     if not isinstance(rope, dict | None):
         raise InputError(
-            f"{path} has {shown(rope)} as its rope parameters, which must be an object: correct it"
+            f"{path} has {quote(rope)} as its rope parameters, which must be an object: correct it"
         )
     theta = number(rope or {}, "rope_theta", number(theirs, "rope_theta", 1e4, path), path)
     return model_config(
@@ -122,7 +124,7 @@ def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | No
         return None
     if kind != "llama3":
         raise InputError(
-            f"{path}: rope scaling of type {shown(kind)} is not LLaMA's: give a LLaMA checkpoint"
+            f"{path}: rope scaling of type {quote(kind)} is not LLaMA's: give a LLaMA checkpoint"
         )
     try:
         return RopeScaling(
@@ -137,7 +139,7 @@ def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | No
         ) from error
 
 
-def _read_weights(folder: Path) -> dict[str, Stored]:
+def _read_weights(folder: Path) -> dict[str, StoredTensor]:
     """Returns all tensors, from one file or from those that an index names."""
     kinds = (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", read_torch))
     for stem, ending, read_file in kinds:
@@ -152,31 +154,34 @@ def _read_weights(folder: Path) -> dict[str, Stored]:
     )
 
 
-def _read_indexed(folder: Path, index: Path, read_file: Any) -> dict[str, Stored]:
+def _read_indexed(folder: Path, index: Path, read_file: Any) -> dict[str, StoredTensor]:
     placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
         raise InputError(f"{index} has no weight_map of names to files: fetch it again")
-    tensors, here = dict[str, Stored](), {path.name for path in folder.iterdir() if path.is_file()}
+    tensors, here = (
+        dict[str, StoredTensor](),
+        {path.name for path in folder.iterdir() if path.is_file()},
+    )
     for name in sorted(set(placed.values())):
         if Path(name).name != name:
             raise InputError(
-                f"{index} names {shown(name)}, which is not a file of its own folder: fetch the"
+                f"{index} names {quote(name)}, which is not a file of its own folder: fetch the"
                 " index again"
             )
         if name not in here:
-            raise InputError(f"{index} names {shown(name)}, which is missing: fetch it too")
+            raise InputError(f"{index} names {quote(name)}, which is missing: fetch it too")
         found = read_file(folder / name)
         wanted = {tensor for tensor, file in placed.items() if file == name}
         if wanted != found.keys():
             odd = min(wanted ^ found.keys())
             raise InputError(
-                f"{index} and {folder / name} disagree about {shown(odd)}: fetch both again"
+                f"{index} and {folder / name} disagree about {quote(odd)}: fetch both again"
             )
         tensors |= found
     return tensors
 
 
-class Writer:
+class HuggingFaceWriter:
     """Writes config.json and safetensors files, weight by weight in the order of the pass."""
 
     def __init__(
@@ -185,9 +190,9 @@ class Writer:
         files: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
         filled = 0
         for weight, dtype in dtypes.items():
-            for _, name, shape in layout.pieces(config, weight):
+            for _, name, shape in layout.tensor_specs(config, weight):
                 size = int(np.prod(shape)) * dtype.itemsize
-                if filled and filled + size > FILE_BYTES:
+                if filled and filled + size > MAX_FILE_BYTES:
                     files.append({})
                     filled = 0
                 files[-1][name] = (shape, dtype)

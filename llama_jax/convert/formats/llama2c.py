@@ -8,7 +8,7 @@ import numpy as np
 
 from llama_jax.checkpoint.folders import LLAMA2C_MAGIC
 from llama_jax.config.model import ModelConfig
-from llama_jax.convert.files.tensor_file import Stored, in_file
+from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor
 from llama_jax.convert.layout import AXES, Layout
 from llama_jax.convert.source import Source, model_config
 from llama_jax.errors import InputError
@@ -74,9 +74,9 @@ def read(path: Path) -> Source:
 
 def _tensors(
     path: Path, config: ModelConfig, layout: Layout, legacy: bool
-) -> tuple[dict[str, Stored], int]:
+) -> tuple[dict[str, StoredTensor], int]:
     """Returns the tensors by name, and the offset of the end of the file that holds them."""
-    tensors = dict[str, Stored]()
+    tensors = dict[str, StoredTensor]()
     offset = 28 if legacy else 256
     head = () if config.tied_head else ("output",)
     dtype = np.dtype("<f4")
@@ -88,7 +88,7 @@ def _tensors(
             offset += 4 * config.context * config.head_dim
         for layer in [None] if name in _ENDS else range(config.n_layers):
             full = layout.names[name].format(layer)
-            tensors[full] = in_file(path, full, dtype, offset, shape)
+            tensors[full] = mapped_tensor(path, full, dtype, offset, shape)
             offset += 4 * math.prod(shape)
             if offset > path.stat().st_size:
                 return tensors, offset + 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig, RopeScaling, ffn_dim
-from llama_jax.convert.files.tensor_file import Stored, shown
+from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.files.torch_zip import TorchWriter, read_torch
 from llama_jax.convert.layout import Layout, Weight, same_bits
 from llama_jax.convert.source import (
@@ -77,7 +77,7 @@ def read(folder: Path) -> Source:
     )
     config = _beyond_params(config, params, "rope.freqs" in shards[0], path)
     layout = Layout(
-        NAMES, interleaved=True, shards=len(shards), embedding_split=split, head_kept=True
+        NAMES, interleaved=True, shards=len(shards), embedding_split=split, stores_tied_head=True
     )
     source = Source("meta", folder, config, layout, shards)
     tied = replace(source, config=replace(config, tied_head=True))
@@ -96,7 +96,7 @@ def _files(folder: Path) -> list[Path]:
     return [found[i] for i in range(len(found))]
 
 
-def _read_shard(path: Path, number: int) -> dict[str, Stored]:
+def _read_shard(path: Path, number: int) -> dict[str, StoredTensor]:
     tensors = read_torch(path)
     with zipfile.ZipFile(path) as archive:
         inner = _FILE.fullmatch(archive.namelist()[0].split("/")[0] + ".pth")
@@ -115,7 +115,7 @@ def _beyond_params(
     """Returns the config with the context and the rope scaling, which params.json doesn't tell."""
     scaled = params.get("use_scaled_rope", False)
     if not isinstance(scaled, bool | None):
-        raise InputError(f"{path} has {shown(scaled)} as use_scaled_rope: correct the file")
+        raise InputError(f"{path} has {quote(scaled)} as use_scaled_rope: correct the file")
     config = replace(config, rope_scaling=RopeScaling() if scaled else None)
     like = next((member for member in FAMILY.values() if _same_shape(member, config)), None)
     if llama2:  # its 7B and 13B have the shape of LLaMA's
@@ -144,9 +144,9 @@ def _is_tied(source: Source) -> bool:
     names = NAMES["tok_embeddings"], NAMES["output"]
     if any(name not in shard for name in names for shard in source.shards):
         return False  # which the look over all names will tell
-    pieces = source.stored(embedding), source.stored(head)
+    pieces = source.stored_tensors(embedding), source.stored_tensors(head)
     for weight, tensors in zip((embedding, head), pieces, strict=True):
-        wanted = {shape for _, _, shape in source.layout.pieces(source.config, weight)}
+        wanted = {shape for _, _, shape in source.layout.tensor_specs(source.config, weight)}
         if {t.shape for t in tensors} != wanted or len({t.dtype for t in tensors}) > 1:
             return False  # as above
     compared = sum(tensor.nbytes for tensors in pieces for tensor in tensors)
@@ -155,7 +155,9 @@ def _is_tied(source: Source) -> bool:
     if not same_bits(first_row, pieces[1][0].read()[0]):
         return False  # the usual case, without reading it all
     a, b = (
-        source.layout.to_ours(source.config, weight, [t.read() for t in source.stored(weight)])
+        source.layout.to_ours(
+            source.config, weight, [t.read() for t in source.stored_tensors(weight)]
+        )
         for weight in (embedding, head)
     )
     return same_bits(a, b.T)
@@ -193,11 +195,11 @@ def writer_layout(config: ModelConfig, shards: int) -> Layout:
             f" numbers that do: {', '.join(map(str, fitting))}"
         )
     return Layout(
-        NAMES, interleaved=True, shards=shards, embedding_split=not by_vocab, head_kept=True
+        NAMES, interleaved=True, shards=shards, embedding_split=not by_vocab, stores_tied_head=True
     )
 
 
-class Writer:
+class MetaWriter:
     """Writes params.json and the shards into `folder`, weight by weight in their order."""
 
     def __init__(
@@ -206,7 +208,7 @@ class Writer:
         headers: list[dict[str, tuple[tuple[int, ...], np.dtype]]]
         headers = [{} for _ in range(layout.shards)]
         for weight, dtype in dtypes.items():
-            for shard, name, shape in layout.pieces(config, weight):
+            for shard, name, shape in layout.tensor_specs(config, weight):
                 headers[shard][name] = (shape, dtype)
         (folder / "params.json").write_text(json.dumps(params_json(config)))
         self._open = ExitStack()

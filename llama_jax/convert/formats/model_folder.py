@@ -11,7 +11,7 @@ import numpy as np
 from llama_jax.checkpoint import folders
 from llama_jax.checkpoint.single_weights import WeightsReader, WeightsWriter
 from llama_jax.config.model import ModelConfig
-from llama_jax.convert.files.tensor_file import Stored
+from llama_jax.convert.files.tensor_file import StoredTensor
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
@@ -35,12 +35,12 @@ def read(folder: Path) -> Source:
     config = folders.read_model_config(folder)
     reader = WeightsReader(folder)
 
-    def tensor(full: str, layer: int | None) -> Stored:
+    def tensor(full: str, layer: int | None) -> StoredTensor:
         shape, dtype = reader.arrays[full]
         shape = shape if layer is None else shape[1:]
-        return Stored(shape, dtype, lambda: reader.read(full, layer))
+        return StoredTensor(shape, dtype, lambda: reader.read(full, layer))
 
-    tensors = dict[str, Stored]()
+    tensors = dict[str, StoredTensor]()
     for full, (shape, _) in reader.arrays.items():
         if not full.startswith("layers."):
             tensors[full] = tensor(full, None)
@@ -54,7 +54,7 @@ def read(folder: Path) -> Source:
     return Source("orbax", folder, config, layout(config), (tensors,))
 
 
-class Writer:
+class ModelFolderWriter:
     """Writes config.json and `weights/`, in the chunks of a mesh with these sizes of axes."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Writer:
     ):
         arrays = {}
         for weight in weights(config):
-            for part in layout(config).parts(weight):
+            for part in layout(config).orbax_arrays(weight):
                 letters, full = part.letters, weight.name + part.suffix
                 if weight.layer is not None:
                     letters, full = "L" + letters, f"layers.{full}"

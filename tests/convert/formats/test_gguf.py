@@ -49,7 +49,7 @@ def write(path: Path, config: ModelConfig, kind: str, **about) -> dict[str, np.n
     qtype = gguf.GGMLQuantizationType[kind]
     numbers = {}
     for weight in weights(config):
-        ((_, name, shape),) = LAYOUT.pieces(config, weight)
+        ((_, name, shape),) = LAYOUT.tensor_specs(config, weight)
         array = rng.standard_normal(shape, np.float32)
         if len(shape) == 1:  # llama.cpp keeps norms in float32
             numbers[name] = array
@@ -87,7 +87,10 @@ def test_every_kind_is_read_as_the_package_does(tmp_path, kind):
     source = open_source(tmp_path / "m.gguf")
     assert source.config.differences(CONFIG) == []
     for weight in weights(CONFIG):
-        (tensor,), ((_, name, _),) = source.stored(weight), LAYOUT.pieces(CONFIG, weight)
+        (tensor,), ((_, name, _),) = (
+            source.stored_tensors(weight),
+            LAYOUT.tensor_specs(CONFIG, weight),
+        )
         np.testing.assert_array_equal(tensor.read().astype(np.float32), numbers[name])
     folder = convert(tmp_path / "m.gguf", tmp_path / "m", progress=False).folder
     norms = 2 * CONFIG.n_layers + 1
