@@ -42,15 +42,15 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
     from llama_jax.inference.generate import State, decode, new_rows, prefill
     from llama_jax.inference.load import load, suited
     from llama_jax.inference.sampling import Sampling
-    from llama_jax.model.weights import Llama, unrolled
-    from llama_jax.parallel.mesh import one_device_mesh, place
+    from llama_jax.model.weights import Llama, unstack_layers
+    from llama_jax.parallel.mesh import one_device_mesh, shard_array
 
     mesh = one_device_mesh()
     kinds: Any = {"dtype": dtype, "param_dtype": dtype}
     with jax.set_mesh(mesh):
         if shape:
             config = replace(FAMILY[shape], **kinds)
-            model = unrolled(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
+            model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
         else:
             config, model = load(folder, suited(replace(read_model_config(folder), **kinds)))
     prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
@@ -58,7 +58,10 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
 
     def work() -> tuple[float, int]:
         with jax.set_mesh(mesh):
-            tokens, lengths = place(prompts, "BT"), place(np.full(B, PROMPT, np.int32), "B")
+            tokens, lengths = (
+                shard_array(prompts, "BT"),
+                shard_array(np.full(B, PROMPT, np.int32), "B"),
+            )
             cache, logits = prefill(config, model, tokens, lengths, slots=slots)
             seen = np.zeros((B, config.vocab_size), bool)
             rows = new_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, seen)

@@ -166,7 +166,7 @@ def gate(args: argparse.Namespace) -> str:
     import jax.numpy as jnp
 
     from llama_jax.model.attention import attention
-    from llama_jax.parallel.mesh import one_device_mesh, place
+    from llama_jax.parallel.mesh import one_device_mesh, shard_array
 
     (N, K, H), T = SHAPES[args.shape].shape("NKH"), args.seq_len
     names = ("values", "gradient of q", "gradient of k", "gradient of v")
@@ -182,8 +182,8 @@ def gate(args: argparse.Namespace) -> str:
         return out, *pull(d_out)
 
     def run(kernel: str, operands: Any, d_out: Any, segments: Any, dtype: Any = jnp.bfloat16):
-        arrays = (place(x.astype(dtype), "BTNH") for x in (*operands, d_out))
-        ids = segments if segments is None else place(segments, "BT")
+        arrays = (shard_array(x.astype(dtype), "BTNH") for x in (*operands, d_out))
+        ids = segments if segments is None else shard_array(segments, "BT")
         return [np.asarray(x, np.float32) for x in pulled(kernel, *arrays, ids)]
 
     def isolated(case: str, mine: np.ndarray, segments: Any) -> None:

@@ -54,7 +54,7 @@ def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> 
 
     from llama_jax.config.run import Config, DataConfig, OptimizerConfig, TrainingConfig
     from llama_jax.data.windows import Batch
-    from llama_jax.parallel.mesh import one_device_mesh, place
+    from llama_jax.parallel.mesh import one_device_mesh, shard_array
     from llama_jax.runtime.process_memory import keep_freed_memory
     from llama_jax.training.step import init_state, train_step
 
@@ -69,7 +69,9 @@ def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> 
     ones = np.ones_like(tokens[:, 1:])
     fields = (tokens[:, :-1], tokens[:, 1:], ones * np.arange(T), ones if segments else None)
     with jax.set_mesh(one_device_mesh()):
-        batch = Batch(*(x if x is None else place(x[None].astype(np.int32), "ABT") for x in fields))
+        batch = Batch(
+            *(x if x is None else shard_array(x[None].astype(np.int32), "ABT") for x in fields)
+        )
         state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
 
     def step() -> jax.Array:

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from backports import zstd
 from conftest import ROOT, peer
-from reader import NOT_RUN, Reader, blocks, spans
-from whole_checkpoints import GGUF_TENSORS, MODEL, tokenizer_model, write_folder, write_gguf
+from doc_commands import NOT_RUN, PageRunner, code_blocks, inline_commands
+from sample_checkpoints import GGUF_TENSORS, MODEL, tokenizer_model, write_folder, write_gguf
 
 from llama_jax.checkpoint import folders
 from llama_jax.cli import main as cli
@@ -88,11 +88,11 @@ def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
     Path("models/llama3.1-8b").mkdir(parents=True)
     shape = "{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, head_dim: 8, hidden_dim: 64,"
     Path("models/llama3.1-8b/config.json").write_text(f"{shape} vocab_size: 288, context: 9000}}")
-    code = blocks(page)
-    reader, ours = Reader(at, code), [shlex.split(span) for span in spans(page)]
+    code = code_blocks(page)
+    runner, ours = PageRunner(at, code), [shlex.split(span) for span in inline_commands(page)]
     for block in code:
         assert block.language in LANGUAGES, block
-        for name, *words in reader.follow(block):
+        for name, *words in runner.run_block(block):
             if name == "llama-jax":
                 ours.append([name, *words])
             assert name in NOT_RUN or name == "llama-jax", (name, words, block.text)
@@ -108,8 +108,8 @@ def test_every_example_of_the_manual_and_of_the_configurations_is_valid(at, monk
     examples = re.findall(r"example:\n((?:  .*\n)+)", manual)
     configs = [path.read_text() for path in sorted(Path("configs").glob("*.yaml"))]
     examples += ["\n".join(re.findall(r"^# +(llama-jax .*)", text, re.M)) for text in configs]
-    reader = Reader(at, [])
-    commands = [command for example in examples for command in reader.commands(example)]
+    runner = PageRunner(at, [])
+    commands = [command for example in examples for command in runner.run_shell(example)]
     assert len(commands) > 20
     for name, *words in commands:
         assert name == "llama-jax"
@@ -128,13 +128,13 @@ def do(command):
     assert main([*command, *small]) == 0, command
 
 
-def run_page(page, reader, do=do, ask=None, instead=("", "")):
+def run_page(page, runner, do=do, ask=None, instead=("", "")):
     """Does what the blocks of a page say, in order; `instead` replaces a part of its Python."""
     for block in page:
         if block.language == "python":
             exec(compile(block.text.replace(*instead), "page", "exec"), {})
             continue
-        for name, *words in reader.follow(block):
+        for name, *words in runner.run_block(block):
             if name == "llama-jax":
                 do(words)
             elif name == "curl" and ask:
@@ -144,8 +144,8 @@ def run_page(page, reader, do=do, ask=None, instead=("", "")):
 @pytest.mark.slow
 def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
     monkeypatch.setitem(FAMILY, "llama3.1-8b", MODEL)
-    page = blocks(DOCS / "continue.md")
-    run_page(page, Reader(at, page))
+    page = code_blocks(DOCS / "continue.md")
+    run_page(page, PageRunner(at, page))
     told = capsys.readouterr()
     assert told.err.count("starts from the weights in models/llama3.1-8b") == 2
     assert "starts from the weights in models/smollm2" in told.err
@@ -158,8 +158,8 @@ def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
 def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
     for package in ("torch", "transformers"):
         peer(package)
-    page = blocks(DOCS / "convert.md")
-    run_page(page, Reader(at, page))
+    page = code_blocks(DOCS / "convert.md")
+    run_page(page, PageRunner(at, page))
     assert Path("export/meta/consolidated.01.pth").is_file()
     lines = capsys.readouterr().out.splitlines()
     ours, theirs = (line for line in lines if line.startswith("The capital of France"))
@@ -172,8 +172,8 @@ def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
     with server.bind_socket("127.0.0.1", 0) as free:
         port = str(free.getsockname()[1])
     instead = ("127.0.0.1:8000", f"127.0.0.1:{port}")
-    first, *rest = blocks(DOCS / "serve.md")
-    reader, answers, problems = Reader(at, rest), [], []
+    first, *rest = code_blocks(DOCS / "serve.md")
+    runner, answers, problems = PageRunner(at, rest), [], []
 
     def ask(words):
         [url] = [word.replace(*instead) for word in words if word.startswith("http")]
@@ -183,7 +183,7 @@ def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
         # From here on a signal ends the server and not the tests.
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
         try:
-            run_page(rest, reader, do, ask, instead)
+            run_page(rest, runner, do, ask, instead)
         except BaseException as problem:
             problems.append(problem)
         finally:
@@ -195,7 +195,7 @@ def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
 
     thread, startup_message = threading.Thread(target=use), server.startup_message
     monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
-    run_page([first], reader, begin)
+    run_page([first], runner, begin)
     thread.join()
     assert not problems, problems
     assert [answer.status_code for answer in answers] == [200] * 3
@@ -218,8 +218,8 @@ def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
     monkeypatch.setattr(compiler, "compiled", compiled)
     for name in ("compile_prefill", "compile_decode", "compile_step"):
         monkeypatch.setattr(serving_program, name, reading)
-    page = blocks(DOCS / "plan.md")
-    run_page(page, Reader(at, page))
+    page = code_blocks(DOCS / "plan.md")
+    run_page(page, PageRunner(at, page))
     told = capsys.readouterr().out
     for part in ("fits in 95 GiB", '"mfu_causal"', "the fastest, for the configuration file"):
         assert part in told

@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax.errors import Fault, InputError
-from llama_jax.model.summary import names
+from llama_jax.model.summary import path_names
 from llama_jax.runtime.regular_file import check_regular
 
 # What the machine's faults raise, in Python, TensorStore (ValueError) and JAX.
@@ -157,4 +157,4 @@ def _check_shapes(where: Path, item: str, stores: dict[str, Any], wanted: dict[s
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(names(path))
+    return ".".join(path_names(path))

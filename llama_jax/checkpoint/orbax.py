@@ -26,7 +26,7 @@ from llama_jax.checkpoint.tree import abstract_model, dict_to_tree, tree_to_dict
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.errors import Fault, InputError
-from llama_jax.model.weights import Llama, Unrolled, as_stored
+from llama_jax.model.weights import Llama, UnstackedLlama, restore_layout
 from llama_jax.runtime import hosts
 from llama_jax.runtime.atomic_write import new_folder
 from llama_jax.runtime.storage import check_local
@@ -232,7 +232,10 @@ def write_skeleton(folder: Path, dotted: list[str]) -> Path:
 
 
 def save_model(
-    folder: str | Path, config: ModelConfig, model: Llama | Unrolled, tokenizer: Tokenizer | None
+    folder: str | Path,
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """Writes a model folder; it appears when it is complete, or not at all.
 
@@ -252,8 +255,8 @@ def save_model(
         partial_folder = Path(
             hosts.decided(lambda: str(stack.enter_context(new_folder(folder)).absolute()))
         )
-        if isinstance(model, Unrolled):
-            weights = tree_to_dict(as_stored(model))
+        if isinstance(model, UnstackedLlama):
+            weights = tree_to_dict(restore_layout(model))
             apart = weights["layers"].values()
             weights["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *apart)
         else:

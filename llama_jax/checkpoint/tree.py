@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.summary import names
+from llama_jax.model.summary import path_names
 from llama_jax.model.weights import Llama
 
 Tree = TypeVar("Tree")
@@ -18,7 +18,7 @@ def tree_to_dict(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a pytree in nested dicts, by plain names ('layers' -> 'wq')."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        *parents, last = names(path)
+        *parents, last = path_names(path)
         place = nested
         for name in parents:
             place = place.setdefault(name, {})
@@ -31,7 +31,7 @@ def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
 
     def leaf(path: tuple[Any, ...], _: Any) -> Any:
         found: Any = nested
-        for name in names(path):
+        for name in path_names(path):
             found = found[name]
         return found
 

@@ -258,13 +258,13 @@ def perplexity(args: argparse.Namespace) -> int:
     from llama_jax.checkpoint import folders
     from llama_jax.evaluation.perplexity import nats_per_token
     from llama_jax.inference.load import load, suited
-    from llama_jax.model.weights import check_whole
+    from llama_jax.model.weights import check_not_quantized
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     shape, tokenizer = folders.read_model_config(args.folder), load_tokenizer(args.folder)
     if args.quantize:
-        check_whole(shape)
+        check_not_quantized(shape)
     try:
         text = Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

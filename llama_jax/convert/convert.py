@@ -23,7 +23,7 @@ from llama_jax.convert.stream import map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.convert.verify import verify_output
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import AXES as MESH_AXES
+from llama_jax.parallel.sharding import MESH_AXES
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.process_memory import available_memory, check_memory, peak_resident, resident

@@ -105,14 +105,15 @@ class Layout:
 
     def orbax_arrays(self, weight: Weight) -> list[OrbaxArray]:
         """Returns the arrays that one of our own folders keeps `weight` in."""
-        from llama_jax.model.quantize import outputs  # brings JAX, which `info` need not wait for
+        # Imported here because it imports JAX, which `llama-jax info` does not need.
+        from llama_jax.model.quantize import output_dims
 
         axes = AXES[weight.name]
         if not self.quantized or not axes.columns:
             return [OrbaxArray("", axes.ours, None)]
         return [
             OrbaxArray(".values", axes.ours, np.dtype(np.int8)),
-            OrbaxArray(".scale", outputs(axes.ours), np.dtype(np.float32)),
+            OrbaxArray(".scale", output_dims(axes.ours), np.dtype(np.float32)),
         ]
 
     def nbytes(self, config: ModelConfig, weight: Weight, dtype: np.dtype) -> int:
@@ -243,17 +244,17 @@ def _turn(matrix: np.ndarray, out: np.ndarray) -> None:
 
 def _quantized(w: np.ndarray, dims: str) -> list[np.ndarray]:
     """Returns `int8(w, dims)`, made of a part of the output channels at a time."""
-    from llama_jax.model.quantize import int8, outputs
+    from llama_jax.model.quantize import output_dims, quantize_int8
 
-    scale = np.empty([w.shape[dims.index(letter)] for letter in outputs(dims)], np.float32)
-    rows_first = dims[0] in outputs(dims)
+    scale = np.empty([w.shape[dims.index(letter)] for letter in output_dims(dims)], np.float32)
+    rows_first = dims[0] in output_dims(dims)
     flat = w.reshape((scale.size, -1) if rows_first else (-1, scale.size))
     values, scales = np.empty(flat.shape, np.int8), scale.reshape(-1)
     step = max(1, _AT_ONCE * scale.size // w.size)
     for i in range(0, scale.size, step):
         part = slice(i, i + step)
         at = part if rows_first else (slice(None), part)
-        values[at], scales[part] = int8(flat[at], "VD" if rows_first else "DV")
+        values[at], scales[part] = quantize_int8(flat[at], "VD" if rows_first else "DV")
     return [values.reshape(w.shape), scale]
 
 

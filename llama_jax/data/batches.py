@@ -107,12 +107,12 @@ class Batches:
         """Builds global arrays of which this process reads the rows of its own devices."""
         import jax
 
-        from llama_jax.parallel.sharding import act
+        from llama_jax.parallel.sharding import activation_spec
 
         A = self.micro_batches
         B, T = self.config.batch_size // A, self.config.seq_len
         read = cache(read)
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), activation_spec("ABT"))
 
         def field(number: int) -> Any:
             def part(index: Any) -> np.ndarray:

@@ -7,15 +7,15 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.logprobs import POSITIONS, token_logprobs
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
 
 _ROWS = 4  # windows computed together
 
 
 def nats_per_token(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     tokens: Sequence[int],
     *,
     window: int = 2048,
@@ -48,7 +48,7 @@ def nats_per_token(
     text[: len(tokens)] = tokens
     inputs, targets = (part.reshape(-1, rows, window) for part in (text[:-1], text[1:]))
     told = [
-        token_logprobs(config, model, place(np.maximum(a, 0), "BS"), place(b, "BS"))
+        token_logprobs(config, model, shard_array(np.maximum(a, 0), "BS"), shard_array(b, "BS"))
         for a, b in zip(inputs, targets, strict=True)
     ]
     sums = [

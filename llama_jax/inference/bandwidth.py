@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.weights import Llama, Unrolled
+from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import platform
 from llama_jax.runtime.chips import cpu_cores
 
 _COPIED = 1 << 28  # bytes: far more than any cache of a processor holds
 
 
-def step_bytes(config: ModelConfig, model: Llama | Unrolled, batch: int, slots: int) -> int:
+def step_bytes(config: ModelConfig, model: Llama | UnstackedLlama, batch: int, slots: int) -> int:
     """Returns the bytes that all devices together read to make one token in each row.
 
     All weights once (of the embedding only the rows of the tokens, unless it is the head too), and

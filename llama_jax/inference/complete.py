@@ -6,14 +6,14 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.inference.detokenize import stream_text, until
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
-from llama_jax.model.weights import Llama, Unrolled
+from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 
 def complete(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     tokenizer: Tokenizer,
     prompt: str | Sequence[Message],
     *,

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
-from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.transformer import continued, output_head, token_ids
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
-from llama_jax.parallel.sharding import act
+from llama_jax.model.cache import KVCache, init_cache
+from llama_jax.model.transformer import as_token_array, forward_cached, output_head
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.sharding import activation_spec
 
 NO_TOKEN = -1  # fills a row after its end
 
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 class State(NamedTuple):
     """A batch in the middle of being continued."""
 
-    cache: Cache
+    cache: KVCache
     logits_BV: jax.Array  # float32, of each row's next token
     rows: Rows
 
@@ -71,24 +71,26 @@ def new_rows(
     ends = [[*ids, *[NO_TOKEN] * (widest - len(ids))] for ids in end_ids]
     keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     return Rows(
-        place(np.array(max_new_tokens, np.int32), "B"),
-        place(np.zeros(len(seeds), np.int32), "B"),
-        place(np.array(ends, np.int32), "BS"),
-        jax.reshard(keys_B, act("B")),
-        Knobs(*(place(np.asarray(knob), "B") for knob in knobs(samplings))),
-        Counts(place(prompts_BV, "BS"), place(np.zeros(prompts_BV.shape, np.int32), "BS")),
+        shard_array(np.array(max_new_tokens, np.int32), "B"),
+        shard_array(np.zeros(len(seeds), np.int32), "B"),
+        shard_array(np.array(ends, np.int32), "BS"),
+        jax.reshard(keys_B, activation_spec("B")),
+        Knobs(*(shard_array(np.asarray(knob), "B") for knob in knobs(samplings))),
+        Counts(
+            shard_array(prompts_BV, "BS"), shard_array(np.zeros(prompts_BV.shape, np.int32), "BS")
+        ),
     )
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="slots")
 def prefill(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     *,
     slots: int,
-) -> tuple[Cache, jax.Array]:
+) -> tuple[KVCache, jax.Array]:
     """Returns a cache of `slots` (T at least) with the prompts, and the logits [B, V] after them.
 
     Args:
@@ -104,22 +106,22 @@ def prefill(
 
 def read(
     config: ModelConfig,
-    model: Llama | Unrolled,
-    cache: Cache,
+    model: Llama | UnstackedLlama,
+    cache: KVCache,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-) -> tuple[Cache, jax.Array]:
+) -> tuple[KVCache, jax.Array]:
     """Returns the cache with more tokens, and the logits [B, V] after each row's last one."""
-    x_BTD, cache = continued(config, model, cache, tokens_BT, lengths_B)
+    x_BTD, cache = forward_cached(config, model, cache, tokens_BT, lengths_B)
     return cache, last_logits(config, model, x_BTD, lengths_B)
 
 
 def last_logits(
-    config: ModelConfig, model: Llama | Unrolled, x_BTD: jax.Array, lengths_B: jax.Array
+    config: ModelConfig, model: Llama | UnstackedLlama, x_BTD: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
     """Returns the logits [B, V] after the last token of each row, by `hidden_states`."""
     is_last_BT = jnp.arange(x_BTD.shape[1]) == lengths_B[:, None] - 1
-    x_BTD = jax.reshard(x_BTD, act("BSD"))
+    x_BTD = jax.reshard(x_BTD, activation_spec("BSD"))
     last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
     return output_head(config, model, last_BTD)[:, 0]
 
@@ -127,7 +129,7 @@ def last_logits(
 @partial(jax.jit, static_argnums=0, static_argnames=("room", "top"), donate_argnums=2)
 def decode(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     state: State,
     n: jax.Array | int,
     told: jax.Array | bool = False,
@@ -148,7 +150,7 @@ def decode(
         return placed((chosen_B, top_tokens_BA, top_logprobs_BA))
 
     def placed(told: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jax.reshard(x_B_, act("BS"[: x_B_.ndim])) for x_B_ in told)
+        return tuple(jax.reshard(x_B_, activation_spec("BS"[: x_B_.ndim])) for x_B_ in told)
 
     def leave(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
         return placed(tuple(x_Bn[:, 0] for x_Bn in nothing[1:]))
@@ -166,10 +168,12 @@ def decode(
         made = Made(*(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True)))
         rows = after(rows, token_B)
         cache, logits_BV = read(config, model, cache, token_B[:, None], going_B.astype(jnp.int32))
-        return i + 1, made, State(cache, jax.reshard(logits_BV, act("BV")), rows)
+        return i + 1, made, State(cache, jax.reshard(logits_BV, activation_spec("BV")), rows)
 
     def empty(value: float, dtype: type, *more: int) -> jax.Array:
-        return jnp.full((B, room, *more), value, dtype, out_sharding=act("BSS"[: 2 + len(more)]))
+        return jnp.full(
+            (B, room, *more), value, dtype, out_sharding=activation_spec("BSS"[: 2 + len(more)])
+        )
 
     nothing = Made(
         empty(NO_TOKEN, jnp.int32),
@@ -199,11 +203,11 @@ def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.A
     # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
     dims = "BSS"[: made_Bn_.ndim]
     old_B_ = jax.lax.dynamic_index_in_dim(made_Bn_, i, axis=1, keepdims=False)
-    old_B_, new_B_ = (jax.reshard(x, act(dims[:-1])) for x in (old_B_, new_B_))
+    old_B_, new_B_ = (jax.reshard(x, activation_spec(dims[:-1])) for x in (old_B_, new_B_))
     going_B_ = going_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
     kept_B_ = jnp.where(going_B_, new_B_.astype(old_B_.dtype), old_B_)
     made_Bn_ = jax.lax.dynamic_update_index_in_dim(made_Bn_, kept_B_, i, axis=1)
-    return jax.reshard(made_Bn_, act(dims))
+    return jax.reshard(made_Bn_, activation_spec(dims))
 
 
 @partial(
@@ -213,7 +217,7 @@ def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.A
 )
 def generate(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     sampling: Sampling | tuple[Sampling, ...],
@@ -246,22 +250,22 @@ def generate(
         top: alternatives that are told of each token.
         left_padded: the padding stands before the prompts, not behind them.
     """
-    tokens_BT = token_ids(config, tokens_BT)
+    tokens_BT = as_token_array(config, tokens_BT)
     lengths_B, seeds_B = jnp.asarray(lengths_B), jnp.asarray(seeds_B)
     B, T = tokens_BT.shape
     if left_padded:
         rows_B1, all_B = jnp.arange(B)[:, None], jax.reshard(lengths_B, P(None))
         moved_BT = (jnp.arange(T) - all_B[:, None]) % T
         all_BT = jax.reshard(tokens_BT, P(None, None))
-        tokens_BT = all_BT.at[rows_B1, moved_BT].get(out_sharding=act("BT"))
+        tokens_BT = all_BT.at[rows_B1, moved_BT].get(out_sharding=activation_spec("BT"))
     ends_E = jnp.array([*end_ids, NO_TOKEN], jnp.int32)
     samplings = (sampling,) * B if isinstance(sampling, Sampling) else sampling
     rows = Rows(
-        jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=act("B")),
-        jnp.zeros((B,), jnp.int32, out_sharding=act("B")),
-        jnp.broadcast_to(ends_E, (B, len(ends_E)), out_sharding=act("BS")),
-        jax.reshard(jax.vmap(jax.random.key)(seeds_B), act("B")),
-        Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs(samplings))),
+        jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=activation_spec("B")),
+        jnp.zeros((B,), jnp.int32, out_sharding=activation_spec("B")),
+        jnp.broadcast_to(ends_E, (B, len(ends_E)), out_sharding=activation_spec("BS")),
+        jax.reshard(jax.vmap(jax.random.key)(seeds_B), activation_spec("B")),
+        Knobs(*(jax.reshard(jnp.asarray(knob), activation_spec("B")) for knob in knobs(samplings))),
         _counts(config, tokens_BT, lengths_B),
     )
     slots = T + max_new_tokens + 1
@@ -274,13 +278,13 @@ def generate(
 def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Counts:
     """Returns the counts of rows that have made nothing yet."""
     shape = len(tokens_BT), config.vocab_size
-    none_BV = jnp.zeros(shape, jnp.int32, out_sharding=act("BS"))
+    none_BV = jnp.zeros(shape, jnp.int32, out_sharding=activation_spec("BS"))
 
     def add(seen_BV: jax.Array, column: tuple[jax.Array, jax.Array]):
         token_B, there_B = column
         return seen_BV | ((jnp.arange(shape[1]) == token_B[:, None]) & there_B[:, None]), None
 
     there_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
-    columns = (jax.reshard(x, act("BS")).T for x in (tokens_BT, there_BT))
+    columns = (jax.reshard(x, activation_spec("BS")).T for x in (tokens_BT, there_BT))
     prompt_BV, _ = jax.lax.scan(add, none_BV.astype(bool), tuple(columns))
     return Counts(prompt_BV, none_BV)

@@ -15,15 +15,15 @@ from llama_jax.checkpoint import orbax
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.weights import Unrolled, quantized, unrolled
-from llama_jax.parallel.mesh import check_divides, head_parts, set_default_mesh, tensor_mesh
-from llama_jax.parallel.sharding import weight
+from llama_jax.model.weights import UnstackedLlama, quantize_model, unstack_layers
+from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
+from llama_jax.parallel.sharding import weight_spec
 from llama_jax.runtime.chips import cpu_has_bfloat16
 
 
 def load(
     folder: str | Path, config: ModelConfig | None = None, quantize: str | None = None
-) -> tuple[ModelConfig, Unrolled]:
+) -> tuple[ModelConfig, UnstackedLlama]:
     """Returns a model from a model folder or a run folder, straight onto the current mesh.
 
     >>> config, model = lj.load("models/tiny")
@@ -51,14 +51,14 @@ def load(
     """
     config = config or suited(read_model_config(folder))
     set_default_mesh(partial(tensor_mesh, config))
-    copies = max(1, head_parts() // config.n_kv_heads)
+    copies = max(1, head_shards() // config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
-    copied = head_parts() % config.n_kv_heads == 0  # then key/value heads need not divide
+    copied = head_shards() % config.n_kv_heads == 0  # then key/value heads need not divide
     check_divides(jax.sharding.get_mesh(), all_heads if copied else config)
     if copies == 1:
         config, model = orbax.load_model(folder, config)
-        config, model = quantized(config, model) if quantize else (config, model)
-        return config, unrolled(model)
+        config, model = quantize_model(config, model) if quantize else (config, model)
+        return config, unstack_layers(model)
     wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
     like = abstract_model(wide)
     for name in ("wk", "wv"):
@@ -69,8 +69,8 @@ def load(
     for name in ("wk", "wv"):
         copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))
         setattr(model.layers, name, copied)
-    wide, model = quantized(wide, model) if quantize else (wide, model)
-    return wide, unrolled(model)
+    wide, model = quantize_model(wide, model) if quantize else (wide, model)
+    return wide, unstack_layers(model)
 
 
 def suited(config: ModelConfig) -> ModelConfig:
@@ -105,4 +105,4 @@ def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeSt
 def _copied(copies: int, w_L_KH: jax.Array) -> jax.Array:
     """Returns each head `copies` times, as the query heads that read it lie on the devices."""
     dims = "LDKH" if w_L_KH.ndim == 4 else "LKH"  # a weight, or the scales of one in int8
-    return jax.reshard(jnp.repeat(w_L_KH, copies, axis=-2), weight(dims))
+    return jax.reshard(jnp.repeat(w_L_KH, copies, axis=-2), weight_spec(dims))

@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from llama_jax.config.model import STRICT
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.sharding import activation_spec
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -77,7 +77,7 @@ class Sampling:
 
 
 class Knobs(NamedTuple):
-    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `act("B")`.
+    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `activation_spec("B")`.
 
     `tail_p_B` is 1 - top_p: float32 has 2^-24 between numbers near 1, but any number near 0.
     """
@@ -92,7 +92,7 @@ class Knobs(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The tokens that penalties look at. Split as `act("BS")`: no part of the vocabulary away."""
+    """The tokens that penalties count, sharded as `activation_spec("BS")`: V is not split."""
 
     prompt_BV: jax.Array  # bool: tokens of the prompt
     made_BV: jax.Array  # int32: how often each token was made
@@ -147,7 +147,7 @@ def sample(
     logits_BV = _penalised(knobs, counts, logits_BV)
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     drawn_B = knobs.temperature_B > 0
-    keys_B = jax.reshard(keys_B, act("B"))
+    keys_B = jax.reshard(keys_B, activation_spec("B"))
 
     def draw() -> jax.Array:
         tokens_B = jax.vmap(jax.random.categorical)(keys_B, _likely(knobs, logits_BV))
@@ -176,17 +176,19 @@ def logprobs(
     chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
     # The logits stay split but for this sort, which needs all of a position's.
-    top_BA, top_tokens_BA = jax.lax.top_k(jax.reshard(logits_BV, act("BSS"[: logits_BV.ndim])), top)
+    top_BA, top_tokens_BA = jax.lax.top_k(
+        jax.reshard(logits_BV, activation_spec("BSS"[: logits_BV.ndim])), top
+    )
     return chosen_B - total_B, top_BA - total_B[..., None], top_tokens_BA
 
 
 def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
-    """Returns float32 logits after penalties, split as `act("BS")`.
+    """Returns float32 logits after penalties, split as `activation_spec("BS")`.
 
     Repetition: CTRL (arXiv 1909.05858, section 4.1), with the signs of transformers. Presence and
     frequency: OpenAI's API reference, logit - frequency · count - presence · (count > 0).
     """
-    logits_BV = jax.reshard(logits_BV, act("BS")).astype(jnp.float32)
+    logits_BV = jax.reshard(logits_BV, activation_spec("BS")).astype(jnp.float32)
     if counts is None:
         return logits_BV
 

@@ -8,8 +8,8 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.generate import NO_TOKEN, State, decode, new_rows, prefill
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -35,7 +35,7 @@ def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int
 
 def stream(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -65,8 +65,8 @@ def stream(
     seen = np.zeros((1, config.vocab_size), bool)
     seen[0, list(prompt)] = True
     slots = _round_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + 1)
-    lengths = place(np.array([len(prompt)], np.int32), "B")
-    cache, logits = prefill(config, model, place(tokens, "BT"), lengths, slots=slots)
+    lengths = shard_array(np.array([len(prompt)], np.int32), "B")
+    cache, logits = prefill(config, model, shard_array(tokens, "BT"), lengths, slots=slots)
     rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
     state = State(cache, logits, rows)
     left, n = max_new_tokens, 1  # the first token is not kept waiting

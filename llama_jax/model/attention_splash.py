@@ -6,13 +6,13 @@ from typing import Any
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from llama_jax.parallel.collectives import in_balanced_order, sequence_part
-from llama_jax.parallel.mesh import context_parts, platform
+from llama_jax.parallel.collectives import local_sequence_shard, to_balanced_order
+from llama_jax.parallel.mesh import context_shards, platform
 
 LANES = 128  # of a TPU's vector unit: blocks of keys are multiples of it
 
 
-def problem(q_BTNH: jax.Array, parts: int) -> str | None:
+def unsupported_reason(q_BTNH: jax.Array, parts: int) -> str | None:
     """Tells why the kernel can't take these queries, split into `parts` of a sequence; or None."""
     T = q_BTNH.shape[1]
     if T % (LANES * 2 * parts) and (parts > 1 or T % LANES):
@@ -46,9 +46,9 @@ def _block_sizes(T: int, S: int) -> splash.BlockSizes:
 
 def _kernel(N: int, T: int, S: int) -> Callable[..., Any]:
     """Returns the kernel of N heads, this device's T queries and S keys."""
-    parts = context_parts()
+    parts = context_shards()
     causal = splash.CausalMask((S, S), shard_count=parts)
-    causal.q_sequence = in_balanced_order(causal.q_sequence)
+    causal.q_sequence = to_balanced_order(causal.q_sequence)
     made = splash.make_splash_mha(
         splash.MultiHeadMask([causal] * N),
         head_shards=1,
@@ -67,7 +67,7 @@ def _kernel(N: int, T: int, S: int) -> Callable[..., Any]:
         by_query = {"data_next": 1, "mask_next": 1, "block_mask": 1, "q_sequence": 0}
         return blocks._replace(
             **{
-                name: sequence_part(getattr(blocks, name), axis)
+                name: local_sequence_shard(getattr(blocks, name), axis)
                 for name, axis in by_query.items()
                 if getattr(blocks, name) is not None
             }

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.cache import KeysValues
-from llama_jax.model.remat import keep
-from llama_jax.parallel.collectives import text_positions
-from llama_jax.parallel.mesh import context_parts
+from llama_jax.model.cache import LayerCache
+from llama_jax.model.remat import save_for_backward
+from llama_jax.parallel.collectives import local_text_positions
+from llama_jax.parallel.mesh import context_shards
 
 # Queries are taken in blocks, at most 8 of them. A block meets the keys up to its own end only: two
 # leave out a quarter of all scores, eight 7/16, and only one block's scores exist at a time.
@@ -40,7 +40,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
     K = k_BSKH.shape[2]
     # Heads stand before positions: then every product is one of stacked plain matrices.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    visible = Visible(text_positions(T)[None], segments_BT, segments_BS)
+    visible = Visible(local_text_positions(T)[None], segments_BT, segments_BS)
     out_BKGTH = _whole_texts(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), visible)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -58,7 +58,7 @@ def _scores(q_BKGTH, k_BKSH, visible: Visible, scale_BKS=None) -> jax.Array:
     return jnp.where(visible_BTS[:, None, None], scores, -jnp.inf)
 
 
-def block(q_BKGTH, k_BKSH, v_BKSH, visible: Visible) -> tuple[jax.Array, jax.Array]:
+def attend_block(q_BKGTH, k_BKSH, v_BKSH, visible: Visible) -> tuple[jax.Array, jax.Array]:
     """Returns what the queries of a block see, and the logarithm of their softmax's sum."""
     scores = _scores(q_BKGTH, k_BKSH, visible)
     largest = jnp.max(scores, axis=-1, keepdims=True)
@@ -68,7 +68,7 @@ def block(q_BKGTH, k_BKSH, v_BKSH, visible: Visible) -> tuple[jax.Array, jax.Arr
     return (seen / total).astype(v_BKSH.dtype), largest + jnp.log(total)
 
 
-def cached(q_BKGTH: jax.Array, kept: KeysValues, positions_BT: jax.Array) -> jax.Array:
+def attend_cached(q_BKGTH: jax.Array, kept: LayerCache, positions_BT: jax.Array) -> jax.Array:
     """Returns what queries at `positions_BT` see of a cache, [B, K, G, T, H] in q's dtype."""
     dtype = q_BKGTH.dtype
     visible = Visible(positions_BT, None, None)
@@ -88,7 +88,7 @@ def _cuts(T: int, S: int) -> list[tuple[slice, slice]]:
     """
     size = max(QUERY_BLOCK, -(-T // 8))
     blocks = [slice(i, min(i + size, T)) for i in range(0, T, size)]
-    return [(at, slice(0, at.stop if context_parts() == 1 else S)) for at in blocks]
+    return [(at, slice(0, at.stop if context_shards() == 1 else S)) for at in blocks]
 
 
 @jax.custom_vjp
@@ -100,11 +100,11 @@ def _whole_texts_forward(q_BKGTH, k_BKSH, v_BKSH, visible: Visible):
     outs, log_sums = [], []
     for at, seen in _cuts(q_BKGTH.shape[3], k_BKSH.shape[2]):
         k, v = k_BKSH[:, :, seen], v_BKSH[:, :, seen]
-        out, log_sum = block(q_BKGTH[:, :, :, at], k, v, visible.part(at, seen))
+        out, log_sum = attend_block(q_BKGTH[:, :, :, at], k, v, visible.part(at, seen))
         outs.append(out)
         log_sums.append(log_sum)
-    out_BKGTH = keep("attention", jnp.concatenate(outs, axis=3))
-    log_sums = [keep("attention", log_sum) for log_sum in log_sums]
+    out_BKGTH = save_for_backward("attention", jnp.concatenate(outs, axis=3))
+    log_sums = [save_for_backward("attention", log_sum) for log_sum in log_sums]
     return out_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, visible, out_BKGTH, log_sums)
 
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.parallel.mesh import platform
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.sharding import activation_spec
 
 
-class KeysValues(NamedTuple):
+class LayerCache(NamedTuple):
     """Keys and values of one layer, in the cache's type; int8 comes with a scale for each."""
 
     k_BKSH: jax.Array
@@ -20,7 +20,7 @@ class KeysValues(NamedTuple):
     v_scale_BKS: jax.Array | None = None
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of a batch, written in place (donate it).
 
     Slot s of a row holds those of the row's token number s. What stands beyond `used_B` is never
@@ -28,7 +28,7 @@ class Cache(NamedTuple):
     copies a layer that it takes out of a stack.
     """
 
-    layers: tuple[KeysValues, ...]
+    layers: tuple[LayerCache, ...]
     used_B: jax.Array  # int32: tokens of each row that the model has read
 
     @property
@@ -37,43 +37,49 @@ class Cache(NamedTuple):
         return self.layers[0].k_BKSH.shape[2]
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """Returns an empty cache for `batch` rows of at most `slots` tokens each."""
     dims = (batch, config.n_kv_heads, slots, config.head_dim)
 
-    def empty() -> KeysValues:
+    def empty() -> LayerCache:
         def zeros(dtype: str, shape: tuple[int, ...], letters: str) -> jax.Array:
-            return jnp.zeros(shape, dtype, out_sharding=act(letters))
+            return jnp.zeros(shape, dtype, out_sharding=activation_spec(letters))
 
         if config.cache_dtype != "int8":
             dtype = config.dtype
-            return KeysValues(zeros(dtype, dims, "BKSH"), zeros(dtype, dims, "BKSH"))
+            return LayerCache(zeros(dtype, dims, "BKSH"), zeros(dtype, dims, "BKSH"))
         numbers = (zeros("int8", dims, "BKSH") for _ in "kv")
-        return KeysValues(*numbers, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
+        return LayerCache(*numbers, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
 
-    used_B = jnp.zeros((batch,), jnp.int32, out_sharding=act("B"))
-    return Cache(tuple(empty() for _ in range(config.n_layers)), used_B)
+    used_B = jnp.zeros((batch,), jnp.int32, out_sharding=activation_spec("B"))
+    return KVCache(tuple(empty() for _ in range(config.n_layers)), used_B)
 
 
-def write(kept: KeysValues, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array) -> KeysValues:
+def write_cache(
+    kept: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array
+) -> LayerCache:
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
     The slots must be there: XLA would write over earlier ones.
     """
-    k_BKTH, v_BKTH = (jax.reshard(x.swapaxes(1, 2), act("BKSH")) for x in (k_BTKH, v_BTKH))
+    k_BKTH, v_BKTH = (
+        jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
+    )
     if kept.k_scale_BKS is None or kept.v_scale_BKS is None:
         k, v = k_BKTH.astype(kept.k_BKSH.dtype), v_BKTH.astype(kept.v_BKSH.dtype)
-        return KeysValues(_put(kept.k_BKSH, k, used_B), _put(kept.v_BKSH, v, used_B))
-    (k, k_scale), (v, v_scale) = _rounded(k_BKTH), _rounded(v_BKTH)
-    return KeysValues(
-        _put(kept.k_BKSH, k, used_B),
-        _put(kept.v_BKSH, v, used_B),
-        _put(kept.k_scale_BKS, k_scale, used_B),
-        _put(kept.v_scale_BKS, v_scale, used_B),
+        return LayerCache(
+            _write_slots(kept.k_BKSH, k, used_B), _write_slots(kept.v_BKSH, v, used_B)
+        )
+    (k, k_scale), (v, v_scale) = _quantize(k_BKTH), _quantize(v_BKTH)
+    return LayerCache(
+        _write_slots(kept.k_BKSH, k, used_B),
+        _write_slots(kept.v_BKSH, v, used_B),
+        _write_slots(kept.k_scale_BKS, k_scale, used_B),
+        _write_slots(kept.v_scale_BKS, v_scale, used_B),
     )
 
 
-def _put(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
+def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
     if platform() == "cpu" and slots_BKS_.dtype == jnp.bfloat16 and new_BKT_.shape[2] == 1:
         # In bfloat16 XLA's CPU back end writes rows apart by making all of the cache float32 and
         # back: choosing for each slot is faster (8 rows of SmolLM2-135M: a step 58 to 41 ms).
@@ -85,11 +91,11 @@ def _put(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.A
 
     # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
     dims = "BKSH"[: slots_BKS_.ndim]
-    slots_BKS_, new_BKT_ = (jax.reshard(x, act(dims)) for x in (slots_BKS_, new_BKT_))
-    return jax.vmap(row)(slots_BKS_, new_BKT_, jax.reshard(used_B, act("B")))
+    slots_BKS_, new_BKT_ = (jax.reshard(x, activation_spec(dims)) for x in (slots_BKS_, new_BKT_))
+    return jax.vmap(row)(slots_BKS_, new_BKT_, jax.reshard(used_B, activation_spec("B")))
 
 
-def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each head of each token as int8, and the scale that its largest number sets."""
     x = x_BKTH.astype(jnp.float32)
     largest_BKT = jnp.max(jnp.abs(x), axis=-1)
@@ -98,7 +104,7 @@ def _rounded(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnames="slots")
-def resized(cache: Cache, *, slots: int) -> Cache:
+def resize_cache(cache: KVCache, *, slots: int) -> KVCache:
     """Returns the cache with more or fewer slots; what fewer don't hold is lost."""
 
     def change(x_BKS_: jax.Array) -> jax.Array:
@@ -111,7 +117,7 @@ def resized(cache: Cache, *, slots: int) -> Cache:
 
 
 @partial(jax.jit, donate_argnums=0)
-def copy_row(cache: Cache, source: jax.Array, target: jax.Array, used: jax.Array) -> Cache:
+def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, used: jax.Array) -> KVCache:
     """Returns the cache with row `source` in row `target` too, which holds `used` tokens of it."""
 
     def copied(x_BKS_: jax.Array) -> jax.Array:
@@ -119,4 +125,4 @@ def copy_row(cache: Cache, source: jax.Array, target: jax.Array, used: jax.Array
         return jax.lax.dynamic_update_slice_in_dim(x_BKS_, row, target, axis=0)
 
     used_B = jnp.where(jnp.arange(len(cache.used_B)) == target, used, cache.used_B)
-    return Cache(jax.tree.map(copied, cache.layers), used_B)
+    return KVCache(jax.tree.map(copied, cache.layers), used_B)

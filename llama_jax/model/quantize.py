@@ -16,25 +16,33 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.summary import Weights
+from llama_jax.model.summary import WeightsModule
 
 _SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
 # A layer's, with their letters.
-MATRICES = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w1": "DF", "w3": "DF", "w2": "FD"}
+MATRIX_DIMS = {
+    "wq": "DNH",
+    "wk": "DKH",
+    "wv": "DKH",
+    "wo": "NHD",
+    "w1": "DF",
+    "w3": "DF",
+    "w2": "FD",
+}
 # A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
 # and how the last bit of a division is rounded must not decide where they go.
 _STEPS = 127 * (1 - 2**-20)
 
 
-class Int8(Weights):
-    """A matrix of a model: `values` int8, `scale` float32 over the letters `outputs(dims)`."""
+class Int8Matrix(WeightsModule):
+    """A matrix of a model: `values` int8, `scale` float32 over the letters `output_dims(dims)`."""
 
     def __init__(self, values: jax.Array, scale: jax.Array):
         self.values = nnx.Param(values)
         self.scale = nnx.Param(scale)
 
 
-def outputs(dims: str) -> str:
+def output_dims(dims: str) -> str:
     """Returns the letters of a matrix that a product keeps: 'DNH' -> 'NH', 'VD' -> 'V'.
 
     The embedding's are its rows: that serves the look-up and a tied head alike.
@@ -43,8 +51,8 @@ def outputs(dims: str) -> str:
     return "".join(letter for letter in dims if letter not in summed)
 
 
-def int8(w: Any, dims: str) -> tuple[Any, Any]:
-    """Returns the values [dims] int8 and the scales [outputs(dims)] float32 of a matrix.
+def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
+    """Returns the values [dims] int8 and the scales [output_dims(dims)] float32 of a matrix.
 
     Args:
         w: a NumPy or JAX array with the axes `dims`, maybe with a leading L.
@@ -56,7 +64,9 @@ def int8(w: Any, dims: str) -> tuple[Any, Any]:
     """
     xp = w.__array_namespace__()
     w = w.astype(np.float32)
-    axes = tuple(dims.index(letter) - len(dims) for letter in dims if letter not in outputs(dims))
+    axes = tuple(
+        dims.index(letter) - len(dims) for letter in dims if letter not in output_dims(dims)
+    )
     largest = xp.max(xp.abs(w), axis=axes, keepdims=True)
     scale = largest * np.float32(1 / 127)  # what `/ 127` becomes in XLA, but not in NumPy
     nothing = scale < np.finfo(np.float32).tiny
@@ -65,6 +75,6 @@ def int8(w: Any, dims: str) -> tuple[Any, Any]:
     return values, xp.squeeze(xp.where(nothing, np.float32(0), scale), axis=axes)
 
 
-def matrix(config: ModelConfig, w: jax.Array, dims: str) -> Any:
-    """Returns a matrix as `config` wants it kept: an nnx.Param, or an Int8."""
-    return Int8(*int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)
+def matrix_param(config: ModelConfig, w: jax.Array, dims: str) -> Any:
+    """Returns a matrix as `config` wants it kept: an nnx.Param, or an Int8Matrix."""
+    return Int8Matrix(*quantize_int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)

@@ -18,12 +18,12 @@ _PRODUCTS = (*_PROJECTIONS, "attended", "gate", "up")
 _KEPT = {"full": (), "attention": _ATTENTION, "projections": _PROJECTIONS, "products": _PRODUCTS}
 
 
-def keep(name: str, x: jax.Array) -> jax.Array:
+def save_for_backward(name: str, x: jax.Array) -> jax.Array:
     """Gives `x` the name by which `model.remat` may keep it."""
     return checkpoint_name(x, name)
 
 
-def rematerialized(config: ModelConfig, block: Callable[..., Any]) -> Callable[..., Any]:
+def apply_remat(config: ModelConfig, block: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function of one layer, which keeps what `config.remat` names.
 
     Raises:

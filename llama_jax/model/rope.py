@@ -17,7 +17,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.parallel.mesh import platform
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Returns the angle that each of the H/2 pairs turns per position [radians], float32."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     freq = 1.0 / np.float32(config.rope_theta) ** exponent
@@ -36,13 +36,13 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     return np.where(wavelength < high, freq, stretched).astype(np.float32)
 
 
-def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_sin_cos(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns sine and cosine [B, T, H/2] of the angles at `positions_BT`, float32."""
-    angle = positions_BT[..., None].astype(jnp.float32) * frequencies(config)
+    angle = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.sin(angle), jnp.cos(angle)
 
 
-def rotate(
+def apply_rope(
     x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array], scale: float = 1.0
 ) -> jax.Array:
     """Returns x with each pair (i, i + H/2) of a head turned, times `scale`; all in float32."""

@@ -6,14 +6,14 @@ import jax
 from flax import nnx
 
 
-class Weights(nnx.Module):
+class WeightsModule(nnx.Module):
     """A module that holds weights and nothing else."""
 
     def __repr__(self) -> str:
-        return summary(self)
+        return summarize_weights(self)
 
 
-def summary(tree: Any) -> str:
+def summarize_weights(tree: Any) -> str:
     """Returns the type and size of a tree of weights, and a line for each kind of weight.
 
     The line says dtype, shape and sharding. Layers that are held one by one share it.
@@ -21,7 +21,7 @@ def summary(tree: Any) -> str:
     kinds: dict[tuple[str, ...], int] = {}
     count = 0
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = ".".join(part for part in names(path) if not part.isdecimal())
+        name = ".".join(part for part in path_names(path) if not part.isdecimal())
         spec = getattr(getattr(leaf, "sharding", None), "spec", "")
         kind = (name, f"{leaf.dtype}{list(leaf.shape)}", str(spec).replace("PartitionSpec", "P"))
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -34,7 +34,7 @@ def summary(tree: Any) -> str:
     return "\n".join(lines)
 
 
-def names(path: tuple[Any, ...]) -> list[str]:
+def path_names(path: tuple[Any, ...]) -> list[str]:
     """Returns the plain names on the path to a leaf, as JAX gives it."""
     found = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
     # An nnx.Param is a node with one leaf, `value`: the weight's own name is enough.

@@ -11,23 +11,25 @@ from flax import nnx
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.model.linear_cpu import turned, turned_back
-from llama_jax.model.quantize import MATRICES, matrix
-from llama_jax.model.summary import Weights, summary
-from llama_jax.parallel.sharding import weight
+from llama_jax.model.linear_cpu import restore_weight, transpose_weight
+from llama_jax.model.quantize import MATRIX_DIMS, matrix_param
+from llama_jax.model.summary import WeightsModule, summarize_weights
+from llama_jax.parallel.sharding import weight_spec
 
 
 def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
     shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
-    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight(dims))
-    return matrix(config, drawn, dims)
+    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight_spec(dims))
+    return matrix_param(config, drawn, dims)
 
 
 def _ones(config: ModelConfig, dims: str) -> nnx.Param:
-    return nnx.Param(jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight(dims)))
+    return nnx.Param(
+        jnp.ones(config.shape(dims), config.param_dtype, out_sharding=weight_spec(dims))
+    )
 
 
-class Block(Weights):
+class Block(WeightsModule):
     """The weights of one layer, or of all layers stacked along a leading L.
 
     Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
@@ -50,7 +52,7 @@ class Block(Weights):
         self.w2 = _normal(config, "FD", residual * F**-0.5, k[6])
 
 
-class Llama(Weights):
+class Llama(WeightsModule):
     """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -63,11 +65,11 @@ class Llama(Weights):
         self.output = None if config.tied_head else _normal(config, "DV", std, k_output)
 
 
-class Unrolled(NamedTuple):
+class UnstackedLlama(NamedTuple):
     """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
 
     XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
-    There matrices are `linear.Turned` too: [out…, in…].
+    There matrices are `linear_cpu.Transposed` too: [out…, in…].
     """
 
     tok_embeddings: nnx.Param
@@ -76,10 +78,10 @@ class Unrolled(NamedTuple):
     output: nnx.Param | None
 
     def __repr__(self) -> str:
-        return summary(self)
+        return summarize_weights(self)
 
 
-def unrolled(model: Llama) -> Unrolled:
+def unstack_layers(model: Llama) -> UnstackedLlama:
     """Returns a model layer by layer. Its stacked weights are deleted, one after the other.
 
     At most the largest of them is in memory twice meanwhile.
@@ -91,34 +93,34 @@ def unrolled(model: Llama) -> Unrolled:
         jax.block_until_ready(apart[-1])
         w_L.delete()
     layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
-    turn = jax.jit(turned, static_argnums=1)
+    turn = jax.jit(transpose_weight, static_argnums=1)
     _change_matrices(layers, turn)
     output = None if model.output is None else turn(model.output, "DV")
-    return Unrolled(model.tok_embeddings, layers, model.norm, output)
+    return UnstackedLlama(model.tok_embeddings, layers, model.norm, output)
 
 
-def as_stored(model: Unrolled) -> Unrolled:
+def restore_layout(model: UnstackedLlama) -> UnstackedLlama:
     """Returns a model whose matrices have the axes [in…, out…], as in `Llama` and in files."""
     layers = jax.tree.map(lambda leaf: leaf, model.layers)  # other nodes, the same arrays
-    _change_matrices(layers, turned_back)
-    output = None if model.output is None else turned_back(model.output, "DV")
+    _change_matrices(layers, restore_weight)
+    output = None if model.output is None else restore_weight(model.output, "DV")
     return model._replace(layers=layers, output=output)
 
 
 def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any]) -> None:
     for layer in layers:
-        for name, dims in MATRICES.items():
+        for name, dims in MATRIX_DIMS.items():
             setattr(layer, name, change(getattr(layer, name), dims))
 
 
-def layer(model: Llama | Unrolled, number: int) -> Block:
+def layer_weights(model: Llama | UnstackedLlama, number: int) -> Block:
     """Returns the weights of one layer, of which a stacked model gives a copy."""
-    if isinstance(model, Unrolled):
+    if isinstance(model, UnstackedLlama):
         return model.layers[number]
     return jax.tree.map(lambda w_L: w_L[number], model.layers)
 
 
-def check_whole(config: ModelConfig) -> None:
+def check_not_quantized(config: ModelConfig) -> None:
     """Checks that a model is not quantized.
 
     Raises:
@@ -130,8 +132,8 @@ def check_whole(config: ModelConfig) -> None:
         )
 
 
-def quantized(config: ModelConfig, model: Llama) -> tuple[ModelConfig, Llama]:
-    """Returns configuration and model with every matrix as `Int8`; the norms are shared.
+def quantize_model(config: ModelConfig, model: Llama) -> tuple[ModelConfig, Llama]:
+    """Returns configuration and model with every matrix as `Int8Matrix`; the norms are shared.
 
     One matrix after another is turned, on the current mesh; `model` is left as it is, so both are
     in memory until the caller lets it go.
@@ -139,13 +141,13 @@ def quantized(config: ModelConfig, model: Llama) -> tuple[ModelConfig, Llama]:
     Raises:
         InputError: it is quantized already.
     """
-    check_whole(config)
+    check_not_quantized(config)
     config = replace(config, quantized="int8")
-    turn = jax.jit(partial(matrix, config), static_argnames="dims")
+    turn = jax.jit(partial(matrix_param, config), static_argnames="dims")
     model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
     model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
     if model.output is not None:
         model.output = turn(model.output[...], dims="DV")
-    for name, dims in MATRICES.items():
+    for name, dims in MATRIX_DIMS.items():
         setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
     return config, model

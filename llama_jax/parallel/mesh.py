@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import AXES, BATCH_AXES, WEIGHT_AXES, act
+from llama_jax.parallel.sharding import BATCH_AXES, MESH_AXES, WEIGHT_AXES, activation_spec
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -23,7 +23,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         InputError: the axes don't multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1:
@@ -31,12 +31,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        asked = " × ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        asked = " × ".join(f"{axis} {getattr(config, axis)}" for axis in MESH_AXES)
         raise InputError(
             f"mesh: {asked} does not fit {len(devices)} device(s): the sizes must multiply to"
             f" {len(devices)}; set one of them to -1 to fill"
         )
-    types = (AxisType.Explicit,) * len(AXES)
+    types = (AxisType.Explicit,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if slices == 1:
         # An axis of 16 on a pod of 8 × 8 × 8 takes one of its dimensions and a part of another.
@@ -45,7 +45,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     else:
         placed = _across_slices(sizes, slices, devices)
-    return Mesh(placed, AXES, axis_types=types)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
@@ -56,7 +56,7 @@ def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -
     """
     if sizes["data"] % slices == 0:
         within = tuple((sizes | {"data": sizes["data"] // slices}).values())
-        across = (slices, *(1 for _ in AXES[1:]))
+        across = (slices, *(1 for _ in MESH_AXES[1:]))
         return mesh_utils.create_hybrid_device_mesh(
             within, across, devices, allow_split_physical_axes=True
         )
@@ -98,7 +98,7 @@ def set_default_mesh(make: Callable[[], Mesh]) -> None:
         jax.set_mesh(_default.mesh)
 
 
-def check_mesh(w: jax.Array) -> None:
+def check_current_mesh(w: jax.Array) -> None:
     """Checks that a weight lies on the current mesh.
 
     Raises:
@@ -168,22 +168,22 @@ def platform() -> str:
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
-def on_one_device() -> bool:
+def is_single_device() -> bool:
     """Tells whether the current mesh is one device."""
     return jax.sharding.get_abstract_mesh().size == 1
 
 
-def context_parts() -> int:
+def context_shards() -> int:
     """Returns how many parts the current mesh splits a sequence into."""
     return jax.sharding.get_abstract_mesh().shape["context"]
 
 
-def head_parts() -> int:
+def head_shards() -> int:
     """Returns how many parts the current mesh splits the heads into."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["N"]]
 
 
-def vocabulary_parts() -> int:
+def vocab_shards() -> int:
     """Returns how many parts the current mesh splits the vocabulary into."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["V"]]
 
@@ -193,7 +193,7 @@ def divisors(number: int) -> list[int]:
     return [i for i in range(1, number + 1) if number % i == 0]
 
 
-def place(array: np.ndarray, dims: str) -> jax.Array:
-    """Returns `array`, which every process holds whole, on the current mesh as `act(dims)`."""
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), act(dims))
+def shard_array(array: np.ndarray, dims: str) -> jax.Array:
+    """Returns `array`, complete on every process, sharded over the current mesh by `dims`."""
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), activation_spec(dims))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -7,7 +7,7 @@ vocabulary.
 
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Weights at rest. Stacked layers (L) are never split: every device holds its part of each layer.
 WEIGHT_AXES = {"L": None, "V": "tensor", "D": "fsdp", "N": "tensor", "K": "tensor", "H": None}
@@ -19,11 +19,11 @@ ACTIVATION_AXES |= {"H": None}
 ACTIVATION_AXES |= {"N": "tensor", "K": "tensor", "G": None, "F": "tensor", "V": "tensor"}
 
 
-def weight(dims: str) -> P:
+def weight_spec(dims: str) -> P:
     """Returns how a weight with the dimensions `dims` is split: 'DF' -> P('fsdp', 'tensor')."""
     return P(*(WEIGHT_AXES[letter] for letter in dims))
 
 
-def act(dims: str) -> P:
+def activation_spec(dims: str) -> P:
     """Returns how an activation is split: 'BTD' -> P(('data', 'fsdp'), 'context', None)."""
     return P(*(ACTIVATION_AXES[letter] for letter in dims))

@@ -12,7 +12,7 @@ from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan.schedule import Event, events
 from llama_jax.runtime.chips import Chip
 from llama_jax.training.step import init_state, train_step
@@ -63,7 +63,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
     with jax.set_mesh(mesh):
         model, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         A, B = config.training.micro_batches, config.data.batch_size
-        sharding = jax.NamedSharding(mesh, act("ABT"))
+        sharding = jax.NamedSharding(mesh, activation_spec("ABT"))
         rows = jax.ShapeDtypeStruct((A, B // A, config.data.seq_len), jnp.int32, sharding=sharding)
         batch = Batch(rows, rows, rows, rows if config.data.isolate_documents else None)
         step = jax.ShapeDtypeStruct((), jnp.int32)

@@ -13,10 +13,10 @@ from llama_jax.errors import InputError
 from llama_jax.inference import generate
 from llama_jax.inference.generate import NO_TOKEN, Rows, State
 from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs
-from llama_jax.model.cache import Cache, init_cache
-from llama_jax.model.weights import Llama, Unrolled, layer
+from llama_jax.model.cache import KVCache, init_cache
+from llama_jax.model.weights import Llama, UnstackedLlama, layer_weights
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan import topology as pods
 from llama_jax.plan.compiler import Reading, reading
 from llama_jax.plan.topology import Pod
@@ -48,19 +48,19 @@ def over(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
     return replace(config, n_kv_heads=max(config.n_kv_heads, mesh.size))
 
 
-def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> Unrolled:
+def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedLlama:
     """Returns the abstract weights of a model, layer by layer."""
 
-    def make() -> Unrolled:
+    def make() -> UnstackedLlama:
         model = Llama(config, jax.random.key(0))
-        layers = tuple(layer(model, number) for number in range(config.n_layers))
-        return Unrolled(model.tok_embeddings, layers, model.norm, model.output)
+        layers = tuple(layer_weights(model, number) for number in range(config.n_layers))
+        return UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output)
 
     with jax.set_mesh(mesh):
         return eval_shape_on_mesh(make)
 
 
-def cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> Cache:
+def cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> KVCache:
     """Returns the abstract cache of a batch."""
     with jax.set_mesh(mesh):
         return eval_shape_on_mesh(partial(init_cache, config, batch, slots))
@@ -111,14 +111,16 @@ def compile_decode(
 
 
 def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, act(dims)))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=jax.NamedSharding(mesh, activation_spec(dims))
+    )
 
 
 def _state(config: ModelConfig, batch: int, slots: int) -> State:
     """Makes a batch whose rows have not begun, in a traced function."""
 
     def full(value: int, dims: str, *shape: int, dtype: type = jnp.int32) -> jax.Array:
-        return jnp.full((batch, *shape), value, dtype, out_sharding=act(dims))
+        return jnp.full((batch, *shape), value, dtype, out_sharding=activation_spec(dims))
 
     V = config.vocab_size
     keys_B = jax.vmap(jax.random.key)(full(0, "B", dtype=jnp.uint32))
@@ -126,8 +128,13 @@ def _state(config: ModelConfig, batch: int, slots: int) -> State:
         full(slots, "B"),
         full(0, "B"),
         full(NO_TOKEN, "BS", 1),
-        jax.reshard(keys_B, act("B")),
-        Knobs(*(jax.reshard(jnp.asarray(knob), act("B")) for knob in knobs([Sampling()] * batch))),
+        jax.reshard(keys_B, activation_spec("B")),
+        Knobs(
+            *(
+                jax.reshard(jnp.asarray(knob), activation_spec("B"))
+                for knob in knobs([Sampling()] * batch)
+            )
+        ),
         Counts(full(False, "BS", V, dtype=jnp.bool_), full(0, "BS", V)),
     )
     logits_BV = full(0, "BV", V, dtype=jnp.float32)

@@ -9,18 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.data.windows import Batch
-from llama_jax.model.linear_cpu import summed_product, whole
+from llama_jax.model.linear_cpu import accumulate_dtype, einsum_float32
 from llama_jax.model.transformer import hidden_states
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.collectives import (
-    balance,
-    gather,
-    over_vocabulary,
+    gather_weight,
+    reduce_over_vocab,
+    shard_sequence,
     sum_gradient,
     sum_over_tokens,
-    vocabulary_start,
+    vocab_shard_start,
 )
-from llama_jax.parallel.sharding import act, weight
+from llama_jax.parallel.sharding import activation_spec, weight_spec
 
 # Logits that a device holds at a time, in float32. [B, T, V] whole is the largest array of a
 # training step, many times over; in chunks of T it costs nothing but reading the head's gradient
@@ -36,7 +36,7 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     divides by is the number of targets of the whole batch, over all micro-batches and devices.
     Only the objective can be differentiated.
     """
-    batch = jax.tree.map(balance, batch)
+    batch = jax.tree.map(shard_sequence, batch)
     x_BTD = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
     w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
     static = _Static(z_loss, config.reduce_dtype, not config.scan)
@@ -67,9 +67,9 @@ def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: j
         sums, _ = jax.lax.scan(add, (zero, zero), chunks, unroll=static.unroll)
         return jax.tree.map(sum_over_tokens, sums)
 
-    specs = act("BTD"), act("DV"), act("BT")
+    specs = activation_spec("BTD"), activation_spec("DV"), activation_spec("BT")
     mapped = jax.shard_map(local, in_specs=specs, out_specs=(P(), P()), check_vma=False)
-    return mapped(x_BTD, gather(w_DV, "DV", x_BTD.dtype), targets_BT)
+    return mapped(x_BTD, gather_weight(w_DV, "DV", x_BTD.dtype), targets_BT)
 
 
 def _chunks(x_BTD, targets_BT, V: int):
@@ -92,12 +92,12 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     V = w_DV.shape[1]
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
     counted_BT = targets_BT >= 0
-    largest_BT1 = over_vocabulary(jax.lax.pmax, jnp.max(logits_BTV, axis=-1, keepdims=True))
-    total_BT = over_vocabulary(jax.lax.psum, jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1))
+    largest_BT1 = reduce_over_vocab(jax.lax.pmax, jnp.max(logits_BTV, axis=-1, keepdims=True))
+    total_BT = reduce_over_vocab(jax.lax.psum, jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1))
     log_z_BT = largest_BT1[..., 0] + jnp.log(total_BT)
-    chosen_BTV = vocabulary_start(V) + jnp.arange(V) == targets_BT[..., None]
+    chosen_BTV = vocab_shard_start(V) + jnp.arange(V) == targets_BT[..., None]
     chosen_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
-    chosen_BT = over_vocabulary(jax.lax.psum, chosen_BT)
+    chosen_BT = reduce_over_vocab(jax.lax.psum, chosen_BT)
     nll = jnp.sum(jnp.where(counted_BT, log_z_BT - chosen_BT, 0))
     objective = nll + z_loss * jnp.sum(jnp.where(counted_BT, log_z_BT**2, 0))
     scale_BT = jnp.where(counted_BT, 1 + 2 * z_loss * log_z_BT, 0)
@@ -118,23 +118,23 @@ def _head_loss_forward(static: _Static, x_BTD, w_DV, targets_BT):
             # Else an unrolled loop would make the logits of several chunks before it needs them.
             (x_BTD, targets_BT), sums = jax.lax.optimization_barrier((chunk, sums))
             objective, nll, d_logits = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
-            out = whole(x_BTD.dtype)
+            out = accumulate_dtype(x_BTD.dtype)
             dx = jnp.einsum("BTV,DV->BTD", d_logits, w_DV, preferred_element_type=out)
-            dw = summed_product("BTD,BTV->DV", x_BTD, d_logits)
+            dw = einsum_float32("BTD,BTV->DV", x_BTD, d_logits)
             return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx.astype(x_BTD.dtype)
 
         zero = jnp.float32(0)
         start = zero, zero, jnp.zeros(w_DV.shape, jnp.float32)
         chunks = _chunks(x_BTD, targets_BT, w_DV.shape[1])
         (objective, nll, dw), dx = jax.lax.scan(add, start, chunks, unroll=static.unroll)
-        dx = over_vocabulary(jax.lax.psum, dx).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+        dx = reduce_over_vocab(jax.lax.psum, dx).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
         sums = sum_over_tokens(objective), sum_over_tokens(nll)
         return sums, dx, sum_gradient(dw, "DV", static.reduce_dtype)
 
-    specs = act("BTD"), act("DV"), act("BT")
-    out_specs = (P(), P()), act("BTD"), weight("DV")
+    specs = activation_spec("BTD"), activation_spec("DV"), activation_spec("BT")
+    out_specs = (P(), P()), activation_spec("BTD"), weight_spec("DV")
     mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
-    sums, dx, dw = mapped(x_BTD, gather(w_DV, "DV", x_BTD.dtype), targets_BT)
+    sums, dx, dw = mapped(x_BTD, gather_weight(w_DV, "DV", x_BTD.dtype), targets_BT)
     return sums, (dx, dw.astype(w_DV.dtype))
 
 

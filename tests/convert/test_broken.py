@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import corrupt_checkpoint as corrupt
+import corrupt_other_files as corrupt_other
+import corrupt_weights
 import numpy as np
 import pytest
-import ways_beside as beside
-import ways_to_break as ways
-import ways_unseen as unseen
-from whole_checkpoints import write_all
+from sample_checkpoints import write_all
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.single_weights import WeightsReader
@@ -34,7 +34,7 @@ from llama_jax.errors import Fault, InputError
 from llama_jax.runtime.process_memory import peak_resident
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-Way = Callable[[Path, ways.Rng], ways.Options]
+Way = Callable[[Path, corrupt.Rng], corrupt.Options]
 # After these the checkpoint may still be whole: nothing that matters was hit.
 ENDURED = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
 ADVICE = re.compile(
@@ -60,39 +60,39 @@ class Case(NamedTuple):
 
 FOLDERS = ("meta1", "meta2", "hf1", "hf3", "bin1", "bin3")
 HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
-    ways.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
-    ways.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
-    ways.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
-    unseen.one_bit: (("meta1", "meta2", "bin1", "bin3"), 4),
-    unseen.shifted: (("f32", "q8"), 8),
-    unseen.irregular: ((*FOLDERS, "f32", "legacy", "model", "run"), 4),
-    ways.missing: ((*FOLDERS, "model", "run"), 2),
-    ways.value: (("meta1", "hf1", "model", "run"), 14),
-    ways.metadata: (("f32", "q8"), 9),
-    ways.sizes: (("legacy", "version1"), 5),
-    ways.dropped: ((*FOLDERS, "f32", "q8"), 1),
-    ways.renamed: ((*FOLDERS, "f32"), 1),
-    ways.added: ((*FOLDERS, "q8"), 1),
-    ways.transposed: ((*FOLDERS, "f32", "q8"), 1),
-    ways.reshaped: ((*FOLDERS, "f32"), 2),
-    ways.retyped: ((*FOLDERS, "f32"), 1),
-    ways.infinite: ((*FOLDERS, "f32"), 1),
-    ways.unlike: (("meta2",), 3),
-    ways.swapped: (("meta2", "hf3", "bin3"), 2),
-    ways.foreign: (("meta2", "hf3"), 3),
-    ways.beyond: (("meta1", "meta2"), 3),
-    ways.index: (("hf3", "bin3"), 8),
-    ways.runs: (("meta1", "bin3"), 8),
-    ways.pickled: (("meta1", "bin1"), 5),
-    ways.huge: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
-    ways.stacked: (("model",), 5),
-    beside.tokenizer: (("meta1", "export", "model"), 6),
-    beside.vocabulary: (("meta1", "hf1"), 2),
-    beside.template: (("export",), 1),
-    beside.destination: (("meta1", "q8"), 5),
-    beside.asked: (("hf1",), 5),
-    beside.nothing: (("hf1",), 12),
-    beside.receipt: (("model",), 16),
+    corrupt.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
+    corrupt.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
+    corrupt.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
+    corrupt_weights.one_bit: (("meta1", "meta2", "bin1", "bin3"), 4),
+    corrupt_weights.shifted: (("f32", "q8"), 8),
+    corrupt_weights.irregular: ((*FOLDERS, "f32", "legacy", "model", "run"), 4),
+    corrupt.missing: ((*FOLDERS, "model", "run"), 2),
+    corrupt.value: (("meta1", "hf1", "model", "run"), 14),
+    corrupt.metadata: (("f32", "q8"), 9),
+    corrupt.sizes: (("legacy", "version1"), 5),
+    corrupt.dropped: ((*FOLDERS, "f32", "q8"), 1),
+    corrupt.renamed: ((*FOLDERS, "f32"), 1),
+    corrupt.added: ((*FOLDERS, "q8"), 1),
+    corrupt.transposed: ((*FOLDERS, "f32", "q8"), 1),
+    corrupt.reshaped: ((*FOLDERS, "f32"), 2),
+    corrupt.retyped: ((*FOLDERS, "f32"), 1),
+    corrupt.infinite: ((*FOLDERS, "f32"), 1),
+    corrupt.unlike: (("meta2",), 3),
+    corrupt.swapped: (("meta2", "hf3", "bin3"), 2),
+    corrupt.foreign: (("meta2", "hf3"), 3),
+    corrupt.beyond: (("meta1", "meta2"), 3),
+    corrupt.index: (("hf3", "bin3"), 8),
+    corrupt.runs: (("meta1", "bin3"), 8),
+    corrupt.pickled: (("meta1", "bin1"), 5),
+    corrupt.huge: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
+    corrupt.stacked: (("model",), 5),
+    corrupt_other.tokenizer: (("meta1", "export", "model"), 6),
+    corrupt_other.vocabulary: (("meta1", "hf1"), 2),
+    corrupt_other.template: (("export",), 1),
+    corrupt_other.destination: (("meta1", "q8"), 5),
+    corrupt_other.asked: (("hf1",), 5),
+    corrupt_other.nothing: (("hf1",), 12),
+    corrupt_other.receipt: (("model",), 16),
 }
 CASES = [Case(b, how, i) for how, (bs, n) in HOW_MANY.items() for b in bs for i in range(n)]
 
@@ -209,7 +209,7 @@ def test_is_refused_in_a_sentence_or_converted_as_if_whole(case, whole, clean, t
         assert new or made(outcome) == expected
     else:
         assert list(out.iterdir()) == []
-        assert outcome or case.breaking is beside.receipt
+        assert outcome or case.breaking is corrupt_other.receipt
         check_sentence(outcome or f"{tmp_path} give", tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_the_pickles_would_run_code_elsewhere(tmp_path):
     """Python's own reader of pickles does what the converter must not do."""
     for seed in range(30):
         canary = tmp_path / f"canary{seed}"
-        pickle.loads(ways.runs_code(np.random.default_rng(seed), canary))
+        pickle.loads(corrupt.runs_code(np.random.default_rng(seed), canary))
         assert canary.exists()
 
 

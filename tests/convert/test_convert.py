@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REFERENCES, mesh_of, peer, tiny_config, tiny_model
-from whole_checkpoints import quiet
+from sample_checkpoints import quiet
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints, load_model, save_model

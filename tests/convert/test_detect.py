@@ -5,7 +5,7 @@ import shlex
 import shutil
 
 import pytest
-from whole_checkpoints import (
+from sample_checkpoints import (
     GGUF_TENSORS,
     tokenizer_model,
     write_folder,

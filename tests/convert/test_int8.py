@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
-from whole_checkpoints import quiet
+from sample_checkpoints import quiet
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.orbax import load_model, save_model
 from llama_jax.convert import layout
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
-from llama_jax.model.weights import Llama, quantized
+from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import one_device_mesh
 
 
@@ -43,7 +43,7 @@ def folders(request, tmp_path_factory):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
 def test_loading_gives_what_quantizing_on_load_gives_bit_for_bit(folders, shape):
     with jax.set_mesh(mesh_of(shape)):
-        expected_config, expected = quantized(*load_model(folders[0]))
+        expected_config, expected = quantize_model(*load_model(folders[0]))
         config, model = load_model(folders[1])
     assert config == expected_config
     assert jax.tree.structure(model) == jax.tree.structure(expected)
@@ -59,7 +59,7 @@ def test_weights_of_two_types_become_one_as_on_load(tmp_path):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
         model.tok_embeddings = nnx.Param(1.001 * model.tok_embeddings[...].astype(np.float32))
         save_model(tmp_path / "m", config, model, None)
-        _, expected = quantized(*load_model(tmp_path / "m"))
+        _, expected = quantize_model(*load_model(tmp_path / "m"))
         _, made = load_model(quiet(tmp_path / "m", tmp_path / "int8", quantize="int8"))
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -4,7 +4,7 @@ import struct
 import sys
 
 import pytest
-from whole_checkpoints import quiet, write_llama2c
+from sample_checkpoints import quiet, write_llama2c
 
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stored_files import write
-from whole_checkpoints import quiet, read
+from sample_checkpoints import quiet, read
+from tensor_files import write
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.convert.verify import verify

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from whole_checkpoints import GGUF_TENSORS, tokenizer_model, write_folder, write_gguf
+from sample_checkpoints import GGUF_TENSORS, tokenizer_model, write_folder, write_gguf
 
 from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.convert.formats import meta

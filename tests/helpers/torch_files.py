@@ -6,7 +6,7 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
-from stored_files import write
+from tensor_files import write
 
 
 def archive(path, data, entries=(("data/0", bytes(24)),), root="archive", **how):

@@ -15,8 +15,8 @@ from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import forward
-from llama_jax.model.weights import Llama, as_stored, quantized
-from llama_jax.parallel.mesh import one_device_mesh, place, tensor_mesh
+from llama_jax.model.weights import Llama, quantize_model, restore_layout
+from llama_jax.parallel.mesh import one_device_mesh, shard_array, tensor_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CONFIG = tiny_model()
@@ -33,9 +33,9 @@ def padded(side):
 
 
 def made(model, side="right", sampling=Sampling(), config=CONFIG, **options):
-    tokens, lengths = place(padded(side), "BT"), place(np.array(LENGTHS, np.int32), "B")
+    tokens, lengths = shard_array(padded(side), "BT"), shard_array(np.array(LENGTHS, np.int32), "B")
     options = {"max_new_tokens": 10, "left_padded": side == "left"} | options
-    seeds = place(np.arange(8, dtype=np.uint32), "B")
+    seeds = shard_array(np.arange(8, dtype=np.uint32), "B")
     return generate(config, model, tokens, lengths, sampling, seeds, **options)
 
 
@@ -89,14 +89,14 @@ def test_greedy_tokens_are_the_same_over_any_number_of_devices(folder, greedy, d
     with jax.set_mesh(mesh):
         config, model = load(folder)
         assert config.n_kv_heads == max(CONFIG.n_kv_heads, devices)
-        wk = as_stored(model).layers[0].wk[...]
+        wk = restore_layout(model).layers[0].wk[...]
         assert wk.sharding.shard_shape(wk.shape)[1] == config.n_kv_heads // devices
         np.testing.assert_array_equal(run(model, config=config), greedy)
 
 
 def test_int8_continues_alike_on_one_device_and_where_heads_are_copied(model, folder, tmp_path):
     with jax.set_mesh(one_device_mesh()):
-        config, kept = quantized(CONFIG, model)
+        config, kept = quantize_model(CONFIG, model)
         save_model(tmp_path / "int8", config, kept, tokenizer=None)
         config, loaded = load(tmp_path / "int8")
         continued = run(loaded, config=config)

@@ -6,8 +6,8 @@ from conftest import mesh_of, peer
 from pydantic import ValidationError
 
 from llama_jax.inference.sampling import Counts, Sampling, knobs, logprobs, process, sample
-from llama_jax.parallel.mesh import one_device_mesh, place
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.mesh import one_device_mesh, shard_array
+from llama_jax.parallel.sharding import activation_spec
 
 SHARES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = np.log(np.stack([SHARES, SHARES[::-1]])).astype(np.float32)
@@ -47,11 +47,11 @@ def contexts(rows, seed):
 def counted(prompts, made, vocabulary=V):
     counts = np.stack([np.bincount(row, minlength=vocabulary) for row in made])
     in_prompt = np.stack([np.bincount(row, minlength=vocabulary) > 0 for row in prompts])
-    return Counts(place(in_prompt, "BS"), place(counts.astype(np.int32), "BS"))
+    return Counts(shard_array(in_prompt, "BS"), shard_array(counts.astype(np.int32), "BS"))
 
 
 def placed(samplings):
-    return jax.tree.map(lambda column: place(column, "B"), knobs(samplings))
+    return jax.tree.map(lambda column: shard_array(column, "B"), knobs(samplings))
 
 
 def normal(rows, seed, vocabulary=V):
@@ -323,8 +323,8 @@ def test_sharded_vocabularies_give_the_same(mesh):
 
     def run(mesh):
         with jax.set_mesh(mesh):
-            keys_B = jax.reshard(keys(rows, 3), act("B"))
-            arguments = placed(samplings), counted(prompts, made), place(logits, "BV"), keys_B
+            keys_B = jax.reshard(keys(rows, 3), activation_spec("B"))
+            arguments = placed(samplings), counted(prompts, made), shard_array(logits, "BV"), keys_B
             return [np.asarray(x) for x in jax.tree.leaves(three(*arguments))]
 
     made_there, *there = run(mesh_of(mesh))

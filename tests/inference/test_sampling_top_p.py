@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llama_jax.inference.sampling import Sampling, knobs, process
-from llama_jax.parallel.mesh import place
+from llama_jax.parallel.mesh import shard_array
 
 
 @pytest.mark.usefixtures("one_device")
@@ -18,7 +18,7 @@ def test_top_p_near_1_keeps_what_a_float64_reference_keeps():
     tails_B1 = np.array([1 - (1 - tail) for tail in tails])[:, None]  # as float64 gives 1 - p
     # Sums of 500 float32 numbers are rounded by less than 500 x 2^-24: no tail lies so near.
     assert np.abs(left_out / tails_B1 - 1).min() > 500 * 2**-24
-    placed = jax.tree.map(lambda column_B: place(column_B, "B"), rows)
+    placed = jax.tree.map(lambda column_B: shard_array(column_B, "B"), rows)
     got = np.isfinite(jax.jit(process)(placed, None, logits)).sum(axis=1)
     assert got.tolist() == (left_out > tails_B1).sum(axis=1).tolist()
     assert got[0] < got[-1] < 500

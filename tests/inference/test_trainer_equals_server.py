@@ -11,12 +11,12 @@ import pytest
 import textbook
 from conftest import load_reference, quick_compilation, tiny_model
 
-from llama_jax.checkpoint.tree import names
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import Begun, Ended, MadeToken, Request
 from llama_jax.inference.sampling import Sampling
+from llama_jax.model.summary import path_names
 from llama_jax.model.transformer import forward
-from llama_jax.model.weights import Llama, unrolled
+from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -79,7 +79,7 @@ def rounding(model, logits_BTV: np.ndarray, text: list[int]) -> float:
     numbers is not beyond it. The scores are what counts: those of stories260K reach 350 in a long
     text. Most of that is common to all keys, so softmax drops it, but its rounding stays.
     """
-    weights = {".".join(names(p)): np.asarray(w) for p, w in jax.tree.leaves_with_path(model)}
+    weights = {".".join(path_names(p)): np.asarray(w) for p, w in jax.tree.leaves_with_path(model)}
     positions = np.arange(len(text))[None]
     logits = jax.jit(textbook.logits, compiler_options=quick_compilation())
     _, score = logits(weights, np.array([text]), positions, np.ones_like(positions))
@@ -94,7 +94,7 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
         else:
             config, model, tokens = stories260k(request.getfixturevalue("shared_data"))
         text, other = tuple(tokens[:600]), tuple(tokens[600:1000])
-        served = unrolled(jax.tree.map(lambda w: w.copy(), model))
+        served = unstack_layers(jax.tree.map(lambda w: w.copy(), model))
         with closing(Engine(config, served, rows=3, context=CONTEXT)) as engine:
             ask = {"sampling": DRAWN, "logprobs": True, "top_logprobs": 20}
             long = Request(text, 40, prompt_logprobs=True, **ask)  # in chunks of 256, 256 and 88

@@ -9,8 +9,8 @@ from conftest import mesh_of
 from llama_jax.errors import InputError
 from llama_jax.model import attention as attention_module
 from llama_jax.model.attention import attention, cached_attention
-from llama_jax.model.cache import KeysValues
-from llama_jax.parallel.collectives import in_balanced_order
+from llama_jax.model.cache import LayerCache
+from llama_jax.parallel.collectives import to_balanced_order
 
 
 def reference(q, k, v, segments):
@@ -102,7 +102,7 @@ def test_every_kernel_agrees_on_every_mesh(kernel, shape, packed):
     with jax.set_mesh(mesh_of((1, 1, 1))):
         expected = made("xla", q, k, v, segments, weights)
     with jax.set_mesh(mesh_of(shape)):
-        order = in_balanced_order(np.arange(T))
+        order = to_balanced_order(np.arange(T))
         operands = [x if x is None else x[:, order] for x in (q, k, v, segments, weights)]
         found = made(kernel, *operands)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -114,7 +114,7 @@ def test_every_kernel_agrees_on_every_mesh(kernel, shape, packed):
 def test_queries_see_the_slots_of_a_cache_up_to_their_own():
     q, k, v = (random((2, 10, 4, 8), i) for i in range(3))
     whole = jax.jit(attention)(q, k, v, np.ones((2, 10), np.int32))
-    kept = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    kept = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     positions = np.array([[6, 7], [1, 2]], np.int32)
     queries = np.stack([q[0, 6:8], q[1, 1:3]])
     part = jax.jit(cached_attention)(queries, kept, positions)
@@ -141,7 +141,7 @@ def test_a_kernel_that_cannot_is_refused_by_name(kernel, T, sentence):
 )
 def test_auto_takes_the_kernel_of_the_platform(monkeypatch, platform, packed, kernel):
     monkeypatch.setattr(attention_module, "platform", lambda: platform)
-    monkeypatch.setattr(attention_module, "context_parts", lambda: 1)
+    monkeypatch.setattr(attention_module, "context_shards", lambda: 1)
     q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
     segments = jnp.ones((1, 128), jnp.int32) if packed else None
-    assert attention_module._chosen("auto", q, segments) == kernel
+    assert attention_module._choose_kernel("auto", q, segments) == kernel

@@ -14,9 +14,9 @@ from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.inference.stream import stream
 from llama_jax.model import linear, linear_cpu
-from llama_jax.model.quantize import Int8, int8, outputs
+from llama_jax.model.quantize import Int8Matrix, output_dims, quantize_int8
 from llama_jax.model.transformer import forward
-from llama_jax.model.weights import Llama, quantized
+from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import one_device_mesh
 
 CONFIG = tiny_model()
@@ -35,12 +35,14 @@ def both(request):
     config = tiny_model(tied_head=request.param)
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-        return config, model, *quantized(config, model)
+        return config, model, *quantize_model(config, model)
 
 
 def expanded(values, scale, dims):
     """Returns values · scale, which is exact in float64."""
-    axes = tuple(dims.index(letter) - len(dims) for letter in dims if letter not in outputs(dims))
+    axes = tuple(
+        dims.index(letter) - len(dims) for letter in dims if letter not in output_dims(dims)
+    )
     return values.astype(np.float64) * np.expand_dims(scale.astype(np.float64), axes)
 
 
@@ -49,12 +51,12 @@ def expanded(values, scale, dims):
 def test_no_number_is_off_by_more_than_half_its_channels_scale(dims, dtype):
     sizes = {"V": 40, "D": 24, "N": 3, "H": 8, "F": 56}
     rng = np.random.default_rng(1)
-    channels = [sizes[letter] if letter in outputs(dims) else 1 for letter in dims]
+    channels = [sizes[letter] if letter in output_dims(dims) else 1 for letter in dims]
     w = rng.normal(size=[sizes[letter] for letter in dims]) * 10 ** rng.normal(size=channels)
     w = w.astype(jnp.dtype(dtype))
-    values, scale = int8(w, dims)
+    values, scale = quantize_int8(w, dims)
     assert (values.dtype, scale.dtype, values.shape) == (np.int8, np.float32, w.shape)
-    assert scale.shape == tuple(sizes[letter] for letter in outputs(dims))
+    assert scale.shape == tuple(sizes[letter] for letter in output_dims(dims))
     off = expanded(values, scale, dims) - w.astype(np.float64)
     # Half a step, and of up to 127 steps: 2^-20, by which a step is stretched, and 5 roundings (of
     # the two constants, the scale, the division, the product) of 2^-24.
@@ -66,7 +68,10 @@ def test_no_number_is_off_by_more_than_half_its_channels_scale(dims, dtype):
 def test_channels_of_nothing_stay_nothing():
     w = np.zeros((4, 3), np.float32)
     w[:, 1], w[:, 2] = 1e-40, [1, -2, 0.5, 0]
-    for values, scale in (int8(w, "DF"), jax.jit(int8, static_argnums=1)(jnp.array(w), "DF")):
+    for values, scale in (
+        quantize_int8(w, "DF"),
+        jax.jit(quantize_int8, static_argnums=1)(jnp.array(w), "DF"),
+    ):
         assert np.asarray(scale).tolist() == [0, 0, np.float32(2) * np.float32(1 / 127)]
         assert np.asarray(values).T.tolist() == [[0] * 4, [0] * 4, [63, -127, 32, 0]]
 
@@ -92,7 +97,7 @@ def test_products_are_those_of_the_numbers_that_int8_stands_for(both, blocks, mo
     like = jax.tree.map(lambda leaf: leaf, model)
     for node, name in [(like, "tok_embeddings"), (like, "output"), *matrices(like.layers)]:
         kept = getattr(new if node is like else new.layers, name)
-        if isinstance(kept, Int8):
+        if isinstance(kept, Int8Matrix):
             values, scale = np.asarray(kept.values[...]), np.asarray(kept.scale[...])
             dims = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w2": "FD"}.get(name, "DF")
             float64 = expanded(values, scale, "VD" if name == "tok_embeddings" else dims)
@@ -115,7 +120,7 @@ def test_every_mesh_gives_the_values_and_logits_of_one_device(both, shape):
         expected = full(new_config, new, TOKENS)
     with jax.set_mesh(mesh_of(shape)):
         there = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(config)))
-        _, split = quantized(config, there)
+        _, split = quantize_model(config, there)
         for leaf, like in zip(
             jax.tree.leaves(split), jax.tree.leaves(abstract_model(new_config)), strict=True
         ):
@@ -132,7 +137,7 @@ def test_stories260k_hardly_changes(shared_data):
     with jax.set_mesh(one_device_mesh()):
         config, model = load_reference(folder / "hf")
         expected = np.asarray(full(config, model, ids)[0])
-        new_config, new = quantized(config, model)
+        new_config, new = quantize_model(config, model)
         w1, kept = np.asarray(model.layers.w1[...]), new.layers.w1
         off = w1 - expanded(np.asarray(kept.values[...]), np.asarray(kept.scale[...]), "DF")
         # A step is 1/127 of a channel's largest of 64 numbers, about 2.6 deviations; an even error
@@ -151,4 +156,4 @@ def test_stories260k_hardly_changes(shared_data):
 def test_what_is_quantized_already_is_refused(both):
     *_, new_config, new = both
     with pytest.raises(InputError, match="is int8 already: quantize the one that it was made from"):
-        quantized(new_config, new)
+        quantize_model(new_config, new)

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_model
 
 from llama_jax.config.model import RopeScaling
-from llama_jax.model.rope import frequencies, rotate, rotation
+from llama_jax.model.rope import apply_rope, rope_frequencies, rope_sin_cos
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_angles_are_those_of_metas_code(shared_data, name):
         rope_scaling=RopeScaling(factor=8.0) if scaled else None,
     )
     # Both are float32 powers: they may differ in the last place, an angle of at most 1 by 6e-8.
-    np.testing.assert_allclose(frequencies(config), expected, rtol=2e-7)
+    np.testing.assert_allclose(rope_frequencies(config), expected, rtol=2e-7)
 
 
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
@@ -32,7 +32,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
 
     def at(x, position):
-        return rotate(x, rotation(config, jnp.array([[position]])))
+        return apply_rope(x, rope_sin_cos(config, jnp.array([[position]])))
 
     assert np.allclose(jnp.linalg.norm(at(q, 37)), jnp.linalg.norm(q), rtol=1e-6)
     near = jnp.sum(at(q, 5) * at(k, 2))
@@ -42,8 +42,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 
 
 def test_scaling_keeps_short_wavelengths_and_stretches_long_ones():
-    plain = frequencies(tiny_model(head_dim=64, rope_theta=5e5))
-    scaled = frequencies(tiny_model(head_dim=64, rope_theta=5e5, rope_scaling=RopeScaling()))
+    plain = rope_frequencies(tiny_model(head_dim=64, rope_theta=5e5))
+    scaled = rope_frequencies(tiny_model(head_dim=64, rope_theta=5e5, rope_scaling=RopeScaling()))
     wavelength = 2 * np.pi / plain
     assert np.array_equal(scaled[wavelength < 2048], plain[wavelength < 2048])
     assert np.allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)

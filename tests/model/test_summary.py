@@ -3,7 +3,7 @@
 import jax
 from conftest import mesh_of, tiny_model
 
-from llama_jax.model.weights import Llama, quantized, unrolled
+from llama_jax.model.weights import Llama, quantize_model, unstack_layers
 
 
 def test_a_model_prints_a_line_for_each_kind_of_weight():
@@ -13,8 +13,8 @@ def test_a_model_prints_a_line_for_each_kind_of_weight():
         stacked = repr(model)
         traced = []
         jax.jit(lambda m: traced.append(repr(m)))(model)
-        small = repr(quantized(config, model)[1].layers.w1)
-        apart = repr(unrolled(model))
+        small = repr(quantize_model(config, model)[1].layers.w1)
+        apart = repr(unstack_layers(model))
     assert [" ".join(line.split()) for line in stacked.splitlines()[:4]] == [
         "Llama: 45,216 numbers",
         "layers.attention_norm float32[2, 32] P(None, 'fsdp')",
@@ -23,6 +23,6 @@ def test_a_model_prints_a_line_for_each_kind_of_weight():
     ]
     assert len(stacked.splitlines()) == 13
     assert traced[0].startswith("Llama: 45,216 numbers\n")
-    assert small.splitlines()[0] == "Int8: 4,224 numbers"
+    assert small.splitlines()[0] == "Int8Matrix: 4,224 numbers"
     assert "layers.w1 2 × float32[64, 32] P('tensor', 'fsdp')" in " ".join(apart.split())
     assert len(apart.splitlines()) == 13

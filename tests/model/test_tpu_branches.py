@@ -12,9 +12,9 @@ from conftest import mesh_of, tiny_model
 from flax import nnx
 
 from llama_jax.model import attention, cache, linear, linear_cpu, remat, rope
-from llama_jax.model.cache import KeysValues, init_cache
-from llama_jax.model.transformer import continued, forward, output_head
-from llama_jax.model.weights import Llama, unrolled
+from llama_jax.model.cache import LayerCache, init_cache
+from llama_jax.model.transformer import forward, forward_cached, output_head
+from llama_jax.model.weights import Llama, unstack_layers
 
 BFLOAT16 = 2.0**-8  # half a step of rounding, of a number's size
 
@@ -99,10 +99,10 @@ def test_one_text_token_by_token(monkeypatch, dtype):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (6, 1, 1))
 
     def work():
-        model = unrolled(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
+        model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
 
         def step(cache, token_BT):
-            x_BTD, cache = continued(config, model, cache, token_BT)
+            x_BTD, cache = forward_cached(config, model, cache, token_BT)
             return cache, output_head(config, model, x_BTD)
 
         read = jax.jit(lambda tokens: jax.lax.scan(step, init_cache(config, 1, 8), tokens)[1])
@@ -135,7 +135,7 @@ def test_a_query_eight_times_over_sees_the_same_cache(monkeypatch):
 
     def work():
         return jax.jit(
-            lambda q, k, v: attention.cached_attention(q, KeysValues(k, v), positions)
+            lambda q, k, v: attention.cached_attention(q, LayerCache(k, v), positions)
         )(q, k, v)  # fmt: skip
 
     for tpu, cpu in of_both(monkeypatch, work):
@@ -151,7 +151,7 @@ def test_rotation_by_a_product_that_swaps_the_halves_of_a_head(monkeypatch):
     def work():
         def rotated(x):
             positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
-            return rope.rotate(x, rope.rotation(config, positions), 0.5)
+            return rope.apply_rope(x, rope.rope_sin_cos(config, positions), 0.5)
 
         def both(x):
             y, back = jax.vjp(rotated, x)

@@ -9,10 +9,10 @@ from conftest import CONTEXT_MESHES, MESHES, REFERENCES, load_reference, mesh_of
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.model.cache import init_cache
-from llama_jax.model.transformer import continued, forward, output_head
-from llama_jax.model.weights import Llama, unrolled
-from llama_jax.parallel.mesh import one_device_mesh, place
-from llama_jax.parallel.sharding import act
+from llama_jax.model.transformer import forward, forward_cached, output_head
+from llama_jax.model.weights import Llama, unstack_layers
+from llama_jax.parallel.mesh import one_device_mesh, shard_array
+from llama_jax.parallel.sharding import activation_spec
 
 CONFIG = tiny_model()
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 16)).astype(np.int32)
@@ -51,15 +51,15 @@ def test_fresh_weights_are_the_same_on_every_mesh(on_one_device):
 def test_logits_agree_on_every_mesh(on_one_device, mesh):
     with jax.set_mesh(mesh_of(mesh)):
         model = on_this_mesh(on_one_device[0])
-        logits = forward(CONFIG, model, place(TOKENS, "BT"))
-        assert logits.sharding.spec == act("BSV")
+        logits = forward(CONFIG, model, shard_array(TOKENS, "BT"))
+        assert logits.sharding.spec == activation_spec("BSV")
         np.testing.assert_allclose(logits, on_one_device[1], atol=1e-5)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def advance(config, model, cache, tokens, lengths=None):
     """The logits [B, T, V] of the next tokens of a batch, and the cache after them."""
-    x_BTD, cache = continued(config, model, cache, tokens, lengths)
+    x_BTD, cache = forward_cached(config, model, cache, tokens, lengths)
     return output_head(config, model, x_BTD), cache
 
 
@@ -71,10 +71,12 @@ def empty_cache(config, slots=24):
 def test_cached_decoding_equals_the_full_pass(on_one_device, mesh):
     with jax.set_mesh(mesh_of(mesh)):
         model = on_this_mesh(on_one_device[0])
-        logits, cache = advance(CONFIG, model, empty_cache(CONFIG), place(TOKENS[:, :8], "BT"))
+        logits, cache = advance(
+            CONFIG, model, empty_cache(CONFIG), shard_array(TOKENS[:, :8], "BT")
+        )
         parts = [np.asarray(logits)]
         for t in range(8, 16):
-            logits, cache = advance(CONFIG, model, cache, place(TOKENS[:, t : t + 1], "BT"))
+            logits, cache = advance(CONFIG, model, cache, shard_array(TOKENS[:, t : t + 1], "BT"))
             parts.append(np.asarray(logits))
     np.testing.assert_allclose(np.concatenate(parts, 1), on_one_device[1], atol=1e-5)
 
@@ -100,7 +102,7 @@ class TestOnOneDevice:
 
     def test_layers_one_by_one_give_what_stacked_ones_give(self, on_one_device):
         model = make(CONFIG, jax.random.key(0))
-        apart = unrolled(model)
+        apart = unstack_layers(model)
         assert model.layers.wq[...].is_deleted()
         np.testing.assert_allclose(forward(CONFIG, apart, TOKENS), on_one_device[1], atol=1e-5)
 

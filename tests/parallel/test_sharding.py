@@ -10,13 +10,19 @@ from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.parallel import collectives, sharding
 from llama_jax.parallel.collectives import sum_gradient
-from llama_jax.parallel.mesh import _across_slices, check_divides, make_mesh, place, tensor_mesh
-from llama_jax.parallel.sharding import act, weight
+from llama_jax.parallel.mesh import (
+    _across_slices,
+    check_divides,
+    make_mesh,
+    shard_array,
+    tensor_mesh,
+)
+from llama_jax.parallel.sharding import activation_spec, weight_spec
 
 
 def test_letters_become_axes():
-    assert weight("DNH") == P("fsdp", "tensor", None)
-    assert act("BTD") == P(("data", "fsdp"), "context", None)
+    assert weight_spec("DNH") == P("fsdp", "tensor", None)
+    assert activation_spec("BTD") == P(("data", "fsdp"), "context", None)
 
 
 def test_minus_one_fills_an_axis():
@@ -86,8 +92,8 @@ def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():
 def test_place_puts_every_row_on_its_device():
     array = np.arange(16).reshape(8, 2)
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        placed = place(array, "BT")
-    assert placed.sharding.spec == act("BT")
+        placed = shard_array(array, "BT")
+    assert placed.sharding.spec == activation_spec("BT")
     assert np.array_equal(placed, array)
 
 
@@ -101,7 +107,7 @@ def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
             return sum_gradient(x[0], "DF", "float32")
 
         mapped = jax.shard_map(
-            local, in_specs=P(sharding.BATCH_AXES), out_specs=weight("DF"), check_vma=False
+            local, in_specs=P(sharding.BATCH_AXES), out_specs=weight_spec("DF"), check_vma=False
         )
         with jax.set_mesh(mesh_of(shape)):
             rows = jax.NamedSharding(jax.sharding.get_mesh(), P(sharding.BATCH_AXES))
@@ -109,11 +115,11 @@ def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
             return np.asarray(jax.jit(mapped)(x))
 
     np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
-    monkeypatch.setattr(collectives, "_scatters", lambda parts, _: collectives.in_a_square(parts))
+    monkeypatch.setattr(collectives, "_scatters", lambda parts, _: collectives.square_groups(parts))
     np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
 
 
 def test_a_square_of_devices_may_be_longer_than_high():
-    columns, rows = collectives.in_a_square(8)
+    columns, rows = collectives.square_groups(8)
     assert columns == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -13,7 +13,7 @@ from llama_jax.config.family import FAMILY
 from llama_jax.config.run import Config, DataConfig, MeshConfig, TrainingConfig
 from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import act
+from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan import compiler, search, topology, training, training_report
 from llama_jax.plan.training import Plan
 from llama_jax.training.step import init_state, train_step
@@ -201,7 +201,9 @@ def test_what_a_layer_keeps_is_read_from_the_step():
         model, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         B, T = config.data.batch_size, config.data.seq_len
         rows = jax.ShapeDtypeStruct(
-            (1, B, T), jnp.int32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), act("ABT"))
+            (1, B, T),
+            jnp.int32,
+            sharding=jax.NamedSharding(jax.sharding.get_mesh(), activation_spec("ABT")),
         )
         step = jax.ShapeDtypeStruct((), jnp.int32)
         traced = train_step.trace(config, model, opt_state, Batch(*[rows] * 4), step)

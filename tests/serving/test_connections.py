@@ -14,7 +14,7 @@ from fake_engine import COMPLETION, running, serving
 
 from llama_jax.serving import connections
 
-pytest_plugins = ["served"]
+pytest_plugins = ["server_fixtures"]
 
 BODY = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
 HEAD = f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n"

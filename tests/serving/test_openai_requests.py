@@ -6,7 +6,7 @@ import openai
 import pytest
 from fake_engine import CHAT, COMPLETION, HELLO, chat, complete
 
-pytest_plugins = ["served"]
+pytest_plugins = ["server_fixtures"]
 
 
 # Where, what is sent, the status, and a part of the sentence.

@@ -8,7 +8,7 @@ from fake_engine import ANSWER, FakeEngine, chat, complete, new_client, serving
 
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-pytest_plugins = ["served"]
+pytest_plugins = ["server_fixtures"]
 
 
 class TestCompletions:

@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.serving.middleware import allowed_hosts
 from llama_jax.serving.server import ServerSettings, bind_socket, startup_message
 
-pytest_plugins = ["served"]
+pytest_plugins = ["server_fixtures"]
 
 
 def test_bodies_over_the_limit_are_refused(http):

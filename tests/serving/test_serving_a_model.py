@@ -12,7 +12,7 @@ from fake_engine import serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from llama_jax.inference.engine.engine import Engine
-from llama_jax.model.weights import unrolled
+from llama_jax.model.weights import unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -22,7 +22,7 @@ def served(shared_data):
     folder = shared_data / "stories260K" / "hf"
     with jax.set_mesh(one_device_mesh()):
         config, model = load_reference(folder)
-        engine = Engine(config, unrolled(model), rows=3, context=256)
+        engine = Engine(config, unstack_layers(model), rows=3, context=256)
     with serving(load_tokenizer(folder), engine, max_tokens=250) as (_, url):
         yield url
     engine.close()

@@ -13,13 +13,14 @@ import pytest
 import textbook
 from conftest import load_reference, mesh_of, peer, quick_compilation, tiny_config, tiny_model
 
-from llama_jax.checkpoint.tree import abstract_model, names
+from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.model import attention_xla
+from llama_jax.model.summary import path_names
 from llama_jax.model.weights import Llama
-from llama_jax.parallel.mesh import one_device_mesh, place
+from llama_jax.parallel.mesh import one_device_mesh, shard_array
 from llama_jax.training import loss as loss_module
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.step import gradients, train_step
@@ -86,7 +87,7 @@ def small_model(**changes: Any) -> ModelConfig:
 def leaves(model: Any, dtype: Any = np.float64) -> dict[str, np.ndarray]:
     """Returns weights or gradients by dotted name."""
     found = jax.tree.leaves_with_path(model)
-    return {".".join(names(path)): np.asarray(leaf, dtype) for path, leaf in found}
+    return {".".join(path_names(path)): np.asarray(leaf, dtype) for path, leaf in found}
 
 
 def random_model(config: ModelConfig) -> Llama:
@@ -95,7 +96,7 @@ def random_model(config: ModelConfig) -> Llama:
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         numbers = rng.standard_normal(leaf.shape, np.float32)
-        is_norm = "norm" in names(path)[-1]
+        is_norm = "norm" in path_names(path)[-1]
         numbers = 1 + 0.3 * numbers if is_norm else numbers * config.dim**-0.5
         return jax.device_put(numbers, leaf.sharding)
 
@@ -120,7 +121,7 @@ def random_batch(packed: bool, rows: int = B, length: int = T, vocabulary: int =
 def placed(batch: Batch, micro_batches: int, one_text: bool) -> Batch:
     rows, length = batch.tokens.shape
     shape = micro_batches, rows // micro_batches, length
-    batch = Batch(*(place(field.reshape(shape), "ABT") for field in batch))
+    batch = Batch(*(shard_array(field.reshape(shape), "ABT") for field in batch))
     return batch._replace(segments=None) if one_text else batch
 
 

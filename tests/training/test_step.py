@@ -12,7 +12,7 @@ from conftest import MESHES, mesh_of, tiny_config, tiny_model
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
-from llama_jax.parallel.mesh import one_device_mesh, place
+from llama_jax.parallel.mesh import one_device_mesh, shard_array
 from llama_jax.training import loss as loss_module
 from llama_jax.training.step import StepMetrics, eval_step, gradients, init_state, train_step
 
@@ -38,7 +38,7 @@ BATCH = make_batch()
 
 def placed(micro_batches=1):
     shape = (micro_batches, B // micro_batches, T)
-    return Batch(*(place(field.reshape(shape), "ABT") for field in BATCH))
+    return Batch(*(shard_array(field.reshape(shape), "ABT") for field in BATCH))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor, quo
 from llama_jax.convert.layout import Layout
 from llama_jax.convert.source import Source, integer, model_config, number, stored_dtype
 from llama_jax.errors import InputError
-from llama_jax.model.rope import frequencies
+from llama_jax.model.rope import rope_frequencies
 from llama_jax.runtime.regular_file import open_regular
 from llama_jax.tokenizer.gguf_header import Header, TensorInfo, read_header
 
@@ -195,7 +195,7 @@ def _stretched(config: ModelConfig, stored: StoredTensor, path: Path) -> ModelCo
     factors = stored.read() if fits else np.zeros(1)
     if np.isfinite(factors).all() and min(factors) > 0:
         made = replace(config, rope_scaling=RopeScaling(factor=float(factors.max())))
-        if np.allclose(factors, frequencies(config) / frequencies(made), rtol=1e-4):
+        if np.allclose(factors, rope_frequencies(config) / rope_frequencies(made), rtol=1e-4):
             return made
     raise InputError(
         f"{path}: {_ROPE_FACTORS} is not the rope scaling of Llama 3.1 or 3.2 and would give wrong"

@@ -15,7 +15,7 @@ from llama_jax.convert.files.tensor_file import StoredTensor
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import weight as placed
+from llama_jax.parallel.sharding import weight_spec as placed
 
 _ENDS = ("tok_embeddings", "norm", "output")
 NAMES = {n: n if n in _ENDS else f"layers.{n}[{{}}]" for n in AXES}

@@ -35,9 +35,9 @@ from llama_jax.inference.engine.requests import (
 )
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import NO_TOKEN
-from llama_jax.model.cache import copy_row, resized
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
+from llama_jax.model.cache import copy_row, resize_cache
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
 from llama_jax.runtime.compile_cache import compiled
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        model: Llama | Unrolled,
+        model: Llama | UnstackedLlama,
         *,
         rows: int = 8,
         context: int | None = None,
@@ -239,7 +239,7 @@ class Engine:
         slots = next(size for size in self._sizes if size >= needed)
         if slots == self._state.cache.slots:
             return
-        cache = resized(self._state.cache, slots=slots)
+        cache = resize_cache(self._state.cache, slots=slots)
         used_B = jnp.minimum(cache.used_B, slots - 1)
         self._state = self._state._replace(cache=cache._replace(used_B=used_B))
         for row in self._rows:
@@ -259,7 +259,7 @@ class Engine:
         for part, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
             part[: len(tokens)] = tokens
         number, with_logprobs = self._rows.index(row), request.prompt_logprobs
-        tokens, targets = (place(part[None], "BT") for part in chunk)
+        tokens, targets = (shard_array(part[None], "BT") for part in chunk)
         self._state, scores = row_programs.read_chunk(
             self._config, self._model, self._state, number, tokens, length, used, targets,
             with_logprobs,

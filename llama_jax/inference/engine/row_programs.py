@@ -20,10 +20,10 @@ from llama_jax.inference.generate import (
 from llama_jax.inference.logprobs import target_logprobs
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.cache import init_cache
-from llama_jax.model.transformer import continued
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
-from llama_jax.parallel.sharding import act
+from llama_jax.model.transformer import forward_cached
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.sharding import activation_spec
 
 STEPS = 8  # tokens made in one dispatch when nobody waits
 
@@ -39,7 +39,7 @@ def empty(config: ModelConfig, rows: int, slots: int) -> State:
     prompts_BV = np.zeros((rows, V), bool)
     none = new_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
     cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
-    return State(cache, place(np.zeros((rows, V), np.float32), "BV"), none)
+    return State(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), none)
 
 
 def settings(config: ModelConfig, request: Request) -> Rows:
@@ -54,7 +54,7 @@ def settings(config: ModelConfig, request: Request) -> Rows:
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_chunk(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     state: State,
     row: jax.Array,
     tokens_1T: jax.Array,
@@ -77,7 +77,7 @@ def read_chunk(
 
     cache, logits_BV, rows = state
     alone = jax.tree.map(taken, cache)._replace(used_B=_one(used))
-    x_1TD, alone = continued(config, model, alone, tokens_1T, _one(length))
+    x_1TD, alone = forward_cached(config, model, alone, tokens_1T, _one(length))
     logits_1V = last_logits(config, model, x_1TD, _one(length))
 
     def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -88,7 +88,7 @@ def read_chunk(
     def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def zeros(dtype: type, *more: int) -> jax.Array:
             dims = "BSS"[: 2 + len(more)]
-            return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=act(dims))
+            return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=activation_spec(dims))
 
         return zeros(jnp.float32), zeros(jnp.int32, TOP), zeros(jnp.float32, TOP)
 
@@ -98,7 +98,7 @@ def read_chunk(
 
 
 def _one(number: jax.Array) -> jax.Array:
-    return jnp.full((1,), number, jnp.int32, out_sharding=act("B"))
+    return jnp.full((1,), number, jnp.int32, out_sharding=activation_spec("B"))
 
 
 @partial(jax.jit, donate_argnums=0)

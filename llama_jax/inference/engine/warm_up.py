@@ -9,9 +9,9 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.inference.engine import row_programs
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.generate import State
-from llama_jax.model.cache import copy_row, resized
-from llama_jax.model.weights import Llama, Unrolled
-from llama_jax.parallel.mesh import place
+from llama_jax.model.cache import copy_row, resize_cache
+from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import shard_array
 
 
 def n_programs(context: int) -> int:
@@ -21,7 +21,7 @@ def n_programs(context: int) -> int:
 
 def warm_up(
     config: ModelConfig,
-    model: Llama | Unrolled,
+    model: Llama | UnstackedLlama,
     rows: int,
     context: int,
     progress: Callable[[float, str], None],
@@ -47,7 +47,7 @@ def warm_up(
         state = row_programs.empty(config, rows, slots)
         for size in row_programs.CHUNKS:
             compiling(f"prefill of {size} tokens", slots)
-            tokens_1T = place(np.zeros((1, size), np.int32), "BT")
+            tokens_1T = shard_array(np.zeros((1, size), np.int32), "BT")
             last = 0, tokens_1T, 1, 0, tokens_1T, False
             state, _ = row_programs.read_chunk(config, model, state, *last)
         compiling("decode", slots)
@@ -57,7 +57,7 @@ def warm_up(
         compiling("changes of the cache", slots)
         for other in sizes:
             if other != slots:
-                resized(state.cache, slots=other)
+                resize_cache(state.cache, slots=other)
         return row_programs.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
 
     for slots in sizes[:0:-1]:

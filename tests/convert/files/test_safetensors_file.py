@@ -7,7 +7,7 @@ import pytest
 from conftest import peer
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from stored_files import arrays, refused, write
+from tensor_files import arrays, refused, write
 
 from llama_jax.convert.files.safetensors import read_safetensors
 from llama_jax.errors import InputError

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from stored_files import reader, write, writer
+from tensor_files import reader, write, writer
 
 from llama_jax.errors import InputError
 

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from stored_files import refused
+from tensor_files import refused
 from torch_files import (
     HOOKS,
     REBUILD,

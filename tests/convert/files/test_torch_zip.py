@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import peer
-from stored_files import arrays, write
+from tensor_files import arrays, write
 
 from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.errors import InputError

@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import pytest
 from conftest import peer
-from stored_files import refused, write
+from corrupt_weights import storages
+from tensor_files import refused, write
 from torch_files import archive, sample, state_dict, storage, tensor, text
-from ways_unseen import storages
 
 from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.errors import InputError

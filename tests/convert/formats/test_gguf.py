@@ -23,7 +23,7 @@ from llama_jax.convert.layout import Layout, weights
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
 from llama_jax.inference.stream import stream
-from llama_jax.model.rope import frequencies
+from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.transformer import forward
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
@@ -102,7 +102,7 @@ def test_every_kind_is_read_as_the_package_does(tmp_path, kind):
 def test_the_scaling_of_llama31_is_found_in_its_factors(tmp_path):
     for factor in (8.0, 32.0):
         config = replace(CONFIG, rope_theta=5e5, rope_scaling=RopeScaling(factor=factor))
-        factors = frequencies(replace(config, rope_scaling=None)) / frequencies(config)
+        factors = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
         path = tmp_path / f"{factor}.gguf"
         write(path, config, "F32", rope_freqs__weight=factors)
         source = open_source(path)

@@ -21,8 +21,8 @@ from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import forward
-from llama_jax.model.weights import Llama, unrolled
-from llama_jax.parallel.mesh import one_device_mesh, place
+from llama_jax.model.weights import Llama, unstack_layers
+from llama_jax.parallel.mesh import one_device_mesh, shard_array
 from llama_jax.runtime.compile_cache import compiled
 
 CONFIG = tiny_model(context=2048)
@@ -37,7 +37,7 @@ def some(n):
 @pytest.fixture(scope="module")
 def model():
     with jax.set_mesh(one_device_mesh()):
-        return unrolled(jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0)))
+        return unstack_layers(jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,9 @@ def test_logprobs_come_with_the_tokens(engine, model):
     assert [token.id for token in told] == whole[1:]
     # The alternatives are those of an independent pass over the whole text.
     with jax.set_mesh(one_device_mesh()):
-        logits = np.asarray(forward(CONFIG, model, place(np.array([whole], np.int32), "BT"))[0])
+        logits = np.asarray(
+            forward(CONFIG, model, shard_array(np.array([whole], np.int32), "BT"))[0]
+        )
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     greedy = 0

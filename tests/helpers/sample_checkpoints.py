@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import tiny_config, tiny_model
-from stored_files import reader, write
+from tensor_files import reader, write
 
 from llama_jax.config import yaml_file
 from llama_jax.convert.convert import convert

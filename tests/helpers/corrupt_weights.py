@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import gguf
-from ways_to_break import WEIGHTS, Rng, drawn, files
+from corrupt_checkpoint import WEIGHTS, Rng, drawn, files
 
 
 def storages(path: Path) -> list[int]:

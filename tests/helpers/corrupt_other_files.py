@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ways_to_break import STRANGE, Options, Rng, drawn
-from whole_checkpoints import tokenizer_model
+from corrupt_checkpoint import STRANGE, Options, Rng, drawn
+from sample_checkpoints import tokenizer_model
 
 # What a receipt tells people; nothing follows from it.
 _TOLD = ("converter", "notes", "dropped", "end_ids", "output", "verified", "kind", "name", "rotary",

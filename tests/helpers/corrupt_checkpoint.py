@@ -17,7 +17,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from whole_checkpoints import GGUF_TENSORS, SAID, SHAPE, read, write, write_gguf
+from sample_checkpoints import GGUF_TENSORS, SAID, SHAPE, read, write, write_gguf
 
 Rng = np.random.Generator
 Options = Mapping[str, Any] | None

@@ -71,7 +71,7 @@ class Block(NamedTuple):
     file: str | None
 
 
-def blocks(page: Path) -> list[Block]:
+def code_blocks(page: Path) -> list[Block]:
     """Returns the blocks of code of a page in Markdown, in order."""
     made = []
     for token in MarkdownIt().parse(page.read_text()):
@@ -82,14 +82,14 @@ def blocks(page: Path) -> list[Block]:
     return made
 
 
-def spans(page: Path) -> list[str]:
+def inline_commands(page: Path) -> list[str]:
     """Returns the commands of ours that stand in lines of text, where they are whole."""
     inline = [t for t in MarkdownIt().parse(page.read_text()) for t in t.children or []]
     codes = (t.content for t in inline if t.type == "code_inline")
     return [c for c in codes if re.match(r"llama-jax \S+ \S", c) and "…" not in c]
 
 
-class Reader:
+class PageRunner:
     """Saves the files of a page in a folder, and works there.
 
     The commands that it runs are stand-ins that note what they get.
@@ -119,7 +119,7 @@ class Reader:
             "OMPI_COMM_WORLD_SIZE": "64", "OMPI_COMM_WORLD_RANK": "0", "SLURM_JOB_ID": "1",
         }  # fmt: skip
 
-    def commands(self, shell: str) -> list[list[str]]:
+    def run_shell(self, shell: str) -> list[list[str]]:
         """Runs a block of shell and returns the commands that it came to, each with its words."""
         calls = self.folder / ".calls"
         calls.write_text("")
@@ -130,13 +130,13 @@ class Reader:
         assert done.returncode == 0, (shell, done.stderr)
         return [call.split("\0")[:-1] for call in calls.read_text().split("\n\0") if call]
 
-    def follow(self, block: Block) -> list[list[str]]:
+    def run_block(self, block: Block) -> list[list[str]]:
         """Returns the commands of a block that is or holds a script."""
         if block.language == "":
-            return self.commands(block.text)
+            return self.run_shell(block.text)
         if block.language == "yaml" and "kind: JobSet" in block.text:
             job = yaml.safe_load(block.text)["spec"]["replicatedJobs"][0]["template"]["spec"]
             [container] = job["template"]["spec"]["containers"]
             assert container["command"] == ["bash", "-c"]
-            return self.commands(container["args"][0])
+            return self.run_shell(container["args"][0])
         return []
