@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.result import Result
-from llama_jax.runtime.chips import cpu_cores
+from llama_jax.runtime.cpu import cpu_cores
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

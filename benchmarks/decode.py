@@ -27,7 +27,7 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
-from llama_jax.runtime.chips import cpu_cores
+from llama_jax.runtime.cpu import cpu_cores
 
 PROMPT = 64
 

@@ -21,7 +21,7 @@ import numpy as np
 from result import Result, add_argument, keep
 from turns import timed
 
-from llama_jax.runtime.chips import cpu_cores
+from llama_jax.runtime.cpu import cpu_cores
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
 
@@ -55,10 +55,10 @@ def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> 
     from llama_jax.config.run import Config, DataConfig, OptimizerConfig, TrainingConfig
     from llama_jax.data.windows import Batch
     from llama_jax.parallel.mesh import one_device_mesh, shard_array
-    from llama_jax.runtime.process_memory import keep_freed_memory
+    from llama_jax.runtime.process_memory import retain_freed_memory
     from llama_jax.training.step import init_state, train_step
 
-    keep_freed_memory()  # as `llama-jax train` does
+    retain_freed_memory()  # as `llama-jax train` does
     B, T = tokens[:, 1:].shape
     config = Config(
         model=model,

@@ -241,7 +241,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from llama_jax.convert.convert import convert, parse_mesh, parse_size
     from llama_jax.convert.verify import verify
-    from llama_jax.runtime.process_memory import give_freed_memory_back
+    from llama_jax.runtime.process_memory import release_freed_memory
 
     if args.verify:
         counts = verify(Path(args.source), args.folder and Path(args.folder))
@@ -250,7 +250,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.folder is None:
         raise InputError("name the folder to make: llama-jax convert SRC DST")
     begun = time.monotonic()
-    give_freed_memory_back()
+    release_freed_memory()
     outcome = convert(
         args.source,
         args.folder,

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import platform
-from llama_jax.runtime.chips import cpu_cores
+from llama_jax.runtime.cpu import cpu_cores
 
 _COPIED = 1 << 28  # bytes: far more than any cache of a processor holds
 

@@ -18,7 +18,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.model.weights import UnstackedLlama, quantize_model, unstack_layers
 from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
 from llama_jax.parallel.sharding import weight_spec
-from llama_jax.runtime.chips import cpu_has_bfloat16
+from llama_jax.runtime.cpu import cpu_has_bfloat16
 
 
 def load(

@@ -14,7 +14,7 @@ from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan.schedule import Event, events
-from llama_jax.runtime.chips import Chip
+from llama_jax.runtime.chips import PlannableChip
 from llama_jax.training.step import init_state, train_step
 
 
@@ -53,7 +53,7 @@ class DoesNotFit(Exception):
         self.needed = needed
 
 
-def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
+def compiled(config: Config, mesh: jax.sharding.Mesh, chip: PlannableChip) -> Program:
     """Returns the training step of `config` as it is compiled for `mesh`.
 
     Raises:
@@ -69,7 +69,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
         step = jax.ShapeDtypeStruct((), jnp.int32)
         traced = train_step.trace(config, model, opt_state, batch, step)
         lowered = traced.lower()
-    read = reading(lowered, chip, chip.options, "model.remat or training.micro_batches")
+    read = reading(lowered, chip, chip.compiler_options, "model.remat or training.micro_batches")
     return Program(
         weights=on_a_device(model),
         optimizer=on_a_device(opt_state),
@@ -78,7 +78,7 @@ def compiled(config: Config, mesh: jax.sharding.Mesh, chip: Chip) -> Program:
     )
 
 
-def reading(lowered: Any, chip: Chip, options: dict[str, str], instead: str) -> Reading:
+def reading(lowered: Any, chip: PlannableChip, options: dict[str, str], instead: str) -> Reading:
     """Compiles a lowered program and returns what the compiler says of it.
 
     Args:
@@ -103,7 +103,7 @@ def reading(lowered: Any, chip: Chip, options: dict[str, str], instead: str) -> 
     return Reading(
         arguments=memory.argument_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
-        seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.tflops * 1e12)),
+        seconds=_known(cost["optimal_seconds"], cost["flops"] / (chip.bf16_tflops * 1e12)),
         flops=cost["flops"],
         events=events(executable.as_text() or ""),
     )

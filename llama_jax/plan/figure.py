@@ -42,7 +42,7 @@ def of_training(plan: Plan) -> tuple[str, float, Bars, Bars]:
             "network that nothing hides": plan.network * 1e3,
         }
     memory = {kind: used / GIB for kind, used in plan.memory.items()}
-    return title, plan.pod.chip.hbm, {"a chip": memory}, times
+    return title, plan.pod.chip.hbm_gib, {"a chip": memory}, times
 
 
 def of_inference(plan: InferencePlan) -> tuple[str, float, Bars, Bars]:
@@ -64,7 +64,7 @@ def of_inference(plan: InferencePlan) -> tuple[str, float, Bars, Bars]:
         }
         for name, t in times.items()
     }
-    return title, plan.pod.chip.usable, {"a chip": memory}, parts
+    return title, plan.pod.chip.usable_hbm_gib, {"a chip": memory}, parts
 
 
 def draw(path: Path, title: str, there: float, memory: Bars, times: Bars) -> None:

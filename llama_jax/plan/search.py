@@ -73,7 +73,7 @@ def seconds(config: Config, pod: Pod) -> float:
     weights = 6 * (model.n_params - (0 if model.tied_head else model.vocab_size * model.dim))
     again = {"none": 0, "products": 0.01, "projections": 0.2, "attention": 0.3, "full": 1 / 3}
     again["offload"] = 0.34  # its way to the host and back is hidden, but not free
-    peak = pod.chip.tflops * 1e12
+    peak = pod.chip.bf16_tflops * 1e12
     sizes = asdict(mesh)
     products = weights * tokens * (1 + again[model.remat]) / pod.size / peak / _MATRIX_EFFICIENCY
     kernels = training.attention_seconds(config, sizes, pod.chip)
@@ -98,7 +98,7 @@ def search(config: Config, pod: Pod, compile_best: int, tell: Callable[[str], No
         InputError: no way fits.
     """
     ways = list(candidates(config, pod))
-    room, taken = pod.chip.hbm * 2**30, _TAKEN
+    room, taken = pod.chip.hbm_gib * 2**30, _TAKEN
     fitting = [way for way in ways if taken * memory(way) < room]
     tell(f"{len(ways)} ways divide {pod}; {len(fitting)} fit by arithmetic")
     plans: list[Plan] = []
@@ -131,7 +131,7 @@ def search(config: Config, pod: Pod, compile_best: int, tell: Callable[[str], No
 
 def _verdict(plan: Plan) -> str:
     if not plan.fits:
-        return f"does not fit: {plan.needed / 2**30:.1f} of {plan.pod.chip.hbm:g} GiB"
+        return f"does not fit: {plan.needed / 2**30:.1f} of {plan.pod.chip.hbm_gib:g} GiB"
     if not plan.compiler:
         return f"fits in {plan.needed / 2**30:.1f} GiB; no estimate of time"
     return (

@@ -103,7 +103,7 @@ class InferencePlan:
     @property
     def usable(self) -> float:
         """Bytes that the compiler gives a program."""
-        return self.pod.chip.usable * 2**30
+        return self.pod.chip.usable_hbm_gib * 2**30
 
     @property
     def cache(self) -> int:
@@ -135,7 +135,7 @@ class InferencePlan:
         """The share of the peak that the model's own FLOPs are, in reading one prompt."""
         assert self.prefill is not None
         chips = self.pod.size // self.pod.slices
-        peak = chips * self.pod.chip.tflops * 1e12
+        peak = chips * self.pod.chip.bf16_tflops * 1e12
         return self.prefill_flops / self.prefill.estimate / peak
 
 
@@ -309,12 +309,12 @@ def _time(plan: InferencePlan, readings: list[Reading], read: float) -> Time:
         return _extrapolated([figure(reading) for reading in readings], layers)
 
     return Time(
-        memory=read / (chip.bandwidth * 1e9),
-        compute=all_layers(lambda r: r.flops) / (chip.tflops * 1e12),
+        memory=read / (chip.hbm_gb_per_s * 1e9),
+        compute=all_layers(lambda r: r.flops) / (chip.bf16_tflops * 1e12),
         network=all_layers(
             lambda r: sum(collective_seconds(e.starts, plan.pod) for e in r.events if e.starts)
         ),
-        cycles=all_layers(lambda r: sum(e.cycles for e in r.events)) / (chip.clock * 1e9),
+        cycles=all_layers(lambda r: sum(e.cycles for e in r.events)) / (chip.clock_ghz * 1e9),
         compiler=all_layers(lambda r: r.seconds),
     )
 

@@ -13,7 +13,7 @@ from llama_jax.plan.training_report import GIB, table
 def as_dict(plan: InferencePlan) -> dict[str, Any]:
     """Returns all figures of a plan, in bytes, seconds and shares of 1; None where unknown."""
     memory = {
-        "hbm": plan.pod.chip.hbm * GIB,
+        "hbm": plan.pod.chip.hbm_gib * GIB,
         "usable": plan.usable,
         "needed": _finite(plan.needed),
         **plan.weights._asdict(),
@@ -85,7 +85,7 @@ def show(plan: InferencePlan) -> None:
     ):
         memory.add_row(kind, _gib(used), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    room = f"{verdict} {chip.usable:g} for a program"
+    room = f"{verdict} {chip.usable_hbm_gib:g} for a program"
     memory.add_row("all, the larger of both", _gib(plan.needed), room)
     console.print(memory)
     if plan.prefill is None:

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.errors import InputError, missing
-from llama_jax.runtime.chips import CHIPS, Chip
-
-_PLANNED = {name: chip for name, chip in CHIPS.items() if chip.hbm}
+from llama_jax.runtime.chips import PLANNABLE_CHIPS, PlannableChip
 
 
 class Pod(NamedTuple):
@@ -21,9 +19,9 @@ class Pod(NamedTuple):
     slices: int
 
     @property
-    def chip(self) -> Chip:
+    def chip(self) -> PlannableChip:
         """The kind of its chips."""
-        return CHIPS[self.name]
+        return PLANNABLE_CHIPS[self.name]
 
     @property
     def size(self) -> int:
@@ -57,16 +55,17 @@ def parse(topology: str) -> Pod:
         InputError: there is no such kind of chip, or its network has other dimensions.
     """
     fitting = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", topology)
-    if fitting is None or fitting[2] not in _PLANNED:
+    if fitting is None or fitting[2] not in PLANNABLE_CHIPS:
         raise InputError(
             f"--topology {topology}: write KIND:SHAPE as in v5p:4x4x4 or v6e:16x16, after 2* for"
-            f" two slices; kinds: {', '.join(_PLANNED)}"
+            f" two slices; kinds: {', '.join(PLANNABLE_CHIPS)}"
         )
     pod = Pod(fitting[2], tuple(map(int, fitting[3].split("x"))), int(fitting[1] or 1))
-    if len(pod.shape) != pod.chip.dimensions or 0 in pod.shape or pod.slices == 0:
-        example = {2: "16x16", 3: "4x4x8"}[pod.chip.dimensions]
+    dimensions = pod.chip.ici_dimensions
+    if len(pod.shape) != dimensions or 0 in pod.shape or pod.slices == 0:
+        example = {2: "16x16", 3: "4x4x8"}[dimensions]
         raise InputError(
-            f"--topology {topology}: {pod.name} has a network of {pod.chip.dimensions} dimensions,"
+            f"--topology {topology}: {pod.name} has a network of {dimensions} dimensions,"
             f" as in {pod.name}:{example}"
         )
     return pod
@@ -91,7 +90,7 @@ def devices(pod: Pod) -> list[Any]:
         return topologies.get_topology_desc(
             platform="tpu",
             topology_name=f"{pod.name}:{'x'.join(map(str, pod.shape))}",
-            chip_config_name=pod.chip.settings,
+            chip_config_name=pod.chip.chip_config_name,
             chips_per_host_bounds=(2, 2, 1),
             num_slices=pod.slices,
             wrap=(*pod.rings, *(False,) * (3 - len(pod.shape))),

@@ -12,7 +12,7 @@ from llama_jax.plan import topology as pods
 from llama_jax.plan.compiler import DoesNotFit
 from llama_jax.plan.schedule import Collective, Traffic, traffic
 from llama_jax.plan.topology import Pod
-from llama_jax.runtime.chips import Chip
+from llama_jax.runtime.chips import PlannableChip
 
 # The share of the peak that attention kernels reach with heads of 128: published measurements of
 # splash attention lie between 40 and 60 %.
@@ -53,7 +53,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Tells whether that is there: the compiler keeps a little for itself."""
-        return not self.refused and self.needed <= self.pod.chip.hbm * 2**30
+        return not self.refused and self.needed <= self.pod.chip.hbm_gib * 2**30
 
     @property
     def network(self) -> float:
@@ -80,12 +80,12 @@ class Plan:
         a_token = model.flops_per_token(T)
         if not causal:
             a_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
-        return a_token * self.tokens / seconds / (self.pod.size * self.pod.chip.tflops * 1e12)
+        return a_token * self.tokens / seconds / (self.pod.size * self.pod.chip.bf16_tflops * 1e12)
 
     @property
     def hfu(self) -> float:
         """The same share of all FLOPs that the hardware does, what is done twice included."""
-        return self.flops / self.step / (self.pod.chip.tflops * 1e12)
+        return self.flops / self.step / (self.pod.chip.bf16_tflops * 1e12)
 
 
 def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
@@ -161,7 +161,7 @@ def network_bandwidth(pod: Pod, devices: int) -> float:
         if held < devices and size > 1:
             links += 2 if ring and devices >= held * size else 1
             held *= size
-    return pod.chip.link * max(1, links)
+    return pod.chip.ici_link_gb_per_s * max(1, links)
 
 
 def attention_flops(config: Config, mesh: dict[str, int]) -> float:
@@ -176,10 +176,10 @@ def attention_flops(config: Config, mesh: dict[str, int]) -> float:
     return products * model.n_layers * a_product / math.prod(mesh.values())
 
 
-def attention_seconds(config: Config, mesh: dict[str, int], chip: Chip) -> float:
+def attention_seconds(config: Config, mesh: dict[str, int], chip: PlannableChip) -> float:
     """Returns the time of the attention kernels of a step, at `ATTENTION_EFFICIENCY` of the peak.
 
     Heads below 128 fill the matrix unit in part.
     """
     efficiency = ATTENTION_EFFICIENCY * min(1.0, config.model.head_dim / 128)
-    return attention_flops(config, mesh) / (chip.tflops * 1e12 * efficiency)
+    return attention_flops(config, mesh) / (chip.bf16_tflops * 1e12 * efficiency)

@@ -20,7 +20,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": plan.config.model.n_params,
         "tokens_per_step": plan.tokens,
         "fits": plan.fits,
-        "memory": {"hbm": plan.pod.chip.hbm * GIB, "needed": plan.needed, **plan.memory},
+        "memory": {"hbm": plan.pod.chip.hbm_gib * GIB, "needed": plan.needed, **plan.memory},
     }
     if not plan.compiler:
         return summary
@@ -53,7 +53,7 @@ def show(plan: Plan) -> None:
     for kind, used in plan.memory.items():
         memory.add_row(kind, f"{used / GIB:.2f}", "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    memory.add_row("all", f"{plan.needed / GIB:.2f}", f"{verdict} {plan.pod.chip.hbm:g} GiB")
+    memory.add_row("all", f"{plan.needed / GIB:.2f}", f"{verdict} {plan.pod.chip.hbm_gib:g} GiB")
     console.print(memory)
     if not plan.compiler:
         return

@@ -1,113 +1,151 @@
-"""What is known of each kind of accelerator, and how programs are compiled for it.
+"""Facts about each kind of accelerator, and the compiler options for it.
 
-The one table that training and plans both read, so that what is planned is what runs.
+Training and `llama-jax plan` read the same table, so that a plan describes the program that runs.
 """
 
-import os
-import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A kind of accelerator. Numbers are from its maker's data sheet.
+    """A kind of accelerator. Numbers are from the maker's data sheet.
 
     Attributes:
-        kind: how `jax.Device.device_kind` begins.
-        tflops: dense bfloat16 matrix products of one device [TFLOP/s].
-        hbm: memory of one device [GiB]; this and what follows only where plans are made.
-        dimensions: of its network.
-        link: bandwidth of one link of the network, in one direction [GB/s].
-        usable: of its memory, what the TPU compiler gives a program [GiB]; it says so when it
-            refuses one.
-        bandwidth: of its memory [GB/s].
-        clock: cycles of it in a nanosecond: its peak, over what its matrix units do in a cycle.
-        settings: what the TPU compiler wants to know of it.
-        options: of XLA, for training; the reasons stand beside them.
+        device_kind: prefix of `jax.Device.device_kind`.
+        bf16_tflops: peak of dense bfloat16 matmuls on one device [TFLOP/s].
+        compiler_options: XLA options of the training step; comments give the reasons.
     """
 
-    kind: str
-    tflops: float
-    hbm: float = 0.0
-    dimensions: int = 0
-    link: float = 0.0
-    usable: float = 0.0
-    bandwidth: float = 0.0
-    clock: float = 0.0
-    settings: str = "default"
-    options: dict[str, str] = field(default_factory=dict)
+    device_kind: str
+    bf16_tflops: float
+    compiler_options: dict[str, str] = field(default_factory=dict)
 
 
-# Where a SparseCore can drive the network while the TensorCore computes, it gathers and scatters.
-# Tried and left on v5p: sums as well, at large ones of which the compiler of libtpu 0.0.42.1
-# overflows its stack.
+@dataclass(frozen=True, kw_only=True)
+class PlannableChip(Chip):
+    """A kind of TPU chip that `llama-jax plan` compiles for and estimates.
+
+    Attributes:
+        hbm_gib: memory [GiB].
+        usable_hbm_gib: the part of the memory that the TPU compiler gives a program [GiB]; the
+            compiler's error for a program that is too large states it.
+        hbm_gb_per_s: bandwidth of the memory [GB/s].
+        ici_dimensions: dimensions of the network between chips.
+        ici_link_gb_per_s: bandwidth of one link of that network, in one direction [GB/s].
+        clock_ghz: cycles in a nanosecond: peak FLOP/s, divided by the FLOP of the matrix units in
+            one cycle.
+        chip_config_name: of the topology that the TPU compiler compiles for; 'megacore' presents
+            the two cores of a chip as one device.
+    """
+
+    hbm_gib: float
+    usable_hbm_gib: float
+    hbm_gb_per_s: float
+    ici_dimensions: int
+    ici_link_gb_per_s: float
+    clock_ghz: float
+    chip_config_name: str = "default"
+
+
+# Chips whose SparseCore can drive the network while the TensorCore computes: it runs all-gathers
+# and reduce-scatters. All-reduces stay with the TensorCore: tried on v5p, the compiler of libtpu
+# 0.0.42.1 overflows its stack at large ones.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _SPARSE_CORE = {
     _OFFLOAD + "all_gather": "true",
     # The same over two dimensions of the network at once.
     _OFFLOAD + "2d_all_gather": "true",
     _OFFLOAD + "reduce_scatter": "true",
-    # What it moves keeps the TensorCore's layout, and one program moves it for both cores.
+    # The SparseCore uses the TensorCore's layout, and one program serves both cores of a chip.
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
-    # The offload of gathers asks for both: to be visible, and not to be taken into products.
+    # The offload of all-gathers requires both: they are traced, and not fused into matmuls.
     "xla_tpu_enable_all_gather_offload_tracing": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
 }
 
-# Twice the fast memory for the tiles of products: a layer of 7B from 28.2 to 27.7 ms, by the
-# compiler's cycle count from 54.6 to 46.1 million. Four times makes it 27.5 ms, but compiling takes
-# three times as long again.
+# Twice the default VMEM for the tiles of a matmul: a layer of 7B takes 27.7 ms instead of 28.2, by
+# the compiler's cycle count 46.1 million instead of 54.6. Four times gives 27.5 ms, but compiling
+# takes three times as long again.
 _TILES = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 
-# Where there is none, or an old one: the core that computes drives the network as well.
+# Chips without a SparseCore, or with an old one: the TensorCore drives the network as well.
 _OVERLAP = {
-    # Weights are gathered in steps inside of the products that run meanwhile.
+    # All-gathers of weights run in steps inside the matmuls that they overlap.
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    # One gather may go on through several products.
+    # One all-gather may span several matmuls.
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 
-CHIPS = {
-    "v4": Chip("TPU v4", 275.0, 32, 3, 45.0, 30.75, 1228, 1.05, "megacore", _OVERLAP),
-    "v5e": Chip("TPU v5 lite", 197.0, 16, 2, 45.0, 15.75, 819, 1.5, options=_OVERLAP),
-    "v5p": Chip("TPU v5", 459.0, 95, 3, 90.0, 95.74, 2765, 1.75, "megacore", _SPARSE_CORE | _TILES),
-    "v6e": Chip("TPU v6 lite", 918.0, 32, 2, 90.0, 31.25, 1640, 1.75, options=_SPARSE_CORE),
-    "v3": Chip("TPU v3", 61.5),  # a core; JAX shows two a chip
-    "a100": Chip("NVIDIA A100", 312.0),
-    "h100-pcie": Chip("NVIDIA H100 PCIe", 756.0),
-    "h100": Chip("NVIDIA H100", 989.0),
-    "h200": Chip("NVIDIA H200", 989.0),
-    "b200": Chip("NVIDIA B200", 2250.0),
+PLANNABLE_CHIPS = {
+    "v4": PlannableChip(
+        device_kind="TPU v4",
+        bf16_tflops=275.0,
+        hbm_gib=32,
+        usable_hbm_gib=30.75,
+        hbm_gb_per_s=1228,
+        ici_dimensions=3,
+        ici_link_gb_per_s=45.0,
+        clock_ghz=1.05,
+        chip_config_name="megacore",
+        compiler_options=_OVERLAP,
+    ),
+    "v5e": PlannableChip(
+        device_kind="TPU v5 lite",
+        bf16_tflops=197.0,
+        hbm_gib=16,
+        usable_hbm_gib=15.75,
+        hbm_gb_per_s=819,
+        ici_dimensions=2,
+        ici_link_gb_per_s=45.0,
+        clock_ghz=1.5,
+        compiler_options=_OVERLAP,
+    ),
+    "v5p": PlannableChip(
+        device_kind="TPU v5",
+        bf16_tflops=459.0,
+        hbm_gib=95,
+        usable_hbm_gib=95.74,
+        hbm_gb_per_s=2765,
+        ici_dimensions=3,
+        ici_link_gb_per_s=90.0,
+        clock_ghz=1.75,
+        chip_config_name="megacore",
+        compiler_options=_SPARSE_CORE | _TILES,
+    ),
+    "v6e": PlannableChip(
+        device_kind="TPU v6 lite",
+        bf16_tflops=918.0,
+        hbm_gib=32,
+        usable_hbm_gib=31.25,
+        hbm_gb_per_s=1640,
+        ici_dimensions=2,
+        ici_link_gb_per_s=90.0,
+        clock_ghz=1.75,
+        compiler_options=_SPARSE_CORE,
+    ),
+}
+
+CHIPS: dict[str, Chip] = {
+    **PLANNABLE_CHIPS,
+    # One core; JAX lists the two cores of a chip as two devices.
+    "v3": Chip(device_kind="TPU v3", bf16_tflops=61.5),
+    "a100": Chip(device_kind="NVIDIA A100", bf16_tflops=312.0),
+    "h100-pcie": Chip(device_kind="NVIDIA H100 PCIe", bf16_tflops=756.0),
+    "h100": Chip(device_kind="NVIDIA H100", bf16_tflops=989.0),
+    "h200": Chip(device_kind="NVIDIA H200", bf16_tflops=989.0),
+    "b200": Chip(device_kind="NVIDIA B200", bf16_tflops=2250.0),
 }
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip whose kind is the longest start of `device_kind`, or None."""
-    fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
+    """Returns the chip with the longest prefix of `device_kind`, or None.
 
-
-def cpu_cores() -> int:
-    """Returns how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_has_bfloat16() -> bool:
-    """Tells whether this machine's CPU multiplies bfloat16 itself: AVX512-BF16, AMX, ARM's BF16."""
-    try:
-        words = Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # macOS has no such file
-        asked = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
-        try:
-            told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
-        except OSError:
-            return False
-        return told.strip() == "1"
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    Args:
+        device_kind: as in `jax.Device.device_kind`.
+    """
+    matches = [chip for chip in CHIPS.values() if device_kind.startswith(chip.device_kind)]
+    return max(matches, key=lambda chip: len(chip.device_kind), default=None)

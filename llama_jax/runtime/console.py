@@ -57,7 +57,7 @@ class TaskProgress:
         *columns: ProgressColumn,
         total: float | None,
         text: str = "",
-        completed: float = 0,
+        completed: int = 0,
         shown: bool = True,
     ):
         self._shown = shown and leads()

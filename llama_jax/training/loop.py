@@ -20,7 +20,7 @@ from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
 from llama_jax.runtime.console import duration, tell
-from llama_jax.runtime.process_memory import keep_freed_memory
+from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.training import init_from
 from llama_jax.training.metrics import check_installed, read_metrics
 from llama_jax.training.report import Report, due
@@ -60,7 +60,7 @@ def run(config: Config) -> Outcome:
         Fault: a checkpoint could not be read or saved. Those that were saved before are as they
             were.
     """
-    keep_freed_memory()
+    retain_freed_memory()
     if hosts.leads():
         check_installed(config.logging)
     hosts.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
@@ -94,7 +94,7 @@ def _compiled(config: Config, data: Batches, state: State) -> Any:
     begun = time.monotonic()
     example = (state.model, state.opt_state, data.train(state.step), np.int32(state.step))
     chip = chip_of(jax.devices()[0].device_kind)
-    options: Any = {**chip.options} if chip else {}
+    options: Any = {**chip.compiler_options} if chip else {}
     step_function = train_step.lower(config, *example).compile(compiler_options=options)
     tell(f"compiled in {duration(time.monotonic() - begun)}")
     return step_function

@@ -19,7 +19,7 @@ def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     chip = chip_of(device_kind)
-    return chip.tflops * 1e12 if chip else None
+    return chip.bf16_tflops * 1e12 if chip else None
 
 
 def check_installed(config: LoggingConfig) -> None:

@@ -75,7 +75,7 @@ def test_a_machine_without_room_is_told(tmp_path, monkeypatch):
     write_llama2c(tmp_path / "m.bin", 1)
     quiet(tmp_path / "m.bin", tmp_path / "m")
     monkeypatch.setattr(process_memory, "available_memory", lambda: 1000)
-    with pytest.raises(InputError, match=r"0\.00 GiB are free: make room, or take a machine with"):
+    with pytest.raises(InputError, match=r"0\.00 GiB are free: free more, or use a machine with"):
         quiet(tmp_path / "m.bin", tmp_path / "other")
     with pytest.raises(InputError, match=r"the largest weight of .* takes 0\.00 GiB of memory"):
         verify(tmp_path / "m", progress=False)

@@ -14,7 +14,7 @@ from llama_jax.inference import load as load_module
 from llama_jax.inference.load import load
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh
-from llama_jax.runtime import chips
+from llama_jax.runtime import cpu
 
 # Over 8 devices and over 6.
 SHAPES = [
@@ -92,9 +92,9 @@ def test_what_the_cpu_says_of_itself(cpuinfo, has, tmp_path, monkeypatch):
     path = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
-    monkeypatch.setattr(chips, "Path", lambda _: path)
+    monkeypatch.setattr(cpu, "Path", lambda _: path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert chips.cpu_has_bfloat16() is has
+    assert cpu.cpu_has_bfloat16() is has
 
 
 BAD_TOKENS = [

@@ -14,7 +14,7 @@ from llama_jax.parallel.mesh import one_device_mesh, tensor_sizes
 from llama_jax.plan import compiler, serving, serving_program, serving_report, topology
 from llama_jax.plan.schedule import Collective
 from llama_jax.plan.serving import InferencePlan, Time, Weights
-from llama_jax.runtime.chips import CHIPS
+from llama_jax.runtime.chips import PLANNABLE_CHIPS
 
 GIB = 2**30
 ROW = 2 * 2 * 256 * 128 * 2  # layers, keys and values, slots, H of a head, bfloat16
@@ -164,7 +164,11 @@ def tiny_plan():
     peer("libtpu")
     with pytest.MonkeyPatch.context() as patch:
         # Of a chip as small as the model: its largest batch is compiled.
-        patch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], usable=0.005))
+        patch.setitem(
+            PLANNABLE_CHIPS,
+            "v5e",
+            dataclasses.replace(PLANNABLE_CHIPS["v5e"], usable_hbm_gib=0.005),
+        )
         yield serving.make(model(), topology.parse("v5e:2x2"), 256, 1, lambda _: None)
 
 

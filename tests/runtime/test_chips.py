@@ -1,20 +1,18 @@
-import os
+import pytest
 
-from conftest import ROOT
-
-from llama_jax.runtime.chips import cpu_cores
+from llama_jax.runtime.chips import CHIPS, chip_of
 
 
-def test_cores_are_counted_also_where_affinity_is_unknown(monkeypatch):
-    assert cpu_cores() >= 1
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
-    assert cpu_cores() == os.cpu_count()
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cpu_cores() == 1
-
-
-def test_affinity_is_asked_in_one_place():
-    paths = [
-        path for d in ("llama_jax", "convert", "benchmarks") for path in (ROOT / d).rglob("*.py")
-    ]
-    assert {p.name for p in paths if "sched_getaffinity" in p.read_text()} == {"chips.py"}
+@pytest.mark.parametrize(
+    ("device_kind", "name"),
+    [
+        ("TPU v5", "v5p"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5 lite0", "v5e"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("cpu", None),
+    ],
+)
+def test_the_longest_prefix_names_the_chip(device_kind, name):
+    assert chip_of(device_kind) is (name and CHIPS[name])

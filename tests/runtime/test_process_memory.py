@@ -7,10 +7,10 @@ import pytest
 FAULTS = """
 import resource, statistics, sys
 import jax, jax.numpy as jnp
-from llama_jax.runtime.process_memory import keep_freed_memory
+from llama_jax.runtime.process_memory import retain_freed_memory
 
 jax.config.update("jax_platforms", sys.argv[1])
-keep_freed_memory()
+retain_freed_memory()
 jax.config.update("jax_platforms", "cpu")
 
 @jax.jit
