@@ -18,7 +18,7 @@ class Fault(RuntimeError):
     """
 
 
-def missing(what: str, extra: str) -> InputError:
+def missing_extra(what: str, extra: str) -> InputError:
     """Returns the error about a package of an optional extra of ours that is not installed.
 
     pip adds an extra's packages to an installed llama_jax, from a wheel and from a checkout alike.

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from llama_jax.config import yaml_file
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import Config
+from llama_jax.config.validation import first_problem
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular, read_regular
 from llama_jax.runtime.storage import check_local
@@ -76,11 +77,9 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     try:
         config = TypeAdapter(ModelConfig).validate_json(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = "".join(f"{part} " for part in problem["loc"])
         raise InputError(
-            f"{path} is not the configuration of a llama_jax model ({key[:200]}"
-            f"{problem['msg'][:200].lower()}): correct it"
+            f"{path} is not the configuration of a llama_jax model"
+            f" ({first_problem(error).sentence()}): correct it"
         ) from error
     _check_receipt(folder / "receipt.json", config)
     return config

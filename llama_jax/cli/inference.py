@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import InputError, missing
+from llama_jax.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     from llama_jax.config.model import ModelConfig
@@ -52,15 +52,14 @@ def sampling_of(**fields: float) -> "Sampling":
     """
     from pydantic import ValidationError
 
+    from llama_jax.config.validation import first_problem
     from llama_jax.inference.sampling import Sampling
 
     try:
         return Sampling(**fields)  # pyright: ignore[reportArgumentType] (checked by pydantic)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = "--" + str(problem["loc"][0]).replace("_", "-")
-        message = problem["msg"].removeprefix("Input should be ")
-        raise InputError(f"{name} must be {message}, not {problem['input']}") from error
+        problem = first_problem(error)
+        raise InputError(problem.sentence(f"--{problem.key.replace('_', '-')}")) from error
 
 
 def continue_text(
@@ -172,8 +171,8 @@ def serve(args: argparse.Namespace) -> int:
     try:
         from llama_jax.serving import server
     except ModuleNotFoundError as error:
-        raise missing(f"the server needs {error.name}", "serve") from error
-    from llama_jax.convert.convert import parse_size
+        raise missing_extra(f"the server needs {error.name}", "serve") from error
+    from llama_jax.runtime.byte_size import parse_size
 
     for name, least in {"rows": 1, "context": 2, "queue": 0, "max_tokens": 1}.items():
         value = getattr(args, name)
@@ -187,7 +186,7 @@ def serve(args: argparse.Namespace) -> int:
         name=args.model or folder.resolve().name,
         api_key=_api_key(args.api_key),
         max_tokens=args.max_tokens,
-        max_body=parse_size(args.max_body),
+        max_body=parse_size(args.max_body, "--max-body"),
         timeout=args.timeout,
     )
     import jax

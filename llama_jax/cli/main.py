@@ -239,8 +239,9 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 @_unwinding_at_sigterm()
 def _convert(args: argparse.Namespace) -> int:
-    from llama_jax.convert.convert import convert, parse_mesh, parse_size
+    from llama_jax.convert.convert import convert, parse_mesh
     from llama_jax.convert.verify import verify
+    from llama_jax.runtime.byte_size import parse_size
     from llama_jax.runtime.process_memory import release_freed_memory
 
     if args.verify:
@@ -256,7 +257,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.folder,
         to=args.to,
         dtype=args.dtype,
-        max_ram=args.max_ram and parse_size(args.max_ram),
+        max_ram=args.max_ram and parse_size(args.max_ram, "--max-ram"),
         model=args.model,
         tokenizer=args.tokenizer,
         shards=args.shards,

@@ -1,6 +1,6 @@
 """ModelConfig: the shape of a model, and how it is computed."""
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -9,24 +9,26 @@ from pydantic.dataclasses import dataclass
 # Every configuration class is frozen and hashable (it is a static argument of jitted functions)
 # and refuses keys that it does not know.
 STRICT = ConfigDict(extra="forbid")
-Count = Annotated[int, Field(ge=1, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RopeScaling:
     """How Llama 3.1 and later stretch the rotary wavelengths to reach a longer context."""
 
-    factor: Positive = Field(
+    factor: PositiveFloat = Field(
         default=8.0, description="by how much the longest wavelengths are stretched"
     )
-    low_freq_factor: Positive = Field(
+    low_freq_factor: PositiveFloat = Field(
         default=1.0, description="wavelengths above original_context / this are stretched in full"
     )
-    high_freq_factor: Positive = Field(
+    high_freq_factor: PositiveFloat = Field(
         default=4.0, description="wavelengths below original_context / this are left alone"
     )
-    original_context: Count = Field(default=8192, description="context before stretching [tokens]")
+    original_context: PositiveInt = Field(
+        default=8192, description="context before stretching [tokens]"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "RopeScaling":
@@ -35,35 +37,89 @@ class RopeScaling:
         return self
 
 
-_COMPUTED = ("dtype", "param_dtype", "cache_dtype", "reduce_dtype", "attention", "remat", "scan")
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
-    """The shape of a model and how it is computed.
+class Architecture:
+    """The shape of a model and the storage of its weights: another value is another model.
 
     One letter names a dimension everywhere: B batch, T query positions, S key positions, L layers,
     V vocabulary, D width, N query heads, K key/value heads, H head size, F feed-forward size.
     """
 
-    dim: Count = Field(description="D, width of the residual stream")
-    n_layers: Count = Field(description="L, number of layers")
-    n_heads: Count = Field(description="N, number of query heads")
-    n_kv_heads: Count = Field(description="K, number of key/value heads; must divide n_heads")
-    head_dim: Count = Field(description="H, size of a head; even")
-    hidden_dim: Count = Field(description="F, hidden size of the feed-forward block")
-    vocab_size: Count = Field(description="V, rows of the embedding [tokens]")
-    context: Count = Field(
+    dim: PositiveInt = Field(description="D, width of the residual stream")
+    n_layers: PositiveInt = Field(description="L, number of layers")
+    n_heads: PositiveInt = Field(description="N, number of query heads")
+    n_kv_heads: PositiveInt = Field(description="K, number of key/value heads; must divide n_heads")
+    head_dim: PositiveInt = Field(description="H, size of a head; even")
+    hidden_dim: PositiveInt = Field(description="F, hidden size of the feed-forward block")
+    vocab_size: PositiveInt = Field(description="V, rows of the embedding [tokens]")
+    context: PositiveInt = Field(
         default=2048, description="longest sequence the model is meant for [tokens]"
     )
-    norm_eps: Positive = Field(default=1e-5, description="epsilon of RMSNorm")
-    rope_theta: Positive = Field(default=10_000.0, description="base of the rotary wavelengths")
+    norm_eps: PositiveFloat = Field(default=1e-5, description="epsilon of RMSNorm")
+    rope_theta: PositiveFloat = Field(
+        default=10_000.0, description="base of the rotary wavelengths"
+    )
     rope_scaling: RopeScaling | None = Field(
         default=None, description="Llama 3.1 stretching of the wavelengths; null for none"
     )
     tied_head: bool = Field(
         default=False, description="the output head is the embedding, transposed"
     )
+    quantized: Literal["none", "int8"] = Field(
+        default="none",
+        description="how matrices are kept; int8 (with a scale for each output) is for inference"
+        " alone, and param_dtype is then that of the norms",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Architecture":
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
+        return self
+
+    def shape(self, dims: str) -> tuple[int, ...]:
+        """Returns the sizes that the letters `dims` name: 'DNH' -> (dim, n_heads, head_dim)."""
+        size = {
+            "L": self.n_layers,
+            "V": self.vocab_size,
+            "D": self.dim,
+            "N": self.n_heads,
+            "K": self.n_kv_heads,
+            "H": self.head_dim,
+            "F": self.hidden_dim,
+        }
+        return tuple(size[letter] for letter in dims)
+
+    def differences(self, other: "Architecture") -> list[str]:
+        """Returns the names of the fields that make `other` a different model."""
+        names = [field.name for field in fields(Architecture)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights, each counted once (a tied head is the embedding)."""
+        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim  # and two norms
+        ends = 1 if self.tied_head else 2
+        return self.n_layers * block + ends * self.vocab_size * self.dim + self.dim
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the model FLOPs of training on one token: forward and backward, no recompute.
+
+        6 for each weight of a matrix product (the embedding look-up is none), and the causal half
+        of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures count so.
+        """
+        weights = self.n_params - (0 if self.tied_head else self.vocab_size * self.dim)
+        attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        return 6.0 * weights + attention
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ComputeConfig:
+    """How a model is computed: any value gives the same model."""
+
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="type of activations and matrix products"
     )
@@ -74,11 +130,6 @@ class ModelConfig:
     cache_dtype: Literal["same", "int8"] = Field(
         default="same",
         description="type of cached keys and values in generation: same (as dtype) or int8",
-    )
-    quantized: Literal["none", "int8"] = Field(
-        default="none",
-        description="how matrices are kept; int8 (with a scale for each output) is for inference"
-        " alone, and param_dtype is then that of the norms",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="type in which gradients are summed over devices"
@@ -99,49 +150,11 @@ class ModelConfig:
         description="loop over layers in the program; false unrolls them (long compilation)",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads ({self.n_kv_heads}) must divide n_heads ({self.n_heads})")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim ({self.head_dim}) must be even for rotary embeddings")
-        return self
 
-    def shape(self, dims: str) -> tuple[int, ...]:
-        """Returns the sizes that the letters `dims` name: 'DNH' -> (dim, n_heads, head_dim)."""
-        size = {
-            "L": self.n_layers,
-            "V": self.vocab_size,
-            "D": self.dim,
-            "N": self.n_heads,
-            "K": self.n_kv_heads,
-            "H": self.head_dim,
-            "F": self.hidden_dim,
-        }
-        return tuple(size[letter] for letter in dims)
-
-    def differences(self, other: "ModelConfig") -> list[str]:
-        """Returns the names of what makes it another model (not how the model is computed)."""
-        shape = [name for name in asdict(self) if name not in _COMPUTED]
-        return [name for name in shape if getattr(self, name) != getattr(other, name)]
-
-    @property
-    def n_params(self) -> int:
-        """Number of weights, each counted once (a tied head is the embedding)."""
-        attention = 2 * self.dim * (self.n_heads + self.n_kv_heads) * self.head_dim
-        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim  # and two norms
-        ends = 1 if self.tied_head else 2
-        return self.n_layers * block + ends * self.vocab_size * self.dim + self.dim
-
-    def flops_per_token(self, seq_len: int) -> float:
-        """Returns the model FLOPs of training on one token: forward and backward, no recompute.
-
-        6 for each weight of a matrix product (the embedding look-up is none), and the causal half
-        of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures count so.
-        """
-        weights = self.n_params - (0 if self.tied_head else self.vocab_size * self.dim)
-        attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
-        return 6.0 * weights + attention
+# The bases are listed in reverse: the fields of the last one come first.
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig(ComputeConfig, Architecture):
+    """A model and how it is computed."""
 
 
 def ffn_dim(dim: int, multiple_of: int, multiplier: float | None = None) -> int:

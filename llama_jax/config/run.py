@@ -6,13 +6,13 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from llama_jax.config.model import STRICT, Count, ModelConfig, Positive
+from llama_jax.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt
 from llama_jax.runtime.storage import check_local
 
-Whole = Annotated[int, Field(ge=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Flag = Annotated[bool, Field(strict=True)]
+StrictBool = Annotated[bool, Field(strict=True)]
 LocalPath = Annotated[str, AfterValidator(check_local)]
 
 
@@ -39,7 +39,7 @@ class DataConfig:
     """What is trained on: folders of token shards, and the corpus to make one from."""
 
     mixture: Annotated[
-        dict[LocalPath, Positive],
+        dict[LocalPath, PositiveFloat],
         Field(description="folder of token shards (made by `llama-jax tokenize`): sampling weight"),
     ] = dataclasses.field(hash=False)  # a dict has no hash; a Config needs one
     corpus: tuple[LocalPath, ...] = Field(
@@ -55,34 +55,36 @@ class DataConfig:
     validation_fraction: Fraction = Field(
         default=0.05, description="share of the documents of `corpus` that is held out"
     )
-    seq_len: Count = Field(default=2048, description="T, length of a training window [tokens]")
-    batch_size: Count = Field(description="windows in one optimizer step, over all devices")
-    isolate_documents: Flag = Field(
+    seq_len: PositiveInt = Field(
+        default=2048, description="T, length of a training window [tokens]"
+    )
+    batch_size: PositiveInt = Field(description="windows in one optimizer step, over all devices")
+    isolate_documents: StrictBool = Field(
         default=True,
         description="documents in a window don't see each other, and no loss is taken on the"
         " first token of one; false reads a window as one text",
     )
-    seed: Whole = Field(default=0, description="seed of the order of the windows")
+    seed: NonNegativeInt = Field(default=0, description="seed of the order of the windows")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
     """AdamW and its schedule. The defaults are the paper's (arXiv 2302.13971, section 2.3)."""
 
-    peak_lr: Positive = Field(default=3e-4, description="learning rate after warm-up")
-    warmup_steps: Whole = Field(default=2000, description="steps of linear warm-up")
+    peak_lr: PositiveFloat = Field(default=3e-4, description="learning rate after warm-up")
+    warmup_steps: NonNegativeInt = Field(default=2000, description="steps of linear warm-up")
     final_lr_fraction: Fraction = Field(
         default=0.1, description="learning rate of the last step, over the peak (cosine in between)"
     )
     b1: Fraction = Field(default=0.9, description="decay of the first moment")
     b2: Fraction = Field(default=0.95, description="decay of the second moment")
-    eps: Positive = Field(
+    eps: PositiveFloat = Field(
         default=1e-8, description="Adam's epsilon (the paper doesn't state its own)"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="decay of the matrices; norm scales are exempt"
     )
-    clip_norm: Positive = Field(default=1.0, description="largest global norm of the gradient")
+    clip_norm: PositiveFloat = Field(default=1.0, description="largest global norm of the gradient")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -97,33 +99,35 @@ class TrainingConfig:
         description="model folder (or run folder) whose weights the run starts from while it has no"
         " checkpoint of its own; null draws fresh weights",
     )
-    steps: Count = Field(description="optimizer steps of the whole run")
-    micro_batches: Count = Field(
+    steps: PositiveInt = Field(description="optimizer steps of the whole run")
+    micro_batches: PositiveInt = Field(
         default=1, description="pieces a batch is computed in, one after another, to save memory"
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="weight of log² Z in the objective (1e-4 is usual; 0 is off)"
     )
-    seed: Whole = Field(default=0, description="seed of the fresh weights")
-    max_skipped: Count = Field(
+    seed: NonNegativeInt = Field(default=0, description="seed of the fresh weights")
+    max_skipped: PositiveInt = Field(
         default=10,
         description="steps in a row with a non-finite gradient after which the run stops",
     )
-    eval_every: Whole = Field(
+    eval_every: NonNegativeInt = Field(
         default=1000, description="steps between validations (0: at the end only)"
     )
-    eval_batches: Count = Field(default=20, description="largest number of batches in a validation")
+    eval_batches: PositiveInt = Field(
+        default=20, description="largest number of batches in a validation"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When the run is saved, and what is kept."""
 
-    every: Count = Field(
+    every: PositiveInt = Field(
         default=1000, description="steps between checkpoints (the last is always saved)"
     )
-    keep: Count = Field(default=3, description="newest checkpoints that are kept")
-    keep_every: Count | None = Field(
+    keep: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
+    keep_every: PositiveInt | None = Field(
         default=None,
         description="steps: checkpoints at multiples of this are kept for ever; null for none",
     )
@@ -133,11 +137,11 @@ class CheckpointConfig:
 class LoggingConfig:
     """What the run tells, and where."""
 
-    every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
-    progress: Flag = Field(default=True, description="a progress bar on standard error")
-    tensorboard: Flag = Field(default=True, description="TensorBoard files in the run folder")
+    every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
+    progress: StrictBool = Field(default=True, description="a progress bar on standard error")
+    tensorboard: StrictBool = Field(default=True, description="TensorBoard files in the run folder")
     wandb: str | None = Field(default=None, description="Weights & Biases project; null for none")
-    peak_tflops: Positive | None = Field(
+    peak_tflops: PositiveFloat | None = Field(
         default=None, description="peak of one device, for MFU [TFLOP/s]; null looks the device up"
     )
     samples: tuple[str, ...] = Field(

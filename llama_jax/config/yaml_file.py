@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from llama_jax.config.family import FAMILY
 from llama_jax.config.run import Config
+from llama_jax.config.validation import Problem, first_problem
 from llama_jax.errors import InputError
 
 
@@ -140,44 +141,35 @@ class _Document:
         try:
             return TypeAdapter(Config).validate_python(values)
         except ValidationError as error:
-            raise InputError(self._sentence(error.errors(include_url=False)[0])) from error
+            raise InputError(self._sentence(first_problem(error))) from error
 
     def _member(self, model: dict[str, Any]) -> dict[str, Any]:
         name = model["family"]
         if name not in FAMILY:
             near = _nearest(str(name), FAMILY)
             raise InputError(
-                f"{self._place(('model', 'family'))}: model.family: there is no {name!r};"
+                f"{self._location(('model', 'family'))}: model.family: there is no {name!r};"
                 f" {near or 'known are ' + ', '.join(FAMILY)}"
             )
         defaults = dataclasses.asdict(FAMILY[name])
         return defaults | {key: value for key, value in model.items() if key != "family"}
 
-    def _place(self, key: tuple[str, ...]) -> str:
+    def _location(self, key: tuple[str, ...]) -> str:
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, self.path)
 
-    def _sentence(self, problem: Any) -> str:
-        key = tuple(str(part) for part in problem["loc"])
-        key = tuple(part for part in key if part not in ("RopeScaling", "[key]"))
-        name, place = ".".join(key), self._place(key)
-        if problem["type"] == "unexpected_keyword_argument":
-            siblings = [k for k in KEYS if k.rpartition(".")[0] == ".".join(key[:-1])]
-            near = _elsewhere(key[-1]) or _nearest(name, siblings or SECTIONS)
-            known = near or "known are " + ", ".join(siblings or SECTIONS)
-            return f"{place}: {name} is not a known key; {known}"
-        if problem["type"] == "missing":
-            about = KEYS[name].description if name in KEYS else "a whole section"
-            return f"{place}: {name} is missing ({about}); add it"
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "value_error":
-            return f"{place}: {name + ': ' if name else ''}{message}"
-        if problem["type"] == "dataclass_type":
-            return f"{place}: {name} must be a section of keys, not {problem['input']!r}"
-        message = message.removeprefix("Input should be ").partition(",")[0]
-        message = message.replace("a valid tuple", "a list")
-        return f"{place}: {name} must be {message}, not {problem['input']!r}"
+    def _sentence(self, problem: Problem) -> str:
+        sentence = f"{self._location(problem.path)}: {problem.sentence()}"
+        if problem.is_unknown:
+            section = ".".join(problem.path[:-1])
+            siblings = [key for key in KEYS if key.rpartition(".")[0] == section]
+            hint = _same_name(problem.path[-1]) or _nearest(problem.key, siblings or SECTIONS)
+            return f"{sentence}; {hint or 'known are ' + ', '.join(siblings or SECTIONS)}"
+        if problem.is_missing:
+            known = KEYS.get(problem.key)
+            return f"{sentence} ({known.description if known else 'a section'}); add it"
+        return sentence
 
 
 def _nearest(name: str, valid: Sequence[str] | dict[str, Any]) -> str | None:
@@ -185,7 +177,7 @@ def _nearest(name: str, valid: Sequence[str] | dict[str, Any]) -> str | None:
     return f"did you mean {close[0]}?" if close else None
 
 
-def _elsewhere(name: str) -> str | None:
+def _same_name(name: str) -> str | None:
     """Finds a key that was put into the wrong section."""
     close = [key for key in KEYS if key.rpartition(".")[2] == name]
     return f"did you mean {close[0]}?" if close else None

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -278,19 +277,6 @@ def _budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | No
             f" {base / GIB:.2f} GiB; give at least {(base + largest) / GIB + 0.005:.2f}GiB"
         )
     return max_ram - base
-
-
-def parse_size(text: str) -> int:
-    """Returns the bytes that '4GiB', '800MB' or '123456' mean.
-
-    Raises:
-        InputError: it means none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B?", text)
-    if not found:
-        raise InputError(f"{text!r} is no size: write it like 4GiB or 800MB")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from llama_jax.config.model import ModelConfig
+from llama_jax.config.validation import first_problem
 from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.errors import InputError
@@ -144,12 +145,7 @@ def model_config(where: Path, **fields: Any) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"])) or "the shape"
-        raise InputError(
-            f"{where}: {key} is impossible ({problem['msg'].removeprefix('Value error, ')[:200]}):"
-            " correct the file"
-        ) from error
+        raise InputError(f"{where}: {first_problem(error).sentence()}: correct the file") from error
 
 
 def integer(about: Mapping[str, Any], key: str, where: Path) -> int:

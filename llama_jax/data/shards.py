@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from llama_jax.config.validation import first_problem
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular, read_regular
 from llama_jax.tokenizer.tokenizer import file_hash
@@ -231,6 +232,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         problem = f"has the unknown format {str(meta['format'])[:80]!a}"
     except FileNotFoundError:
         problem = "has no meta.json"
+    except ValidationError as error:
+        problem = f"has a damaged meta.json ({first_problem(error).sentence()})"
     except (ValueError, KeyError, TypeError, RecursionError):
         problem = "has a damaged meta.json"
     raise InputError(f"{folder} {problem}: make a folder of token shards with `llama-jax tokenize`")

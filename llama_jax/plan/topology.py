@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llama_jax.errors import InputError, missing
+from llama_jax.errors import InputError, missing_extra
 from llama_jax.runtime.chips import PLANNABLE_CHIPS, PlannableChip
 
 
@@ -97,7 +97,7 @@ def devices(pod: Pod) -> list[Any]:
         ).devices
     except Exception as error:  # of a plugin: its types are not documented
         if "not installed" in str(error):
-            raise missing("there is no TPU compiler here", "plan") from error
+            raise missing_extra("there is no TPU compiler here", "plan") from error
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
             f"--topology {pod}: the TPU compiler does not know it ({reason})"

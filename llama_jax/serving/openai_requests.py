@@ -3,7 +3,7 @@
 Source: OpenAI's API reference, Completions and Chat Completions.
 """
 
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic_core
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from llama_jax.config.validation import first_problem
 from llama_jax.inference.sampling import Sampling
 from llama_jax.tokenizer.chat import Message
 
@@ -66,10 +67,6 @@ def engine_error(failure: str) -> RequestError:
     return RequestError(500, f"the engine has failed: {failure}", code="engine_failed")
 
 
-class _Sentence(ValueError):
-    """What a validator says: a whole sentence."""
-
-
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     """Returns one or several prompts as several."""
 
@@ -85,7 +82,7 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
             return value
         if all(numbers(one) and one for one in value):
             return value
-    raise _Sentence(
+    raise ValueError(
         "prompt must be a text, a list of texts, a list of token ids, or a list of such lists,"
         " none of them empty"
     )
@@ -94,9 +91,9 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
 def _stops(value: Any) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(one, str) and one for one in values):
-        raise _Sentence("stop must be a text or a list of texts, none of them empty")
+        raise ValueError("stop must be a text or a list of texts, none of them empty")
     if len(values) > _MAX_STOPS or any(len(one) > _MAX_STOP_LENGTH for one in values):
-        raise _Sentence(
+        raise ValueError(
             f"stop may hold {_MAX_STOPS} texts of {_MAX_STOP_LENGTH} characters at most"
         )
     return values
@@ -104,23 +101,23 @@ def _stops(value: Any) -> list[str]:
 
 def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise _Sentence("messages must be a list of at least one message")
+        raise ValueError("messages must be a list of at least one message")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise _Sentence(f"{place} must be an object with a role and content")
+        raise ValueError(f"{place} must be an object with a role and content")
     if message.get("tool_calls") or message.get("function_call"):
-        raise _Sentence(f"{place} holds calls of tools, which are not supported")
+        raise ValueError(f"{place} holds calls of tools, which are not supported")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise _Sentence(f"{place}.content may hold parts of text only")
+                raise ValueError(f"{place}.content may hold parts of text only")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise _Sentence(f"{place}.content must be a text or a list of parts of text")
+        raise ValueError(f"{place}.content must be a text or a list of parts of text")
     role = "system" if message["role"] == "developer" else message["role"]
     return Message(role=role, content=content)
 
@@ -156,7 +153,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="after")
     def _options_of_a_stream(self):
         if self.stream_options and not self.stream:
-            raise _Sentence("stream_options needs stream to be true")
+            raise ValueError("stream_options needs stream to be true")
         return self
 
     def sampling(self) -> Sampling:
@@ -186,9 +183,9 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _something_to_do(self):
         if self.max_tokens == 0 and not self.echo:
-            raise _Sentence("max_tokens must be at least 1 (0 only together with echo)")
+            raise ValueError("max_tokens must be at least 1 (0 only together with echo)")
         if len(self.prompt) * self.n > MAX_CHOICES:
-            raise _Sentence(
+            raise ValueError(
                 f"{len(self.prompt)} prompts with n={self.n} are more than the {MAX_CHOICES} texts"
                 " that one request may ask for"
             )
@@ -211,10 +208,10 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _fields_that_agree(self):
         if self.top_logprobs and not self.logprobs:
-            raise _Sentence("top_logprobs needs logprobs to be true")
+            raise ValueError("top_logprobs needs logprobs to be true")
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
-                raise _Sentence("max_tokens and max_completion_tokens differ: give one of them")
+                raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
             self.max_tokens = self.max_completion_tokens
         return self
 
@@ -249,24 +246,15 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         request = kind.model_validate(content)
         request.sampling()
     except ValidationError as error:
-        _refuse(error)
+        problem = first_problem(error)
+        if problem.is_rule:  # the messages of the validators above name the field
+            message = problem.message
+        elif problem.is_unknown:
+            message = f"{problem.key} is not a field of this request"
+        else:
+            message = problem.sentence()
+        raise RequestError(400, message, param=problem.key or None) from error
     return request
-
-
-def _refuse(error: ValidationError) -> NoReturn:
-    problem = error.errors(include_url=False)[0]
-    param = ".".join(map(str, problem["loc"])) or None
-    said = problem.get("ctx", {}).get("error")
-    message = problem["msg"].removeprefix("Input should be ")
-    if isinstance(said, _Sentence):
-        message = str(said)
-    elif problem["type"] == "missing":
-        message = f"{param} is missing"
-    elif problem["type"] == "extra_forbidden":
-        message = f"{param} is not a field of this request"
-    else:
-        message = f"{param} must be {message[:1].lower()}{message[1:]}"
-    raise RequestError(400, message, param=param) from error
 
 
 def check_prompt(ids: list[int], n_vocab: int) -> None:
@@ -294,8 +282,8 @@ def new_tokens(
         limit: of the output [tokens].
 
     Raises:
-        RequestError: with status 400, the prompt leaves too little room, or the request asks for more
-            than `limit`.
+        RequestError: with status 400, the prompt leaves too little room, or the request asks for
+            more than `limit`.
     """
     room = context - prompt
     if room < 1 or (asked or 0) > room:

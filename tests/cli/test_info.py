@@ -70,12 +70,15 @@ def test_a_damaged_configuration_or_list_of_shards_is_told(model_folder, token_f
     ):
         folder = shutil.copytree(source, tmp_path / name)
         assert survives(folder, folder / name) > least
-    for place in (("splits", "validation"), ("splits", "train", "tokens"), ("sources",)):
+    for place, problem in (
+        (("splits", "validation"), "splits.validation is missing"),
+        (("splits", "train", "tokens"), "splits.train.tokens is missing"),
+        (("sources",), "sources is missing"),
+    ):
         path = tmp_path / "meta.json/meta.json"
         text = path.read_text()
         path.write_text(changed(text, place, None))
-        with pytest.raises(
-            InputError, match=r"meta.json has a damaged meta.json: make a folder of"
-        ):
+        with pytest.raises(InputError) as caught:
             describe(path.parent)
+        assert f"has a damaged meta.json ({problem}): make a folder of" in str(caught.value)
         path.write_text(text)

@@ -179,7 +179,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["serve", model_folder, "--context", "500"], "--context 500 is more than the model's 128"),
         (["serve", model_folder, "--port", "99999"], "127.0.0.1, port 99999, can't be listened on"),
         (["serve", model_folder, "--host", "a host"], "a host, port 8000, can't be listened on"),
-        (["serve", model_folder, "--max-body", "lots"], "'lots' is no size"),
+        (["serve", model_folder, "--max-body", "lots"], "--max-body must be a size such as"),
         (["serve", model_folder, "--timeout", "nan"], "--timeout must be above 0, not nan"),
         (["serve", model_folder, "--api-key", ""], "the API key must be printable ASCII"),
         (
@@ -208,7 +208,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
             "Meta's format has heads of dim / n_heads",
         ),
         (["convert", model_folder, out, "--to", "hf", "--quantize", "int8"], "is for --to orbax"),
-        (["convert", model_folder, out, "--max-ram", "lots"], "'lots' is no size"),
+        (["convert", model_folder, out, "--max-ram", "lots"], "--max-ram must be a size such as"),
         (["convert", model_folder, out, "--max-ram", "1MB"], "is too little: the largest weight"),
         (["convert", model_folder, out, "--mesh", "rows=2"], "'rows=2' is no axis of a mesh"),
         (["convert", model_folder, out, "--model", "llama-9b"], "is not known; the family is"),

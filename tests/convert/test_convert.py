@@ -20,7 +20,7 @@ from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.convert import layout
-from llama_jax.convert.convert import parse_mesh, parse_size
+from llama_jax.convert.convert import parse_mesh
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.files.safetensors import read_safetensors
 from llama_jax.convert.files.torch_zip import read_torch
@@ -264,20 +264,6 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
     back = quiet(quiet(run, tmp_path / "hf", to="hf"), tmp_path / "m")
     assert bits(back) == bits(run)
     assert bits(back)["layers.w1"] == np.asarray(state[0].layers.w1[...]).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("4GiB", 4 << 30), ("800MB", 800_000_000), ("1.5 GB", 1_500_000_000), ("512", 512)],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "4 G iB", "-1GB", "much"])
-def test_sizes_that_mean_nothing_are_refused(text):
-    with pytest.raises(InputError, match="is no size"):
-        parse_size(text)
 
 
 def test_meshes_are_named_by_their_axes():

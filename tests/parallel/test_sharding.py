@@ -115,7 +115,9 @@ def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
             return np.asarray(jax.jit(mapped)(x))
 
     np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
-    monkeypatch.setattr(collectives, "_scatter_groups", lambda parts, _: collectives.square_groups(parts))
+    monkeypatch.setattr(
+        collectives, "_scatter_groups", lambda parts, _: collectives.square_groups(parts)
+    )
     np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
 
 
