@@ -144,7 +144,7 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(rng.choice(words, rng.integers(5, 120)))
         (folder / f"{i:02d}.txt").write_text(text + "\n")
     out = folder / "tokens"
-    tokenize.build(
+    tokenize.tokenize_corpus(
         [str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False
     )
     return out

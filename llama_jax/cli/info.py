@@ -8,7 +8,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.convert.receipt import FILE as RECEIPT
 from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
-from llama_jax.data.shards import Tokens, read_meta
+from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.training.metrics import read_metrics
@@ -22,7 +22,7 @@ def describe(folder: Path) -> str:
     """
     if not folder.exists():
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
-    if (folder / "meta.json").exists():
+    if is_token_folder(folder):
         lines = _tokens(folder)
     elif folders.is_run_folder(folder):
         lines = _run(folder)
@@ -110,7 +110,7 @@ def _tokens(folder: Path) -> list[str]:
     lines = [f"token shards {folder}", f"sources     {', '.join(meta['sources'])}"]
     lines.append(_tokenizer(load_tokenizer(folder)))
     for split, about in meta["splits"].items():
-        Tokens(folder, split)  # opens every file and checks its length
+        TokenStream(folder, split)  # opens every file and checks its length
         lines.append(
             f"{split:11} {about['tokens']:,} tokens in {about['documents']:,} documents"
             f" ({about['bytes']:,} bytes), {len(about['shards'])} file(s), unigram entropy"

@@ -224,7 +224,7 @@ def _tokenize(args: argparse.Namespace) -> int:
 
     if not 0 <= args.validation_fraction < 1:
         raise InputError("--validation-fraction must be at least 0 and below 1")
-    meta = tokenize.build(
+    meta = tokenize.tokenize_corpus(
         args.sources,
         args.out,
         n_vocab=args.vocab_size,

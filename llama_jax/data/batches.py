@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from llama_jax.config.run import DataConfig
-from llama_jax.data.shards import Tokens
+from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Batch, Windows
 from llama_jax.errors import InputError
 
@@ -27,7 +27,7 @@ class Batches:
         self.micro_batches = micro_batches
         folders = list(config.mixture)
         self.splits = {
-            split: [Tokens(folder, split) for folder in folders]
+            split: [TokenStream(folder, split) for folder in folders]
             for split in ("train", "validation")
         }
         windows = [Windows(tokens, config) for tokens in self.splits["train"]]
@@ -98,7 +98,7 @@ class Batches:
 
         return self._place(read)
 
-    def validation_batches(self, most: int) -> int:
+    def count_validation_batches(self, most: int) -> int:
         """Returns how many held-out batches there are, at most `most`."""
         windows = sum(len(source) for source in self._held_out)
         return min(most, -(-windows // self.config.batch_size))

@@ -238,7 +238,7 @@ def _validation_start(path: Path, fraction: float) -> int:
     return cut
 
 
-def lines_of(documents: Iterator[Document], split: str, longest: int) -> Iterator[str]:
+def split_lines(documents: Iterator[Document], split: str, longest: int) -> Iterator[str]:
     """Yields the lines of one split, without those of more than `longest` characters."""
     for parts, own in documents:
         line = ""

@@ -1,16 +1,14 @@
-"""Text to token shards: tokenizes documents on all cores, writes memory-mapped files.
+"""Tokenizes a corpus into token shards, in parallel processes.
 
-A folder of token shards holds the tokenizer, `meta.json` and, for each of the splits `train` and
-`validation`, `tokens-NNNNN.npy` (the documents one after another, each between the begin and the
-end token) and `ends-NNNNN.npy` (where in the whole split the documents of that file end). No text
-and no file is in memory at once: texts come in pieces, and tokens are written as they are made.
+Each document is written between the begin and the end token. Neither a complete text nor a complete
+file of the corpus is in memory at once: documents are split into spans, and the tokens of a span
+are written as soon as it is encoded.
 """
 
 import collections
 import contextlib
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import signal
@@ -24,70 +22,72 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.data.shards import EncodedPiece, SplitWriter
-from llama_jax.data.text_files import SPLITS, Document, find_files, lines_of, read_documents
+from llama_jax.data.shards import EncodedSpan, SplitWriter, write_meta
+from llama_jax.data.text_files import SPLITS, Document, find_files, read_documents, split_lines
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
-from llama_jax.tokenizer.exact_cuts import Cut, pieces
-from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
-from llama_jax.tokenizer.train import MAX_LINE, train_tokenizer
+from llama_jax.tokenizer.split_points import SafeSplit, split_text
+from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.tokenizer.train import MAX_LINE_BYTES, train_tokenizer
 
-_TASK_BYTES = 1 << 20  # text that one worker gets at a time
-# Of more text, a tokenizer is trained on lines at equal distances: SentencePiece needs four times
-# the text in memory. Compressed text counts four times its file.
+_TASK_CHARACTERS = 1 << 20  # text that a worker encodes in one task
+# A tokenizer is trained on at most this much of the corpus, on lines at equal distances:
+# SentencePiece needs four times the text in memory. The text of a compressed file is estimated as
+# four times the file.
 _TRAINING_BYTES = 1 << 26
 _COMPRESSED = (".gz", ".zst")
 
 
-class _Piece(NamedTuple):
-    """A part of a document that is encoded at once, and whether it is its first or its last."""
+class _TextSpan(NamedTuple):
+    """A part of a document that one call of `encode` takes."""
 
     text: str
     split: str
-    first: bool
-    last: bool
+    first: bool  # whether the document starts with this span
+    last: bool  # whether the document ends with this span
 
 
 @contextlib.contextmanager
-def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
-    """Yields a pool whose processes end when this one does, and at once after an error.
+def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Yields a pool whose workers exit when this process exits, and at once after an error.
 
-    Each watches a pipe whose other end is here alone: the system closes that with this process.
+    Each worker watches a pipe. Only this process has the pipe's other end, which the system closes
+    when this process exits.
     """
-    # Fresh processes: forking a process in which JAX runs threads can deadlock.
-    fresh = multiprocessing.get_context("spawn")
-    watched, ours = fresh.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(number, fresh, _end_with, (watched,))
+    # Not fork: forking a process in which JAX runs threads can deadlock.
+    context = multiprocessing.get_context("spawn")
+    worker_end, parent_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _exit_with_parent, (worker_end,))
     try:
         yield pool
         pool.shutdown()
     finally:
-        ours.close()
+        parent_end.close()
         pool.shutdown(cancel_futures=True)
-        watched.close()
+        worker_end.close()
 
 
-def _end_with(parent: Connection) -> None:
-    """Ends this process once the other end of the pipe is closed, also in the middle of a task."""
-    # Ctrl-C reaches all processes of a terminal; the parent decides.
+def _exit_with_parent(pipe: Connection) -> None:
+    """Makes this worker exit when the pipe's other end closes, also in the middle of a task."""
+    # Ctrl-C sends SIGINT to all processes of a terminal: only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         with contextlib.suppress(EOFError, OSError):
-            parent.recv_bytes()
+            pipe.recv_bytes()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _encode(tokenizer: Path, task: list[_Piece]) -> list[EncodedPiece]:
-    encode = _tokenizer(tokenizer).encode
+def _encode_task(tokenizer: Path, task: list[_TextSpan]) -> list[EncodedSpan]:
+    encode = _load_tokenizer_once(tokenizer).encode
     return [
-        EncodedPiece(
+        EncodedSpan(
             np.array(encode(text, bos=first, eos=last, continued=not first), np.uint32),
             len(text.encode()),
             split,
@@ -98,55 +98,58 @@ def _encode(tokenizer: Path, task: list[_Piece]) -> list[EncodedPiece]:
     ]
 
 
-def _train(files: Sequence[Path], validation_fraction: float, model: Path, n_vocab: int) -> None:
-    lines = lines_of(read_documents(files, validation_fraction), "train", MAX_LINE)
-    packed = (path.suffix in _COMPRESSED for path in files)
-    size = sum(path.stat().st_size * 4**p for path, p in zip(files, packed, strict=True))
+def _train_on_corpus(
+    files: Sequence[Path], validation_fraction: float, model: Path, n_vocab: int
+) -> None:
+    documents = read_documents(files, validation_fraction)
+    lines = split_lines(documents, "train", MAX_LINE_BYTES)
+    compressed = (path.suffix in _COMPRESSED for path in files)
+    size = sum(path.stat().st_size * 4**c for path, c in zip(files, compressed, strict=True))
     every = max(1, -(-size // _TRAINING_BYTES))
     train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
 
 
-def _pieces(documents: Iterable[Document], exact_cut: Cut) -> Iterator[_Piece]:
+def _text_spans(documents: Iterable[Document], safe_split: SafeSplit) -> Iterator[_TextSpan]:
     for parts, split in documents:
-        texts = pieces(parts, exact_cut)
+        texts = split_text(parts, safe_split)
         text, first = next(texts), True
         for following in texts:
-            yield _Piece(text, split, first, last=False)
+            yield _TextSpan(text, split, first, last=False)
             text, first = following, False
-        yield _Piece(text, split, first, last=True)
+        yield _TextSpan(text, split, first, last=True)
 
 
-def _tasks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    task: list[_Piece] = []
+def _group_into_tasks(spans: Iterable[_TextSpan]) -> Iterator[list[_TextSpan]]:
+    task: list[_TextSpan] = []
     size = 0
-    for piece in pieces:
-        task.append(piece)
-        size += len(piece.text)
-        if size >= _TASK_BYTES:
+    for span in spans:
+        task.append(span)
+        size += len(span.text)
+        if size >= _TASK_CHARACTERS:
             yield task
             task, size = [], 0
     if task:
         yield task
 
 
-def _in_order(
-    tasks: Iterable[list[_Piece]], tokenizer: Path, workers: int
-) -> Generator[EncodedPiece, None, None]:
-    """Yields the encoded pieces in order, with a bounded number of tasks in memory."""
+def _encode_in_order(
+    tasks: Iterable[list[_TextSpan]], tokenizer: Path, workers: int
+) -> Generator[EncodedSpan, None, None]:
+    """Yields the encoded spans in order, with a bounded number of tasks in memory."""
     if workers == 1:
-        yield from itertools.chain.from_iterable(_encode(tokenizer, task) for task in tasks)
+        yield from itertools.chain.from_iterable(_encode_task(tokenizer, task) for task in tasks)
         return
-    with _processes(workers) as pool:
-        running: collections.deque[Future[list[EncodedPiece]]] = collections.deque()
+    with _worker_pool(workers) as pool:
+        running: collections.deque[Future[list[EncodedSpan]]] = collections.deque()
         for task in tasks:
-            running.append(pool.submit(_encode, tokenizer, task))
+            running.append(pool.submit(_encode_task, tokenizer, task))
             if len(running) > 3 * workers:
                 yield from running.popleft().result()
         while running:
             yield from running.popleft().result()
 
 
-def build(
+def tokenize_corpus(
     sources: Sequence[str],
     out: str | Path,
     *,
@@ -156,26 +159,26 @@ def build(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenizes a corpus into the new folder `out` and returns its `meta.json`.
+    """Tokenizes a corpus into the new folder `out` and returns the content of its `meta.json`.
 
     Args:
-        sources: what `find_files` takes.
-        out: the folder to make. It appears when it is complete, or not at all.
-        n_vocab: tokens of a tokenizer to train on the corpus (on some 64 MiB of its lines), where
-            `tokenizer` is None.
+        sources: files, folders and globs, as `find_files` takes them.
+        out: folder to create. It appears once it is complete; after an error it doesn't exist.
+        n_vocab: number of tokens of a tokenizer to train on the corpus (on about 64 MiB of its
+            lines), where `tokenizer` is None.
         tokenizer: file or folder of the tokenizer to use.
-        validation_fraction: share of the documents that is held out.
-        workers: processes; default: one a core.
-        progress: show the progress on standard error.
+        validation_fraction: fraction of the documents that is held out.
+        workers: number of processes; default: one per core.
+        progress: whether to show the progress on standard error.
 
     Raises:
-        InputError: `out` is there already, a source can't be read, or a split stays empty.
+        InputError: `out` exists already, a source can't be read, or a split has no document.
         Fault: the system can't write `out`.
     """
     check_absent(out)
     files = find_files(sources)
     size = sum(file.stat().st_size for file in files)
-    workers = workers or max(1, min(os.cpu_count() or 1, size // _TASK_BYTES))
+    workers = workers or max(1, min(os.cpu_count() or 1, size // _TASK_CHARACTERS))
     with new_folder(out) as partial:
         model = partial / "tokenizer.model"
         if tokenizer is not None:
@@ -186,43 +189,40 @@ def build(
             if progress:
                 print(f"training a tokenizer of {n_vocab} tokens …", file=sys.stderr, flush=True)
             if workers == 1:
-                _train(files, validation_fraction, model, n_vocab)
-            else:  # this process stays free to answer a signal
-                with _processes(1) as pool:
-                    pool.submit(_train, files, validation_fraction, model, n_vocab).result()
+                _train_on_corpus(files, validation_fraction, model, n_vocab)
+            else:  # in a worker, so that this process can still handle signals
+                with _worker_pool(1) as pool:
+                    pool.submit(
+                        _train_on_corpus, files, validation_fraction, model, n_vocab
+                    ).result()
         else:
-            raise InputError("tokenize: give a tokenizer, or the size of a vocabulary to train")
+            raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
         loaded = load_tokenizer(model)
-        tasks = _tasks(_pieces(read_documents(files, validation_fraction), loaded.exact_cut))
-        with contextlib.ExitStack() as opened:
+        spans = _text_spans(read_documents(files, validation_fraction), loaded.safe_split)
+        with contextlib.ExitStack() as stack:
             writers = {
-                split: opened.enter_context(SplitWriter(partial / split, loaded.n_vocab))
+                split: stack.enter_context(SplitWriter(partial / split, loaded.n_vocab))
                 for split in SPLITS
             }
-            # Compressed files have an unknown size of text: the bar then only counts.
+            # The amount of text in compressed files is unknown: the bar then has no total.
             plain = all(file.suffix not in _COMPRESSED for file in files)
-            advance = opened.enter_context(
+            advance = stack.enter_context(
                 byte_progress("tokenizing", size if plain else None, progress)
             )
-            encoded = opened.enter_context(contextlib.closing(_in_order(tasks, model, workers)))
-            for piece in encoded:
-                writers[piece.split].add(piece)
-                advance(piece.n_bytes)
+            encoded_spans = stack.enter_context(
+                contextlib.closing(_encode_in_order(_group_into_tasks(spans), model, workers))
+            )
+            for span in encoded_spans:
+                writers[span.split].append(span)
+                advance(span.n_bytes)
             for writer in writers.values():
-                writer.finish()
+                writer.finish_shard()
         for split, writer in writers.items():
             if not writer.documents and (split == "train" or validation_fraction):
                 raise InputError(
                     f"corpus: no document for the {split} split in {len(files)} file(s): add text"
                     " or change validation_fraction"
                 )
-        meta = {
-            "format": 1,
-            "sources": list(sources),
-            "tokenizer_sha256": file_hash(model),
-            "n_vocab": loaded.n_vocab,
-            "dtype": np.dtype(writers["train"].dtype).name,
-            "splits": {split: writer.summary() for split, writer in writers.items()},
-        }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-    return meta
+        return write_meta(
+            partial, sources=sources, tokenizer=model, n_vocab=loaded.n_vocab, writers=writers
+        )

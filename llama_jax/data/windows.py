@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.config.run import DataConfig
-from llama_jax.data.shards import Tokens
+from llama_jax.data.shards import TokenStream
 
 
 class Batch(NamedTuple):
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 class Windows:
     """Random access to the windows of T+1 tokens of a stream; each overlaps the next by one."""
 
-    def __init__(self, tokens: Tokens, config: DataConfig):
+    def __init__(self, tokens: TokenStream, config: DataConfig):
         self.tokens = tokens
         self.length = config.seq_len
         self.isolate = config.isolate_documents

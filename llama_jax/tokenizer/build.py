@@ -22,7 +22,7 @@ LLAMA3_PATTERN = (
 )
 
 
-def piece_types(pieces: Sequence[str], control: Collection[int]) -> list[int]:
+def infer_piece_types(pieces: Sequence[str], control: Collection[int]) -> list[int]:
     """Returns the types of the pieces of a LLaMA vocabulary that doesn't tell them.
 
     Args:
@@ -36,7 +36,7 @@ def piece_types(pieces: Sequence[str], control: Collection[int]) -> list[int]:
     return types
 
 
-def sentencepiece_model(
+def build_sentencepiece_model(
     pieces: Sequence[str],
     scores: Sequence[float],
     types: Sequence[int],

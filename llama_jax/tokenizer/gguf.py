@@ -8,11 +8,11 @@ from llama_jax.errors import InputError
 from llama_jax.tokenizer.build import (
     CONTROL,
     USER_DEFINED,
+    build_sentencepiece_model,
     byte_level,
     check_pieces,
+    infer_piece_types,
     llama3_parts,
-    piece_types,
-    sentencepiece_model,
     sequence,
     tokenizer_json,
 )
@@ -75,8 +75,8 @@ def _sentencepiece_files(path: Path, said: Mapping[str, Any]) -> dict[str, bytes
         said.get("tokenizer.ggml.bos_token_id", 1),
         said.get("tokenizer.ggml.eos_token_id", 2),
     )
-    types = said.get("tokenizer.ggml.token_type") or piece_types(pieces, control=(bos, eos))
-    model = sentencepiece_model(
+    types = said.get("tokenizer.ggml.token_type") or infer_piece_types(pieces, control=(bos, eos))
+    model = build_sentencepiece_model(
         pieces,
         said["tokenizer.ggml.scores"],
         types,

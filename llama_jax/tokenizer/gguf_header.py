@@ -32,11 +32,11 @@ class TensorInfo(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # row-major, so the reverse of the file's
-    kind: int  # ggml_type
+    ggml_type: int
     offset: int  # from where the data begin [bytes]
 
 
-class Header(NamedTuple):
+class GGUFHeader(NamedTuple):
     """What a GGUF file says before its data."""
 
     metadata: dict[str, Any]
@@ -44,7 +44,7 @@ class Header(NamedTuple):
     nbytes: int
 
 
-def read_header(path: Path, wanted: str | tuple[str, ...]) -> Header:
+def read_header(path: Path, wanted: str | tuple[str, ...]) -> GGUFHeader:
     """Returns the header of a GGUF file, without the metadata whose keys begin otherwise.
 
     Arrays that are not wanted are skipped: to read all of a Llama 3's takes half a second.
@@ -63,7 +63,7 @@ def read_header(path: Path, wanted: str | tuple[str, ...]) -> Header:
         raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 
 
-def _header(path: Path, values: "_Values", wanted: str | tuple[str, ...]) -> Header:
+def _header(path: Path, values: "_Values", wanted: str | tuple[str, ...]) -> GGUFHeader:
     magic, version, n_tensors, n_keys = values.numbers("<4sIQQ")
     if magic != MAGIC or version not in (2, 3):
         raise InputError(
@@ -81,15 +81,15 @@ def _header(path: Path, values: "_Values", wanted: str | tuple[str, ...]) -> Hea
     tensors = [_tensor(values) for _ in range(n_tensors)]
     if len(keys) < n_keys or len({tensor.name for tensor in tensors}) < n_tensors:
         raise ValueError("a name occurs twice")
-    return Header(metadata, tensors, values.at)
+    return GGUFHeader(metadata, tensors, values.at)
 
 
 def _tensor(values: "_Values") -> TensorInfo:
     name, (dims,) = values.string(), values.numbers("<I")
     if dims > _MAX_DIMS:
         raise ValueError(f"a tensor has {dims} dimensions")
-    *shape, kind, offset = values.numbers(f"<{dims}QIQ")
-    return TensorInfo(name, tuple(reversed(shape)), kind, offset)
+    *shape, ggml_type, offset = values.numbers(f"<{dims}QIQ")
+    return TensorInfo(name, tuple(reversed(shape)), ggml_type, offset)
 
 
 class _Values:

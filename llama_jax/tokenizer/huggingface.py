@@ -9,8 +9,8 @@ import tokenizers
 
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import chat
-from llama_jax.tokenizer.exact_cuts import Cut, cut_of_json, without_prefix
 from llama_jax.tokenizer.settings import check_ids, check_text, folder_files, read_settings
+from llama_jax.tokenizer.split_points import SafeSplit, remove_space_prefix, safe_split_of_json
 from llama_jax.tokenizer.tiktoken import END_TOKENS
 
 # Of a folder that doesn't name its begin and end tokens.
@@ -94,17 +94,19 @@ class TokenizerJson:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def exact_cut(self, text: str) -> int:
+    def safe_split(self, text: str) -> int:
         """Returns after how many characters a long text may be cut; 0: nowhere."""
-        return self._cut(text)
+        return self._safe_split(text)
 
     @cached_property
-    def _cut(self) -> Cut:
-        return cut_of_json(json.loads(self._data))
+    def _safe_split(self) -> SafeSplit:
+        return safe_split_of_json(json.loads(self._data))
 
     @cached_property
     def _without_prefix(self) -> tokenizers.Tokenizer:
-        tokenizer = _read(self.path, json.dumps(without_prefix(json.loads(self._data))).encode())
+        tokenizer = _read(
+            self.path, json.dumps(remove_space_prefix(json.loads(self._data))).encode()
+        )
         tokenizer.encode_special_tokens = True
         return tokenizer
 

@@ -14,10 +14,10 @@ from sentencepiece.sentencepiece_model_pb2 import (
 
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import chat
-from llama_jax.tokenizer.build import BYTE, piece_types, sentencepiece_model
-from llama_jax.tokenizer.exact_cuts import ESCAPED, Cut, by_pairs, no_cut
+from llama_jax.tokenizer.build import BYTE, build_sentencepiece_model, infer_piece_types
 from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.settings import check_ids, check_text, folder_files, read_settings
+from llama_jax.tokenizer.split_points import ESCAPED, SafeSplit, never_split, safe_split_by_pairs
 
 # SHA-256 of the charsmap that `train_tokenizer` makes: it replaces U+2581 and U+FDD0 alone.
 _ESCAPES = "95a5358aa29b833dc99be672ba76631392d46f7db36301c145ab8b0f557cd39a"
@@ -65,12 +65,12 @@ class SentencePiece:
         processor = self._without_prefix if continued else self._processor
         return [self.bos_id] * bos + processor.encode(text) + [self.eos_id] * eos
 
-    def exact_cut(self, text: str) -> int:
+    def safe_split(self, text: str) -> int:
         """Returns after how many characters a long text may be cut; 0: nowhere."""
-        return self._cut(text)
+        return self._safe_split(text)
 
     @cached_property
-    def _cut(self) -> Cut:
+    def _safe_split(self) -> SafeSplit:
         model = ModelProto.FromString(self.files["tokenizer.model"])
         spec, trainer = model.normalizer_spec, model.trainer_spec
         charsmap = spec.precompiled_charsmap
@@ -81,10 +81,10 @@ class SentencePiece:
             or not spec.escape_whitespaces
             or (charsmap and hashlib.sha256(charsmap).hexdigest() != _ESCAPES)
         ):
-            return no_cut
+            return never_split
         # Spaces beside a cut would be removed as those at the ends of a text.
         changed = ESCAPED + " " if spec.remove_extra_whitespaces else ESCAPED
-        return by_pairs((p.piece for p in model.pieces if p.type != BYTE), changed)
+        return safe_split_by_pairs((p.piece for p in model.pieces if p.type != BYTE), changed)
 
     @cached_property
     def _without_prefix(self) -> spm.SentencePieceProcessor:
@@ -201,5 +201,5 @@ def from_llama2c(data: bytes, path: Path) -> bytes:
             f"{path} is not a tokenizer.bin of llama2.c, or is cut short ({error}): fetch it again"
         ) from error
     pieces[1:3] = [piece.strip("\n") for piece in pieces[1:3]]
-    types = piece_types(pieces, control=range(1, min(3, len(pieces))))
-    return sentencepiece_model(pieces, scores, types, path)
+    types = infer_piece_types(pieces, control=range(1, min(3, len(pieces))))
+    return build_sentencepiece_model(pieces, scores, types, path)

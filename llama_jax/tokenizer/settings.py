@@ -18,7 +18,7 @@ SIDE_FILES = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenizerSettings:
     """What a model folder says about its tokenizer, as far as it says it."""
 
     tokens: Mapping[str, str]  # texts of the special tokens: bos_token, eos_token, …
@@ -34,7 +34,7 @@ def side_files(folder: Path) -> dict[str, bytes]:
     return {path.name: read_regular(path) for path in paths if path.is_file()}
 
 
-def read_settings(files: Mapping[str, bytes], folder: Path) -> Settings:
+def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings:
     """Returns what `files`, which lie in `folder`, say.
 
     Raises:
@@ -53,7 +53,7 @@ def read_settings(files: Mapping[str, bytes], folder: Path) -> Settings:
         said = _read(files, name, folder)
         for key in ("bos_token_id", "eos_token_id"):
             ids[key] = _ids(said.get(key), f"{key} of {folder / name}") or ids.get(key, frozenset())
-    return Settings(
+    return TokenizerSettings(
         tokens=tokens,
         bos_ids=ids["bos_token_id"],
         end_ids=ids["eos_token_id"],
@@ -137,7 +137,7 @@ def check_ids(ids: Iterable[int], n_vocab: int, path: Path) -> list[int]:
 
 
 def folder_files(
-    name: str, data: bytes, files: Mapping[str, bytes], s: Settings
+    name: str, data: bytes, files: Mapping[str, bytes], s: TokenizerSettings
 ) -> dict[str, bytes]:
     """Returns the files of a folder that holds a tokenizer with its settings and no model.
 

@@ -84,7 +84,7 @@ class Tiktoken:
         ids = [i for part in split_long(text) for i in encode(part)]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def exact_cut(self, text: str) -> int:
+    def safe_split(self, text: str) -> int:
         """Returns where Meta's tokenizer cuts a text in any case."""
         return (len(text) - 1) // _MAX_PART * _MAX_PART
 

@@ -46,10 +46,10 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def exact_cut(self, text: str) -> int:
+    def safe_split(self, text: str) -> int:
         """Returns after how many characters the beginning of a long text may be cut; 0: nowhere.
 
-        >>> cut = tokenizer.exact_cut(text)
+        >>> cut = tokenizer.safe_split(text)
         >>> ids = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:], continued=True)
         >>> ids == tokenizer.encode(text)
         True

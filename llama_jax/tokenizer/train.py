@@ -18,7 +18,7 @@ _ESCAPE = "2581\tFDD0 FDD2\nFDD0\tFDD0 FDD1\n"
 _UNESCAPE = "FDD0 FDD2\t2581\nFDD0 FDD1\tFDD0\n"
 
 
-MAX_LINE = 1 << 16  # bytes; longer lines are left out
+MAX_LINE_BYTES = 1 << 16  # bytes; longer lines are left out
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> None:
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 character_coverage=0.99995,
-                max_sentence_length=MAX_LINE,
+                max_sentence_length=MAX_LINE_BYTES,
                 input_sentence_size=2_000_000,
                 shuffle_input_sentence=False,
                 minloglevel=2,

@@ -163,7 +163,7 @@ def _train(
 def _validate(config: Config, data: Batches, state: State) -> float:
     """Returns the mean loss over the held-out batches [nats per token]."""
     nll, targets = 0.0, 0
-    batches = data.validation_batches(config.training.eval_batches)
+    batches = data.count_validation_batches(config.training.eval_batches)
     for i in range(batches):
         batch_nll, batch_targets = eval_step(config, state.model, data.validation(i, batches))
         nll, targets = nll + float(batch_nll), targets + int(batch_targets)

@@ -95,7 +95,7 @@ def prepare_data(config: Config) -> None:
                 " or set data.corpus"
             )
         tell(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
-        meta = tokenize.build(
+        meta = tokenize.tokenize_corpus(
             config.data.corpus,
             name,
             n_vocab=config.model.vocab_size,

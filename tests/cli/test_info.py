@@ -80,5 +80,5 @@ def test_a_damaged_configuration_or_list_of_shards_is_told(model_folder, token_f
         path.write_text(changed(text, place, None))
         with pytest.raises(InputError) as caught:
             describe(path.parent)
-        assert f"has a damaged meta.json ({problem}): make a folder of" in str(caught.value)
+        assert f"has a damaged meta.json ({problem}): create a folder of" in str(caught.value)
         path.write_text(text)

@@ -9,7 +9,7 @@ from conftest import mesh_of
 from llama_jax.config.run import DataConfig
 from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
-from llama_jax.data.shards import Tokens
+from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Windows
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import one_device_mesh
@@ -24,7 +24,7 @@ def as_numpy(batch):
 
 
 def test_a_window_tells_documents_apart(token_folder):
-    tokens = Tokens(token_folder, "train")
+    tokens = TokenStream(token_folder, "train")
     windows = Windows(tokens, config(token_folder, seq_len=64))
     whole, _ = tokens.read(0, len(tokens))
     crossed = 0
@@ -44,7 +44,7 @@ def test_a_window_tells_documents_apart(token_folder):
 
 
 def test_documents_can_be_read_as_one_text(token_folder):
-    tokens = Tokens(token_folder, "train")
+    tokens = TokenStream(token_folder, "train")
     window = Windows(tokens, config(token_folder, seq_len=64, isolate_documents=False))[3]
     assert set(window.segments) == {1}
     np.testing.assert_array_equal(window.positions, np.arange(64))
@@ -64,7 +64,7 @@ def test_a_batch_follows_from_seed_and_step_alone(token_folder):
 
 def test_an_epoch_holds_every_window_once_and_the_next_another_order(token_folder):
     data = Batches(config(token_folder))
-    count = len(Windows(Tokens(token_folder, "train"), config(token_folder)))
+    count = len(Windows(TokenStream(token_folder, "train"), config(token_folder)))
     epochs = [[data._train[e * count + i].tokens.tobytes() for i in range(count)] for e in (0, 1)]
     assert Counter(epochs[0]) == Counter(epochs[1])
     assert len(set(epochs[0])) == count
@@ -92,7 +92,7 @@ def test_micro_batches_read_in_turn_are_the_batch(token_folder):
 def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(token_folder, other)
-    source = Windows(Tokens(token_folder, "train"), config(token_folder))
+    source = Windows(TokenStream(token_folder, "train"), config(token_folder))
     for path in (other / "train").glob("tokens-*.npy"):
         np.save(path, np.load(path) ^ 1)  # the same length, other tokens
     data = Batches(config(token_folder, mixture={str(token_folder): 0.75, str(other): 0.25}))
@@ -108,15 +108,15 @@ def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
 
 def test_validation_covers_every_held_out_window_once(token_folder):
     settings = config(token_folder)
-    windows = Windows(Tokens(token_folder, "validation"), settings)
+    windows = Windows(TokenStream(token_folder, "validation"), settings)
     data = Batches(settings)
     with jax.set_mesh(one_device_mesh()):
-        count = data.validation_batches(99)
+        count = data.count_validation_batches(99)
         batches = [as_numpy(data.validation(i, count)) for i in range(count)]
         few = [as_numpy(data.validation(i, 2)) for i in range(2)]
     counted = sum((targets >= 0).sum() for _, targets, _, _ in batches)
     assert counted == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
-    assert data.validation_batches(2) == 2
+    assert data.count_validation_batches(2) == 2
     # Fewer batches are spread over the whole text.
     tokens = {
         window.tokens.tobytes(): i
@@ -144,8 +144,8 @@ def truncate(path):
         (lambda f: (f / "meta.json").write_text("{"), "has a damaged meta.json"),
         (lambda f: (f / "meta.json").write_text('{"format": 9}'), "unknown format '9'"),
         (lambda f: (f / "train/tokens-00000.npy").unlink(), "tokens-00000.npy is missing"),
-        (lambda f: truncate(f / "train/tokens-00000.npy"), "damaged or cut short"),
-        (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "holds 3 entries, but"),
+        (lambda f: truncate(f / "train/tokens-00000.npy"), "damaged or truncated"),
+        (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "contains 3 entries, but"),
     ],
 )
 def test_damaged_shards_are_named(token_folder, tmp_path, change, sentence):
@@ -159,7 +159,7 @@ def test_too_few_tokens_for_a_window_are_refused(token_folder):
 
 
 def test_the_fingerprint_follows_the_content(token_folder, tmp_path):
-    tokenize.build(
+    tokenize.tokenize_corpus(
         [str(token_folder.parent / "0*.txt")], tmp_path / "less",
         tokenizer=token_folder / "tokenizer.model", validation_fraction=0.1, progress=False,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llama_jax.data import text_files
-from llama_jax.data.text_files import find_files, is_json_lines, lines_of, read_documents
+from llama_jax.data.text_files import find_files, is_json_lines, read_documents, split_lines
 from llama_jax.errors import InputError
 
 TEXTS = ["one\ntwo", "three"]
@@ -95,5 +95,5 @@ def test_lines_are_those_of_the_text_without_the_longest(tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text(text)
     for part in (1, 3, 100):
         monkeypatch.setattr(text_files, "_PART", part)
-        lines = lines_of(read_documents([tmp_path / "x.txt"], 0.0), "train", 10)
+        lines = split_lines(read_documents([tmp_path / "x.txt"], 0.0), "train", 10)
         assert list(lines) == ["one", "", "two three", "five", ""]

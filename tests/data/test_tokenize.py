@@ -11,9 +11,9 @@ import pytest
 from backports import zstd
 
 from llama_jax.data import shards, text_files, tokenize
-from llama_jax.data.shards import Tokens
+from llama_jax.data.shards import TokenStream
 from llama_jax.errors import InputError
-from llama_jax.tokenizer import exact_cuts
+from llama_jax.tokenizer import split_points
 from llama_jax.tokenizer.sentencepiece import SentencePiece
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -39,11 +39,11 @@ def sources(tmp_path):
 
 def build(source, out, **options):
     options = {"n_vocab": 300, "validation_fraction": 0.1, "progress": False} | options
-    return tokenize.build([str(source)], out, **options)
+    return tokenize.tokenize_corpus([str(source)], out, **options)
 
 
 def stream(folder, split):
-    tokens = Tokens(folder, split)
+    tokens = TokenStream(folder, split)
     return tokens.read(0, len(tokens))
 
 
@@ -79,8 +79,8 @@ def test_documents_cross_files_of_a_bounded_size(sources, monkeypatch):
     tokenizer = sources / "whole" / "tokenizer.model"
     monkeypatch.setattr(shards, "SHARD_TOKENS", 64)
     build(sources / "texts", sources / "cut", n_vocab=None, tokenizer=tokenizer)
-    assert len(Tokens(sources / "cut", "train").summary["shards"]) > 5
-    assert whole["splits"]["train"]["tokens"] == len(Tokens(sources / "cut", "train"))
+    assert len(TokenStream(sources / "cut", "train").summary["shards"]) > 5
+    assert whole["splits"]["train"]["tokens"] == len(TokenStream(sources / "cut", "train"))
     for a, b in zip(
         stream(sources / "whole", "train"), stream(sources / "cut", "train"), strict=True
     ):
@@ -163,9 +163,9 @@ def test_a_long_text_is_encoded_in_pieces_and_its_shards_are_the_same(tmp_path, 
 
     encode = SentencePiece.encode
     monkeypatch.setattr(SentencePiece, "encode", noted)
-    monkeypatch.setattr(exact_cuts, "PIECE", 1000)
+    monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 1000)
     monkeypatch.setattr(text_files, "_PART", 700)
-    monkeypatch.setattr(tokenize, "_TASK_BYTES", 3000)
+    monkeypatch.setattr(tokenize, "_TASK_CHARACTERS", 3000)
     cut = build(tmp_path / "book.txt", tmp_path / "cut", workers=1)
     assert cut == whole  # with the hashes of all files
     assert len(longest) > 40
@@ -179,14 +179,14 @@ def test_of_a_large_corpus_some_lines_train_the_tokenizer(sources, monkeypatch):
     for limit, every in ((3000, 1), (1000, 3)):
         monkeypatch.setattr(tokenize, "_TRAINING_BYTES", limit)
         seen.clear()
-        tokenize._train([sources / "a.jsonl"], 0.0, sources / "m", 300)
+        tokenize._train_on_corpus([sources / "a.jsonl"], 0.0, sources / "m", 300)
         assert seen == [line for text in TEXTS for line in text.split("\n")][::every]
 
 
 def test_array_files_are_those_of_numpy(tmp_path):
     values = np.arange(70_000)
     for dtype in (np.uint16, np.uint32, np.int64):
-        file = shards.ArrayFile(tmp_path / "a.npy", dtype)
+        file = shards.NpyWriter(tmp_path / "a.npy", dtype)
         for part in np.split(values, [0, 1, 65_000]):
             file.append(part)
         file.close()

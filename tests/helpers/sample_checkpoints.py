@@ -20,7 +20,7 @@ from llama_jax.convert.convert import convert
 from llama_jax.convert.formats import gguf as our_gguf
 from llama_jax.convert.formats import huggingface, llama2c, meta
 from llama_jax.convert.layout import AXES, Layout, weights
-from llama_jax.tokenizer.build import piece_types, sentencepiece_model
+from llama_jax.tokenizer.build import build_sentencepiece_model, infer_piece_types
 
 MODEL = tiny_model(n_heads=4, n_kv_heads=2, vocab_size=288, context=2048)
 
@@ -63,7 +63,9 @@ def tokenizer_model(n: int = MODEL.vocab_size) -> bytes:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefgh"]
     pieces += [f"ab{i}" for i in range(n - len(pieces))]
     scores = [-float(i) for i in range(n)]
-    return sentencepiece_model(pieces, scores, piece_types(pieces, (1, 2)), Path("here"))
+    return build_sentencepiece_model(
+        pieces, scores, infer_piece_types(pieces, (1, 2)), Path("here")
+    )
 
 
 SHAPE = {
@@ -76,7 +78,7 @@ WORDS += [f"a{c}" for c in "abcdefghijkl"]
 SAID = {
     "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": WORDS,
     "tokenizer.ggml.scores": [-float(i) for i in range(MODEL.vocab_size)],
-    "tokenizer.ggml.token_type": piece_types(WORDS, (1, 2)),
+    "tokenizer.ggml.token_type": infer_piece_types(WORDS, (1, 2)),
     "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
 }  # fmt: skip
 

@@ -247,7 +247,9 @@ def test_other_data_do_not_resume(token_folder, tmp_path):
     other = tmp_path / "other"
     files = str(token_folder.parent / "[0-3]*.txt")
     tokenizer = str(token_folder / "tokenizer.model")
-    tokenize.build([files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False)
+    tokenize.tokenize_corpus(
+        [files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False
+    )
     with pytest.raises(InputError, match="are not those that the run"):
         loop.run(config(folder, other, steps=4))
 
@@ -291,7 +293,7 @@ def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token
     start.prepare_data(replace(settings, data=replace(settings.data, corpus=(str(texts),))))
     hashes = [read_meta(folder)["tokenizer_sha256"] for folder in (tmp_path / "made", token_folder)]
     assert hashes[0] == hashes[1]
-    tokenize.build([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
+    tokenize.tokenize_corpus([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
     with pytest.raises(InputError, match="was made with another tokenizer than that of"):
         loop.run(config(tmp_path / "run", tmp_path / "other", init_from=str(whole)))
 

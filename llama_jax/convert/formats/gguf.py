@@ -18,7 +18,7 @@ from llama_jax.convert.source import Source, integer, model_config, number, stor
 from llama_jax.errors import InputError
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.runtime.regular_file import open_regular
-from llama_jax.tokenizer.gguf_header import Header, TensorInfo, read_header
+from llama_jax.tokenizer.gguf_header import GGUFHeader, TensorInfo, read_header
 
 NAMES = {
     "tok_embeddings": "token_embd.weight",
@@ -98,7 +98,7 @@ def read(path: Path) -> Source:
     )
 
 
-def _tensors(path: Path, header: Header) -> dict[str, StoredTensor]:
+def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
     """Returns the tensors by name, which must fill the file from the header to its end.
 
     GGUF has no checksum. A file that lost or gained bytes on its way is known by its length and by
@@ -149,11 +149,11 @@ def _aligned(path: Path, file: BinaryIO, end: int, unit: int) -> int:
 def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[StoredTensor, int]:
     """Returns the tensor that begins at a byte of the file, and its bytes there."""
     known = {kind.value: kind for kind in GGMLQuantizationType}
-    kind = known.get(info.kind)
+    kind = known.get(info.ggml_type)
     if kind is None or kind.name not in (*_PLAIN, *_QUANTIZED):
         raise InputError(
-            f"{path}: {quote(info.name)} is quantized as {kind.name if kind else info.kind}, which"
-            f" is not supported: give one of {', '.join([*_PLAIN, *_QUANTIZED])}"
+            f"{path}: {quote(info.name)} is quantized as {kind.name if kind else info.ggml_type},"
+            f" which is not supported: give one of {', '.join([*_PLAIN, *_QUANTIZED])}"
         )
     if kind.name in _PLAIN:
         tensor = mapped_tensor(path, info.name, np.dtype(_PLAIN[kind.name]), start, info.shape)

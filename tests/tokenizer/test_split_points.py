@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llama_jax.tokenizer import exact_cuts, tiktoken
+from llama_jax.tokenizer import split_points, tiktoken
 from llama_jax.tokenizer.build import byte_level, sequence
 from llama_jax.tokenizer.export import huggingface_files
 from llama_jax.tokenizer.huggingface import TokenizerJson
@@ -85,7 +85,7 @@ def known(shared_data, tmp_path_factory):
 
 def check(tokenizer, text, part=1000):
     parts = [text[i : i + part] for i in range(0, len(text), part)]
-    pieces = list(exact_cuts.pieces(parts, tokenizer.exact_cut))
+    pieces = list(split_points.split_text(parts, tokenizer.safe_split))
     assert "".join(pieces) == text
     assert all(pieces)
     ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
@@ -101,22 +101,22 @@ NAMES += ["metaspace always", "gpt2"]
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_have_the_tokens_of_the_text(shared_data, known, name, monkeypatch):
     text = (shared_data / "text/tinyshakespeare.txt").read_text()[:50_000]
-    monkeypatch.setattr(exact_cuts, "PIECE", 1000)
+    monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 1000)
     monkeypatch.setattr(tiktoken, "_MAX_PART", 3000)
     pieces = check(known[name], text)
     assert len(pieces) >= len(text) // 4000
     assert max(map(len, pieces)) <= 4000
-    monkeypatch.setattr(exact_cuts, "PIECE", 20)
+    monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 20)
     monkeypatch.setattr(tiktoken, "_MAX_PART", 90)
     counts = [len(check(known[name], hostile(seed), 37)) for seed in range(100)]
     assert sum(counts) > 10 * len(counts)
 
 
 def test_a_text_without_an_exact_cut_is_cut_in_the_end(known, monkeypatch):
-    monkeypatch.setattr(exact_cuts, "PIECE", 100)
-    monkeypatch.setattr(exact_cuts, "LONGEST", 400)
+    monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 100)
+    monkeypatch.setattr(split_points, "MAX_SPAN_CHARACTERS", 400)
     tokenizer = known["own"]
-    pieces = list(exact_cuts.pieces(["the" * 1000], tokenizer.exact_cut))
+    pieces = list(split_points.split_text(["the" * 1000], tokenizer.safe_split))
     assert [len(piece) for piece in pieces] == [399, *[400] * 6, 201]
     ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
     assert tokenizer.decode(ids) == "the" * 1000
@@ -136,5 +136,5 @@ def test_a_text_without_an_exact_cut_is_cut_in_the_end(known, monkeypatch):
 def test_what_is_not_known_is_not_cut(known, change):
     content = json.loads(known["llama3.json"].files["tokenizer.json"])
     text = "some words\nand a line " * 10
-    assert exact_cuts.cut_of_json(content)(text) > 0
-    assert exact_cuts.cut_of_json(content | change)(text) == 0
+    assert split_points.safe_split_of_json(content)(text) > 0
+    assert split_points.safe_split_of_json(content | change)(text) == 0
