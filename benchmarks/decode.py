@@ -39,8 +39,8 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
     from llama_jax.checkpoint.folders import read_model_config
     from llama_jax.config.family import FAMILY
     from llama_jax.inference.bandwidth import step_bytes
-    from llama_jax.inference.generate import State, decode, new_rows, prefill
-    from llama_jax.inference.load import load, suited
+    from llama_jax.inference.generate import DecodeState, decode, init_rows, prefill
+    from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.inference.sampling import Sampling
     from llama_jax.model.weights import Llama, unstack_layers
     from llama_jax.parallel.mesh import one_device_mesh, shard_array
@@ -52,7 +52,9 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
             config = replace(FAMILY[shape], **kinds)
             model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
         else:
-            config, model = load(folder, suited(replace(read_model_config(folder), **kinds)))
+            config, model = load(
+                folder, choose_compute_dtype(replace(read_model_config(folder), **kinds))
+            )
     prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
     slots = PROMPT + new + 1  # as `generate` takes them
 
@@ -64,10 +66,10 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
             )
             cache, logits = prefill(config, model, tokens, lengths, slots=slots)
             seen = np.zeros((B, config.vocab_size), bool)
-            rows = new_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, seen)
-            state = jax.block_until_ready(State(cache, logits, rows))
+            rows = init_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, seen)
+            state = jax.block_until_ready(DecodeState(cache, logits, rows))
             begun = time.perf_counter()
-            made, state = decode(config, model, state, new, room=new)
+            made, state = decode(config, model, state, new, capacity=new)
             assert np.all(np.asarray(made.tokens_Bn) >= 0)
             return time.perf_counter() - begun, step_bytes(config, model, B, slots)
 

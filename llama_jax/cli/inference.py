@@ -80,9 +80,9 @@ def continue_text(
     import jax
 
     from llama_jax.checkpoint import folders
-    from llama_jax.inference.complete import prompt_ids, room
-    from llama_jax.inference.detokenize import stream_text, until
-    from llama_jax.inference.load import load, suited
+    from llama_jax.inference.complete import default_max_new_tokens, prompt_ids
+    from llama_jax.inference.detokenize import cut_at_stop, stream_text
+    from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.inference.stream import stream
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.runtime.compile_cache import compiled, keep_compiled
@@ -94,14 +94,14 @@ def continue_text(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
     if max_new_tokens is None:
-        max_new_tokens = room(shape, ids)
+        max_new_tokens = default_max_new_tokens(shape, ids)
     if "" in (stops or []):
         raise InputError("--stop '' would end every text at once: give some text")
     keep_compiled()
     if cache:
         shape = replace(shape, cache_dtype=cache)
     with jax.set_mesh(tensor_mesh(shape)):
-        config, model = load(folder, suited(shape), quantize=quantize)
+        config, model = load(folder, choose_compute_dtype(shape), quantize=quantize)
         before = compiled().seconds
         watch = _Watch(lambda: compiled().seconds - before)
         tokens = stream(
@@ -112,7 +112,7 @@ def continue_text(
         asked = next(pieces)
         if not chat:
             print(asked, end="", flush=True)
-        for piece in until(stops or (), pieces):
+        for piece in cut_at_stop(stops or (), pieces):
             print(piece, end="", flush=True)
         print()
         if stats:
@@ -195,7 +195,7 @@ def serve(args: argparse.Namespace) -> int:
     from llama_jax.inference.bandwidth import copy_bandwidth
     from llama_jax.inference.engine.engine import Engine
     from llama_jax.inference.engine.warm_up import n_programs
-    from llama_jax.inference.load import load, suited
+    from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.runtime.compile_cache import keep_compiled
     from llama_jax.serving import start_progress
@@ -218,7 +218,7 @@ def serve(args: argparse.Namespace) -> int:
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
         kind = shape.param_dtype if shape.quantized == "none" else shape.quantized
         with start_progress.loading(shape.n_params * jax.numpy.dtype(kind).itemsize):
-            config, model = load(folder, suited(shape), quantize=args.quantize)
+            config, model = load(folder, choose_compute_dtype(shape), quantize=args.quantize)
         programs = f"{n_programs(context)} programs"
         with start_progress.stage(f"compiling {programs}", f"compiled {programs}") as progress:
             engine = Engine(
@@ -256,7 +256,7 @@ def perplexity(args: argparse.Namespace) -> int:
 
     from llama_jax.checkpoint import folders
     from llama_jax.evaluation.perplexity import nats_per_token
-    from llama_jax.inference.load import load, suited
+    from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.model.weights import check_not_quantized
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.tokenizer.tokenizer import load_tokenizer
@@ -272,7 +272,7 @@ def perplexity(args: argparse.Namespace) -> int:
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
 
     def told(quantize: str | None) -> float:
-        config, model = load(args.folder, suited(shape), quantize=quantize)
+        config, model = load(args.folder, choose_compute_dtype(shape), quantize=quantize)
         kind = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(

@@ -6,7 +6,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.inference.logprobs import POSITIONS, token_logprobs
+from llama_jax.inference.logprobs import POSITIONS_PER_CHUNK, token_logprobs
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 
@@ -41,7 +41,7 @@ def nats_per_token(
             f" {config.vocab_size}: the tokenizer is not this model's"
         )
     foretold = len(tokens) - 1
-    window = min(window, config.context, -(-foretold // POSITIONS) * POSITIONS)
+    window = min(window, config.context, -(-foretold // POSITIONS_PER_CHUNK) * POSITIONS_PER_CHUNK)
     windows = -(-foretold // window)
     rows = min(_ROWS, windows)
     text = np.full(-(-windows // rows) * rows * window + 1, -1, np.int32)

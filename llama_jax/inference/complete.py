@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.detokenize import stream_text, until
+from llama_jax.inference.detokenize import cut_at_stop, stream_text
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
 from llama_jax.model.weights import Llama, UnstackedLlama
@@ -47,14 +47,16 @@ def complete(
         config,
         model,
         ids,
-        max_new_tokens=room(config, ids) if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=default_max_new_tokens(config, ids)
+        if max_new_tokens is None
+        else max_new_tokens,
         sampling=sampling,
         end_ids=tokenizer.end_ids,
         seed=seed,
     )
     pieces = stream_text(tokenizer, ids, tokens)
     next(pieces)  # the prompt
-    return "".join(until(stops, pieces))
+    return "".join(cut_at_stop(stops, pieces))
 
 
 def prompt_ids(
@@ -76,6 +78,6 @@ def prompt_ids(
     return [tokenizer.bos_id] * bos + ids
 
 
-def room(config: ModelConfig, prompt: Sequence[int]) -> int:
+def default_max_new_tokens(config: ModelConfig, prompt: Sequence[int]) -> int:
     """Returns how many tokens to make where nothing is said: 200, or as many as fit, at least 1."""
     return max(1, min(200, config.context - len(prompt)))

@@ -48,13 +48,13 @@ class Detokenizer:
         self._settle(text)
         return given
 
-    def alone(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """Returns the text that `token` would add here, or its part of a character."""
         if self._begun:
             return self._tokenizer.decode([*self._letter, token])[len(self._letter_text) :]
         return self._tokenizer.decode([*self._open, token])  # the first drops its space
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """Returns the text of tokens that make no whole character. No token may follow."""
         return self._tokenizer.decode(self._open)[self._given :]
 
@@ -98,7 +98,7 @@ class StopStrings:
         self._held = text[shown:]
         return text[:shown]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """Returns what was held back, when the text ends without a stop."""
         held, self._held = self._held, ""
         return held
@@ -107,14 +107,14 @@ class StopStrings:
         return any(string.startswith(text) for string in self._strings)
 
 
-def until(stops: Iterable[str], pieces: Iterable[str]) -> Iterator[str]:
+def cut_at_stop(stops: Iterable[str], pieces: Iterable[str]) -> Iterator[str]:
     """Yields the pieces of a text up to the first of the strings `stops`."""
     shown = StopStrings(stops)
     for piece in pieces:
         yield shown.add(piece)
         if shown.stopped:
             return
-    yield shown.rest()
+    yield shown.flush()
 
 
 def stream_text(
@@ -126,4 +126,4 @@ def stream_text(
     for token in tokens:
         if piece := made.add(token):
             yield piece
-    yield made.rest()
+    yield made.flush()

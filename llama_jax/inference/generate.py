@@ -10,7 +10,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs, logprobs, sample
+from llama_jax.inference.sampling import (
+    Sampling,
+    SamplingArrays,
+    TokenCounts,
+    logprobs_from_logits,
+    sample,
+    stack_sampling,
+)
 from llama_jax.model.cache import KVCache, init_cache
 from llama_jax.model.transformer import as_token_array, forward_cached, output_head
 from llama_jax.model.weights import Llama, UnstackedLlama
@@ -23,15 +30,15 @@ NO_TOKEN = -1  # fills a row after its end
 class Rows(NamedTuple):
     """What is asked for each row of a batch, and how far it has come."""
 
-    left_B: jax.Array  # int32: tokens that may still be made; 0: the row has ended
-    made_B: jax.Array  # int32: tokens made so far
+    remaining_B: jax.Array  # int32: tokens that may still be made; 0: the row has ended
+    generated_B: jax.Array  # int32: tokens made so far
     ends_BE: jax.Array  # int32: ids that end the row; NO_TOKEN fills
     keys_B: jax.Array  # random keys; token number i is drawn with fold_in(key, i)
-    knobs: Knobs
-    counts: Counts
+    sampling: SamplingArrays
+    counts: TokenCounts
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch in the middle of being continued."""
 
     cache: KVCache
@@ -39,7 +46,7 @@ class State(NamedTuple):
     rows: Rows
 
 
-class Made(NamedTuple):
+class GeneratedTokens(NamedTuple):
     """Tokens that were made, NO_TOKEN after a row's end, and their logarithms of probability.
 
     These are of the model's own distribution, before temperature and penalties [nats].
@@ -51,7 +58,7 @@ class Made(NamedTuple):
     top_logprobs_BnA: jax.Array
 
 
-def new_rows(
+def init_rows(
     samplings: Sequence[Sampling],
     seeds: Sequence[int],
     max_new_tokens: Sequence[int],
@@ -75,8 +82,8 @@ def new_rows(
         shard_array(np.zeros(len(seeds), np.int32), "B"),
         shard_array(np.array(ends, np.int32), "BS"),
         jax.reshard(keys_B, activation_spec("B")),
-        Knobs(*(shard_array(np.asarray(knob), "B") for knob in knobs(samplings))),
-        Counts(
+        SamplingArrays(*(shard_array(np.asarray(knob), "B") for knob in stack_sampling(samplings))),
+        TokenCounts(
             shard_array(prompts_BV, "BS"), shard_array(np.zeros(prompts_BV.shape, np.int32), "BS")
         ),
     )
@@ -101,10 +108,10 @@ def prefill(
         slots: of each row, for prompt and continuation.
     """
     cache = init_cache(config, len(tokens_BT), slots)
-    return read(config, model, cache, tokens_BT, lengths_B)
+    return extend_cache(config, model, cache, tokens_BT, lengths_B)
 
 
-def read(
+def extend_cache(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
     cache: KVCache,
@@ -126,27 +133,27 @@ def last_logits(
     return output_head(config, model, last_BTD)[:, 0]
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("room", "top"), donate_argnums=2)
+@partial(jax.jit, static_argnums=0, static_argnames=("capacity", "top"), donate_argnums=2)
 def decode(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
-    state: State,
+    state: DecodeState,
     n: jax.Array | int,
-    told: jax.Array | bool = False,
+    with_logprobs: jax.Array | bool = False,
     *,
-    room: int,
+    capacity: int,
     top: int = 0,
-) -> tuple[Made, State]:
+) -> tuple[GeneratedTokens, DecodeState]:
     """Returns the next `n` tokens of each row that goes on, and the state after them.
 
-    It stops when all rows have ended. The result has `room` columns, `n` at most of which are used,
-    so that one program makes any number of tokens. Each row needs a free slot more than tokens.
-    Log-probabilities, and those of the `top` alternatives, are 0 unless they are to be `told`.
+    The loop stops when all rows have ended. The result has `capacity` columns, of which at most `n`
+    are used, so that one program serves any `n`. Each row needs one free slot more than tokens.
+    Without `with_logprobs` the log-probabilities, and those of the `top` alternatives, are 0.
     """
-    B = len(state.rows.left_B)
+    B = len(state.rows.remaining_B)
 
     def ask(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
-        chosen_B, top_logprobs_BA, top_tokens_BA = logprobs(logits_BV, token_B, top)
+        chosen_B, top_logprobs_BA, top_tokens_BA = logprobs_from_logits(logits_BV, token_B, top)
         return placed((chosen_B, top_tokens_BA, top_logprobs_BA))
 
     def placed(told: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -155,27 +162,31 @@ def decode(
     def leave(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
         return placed(tuple(x_Bn[:, 0] for x_Bn in nothing[1:]))
 
-    def going_on(carry: tuple[jax.Array, Made, State]) -> jax.Array:
+    def going_on(carry: tuple[jax.Array, GeneratedTokens, DecodeState]) -> jax.Array:
         i, _, state = carry
-        return (i < n) & jnp.any(state.rows.left_B > 0)
+        return (i < n) & jnp.any(state.rows.remaining_B > 0)
 
-    def one(carry: tuple[jax.Array, Made, State]):
+    def one(carry: tuple[jax.Array, GeneratedTokens, DecodeState]):
         i, made, (cache, logits_BV, rows) = carry
-        going_B = rows.left_B > 0
-        keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.made_B)
-        token_B = sample(rows.knobs, rows.counts, logits_BV, keys_B)
-        new = (token_B, *jax.lax.cond(told, ask, leave, logits_BV, token_B))
-        made = Made(*(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True)))
-        rows = after(rows, token_B)
-        cache, logits_BV = read(config, model, cache, token_B[:, None], going_B.astype(jnp.int32))
-        return i + 1, made, State(cache, jax.reshard(logits_BV, activation_spec("BV")), rows)
+        going_B = rows.remaining_B > 0
+        keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.generated_B)
+        token_B = sample(rows.sampling, rows.counts, logits_BV, keys_B)
+        new = (token_B, *jax.lax.cond(with_logprobs, ask, leave, logits_BV, token_B))
+        made = GeneratedTokens(
+            *(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True))
+        )
+        rows = advance_rows(rows, token_B)
+        cache, logits_BV = extend_cache(
+            config, model, cache, token_B[:, None], going_B.astype(jnp.int32)
+        )
+        return i + 1, made, DecodeState(cache, jax.reshard(logits_BV, activation_spec("BV")), rows)
 
     def empty(value: float, dtype: type, *more: int) -> jax.Array:
         return jnp.full(
-            (B, room, *more), value, dtype, out_sharding=activation_spec("BSS"[: 2 + len(more)])
+            (B, capacity, *more), value, dtype, out_sharding=activation_spec("BSS"[: 2 + len(more)])
         )
 
-    nothing = Made(
+    nothing = GeneratedTokens(
         empty(NO_TOKEN, jnp.int32),
         empty(0.0, jnp.float32),
         empty(NO_TOKEN, jnp.int32, top),
@@ -185,29 +196,31 @@ def decode(
     return made, state
 
 
-def after(rows: Rows, token_B: jax.Array) -> Rows:
+def advance_rows(rows: Rows, token_B: jax.Array) -> Rows:
     """Returns the rows after one more token of each that goes on."""
-    going_B = rows.left_B > 0
+    going_B = rows.remaining_B > 0
     ended_B = jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
-    chosen_BV = jnp.arange(rows.counts.made_BV.shape[1]) == token_B[:, None]
-    made_BV = rows.counts.made_BV + (chosen_BV & going_B[:, None])
+    chosen_BV = jnp.arange(rows.counts.generated_BV.shape[1]) == token_B[:, None]
+    generated_BV = rows.counts.generated_BV + (chosen_BV & going_B[:, None])
     return rows._replace(
-        left_B=jnp.where(going_B & ~ended_B, rows.left_B - 1, 0),
-        made_B=rows.made_B + going_B,
-        counts=rows.counts._replace(made_BV=made_BV),
+        remaining_B=jnp.where(going_B & ~ended_B, rows.remaining_B - 1, 0),
+        generated_B=rows.generated_B + going_B,
+        counts=rows.counts._replace(generated_BV=generated_BV),
     )
 
 
-def _column(made_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array) -> jax.Array:
+def _column(
+    generated_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array
+) -> jax.Array:
     """Returns what was made with column `i` of the rows that go on."""
     # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
-    dims = "BSS"[: made_Bn_.ndim]
-    old_B_ = jax.lax.dynamic_index_in_dim(made_Bn_, i, axis=1, keepdims=False)
+    dims = "BSS"[: generated_Bn_.ndim]
+    old_B_ = jax.lax.dynamic_index_in_dim(generated_Bn_, i, axis=1, keepdims=False)
     old_B_, new_B_ = (jax.reshard(x, activation_spec(dims[:-1])) for x in (old_B_, new_B_))
     going_B_ = going_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
     kept_B_ = jnp.where(going_B_, new_B_.astype(old_B_.dtype), old_B_)
-    made_Bn_ = jax.lax.dynamic_update_index_in_dim(made_Bn_, kept_B_, i, axis=1)
-    return jax.reshard(made_Bn_, activation_spec(dims))
+    generated_Bn_ = jax.lax.dynamic_update_index_in_dim(generated_Bn_, kept_B_, i, axis=1)
+    return jax.reshard(generated_Bn_, activation_spec(dims))
 
 
 @partial(
@@ -227,7 +240,7 @@ def generate(
     end_ids: tuple[int, ...] = (),
     top: int = 0,
     left_padded: bool = False,
-) -> Made:
+) -> GeneratedTokens:
     """Returns what follows the prompts, up to `max_new_tokens` of each; stops when all have ended.
 
     >>> prompt = tokenizer.encode("The capital of France", bos=True)
@@ -265,17 +278,22 @@ def generate(
         jnp.zeros((B,), jnp.int32, out_sharding=activation_spec("B")),
         jnp.broadcast_to(ends_E, (B, len(ends_E)), out_sharding=activation_spec("BS")),
         jax.reshard(jax.vmap(jax.random.key)(seeds_B), activation_spec("B")),
-        Knobs(*(jax.reshard(jnp.asarray(knob), activation_spec("B")) for knob in knobs(samplings))),
+        SamplingArrays(
+            *(
+                jax.reshard(jnp.asarray(knob), activation_spec("B"))
+                for knob in stack_sampling(samplings)
+            )
+        ),
         _counts(config, tokens_BT, lengths_B),
     )
     slots = T + max_new_tokens + 1
     cache, logits_BV = prefill(config, model, tokens_BT, lengths_B, slots=slots)
-    state = State(cache, logits_BV, rows)
-    made, _ = decode(config, model, state, max_new_tokens, True, room=max_new_tokens, top=top)
+    state = DecodeState(cache, logits_BV, rows)
+    made, _ = decode(config, model, state, max_new_tokens, True, capacity=max_new_tokens, top=top)
     return made
 
 
-def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> Counts:
+def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> TokenCounts:
     """Returns the counts of rows that have made nothing yet."""
     shape = len(tokens_BT), config.vocab_size
     none_BV = jnp.zeros(shape, jnp.int32, out_sharding=activation_spec("BS"))
@@ -287,4 +305,4 @@ def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> 
     there_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
     columns = (jax.reshard(x, activation_spec("BS")).T for x in (tokens_BT, there_BT))
     prompt_BV, _ = jax.lax.scan(add, none_BV.astype(bool), tuple(columns))
-    return Counts(prompt_BV, none_BV)
+    return TokenCounts(prompt_BV, none_BV)

@@ -42,14 +42,14 @@ def load(
 
     Args:
         folder: a model folder, or a run folder (its newest checkpoint).
-        config: how to compute it; default: as the folder says, `suited` to this machine.
+        config: how to compute it; default: the folder's, through `choose_compute_dtype`.
         quantize: 'int8' keeps its matrices so; None as they are.
 
     Raises:
         InputError: as `checkpoint.load_model`, it is quantized already, or the mesh that the
             caller set does not divide it.
     """
-    config = config or suited(read_model_config(folder))
+    config = config or choose_compute_dtype(read_model_config(folder))
     set_default_mesh(partial(tensor_mesh, config))
     copies = max(1, head_shards() // config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
@@ -73,7 +73,7 @@ def load(
     return wide, unstack_layers(model)
 
 
-def suited(config: ModelConfig) -> ModelConfig:
+def choose_compute_dtype(config: ModelConfig) -> ModelConfig:
     """Returns the configuration with the compute type that is fastest on this machine.
 
     That is the model's own, but float32 instead of bfloat16 on a CPU without instructions for

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.sampling import logprobs
+from llama_jax.inference.sampling import logprobs_from_logits
 from llama_jax.model.transformer import hidden_states, output_head
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.collectives import shard_sequence, to_text_order
@@ -15,7 +15,7 @@ from llama_jax.parallel.mesh import divisors, shard_array
 from llama_jax.parallel.sharding import activation_spec
 
 # Positions whose logits are there at a time: of all, they would be larger than many a model.
-POSITIONS = 128
+POSITIONS_PER_CHUNK = 128
 
 
 @partial(jax.jit, static_argnums=0)
@@ -28,18 +28,18 @@ def token_logprobs(
     it; a target of -1 is none of the vocabulary, and has no meaning here.
     """
     x_BTD = hidden_states(config, model, shard_sequence(tokens_BT))
-    logprobs_BT, _, _ = target_logprobs(config, model, x_BTD, shard_sequence(targets_BT))
+    logprobs_BT, _, _ = logprobs_from_hidden(config, model, x_BTD, shard_sequence(targets_BT))
     return to_text_order(logprobs_BT)
 
 
-def target_logprobs(
+def logprobs_from_hidden(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     top: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the log-probabilities of the targets by `hidden_states`, as `sampling.logprobs`.
+    """Returns what `logprobs_from_logits` returns, computed from `hidden_states`.
 
     float32 [B, T] and [B, T, top], int32 [B, T, top]. The logits of a few positions are there at a
     time.
@@ -48,14 +48,14 @@ def target_logprobs(
         (x_BTD, targets_BT), (activation_spec("BSD"), activation_spec("BS"))
     )
     B, S, _ = x_BSD.shape
-    size = max(n for n in divisors(S) if n <= POSITIONS)
+    size = max(n for n in divisors(S) if n <= POSITIONS_PER_CHUNK)
 
     def of_part(_, i: jax.Array):
         x, targets = (
             jax.lax.dynamic_slice_in_dim(a, i * size, size, 1) for a in (x_BSD, targets_BS)
         )
         logits_BSV = jax.reshard(output_head(config, model, x), activation_spec("BSV"))
-        return None, logprobs(logits_BSV, targets, top)
+        return None, logprobs_from_logits(logits_BSV, targets, top)
 
     def joined(part: jax.Array) -> jax.Array:
         more = part.shape[3:]

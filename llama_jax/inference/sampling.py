@@ -76,7 +76,7 @@ class Sampling:
     )
 
 
-class Knobs(NamedTuple):
+class SamplingArrays(NamedTuple):
     """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `activation_spec("B")`.
 
     `tail_p_B` is 1 - top_p: float32 has 2^-24 between numbers near 1, but any number near 0.
@@ -91,20 +91,20 @@ class Knobs(NamedTuple):
     frequency_B: jax.Array | np.ndarray
 
 
-class Counts(NamedTuple):
+class TokenCounts(NamedTuple):
     """The tokens that penalties count, sharded as `activation_spec("BS")`: V is not split."""
 
     prompt_BV: jax.Array  # bool: tokens of the prompt
-    made_BV: jax.Array  # int32: how often each token was made
+    generated_BV: jax.Array  # int32: how often each token was made
 
 
-def knobs(samplings: Sequence[Sampling]) -> Knobs:
+def stack_sampling(samplings: Sequence[Sampling]) -> SamplingArrays:
     """Returns the settings of rows as NumPy arrays, for the caller to place."""
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(sampling, name) for sampling in samplings], dtype)
 
-    return Knobs(
+    return SamplingArrays(
         temperature_B=column("temperature"),
         top_k_B=column("top_k", np.int32),
         tail_p_B=np.array([1 - sampling.top_p for sampling in samplings], np.float32),
@@ -115,48 +115,50 @@ def knobs(samplings: Sequence[Sampling]) -> Knobs:
     )
 
 
-def process(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
+def process_logits(
+    sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array
+) -> jax.Array:
     """Returns the logits that rows draw from, float32 [B, V], with tokens left out at -inf.
 
     A greedy row's are penalised and no more. Other rows are shifted, the most likely token to 0.
 
     Args:
-        knobs: settings of the rows.
+        sampling: settings of the rows.
         counts: may be None where no row has penalties.
         logits_BV: of the next token, of any float type, split in any way.
     """
-    logits_BV = _penalised(knobs, counts, logits_BV)
-    drawn_B = knobs.temperature_B > 0
+    logits_BV = _apply_penalties(sampling, counts, logits_BV)
+    drawn_B = sampling.temperature_B > 0
     return jax.lax.cond(
         jnp.any(drawn_B),
-        lambda: jnp.where(drawn_B[:, None], _likely(knobs, logits_BV), logits_BV),
+        lambda: jnp.where(drawn_B[:, None], _filter_logits(sampling, logits_BV), logits_BV),
         lambda: logits_BV,
     )
 
 
 def sample(
-    knobs: Knobs, counts: Counts | None, logits_BV: jax.Array, keys_B: jax.Array
+    sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array, keys_B: jax.Array
 ) -> jax.Array:
     """Returns a token for each row, int32 [B]. Greedy rows alone cost one argmax.
 
     Args:
-        knobs, counts, logits_BV: as of `process`.
+        sampling, counts, logits_BV: as of `process_logits`.
         keys_B: typed random keys. A row's draw depends on its own key, logits and settings alone;
             a greedy row's not on the key.
     """
-    logits_BV = _penalised(knobs, counts, logits_BV)
+    logits_BV = _apply_penalties(sampling, counts, logits_BV)
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    drawn_B = knobs.temperature_B > 0
+    drawn_B = sampling.temperature_B > 0
     keys_B = jax.reshard(keys_B, activation_spec("B"))
 
     def draw() -> jax.Array:
-        tokens_B = jax.vmap(jax.random.categorical)(keys_B, _likely(knobs, logits_BV))
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, _filter_logits(sampling, logits_BV))
         return jnp.where(drawn_B, tokens_B.astype(jnp.int32), likeliest_B)
 
     return jax.lax.cond(jnp.any(drawn_B), draw, lambda: likeliest_B)
 
 
-def logprobs(
+def logprobs_from_logits(
     logits_BV: jax.Array, tokens_B: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the model's own log-probabilities of tokens: before temperature and penalties.
@@ -182,7 +184,9 @@ def logprobs(
     return chosen_B - total_B, top_BA - total_B[..., None], top_tokens_BA
 
 
-def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax.Array:
+def _apply_penalties(
+    sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array
+) -> jax.Array:
     """Returns float32 logits after penalties, split as `activation_spec("BS")`.
 
     Repetition: CTRL (arXiv 1909.05858, section 4.1), with the signs of transformers. Presence and
@@ -193,36 +197,36 @@ def _penalised(knobs: Knobs, counts: Counts | None, logits_BV: jax.Array) -> jax
         return logits_BV
 
     def penalise() -> jax.Array:
-        repetition_B1 = knobs.repetition_B[:, None]
-        was_made_BV = counts.made_BV > 0
+        repetition_B1 = sampling.repetition_B[:, None]
+        was_generated_BV = counts.generated_BV > 0
         less_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
-        left_BV = jnp.where(counts.prompt_BV | was_made_BV, less_BV, logits_BV)
-        left_BV -= knobs.frequency_B[:, None] * counts.made_BV
-        return left_BV - knobs.presence_B[:, None] * was_made_BV
+        left_BV = jnp.where(counts.prompt_BV | was_generated_BV, less_BV, logits_BV)
+        left_BV -= sampling.frequency_B[:, None] * counts.generated_BV
+        return left_BV - sampling.presence_B[:, None] * was_generated_BV
 
-    any_B = (knobs.repetition_B != 1) | (knobs.presence_B != 0) | (knobs.frequency_B != 0)
+    any_B = (sampling.repetition_B != 1) | (sampling.presence_B != 0) | (sampling.frequency_B != 0)
     return jax.lax.cond(jnp.any(any_B), penalise, lambda: logits_BV)
 
 
-def _likely(knobs: Knobs, logits_BV: jax.Array) -> jax.Array:
+def _filter_logits(sampling: SamplingArrays, logits_BV: jax.Array) -> jax.Array:
     """Returns logits over temperature, the best at 0, those that are left out at -inf.
 
     Tokens that tie with the last one kept stay (transformers leaves some of them out by top-p, as
     its sort happens to put them). Rows of temperature 0 hold nothing of use.
     """
-    drawn_B = knobs.temperature_B > 0
+    drawn_B = sampling.temperature_B > 0
     best_B = jnp.max(logits_BV, axis=-1)
     # Before the division, lest it make ties.
-    in_top_k_BV = _in_top_k(jnp.where(drawn_B, knobs.top_k_B, 0), logits_BV, best_B)
-    temperature_B = jnp.maximum(knobs.temperature_B, jnp.finfo(jnp.float32).tiny)
+    in_top_k_BV = _top_k_mask(jnp.where(drawn_B, sampling.top_k_B, 0), logits_BV, best_B)
+    temperature_B = jnp.maximum(sampling.temperature_B, jnp.finfo(jnp.float32).tiny)
     scaled_BV = (logits_BV - best_B[:, None]) / temperature_B[:, None]
     scaled_BV = jnp.where(in_top_k_BV, scaled_BV, -jnp.inf)
-    in_top_p_BV = _in_top_p(jnp.where(drawn_B, knobs.tail_p_B, 0), scaled_BV)
-    in_min_p_BV = jnp.exp(scaled_BV) >= knobs.min_p_B[:, None]
+    in_top_p_BV = _top_p_mask(jnp.where(drawn_B, sampling.tail_p_B, 0), scaled_BV)
+    in_min_p_BV = jnp.exp(scaled_BV) >= sampling.min_p_B[:, None]
     return jnp.where(in_top_p_BV & in_min_p_BV, scaled_BV, -jnp.inf)
 
 
-def _in_top_k(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Array:
+def _top_k_mask(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Array:
     """Returns whether a token is among the k most likely; all are where k is 0."""
     V = logits_BV.shape[-1]
     k_B = jnp.where(k_B > 0, k_B, V)
@@ -232,12 +236,12 @@ def _in_top_k(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Ar
 
     return jax.lax.cond(
         jnp.any(k_B < V),
-        lambda: logits_BV >= _highest(enough, best_B)[:, None],
+        lambda: logits_BV >= _highest_threshold(enough, best_B)[:, None],
         lambda: jnp.ones_like(logits_BV, bool),
     )
 
 
-def _in_top_p(tail_p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
+def _top_p_mask(tail_p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
     """Returns whether a token is among the fewest most likely whose mass reaches 1 - `tail_p_B`.
 
     arXiv 1904.09751, section 3.1. As in transformers the tail is summed, which loses nothing when
@@ -253,12 +257,12 @@ def _in_top_p(tail_p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
             below_BV = scaled_BV < least_B[:, None]
             return jnp.sum(jnp.where(below_BV, mass_BV, 0), axis=-1) <= tail_B
 
-        return scaled_BV >= _highest(few_below, jnp.zeros_like(tail_B))[:, None]
+        return scaled_BV >= _highest_threshold(few_below, jnp.zeros_like(tail_B))[:, None]
 
     return jax.lax.cond(jnp.any(tail_p_B > 0), keeps, lambda: jnp.ones_like(scaled_BV, bool))
 
 
-def _highest(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:
+def _highest_threshold(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:
     """Returns the highest float32 up to `most_B` of which `holds` is true, -inf where of none.
 
     `holds` must be true below some number and false above it. All 32 bits are bisected, which reads
@@ -268,23 +272,23 @@ def _highest(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low_B, high_B = ends
         middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # rounded up, without overflow
-        holds_B = holds(_float_at(middle_B))
+        holds_B = holds(_from_ordered_int(middle_B))
         return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
 
-    ends = _rank(jnp.full_like(most_B, -jnp.inf)), _rank(most_B)
-    return _float_at(jax.lax.fori_loop(0, 32, halve, ends)[0])
+    ends = _to_ordered_int(jnp.full_like(most_B, -jnp.inf)), _to_ordered_int(most_B)
+    return _from_ordered_int(jax.lax.fori_loop(0, 32, halve, ends)[0])
 
 
-def _rank(x: jax.Array) -> jax.Array:
+def _to_ordered_int(x: jax.Array) -> jax.Array:
     """Returns integers in the order of float32 numbers."""
-    return _flip(jax.lax.bitcast_convert_type(x, jnp.int32))
+    return _flip_negative(jax.lax.bitcast_convert_type(x, jnp.int32))
 
 
-def _float_at(rank: jax.Array) -> jax.Array:
+def _from_ordered_int(rank: jax.Array) -> jax.Array:
     """Returns the float32 numbers of these ranks."""
-    return jax.lax.bitcast_convert_type(_flip(rank), jnp.float32)
+    return jax.lax.bitcast_convert_type(_flip_negative(rank), jnp.float32)
 
 
-def _flip(bits: jax.Array) -> jax.Array:
+def _flip_negative(bits: jax.Array) -> jax.Array:
     """Turns the order of negative floats' bits, which count away from zero, around; and back."""
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -6,7 +6,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.inference.generate import NO_TOKEN, State, decode, new_rows, prefill
+from llama_jax.inference.generate import NO_TOKEN, DecodeState, decode, init_rows, prefill
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
@@ -67,11 +67,11 @@ def stream(
     slots = _round_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + 1)
     lengths = shard_array(np.array([len(prompt)], np.int32), "B")
     cache, logits = prefill(config, model, shard_array(tokens, "BT"), lengths, slots=slots)
-    rows = new_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
-    state = State(cache, logits, rows)
+    rows = init_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
+    state = DecodeState(cache, logits, rows)
     left, n = max_new_tokens, 1  # the first token is not kept waiting
     while left > 0:
-        made, state = decode(config, model, state, n, room=block)
+        made, state = decode(config, model, state, n, capacity=block)
         n = block
         tokens = np.asarray(made.tokens_Bn)[0]
         tokens = tokens[tokens != NO_TOKEN].tolist()

@@ -11,8 +11,8 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.inference import generate
-from llama_jax.inference.generate import NO_TOKEN, Rows, State
-from llama_jax.inference.sampling import Counts, Knobs, Sampling, knobs
+from llama_jax.inference.generate import NO_TOKEN, DecodeState, Rows
+from llama_jax.inference.sampling import Sampling, SamplingArrays, TokenCounts, stack_sampling
 from llama_jax.model.cache import KVCache, init_cache
 from llama_jax.model.weights import Llama, UnstackedLlama, layer_weights
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
@@ -24,7 +24,7 @@ from llama_jax.plan.topology import Pod
 _BLOCK = 16  # tokens of one dispatch, as `generate.stream` makes them
 _INSTEAD = "--batch or --context"
 
-_step = jax.jit(generate.read, static_argnums=0, donate_argnums=2)
+_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)
 
 
 def mesh_of(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
@@ -106,7 +106,7 @@ def compile_decode(
     model = weights(config, mesh)
     with jax.set_mesh(mesh):
         state = eval_shape_on_mesh(partial(_state, config, batch, slots))
-        lowered = generate.decode.lower(config, model, state, _BLOCK, room=_BLOCK)
+        lowered = generate.decode.lower(config, model, state, _BLOCK, capacity=_BLOCK)
     return reading(lowered, pod.chip, {}, _INSTEAD)
 
 
@@ -116,7 +116,7 @@ def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtype
     )
 
 
-def _state(config: ModelConfig, batch: int, slots: int) -> State:
+def _state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
     """Makes a batch whose rows have not begun, in a traced function."""
 
     def full(value: int, dims: str, *shape: int, dtype: type = jnp.int32) -> jax.Array:
@@ -129,13 +129,13 @@ def _state(config: ModelConfig, batch: int, slots: int) -> State:
         full(0, "B"),
         full(NO_TOKEN, "BS", 1),
         jax.reshard(keys_B, activation_spec("B")),
-        Knobs(
+        SamplingArrays(
             *(
                 jax.reshard(jnp.asarray(knob), activation_spec("B"))
-                for knob in knobs([Sampling()] * batch)
+                for knob in stack_sampling([Sampling()] * batch)
             )
         ),
-        Counts(full(False, "BS", V, dtype=jnp.bool_), full(0, "BS", V)),
+        TokenCounts(full(False, "BS", V, dtype=jnp.bool_), full(0, "BS", V)),
     )
     logits_BV = full(0, "BV", V, dtype=jnp.float32)
-    return State(init_cache(config, batch, slots), logits_BV, rows)
+    return DecodeState(init_cache(config, batch, slots), logits_BV, rows)

@@ -8,7 +8,13 @@ from typing import NamedTuple
 
 from llama_jax.inference.detokenize import Detokenizer, StopStrings
 from llama_jax.inference.engine.engine import Engine
-from llama_jax.inference.engine.requests import Begun, Ended, Event, MadeToken, Request
+from llama_jax.inference.engine.requests import (
+    Event,
+    GeneratedToken,
+    PromptDone,
+    Request,
+    RequestEnded,
+)
 from llama_jax.serving.openai_requests import RequestError, engine_error, shutdown_error
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
@@ -65,11 +71,11 @@ class _Text:
         Raises:
             RequestError: the engine has failed, or is being closed.
         """
-        if isinstance(event, Begun):
+        if isinstance(event, PromptDone):
             piece.prompt += self._prompt(event.prompt_logprobs)
             if self._wishes.prompt_only:
                 self.end(piece, "length")
-        elif isinstance(event, MadeToken):
+        elif isinstance(event, GeneratedToken):
             self.n_made += 1
             if self._wishes.scored:
                 self._waiting.append(self._score(self._made, event, self._at))
@@ -86,9 +92,9 @@ class _Text:
     def end(self, piece: Piece, reason: str) -> None:
         """Adds what is left."""
         if not self._stops.stopped:
-            self._show(piece, self._made.rest())
+            self._show(piece, self._made.flush())
             reason = "stop" if self._stops.stopped else reason
-            rest = self._stops.rest()
+            rest = self._stops.flush()
             piece.text += rest
             self._shown += len(rest)
         # The text of a stop string is not shown: neither are its tokens.
@@ -106,7 +112,7 @@ class _Text:
         piece.tokens += self._waiting[:n]
         self._waiting = self._waiting[n:]
 
-    def _prompt(self, scores: Sequence[MadeToken]) -> list[TokenLogprobs]:
+    def _prompt(self, scores: Sequence[GeneratedToken]) -> list[TokenLogprobs]:
         """Returns the tokens of the prompt with the scores of all but the first."""
         if not self._request.prompt_logprobs:
             return []
@@ -119,9 +125,9 @@ class _Text:
             at += len(text.add(token))
         return scored
 
-    def _score(self, text: Detokenizer, token: MadeToken, at: int) -> TokenLogprobs:
-        top = tuple((text.alone(i), max(_LOWEST, logprob)) for i, logprob in token.top)
-        return TokenLogprobs(text.alone(token.id), at, max(_LOWEST, token.logprob), top)
+    def _score(self, text: Detokenizer, token: GeneratedToken, at: int) -> TokenLogprobs:
+        top = tuple((text.token_text(i), max(_LOWEST, logprob)) for i, logprob in token.top)
+        return TokenLogprobs(text.token_text(token.id), at, max(_LOWEST, token.logprob), top)
 
 
 class ResponseStream:
@@ -184,12 +190,12 @@ class ResponseStream:
                 text = self._texts[index]
                 if not text.ended:
                     piece = made.setdefault(index, Piece(index))
-                    if isinstance(event, Begun) and event.prompt_logprobs:
+                    if isinstance(event, PromptDone) and event.prompt_logprobs:
                         # 8,192 tokens with 20 alternatives each are a second of detokenizing.
                         await asyncio.to_thread(text.take, piece, event)
                     else:
                         text.take(piece, event)
-                    if text.ended and not isinstance(event, Ended):  # by a stop string
+                    if text.ended and not isinstance(event, RequestEnded):  # by a stop string
                         self._tickets[index].cancel()
             if not begun and self.n_made:
                 self._first_token()

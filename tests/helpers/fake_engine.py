@@ -9,12 +9,12 @@ import openai
 
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.requests import (
-    Begun,
-    Ended,
     EngineStopped,
-    MadeToken,
+    GeneratedToken,
+    PromptDone,
     QueueFull,
     Request,
+    RequestEnded,
     Statistics,
 )
 from llama_jax.serving.server import ServerSettings, bind_socket, build_app, create_server
@@ -59,7 +59,9 @@ class FakeEngine:
         return f" {text[-20:]}: é🦙, said with the seed {request.seed}.\nThat is all."
 
     def submit(
-        self, requests: list[Request], deliver: Callable[[int, Begun | MadeToken | Ended], None]
+        self,
+        requests: list[Request],
+        deliver: Callable[[int, PromptDone | GeneratedToken | RequestEnded], None],
     ):
         if any(len(r.prompt) + r.max_new_tokens > self.context for r in requests):
             raise InputError("too long")
@@ -82,7 +84,7 @@ class FakeEngine:
             self._running -= 1
             self.reasons.append(reason)
             self._changed.notify_all()
-        deliver(Ended(reason, "out of memory" if reason == "error" else ""))
+        deliver(RequestEnded(reason, "out of memory" if reason == "error" else ""))
 
     def _make(self, request, ticket, deliver) -> str:
         while not self.hold.wait(0.002):
@@ -91,7 +93,7 @@ class FakeEngine:
         if self.failing:
             return "error"
         score = (self._scored(request, token) for token in request.prompt[1:])
-        deliver(Begun(list(score) if request.prompt_logprobs else []))
+        deliver(PromptDone(list(score) if request.prompt_logprobs else []))
         script = self.tokenizer.encode(self.script(request))
         ends = sorted(request.end_ids)[:1] or script * 20
         for token in [*script, *ends][: request.max_new_tokens]:
@@ -102,9 +104,9 @@ class FakeEngine:
                 return "stop"
         return "length"
 
-    def _scored(self, request: Request, token: int) -> MadeToken:
+    def _scored(self, request: Request, token: int) -> GeneratedToken:
         top = tuple((token + i, -0.25 - i) for i in range(request.top_logprobs))
-        return MadeToken(token, -0.25, top)
+        return GeneratedToken(token, -0.25, top)
 
     def wait_until_idle(self):
         with self._changed:

@@ -64,7 +64,7 @@ def test_a_text_comes_as_soon_as_its_characters_are_whole(tokenizer):
     ids = tokenizer.encode("Once upon a time")
     made = Detokenizer(tokenizer, ids[:1])
     assert all(made.add(token) for token in ids[1:])
-    assert made.rest() == ""
+    assert made.flush() == ""
 
 
 def test_tokens_that_are_no_text_come_as_they_are_decoded(tokenizer):
@@ -98,9 +98,9 @@ def test_no_token_costs_more_than_the_one_before(tokenizer, monkeypatch):
 def test_a_token_alone_has_the_text_that_it_adds(tokenizer):
     made = Detokenizer(tokenizer, [tokenizer.bos_id])
     for token in tokenizer.encode("one two three"):
-        assert made.alone(token) == made.add(token)
+        assert made.token_text(token) == made.add(token)
     *_, last = tokenizer.encode("é🦙")
-    assert made.alone(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
+    assert made.token_text(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
 
 
 def pieces_of(rng, text):
@@ -130,7 +130,7 @@ def test_a_text_ends_before_the_stop_string_that_is_whole_first(strings, text, s
     for _ in range(50):
         stops = StopStrings(strings)
         made = "".join(stops.add(piece) for piece in pieces_of(rng, text))
-        assert made + stops.rest() == shown
+        assert made + stops.flush() == shown
         assert stops.stopped == (shown != text)
 
 
@@ -140,7 +140,7 @@ def test_only_what_could_become_a_stop_string_is_held_back():
     assert shown == ["Hi", "", "", "\n\nUsers: ", "##1 ", ""]
     assert stops.stopped
     assert stops.add("more") == ""
-    assert stops.rest() == ""
+    assert stops.flush() == ""
 
 
 def test_stop_strings_agree_with_a_search_of_the_whole_text():
@@ -150,5 +150,5 @@ def test_stop_strings_agree_with_a_search_of_the_whole_text():
         text = "".join(rng.choices("abc", k=30))
         ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
         stops = StopStrings(strings)
-        made = "".join(stops.add(piece) for piece in pieces_of(rng, text)) + stops.rest()
+        made = "".join(stops.add(piece) for piece in pieces_of(rng, text)) + stops.flush()
         assert made == (text[: min(ends)[1]] if ends else text)

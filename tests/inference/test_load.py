@@ -74,7 +74,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(folders, monkeypatch):
         assert load(folders[0])[0].dtype == "float32"
     assert dtypes == {True: ("bfloat16",) * 3, False: ("float32",) * 3}
     huge = lj.FAMILY["llama3.1-405b"]  # 1.6 TB in float32
-    assert load_module.suited(huge) == huge
+    assert load_module.choose_compute_dtype(huge) == huge
 
 
 @pytest.mark.parametrize(

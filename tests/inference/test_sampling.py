@@ -5,7 +5,14 @@ import pytest
 from conftest import mesh_of, peer
 from pydantic import ValidationError
 
-from llama_jax.inference.sampling import Counts, Sampling, knobs, logprobs, process, sample
+from llama_jax.inference.sampling import (
+    Sampling,
+    TokenCounts,
+    logprobs_from_logits,
+    process_logits,
+    sample,
+    stack_sampling,
+)
 from llama_jax.parallel.mesh import one_device_mesh, shard_array
 from llama_jax.parallel.sharding import activation_spec
 
@@ -13,8 +20,8 @@ SHARES = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = np.log(np.stack([SHARES, SHARES[::-1]])).astype(np.float32)
 V = 96
 
-PROCESS, SAMPLE = jax.jit(process), jax.jit(sample)
-LOGPROBS = jax.jit(logprobs, static_argnums=2)
+PROCESS, SAMPLE = jax.jit(process_logits), jax.jit(sample)
+LOGPROBS = jax.jit(logprobs_from_logits, static_argnums=2)
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -47,11 +54,11 @@ def contexts(rows, seed):
 def counted(prompts, made, vocabulary=V):
     counts = np.stack([np.bincount(row, minlength=vocabulary) for row in made])
     in_prompt = np.stack([np.bincount(row, minlength=vocabulary) > 0 for row in prompts])
-    return Counts(shard_array(in_prompt, "BS"), shard_array(counts.astype(np.int32), "BS"))
+    return TokenCounts(shard_array(in_prompt, "BS"), shard_array(counts.astype(np.int32), "BS"))
 
 
 def placed(samplings):
-    return jax.tree.map(lambda column: shard_array(column, "B"), knobs(samplings))
+    return jax.tree.map(lambda column: shard_array(column, "B"), stack_sampling(samplings))
 
 
 def normal(rows, seed, vocabulary=V):
@@ -258,7 +265,7 @@ def test_a_row_draws_the_same_alone_and_in_company():
     alone = [
         SAMPLE(
             placed(samplings[i : i + 1]),
-            Counts(*(array[i : i + 1] for array in counts)),
+            TokenCounts(*(array[i : i + 1] for array in counts)),
             logits[i : i + 1],
             every[i : i + 1],
         ).tolist()[0]
@@ -313,13 +320,17 @@ def test_sharded_vocabularies_give_the_same(mesh):
             i, counts, made = carry
             step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
             drawn = sample(rows, counts, logits_BV, step_keys)
-            made_BV = counts.made_BV + (jnp.arange(V) == drawn[:, None])
+            generated_BV = counts.generated_BV + (jnp.arange(V) == drawn[:, None])
             made = jax.lax.dynamic_update_slice(made, drawn[:, None], (0, i))
-            return i + 1, Counts(counts.prompt_BV, made_BV), made
+            return i + 1, TokenCounts(counts.prompt_BV, generated_BV), made
 
-        empty = jnp.zeros_like(counts.made_BV[:, :3])
+        empty = jnp.zeros_like(counts.generated_BV[:, :3])
         made = jax.lax.while_loop(lambda carry: carry[0] < 3, one, (0, counts, empty))[2]
-        return made, process(rows, counts, logits_BV), logprobs(logits_BV, made[:, 0], 4)
+        return (
+            made,
+            process_logits(rows, counts, logits_BV),
+            logprobs_from_logits(logits_BV, made[:, 0], 4),
+        )
 
     def run(mesh):
         with jax.set_mesh(mesh):

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.inference.sampling import Sampling, knobs, process
+from llama_jax.inference.sampling import Sampling, process_logits, stack_sampling
 from llama_jax.parallel.mesh import shard_array
 
 
 @pytest.mark.usefixtures("one_device")
 def test_top_p_near_1_keeps_what_a_float64_reference_keeps():
     tails = [0.3, 9e-5, 1e-5, 3e-7, 5e-8, 2e-8, 1e-9, 1e-12]
-    rows = knobs([Sampling(temperature=1.0, top_p=1 - tail) for tail in tails])
+    rows = stack_sampling([Sampling(temperature=1.0, top_p=1 - tail) for tail in tails])
     logits = np.random.default_rng(0).normal(0, 7, (len(tails), 500)).astype(np.float32)
     share = np.exp(logits.astype(np.float64))
     left_out = np.cumsum(np.sort(share / share.sum(axis=1, keepdims=True)), axis=1)
@@ -19,6 +19,6 @@ def test_top_p_near_1_keeps_what_a_float64_reference_keeps():
     # Sums of 500 float32 numbers are rounded by less than 500 x 2^-24: no tail lies so near.
     assert np.abs(left_out / tails_B1 - 1).min() > 500 * 2**-24
     placed = jax.tree.map(lambda column_B: shard_array(column_B, "B"), rows)
-    got = np.isfinite(jax.jit(process)(placed, None, logits)).sum(axis=1)
+    got = np.isfinite(jax.jit(process_logits)(placed, None, logits)).sum(axis=1)
     assert got.tolist() == (left_out > tails_B1).sum(axis=1).tolist()
     assert got[0] < got[-1] < 500

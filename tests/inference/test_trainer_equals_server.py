@@ -12,7 +12,7 @@ import textbook
 from conftest import load_reference, quick_compilation, tiny_model
 
 from llama_jax.inference.engine.engine import Engine
-from llama_jax.inference.engine.requests import Begun, Ended, MadeToken, Request
+from llama_jax.inference.engine.requests import GeneratedToken, PromptDone, Request, RequestEnded
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.summary import path_names
 from llama_jax.model.transformer import forward
@@ -31,8 +31,8 @@ DRAWN = Sampling(temperature=1.0)
 
 class Answer(NamedTuple):
     prompt: tuple[int, ...]
-    prompt_logprobs: tuple[MadeToken, ...]
-    tokens: list[MadeToken]
+    prompt_logprobs: tuple[GeneratedToken, ...]
+    tokens: list[GeneratedToken]
 
     @property
     def text(self) -> list[int]:
@@ -45,9 +45,9 @@ def answers(engine: Engine, *requests: Request) -> list[Answer]:
     engine.submit(requests, lambda number, event: queues[number].put(event))
     found = []
     for request, events in zip(requests, queues, strict=True):
-        begun, tokens = Begun(), []
-        while not isinstance(event := events.get(timeout=60), Ended):
-            if isinstance(event, Begun):
+        begun, tokens = PromptDone(), []
+        while not isinstance(event := events.get(timeout=60), RequestEnded):
+            if isinstance(event, PromptDone):
                 begun = event
             else:
                 tokens.append(event)

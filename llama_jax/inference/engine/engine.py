@@ -22,16 +22,16 @@ from llama_jax.errors import InputError
 from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import row_programs
 from llama_jax.inference.engine.requests import (
-    Begun,
-    Ended,
     EngineStopped,
     Event,
-    MadeToken,
+    GeneratedToken,
+    PromptDone,
     QueueFull,
     Request,
+    RequestEnded,
     Statistics,
     Ticket,
-    check,
+    check_request,
 )
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import NO_TOKEN
@@ -42,7 +42,7 @@ from llama_jax.runtime.compile_cache import compiled
 
 _log = logging.getLogger(__name__)
 
-STEPS_IN_COMPANY = 2  # when a prompt is to be read
+DECODE_STEPS_DURING_PREFILL = 2  # when a prompt is to be read
 
 
 class _Row:
@@ -52,7 +52,9 @@ class _Row:
         self.tokens: list[int] = []
         self.ticket: Ticket | None = None
         self.ready = False  # its prompt has been read
-        self.scores: list[MadeToken] = []  # the prompt's but the first, where they are asked for
+        self.scores: list[
+            GeneratedToken
+        ] = []  # the prompt's but the first, where they are asked for
         self.since = 0.0  # when it was last given away
 
 
@@ -92,7 +94,7 @@ class Engine:
         self.rows, self.context = rows, context
         self._config, self._model, self._queue = config, model, queue
         self._mesh = jax.sharding.get_mesh()
-        self._sizes = row_programs.sizes(context)
+        self._sizes = row_programs.cache_sizes(context)
         self._rows = [_Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()  # its lock is reentrant
@@ -124,7 +126,7 @@ class Engine:
             InputError: a request can't be served; the message says why.
         """
         for request in requests:
-            check(self._config, self.context, request)
+            check_request(self._config, self.context, request)
         tickets = [Ticket(r, partial(deliver, i), self._cancel) for i, r in enumerate(requests)]
         with self._changed:
             if self._failure is not None or self._closing:
@@ -143,7 +145,7 @@ class Engine:
                 return
             self._waiting.remove(ticket)
             self._count(cancelled=1)
-        ticket.deliver(Ended("cancelled"))
+        ticket.deliver(RequestEnded("cancelled"))
 
     def statistics(self) -> Statistics:
         """Returns what it has done so far."""
@@ -167,7 +169,7 @@ class Engine:
         try:
             with jax.set_mesh(self._mesh):
                 while self._wait_for_work():
-                    self._turn()
+                    self._iterate()
         except BaseException as error:  # not only Exception: whatever ends the thread, all are told
             self._failure = f"{type(error).__name__}: {str(error)[:200]}"
             _log.critical("the engine has failed", exc_info=True)
@@ -176,7 +178,9 @@ class Engine:
             left = [*self._waiting, *(row.ticket for row in self._rows if row.ticket)]
             self._waiting.clear()
         for ticket in left:
-            ticket.deliver(Ended("error", self._failure) if self._failure else Ended("cancelled"))
+            ticket.deliver(
+                RequestEnded("error", self._failure) if self._failure else RequestEnded("cancelled")
+            )
 
     def _wait_for_work(self) -> bool:
         """Returns when there is something to do; False when it is to end."""
@@ -185,17 +189,19 @@ class Engine:
                 self._changed.wait()
             return not self._closing
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         for row in self._rows:
             if row.ticket is not None and row.ticket.cancelled:
-                self._release(row, Ended("cancelled"))
+                self._release(row, RequestEnded("cancelled"))
         self._admit()
         reading = [row for row in self._rows if row.ticket is not None and not row.ready]
         if reading:
-            self._read_on(min(reading, key=lambda row: row.since))
+            self._prefill_next_chunk(min(reading, key=lambda row: row.since))
         ready = [row for row in self._rows if row.ready]
         if ready:
-            self._make(ready, STEPS_IN_COMPANY if reading else row_programs.STEPS)
+            self._decode(
+                ready, DECODE_STEPS_DURING_PREFILL if reading else row_programs.DECODE_STEPS
+            )
 
     def _admit(self) -> None:
         """Gives free rows to those who wait, in their order."""
@@ -206,7 +212,7 @@ class Engine:
                 ticket = self._waiting[0]
             # What is not read anew has no log-probabilities.
             known = () if ticket.request.prompt_logprobs else ticket.request.prompt
-            row, source, common = self._best(free, known)
+            row, source, common = self._choose_row(free, known)
             with self._changed:
                 if ticket.cancelled:  # it has left the queue
                     continue
@@ -220,22 +226,24 @@ class Engine:
             row.tokens = list(ticket.request.prompt[:common])
             row.scores = []
             self._count(reused_tokens=common)
-            self._fit()
+            self._resize_cache()
 
-    def _best(self, free: list[_Row], prompt: Sequence[int]) -> tuple[_Row, _Row, int]:
+    def _choose_row(self, free: list[_Row], prompt: Sequence[int]) -> tuple[_Row, _Row, int]:
         """Returns the row to give, the row that has read most of the prompt, and how much.
 
         One token at least is left to read: the first new one follows from it.
         """
-        common = {row: row_programs.common(row.tokens, prompt[:-1]) for row in self._rows}
+        common = {
+            row: row_programs.common_prefix_length(row.tokens, prompt[:-1]) for row in self._rows
+        }
         source = max(self._rows, key=lambda row: (common[row], row in free))
         row = source if source in free and common[source] else min(free, key=lambda r: r.since)
         return row, source if common[source] else row, common[source]
 
-    def _fit(self) -> None:
+    def _resize_cache(self) -> None:
         """Gives the cache the slots that the texts need, and no more than the next size."""
         tickets = [row.ticket.request for row in self._rows if row.ticket is not None]
-        needed = max(row_programs.slots(request) for request in tickets)
+        needed = max(row_programs.slots_needed(request) for request in tickets)
         slots = next(size for size in self._sizes if size >= needed)
         if slots == self._state.cache.slots:
             return
@@ -245,14 +253,15 @@ class Engine:
         for row in self._rows:
             row.tokens = row.tokens[: slots - 1]
 
-    def _read_on(self, row: _Row) -> None:
+    def _prefill_next_chunk(self, row: _Row) -> None:
         """Reads one chunk of a prompt; with the last one the row is ready."""
         assert row.ticket is not None
         request, begun = row.ticket.request, time.perf_counter()
         used = len(row.tokens)
         rest = request.prompt[used:]
         size = next(
-            (size for size in row_programs.CHUNKS if size >= len(rest)), row_programs.CHUNKS[-1]
+            (size for size in row_programs.CHUNK_SIZES if size >= len(rest)),
+            row_programs.CHUNK_SIZES[-1],
         )
         chunk = np.zeros((2, size), np.int32)
         length = min(size, len(rest))
@@ -260,25 +269,25 @@ class Engine:
             part[: len(tokens)] = tokens
         number, with_logprobs = self._rows.index(row), request.prompt_logprobs
         tokens, targets = (shard_array(part[None], "BT") for part in chunk)
-        self._state, scores = row_programs.read_chunk(
+        self._state, scores = row_programs.prefill_chunk(
             self._config, self._model, self._state, number, tokens, length, used, targets,
             with_logprobs,
         )  # fmt: skip
         row.tokens += rest[:length]
         if with_logprobs:  # the token after the prompt's last one is not known yet
             scores_T = (np.asarray(x_1T)[0] for x_1T in scores)
-            row.scores += row_programs.scored(
+            row.scores += row_programs.attach_logprobs(
                 rest[1 : length + 1], *scores_T, top=request.top_logprobs
             )
         if length == len(rest):
-            settings = row_programs.settings(self._config, request)
-            self._state = row_programs.started(self._state, number, settings)
+            settings = row_programs.init_row(self._config, request)
+            self._state = row_programs.start_row(self._state, number, settings)
             row.ready = True
-            row.ticket.deliver(Begun(tuple(row.scores)))
+            row.ticket.deliver(PromptDone(tuple(row.scores)))
         jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
 
-    def _make(self, ready: list[_Row], n: int) -> None:
+    def _decode(self, ready: list[_Row], n: int) -> None:
         begun = time.perf_counter()
         requests = [row.ticket.request for row in ready if row.ticket is not None]
         told = any(request.logprobs for request in requests)
@@ -309,19 +318,19 @@ class Engine:
         assert ticket is not None
         request = ticket.request
         row.tokens += ids
-        for token in row_programs.scored(ids, *told, top=request.top_logprobs):
+        for token in row_programs.attach_logprobs(ids, *told, top=request.top_logprobs):
             ticket.deliver(token)
         if ids and ids[-1] in request.end_ids:
-            self._release(row, Ended("stop"))
+            self._release(row, RequestEnded("stop"))
         elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:
-            self._release(row, Ended("length"))
+            self._release(row, RequestEnded("length"))
 
-    def _release(self, row: _Row, ended: Ended) -> None:
+    def _release(self, row: _Row, ended: RequestEnded) -> None:
         """Ends a row's request; what its slots hold stays."""
         ticket = row.ticket
         assert ticket is not None
         if ended.reason == "cancelled":
-            self._state = row_programs.stopped(self._state, self._rows.index(row))
+            self._state = row_programs.stop_row(self._state, self._rows.index(row))
         with self._changed:
             row.ticket, row.ready = None, False
         self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})

@@ -8,8 +8,8 @@ from llama_jax.errors import InputError
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import check_prompt
 
-TOP = 20  # alternatives that a request may ask for
-ENDS = 16  # end ids that it may have
+MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for
+MAX_END_IDS = 16  # end ids that it may have
 
 
 class Request(NamedTuple):
@@ -23,7 +23,7 @@ class Request(NamedTuple):
         end_ids: any of these ends the text, and is its last token.
         top_logprobs: how many alternatives each token carries, up to 20.
         logprobs: whether tokens carry their log-probabilities (0 otherwise).
-        prompt_logprobs: whether `Begun` carries those of the prompt's tokens but the first.
+        prompt_logprobs: whether `PromptDone` carries those of the prompt's tokens but the first.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +36,7 @@ class Request(NamedTuple):
     prompt_logprobs: bool = False
 
 
-def check(config: ModelConfig, context: int, request: Request) -> None:
+def check_request(config: ModelConfig, context: int, request: Request) -> None:
     """Checks that a request can be served in a context of so many tokens.
 
     Raises:
@@ -50,13 +50,13 @@ def check(config: ModelConfig, context: int, request: Request) -> None:
             f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones don't"
             f" fit a context of {context}: shorten the prompt or ask for fewer"
         )
-    if not 0 <= request.top_logprobs <= TOP:
-        raise InputError(f"{request.top_logprobs} alternatives: ask for 0 … {TOP}")
-    if len(request.end_ids) > ENDS:
-        raise InputError(f"{len(request.end_ids)} end ids: at most {ENDS} can be given")
+    if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+        raise InputError(f"{request.top_logprobs} alternatives: ask for 0 … {MAX_TOP_LOGPROBS}")
+    if len(request.end_ids) > MAX_END_IDS:
+        raise InputError(f"{len(request.end_ids)} end ids: at most {MAX_END_IDS} can be given")
 
 
-class MadeToken(NamedTuple):
+class GeneratedToken(NamedTuple):
     """A token, its log-probability [nats] and the most likely ones with theirs."""
 
     id: int
@@ -64,20 +64,20 @@ class MadeToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Begun(NamedTuple):
+class PromptDone(NamedTuple):
     """The prompt has been read: the first event of a request."""
 
-    prompt_logprobs: tuple[MadeToken, ...] = ()
+    prompt_logprobs: tuple[GeneratedToken, ...] = ()
 
 
-class Ended(NamedTuple):
+class RequestEnded(NamedTuple):
     """The last event of a request; with the reason `stop` an end id was made."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""
 
 
-Event = Begun | MadeToken | Ended
+Event = PromptDone | GeneratedToken | RequestEnded
 
 
 class QueueFull(Exception):
@@ -128,7 +128,7 @@ class Ticket:
         self._cancel = cancel
 
     def cancel(self) -> None:
-        """Ends the request: `Ended("cancelled")` follows, if it has not ended yet.
+        """Ends the request: `RequestEnded("cancelled")` follows, if it has not ended yet.
 
         A request in the queue leaves it at once, one in a row before the next step.
         """

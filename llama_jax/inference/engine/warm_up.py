@@ -8,7 +8,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.engine import row_programs
 from llama_jax.inference.engine.requests import Request
-from llama_jax.inference.generate import State
+from llama_jax.inference.generate import DecodeState
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
@@ -16,7 +16,7 @@ from llama_jax.parallel.mesh import shard_array
 
 def n_programs(context: int) -> int:
     """Returns how many programs `warm_up` compiles for a context of so many tokens."""
-    return len(row_programs.sizes(context)) * (len(row_programs.CHUNKS) + 2)
+    return len(row_programs.cache_sizes(context)) * (len(row_programs.CHUNK_SIZES) + 2)
 
 
 def warm_up(
@@ -25,7 +25,7 @@ def warm_up(
     rows: int,
     context: int,
     progress: Callable[[float, str], None],
-) -> State:
+) -> DecodeState:
     """Returns an empty state of the smallest size, after running every program of serving once.
 
     Args:
@@ -36,29 +36,29 @@ def warm_up(
         progress: is called before each program is compiled: with the share of the programs that
             are compiled [0 … 1), and the one that comes now ('5 of 12: decode, 2,048 slots').
     """
-    sizes, total, done = row_programs.sizes(context), n_programs(context), 0
+    sizes, total, done = row_programs.cache_sizes(context), n_programs(context), 0
 
     def compiling(program: str, slots: int) -> None:
         nonlocal done
         progress(done / total, f"{done + 1} of {total}: {program}, {slots:,} slots")
         done += 1
 
-    def warmed(slots: int) -> State:
-        state = row_programs.empty(config, rows, slots)
-        for size in row_programs.CHUNKS:
+    def warmed(slots: int) -> DecodeState:
+        state = row_programs.init_state(config, rows, slots)
+        for size in row_programs.CHUNK_SIZES:
             compiling(f"prefill of {size} tokens", slots)
             tokens_1T = shard_array(np.zeros((1, size), np.int32), "BT")
             last = 0, tokens_1T, 1, 0, tokens_1T, False
-            state, _ = row_programs.read_chunk(config, model, state, *last)
+            state, _ = row_programs.prefill_chunk(config, model, state, *last)
         compiling("decode", slots)
-        state = row_programs.started(state, 0, row_programs.settings(config, Request((0,), 1)))
+        state = row_programs.start_row(state, 0, row_programs.init_row(config, Request((0,), 1)))
         made, state = row_programs.decode_rows(config, model, state, 1, False)
         jax.block_until_ready(made)
         compiling("changes of the cache", slots)
         for other in sizes:
             if other != slots:
                 resize_cache(state.cache, slots=other)
-        return row_programs.stopped(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
+        return row_programs.stop_row(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
 
     for slots in sizes[:0:-1]:
         warmed(slots)

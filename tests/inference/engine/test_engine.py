@@ -10,12 +10,12 @@ from conftest import tiny_model
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import (
-    Begun,
-    Ended,
     EngineStopped,
-    MadeToken,
+    GeneratedToken,
+    PromptDone,
     QueueFull,
     Request,
+    RequestEnded,
 )
 from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
@@ -68,9 +68,9 @@ class Answer:
     def wait(self, enough=None):
         while self.reason is None and (enough is None or len(self.tokens) < enough):
             event = self.events.get(timeout=60)
-            if isinstance(event, MadeToken):
+            if isinstance(event, GeneratedToken):
                 self.tokens.append(event)
-            elif isinstance(event, Ended):
+            elif isinstance(event, RequestEnded):
                 self.reason = event.reason
             else:
                 self.begun = event
@@ -108,7 +108,7 @@ def test_tokens_are_the_same_alone_and_in_company(engine, model):
     for answer, request in zip(answers, requests, strict=True):
         assert answer.wait().ids == alone(model, request)
         assert answer.reason == "length"
-        assert answer.begun == Begun()
+        assert answer.begun == PromptDone()
 
 
 def test_nothing_is_compiled_while_requests_come_and_go(engine):
@@ -258,7 +258,7 @@ def test_closing_ends_what_runs_and_refuses_what_comes(model):
         engine.submit([Request((5,), 1)], lambda *_: None)
 
 
-PROGRAMS = ["engine.copy_row", "row_programs.read_chunk", "row_programs.decode_rows"]
+PROGRAMS = ["engine.copy_row", "row_programs.prefill_chunk", "row_programs.decode_rows"]
 
 
 @pytest.mark.parametrize("failure", [MemoryError, SystemExit])
@@ -283,8 +283,8 @@ def test_a_failure_ends_all_requests_and_is_logged_once(model, failure, place, m
     ended = set()
     while len(ended) < 8:
         index, event = deliveries.get(timeout=60)
-        ended |= {(index, event)} if isinstance(event, Ended) else set()
-    assert ended == {(i, Ended("error", said)) for i in range(8)}
+        ended |= {(index, event)} if isinstance(event, RequestEnded) else set()
+    assert ended == {(i, RequestEnded("error", said)) for i in range(8)}
     assert engine.failure == said
     with pytest.raises(EngineStopped, match=f"the engine has failed: {said}"):
         engine.submit([Request((5,), 1)], lambda *_: None)
@@ -312,7 +312,7 @@ def test_a_request_that_is_given_up_leaves_the_queue_at_once(model):
         for ticket in tickets:
             ticket.cancel()
         assert sorted(events.get_nowait() for _ in range(20)) == [
-            (i, Ended("cancelled")) for i in range(20)
+            (i, RequestEnded("cancelled")) for i in range(20)
         ]
     assert engine.statistics().waiting == 0
     held.set()
@@ -329,9 +329,9 @@ def test_more_texts_than_the_queue_has_room_for_are_taken_together(engine, model
     ended = []
     while len(ended) < 100:
         index, event = events.get(timeout=60)
-        if isinstance(event, MadeToken):
+        if isinstance(event, GeneratedToken):
             made[index].append(event.id)
-        elif isinstance(event, Ended):
+        elif isinstance(event, RequestEnded):
             ended.append((index, event.reason))
     assert sorted(ended) == [(i, "length") for i in range(100)]
     assert list(made.values()) == [alone(model, request)] * 100
