@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from llama_jax.errors import Fault, InputError
 from llama_jax.model.summary import path_names
-from llama_jax.runtime.regular_file import check_regular
+from llama_jax.runtime.regular_file import check_regular_files
 
 # What the machine's faults raise, in Python, TensorStore (ValueError) and JAX.
 FAULTS = (OSError, MemoryError, ValueError, jax.errors.JaxRuntimeError)
@@ -63,7 +63,7 @@ def open_arrays(place: Path) -> dict[str, Any]:
         InputError: the item is damaged.
         Fault: the machine could not read it.
     """
-    check_regular(place)
+    check_regular_files(place)
     dotted, ocdbt, zarr3 = parse_json_file(
         place / "_METADATA",
         lambda about: (

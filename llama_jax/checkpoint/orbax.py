@@ -253,7 +253,9 @@ def save_model(
     folder = Path(check_local(str(folder)))
     with contextlib.ExitStack() as stack:
         partial_folder = Path(
-            hosts.decided(lambda: str(stack.enter_context(new_folder(folder)).absolute()))
+            hosts.broadcast_decision(
+                lambda: str(stack.enter_context(new_folder(folder)).absolute())
+            )
         )
         if isinstance(model, UnstackedLlama):
             weights = tree_to_dict(restore_layout(model))
@@ -264,13 +266,13 @@ def save_model(
         items = {"model": weights}
         with _by_layers():
             ocp.save_checkpointables(str(partial_folder / "weights"), items)
-        if hosts.leads():
+        if hosts.is_host_zero():
             (partial_folder / "config.json").write_text(
                 json.dumps(dataclasses.asdict(config), indent=1)
             )
             for name, content in (tokenizer.files if tokenizer else {}).items():
                 (partial_folder / name).write_bytes(content)
-    hosts.decided(lambda: None)  # host 0 has renamed it
+    hosts.broadcast_decision(lambda: None)  # host 0 has renamed it
 
 
 def load_model(

@@ -85,7 +85,7 @@ def continue_text(
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.inference.stream import stream
     from llama_jax.parallel.mesh import tensor_mesh
-    from llama_jax.runtime.compile_cache import compiled, keep_compiled
+    from llama_jax.runtime.compile_cache import compile_statistics, enable_compile_cache
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     shape = folders.read_model_config(folder)
@@ -97,13 +97,13 @@ def continue_text(
         max_new_tokens = default_max_new_tokens(shape, ids)
     if "" in (stops or []):
         raise InputError("--stop '' would end every text at once: give some text")
-    keep_compiled()
+    enable_compile_cache()
     if cache:
         shape = replace(shape, cache_dtype=cache)
     with jax.set_mesh(tensor_mesh(shape)):
         config, model = load(folder, choose_compute_dtype(shape), quantize=quantize)
-        before = compiled().seconds
-        watch = _Watch(lambda: compiled().seconds - before)
+        before = compile_statistics().seconds
+        watch = _Watch(lambda: compile_statistics().seconds - before)
         tokens = stream(
             config, model, ids, max_new_tokens=max_new_tokens, sampling=sampling,
             end_ids=frozenset() if ignore_eos else tokenizer.end_ids, seed=seed,
@@ -197,7 +197,7 @@ def serve(args: argparse.Namespace) -> int:
     from llama_jax.inference.engine.warm_up import n_programs
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.parallel.mesh import tensor_mesh
-    from llama_jax.runtime.compile_cache import keep_compiled
+    from llama_jax.runtime.compile_cache import enable_compile_cache
     from llama_jax.serving import start_progress
     from llama_jax.serving.middleware import allowed_hosts
     from llama_jax.tokenizer.tokenizer import load_tokenizer
@@ -211,7 +211,7 @@ def serve(args: argparse.Namespace) -> int:
     if args.cache:
         shape = replace(shape, cache_dtype=args.cache)
     tokenizer = load_tokenizer(folder)
-    keep_compiled()
+    enable_compile_cache()
     with server.bind_socket(args.host, args.port) as bound, jax.set_mesh(tensor_mesh(shape)):
         hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
         settings = settings._replace(hosts=hosts)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     again = " ".join(["llama-jax", *argv])
     nothing = f"stopped on SIGTERM: there was nothing to save; start again with: {again}"
-    with stop_signal.stops_at_sigterm(nothing):
+    with stop_signal.exit_at_sigterm(nothing):
         return _run(argv)
     return 0
 
@@ -82,19 +82,19 @@ def _train_together(args: argparse.Namespace) -> int:
 
     resolved = yaml_file.load(args.config, args.overrides)
     from llama_jax.runtime import hosts
-    from llama_jax.runtime.console import tell
+    from llama_jax.runtime.console import print_status
     from llama_jax.training import loop
 
     try:
         outcome = loop.run(resolved)
     except loop.RunStopped as error:
-        tell(f"llama-jax train: {error}")
+        print_status(f"llama-jax train: {error}")
         return 1
     if not outcome.finished:
         again = " ".join(["llama-jax train", args.config, *args.overrides])
-        tell(f"saved after step {outcome.step}; go on with: {again}")
+        print_status(f"saved after step {outcome.step}; go on with: {again}")
         return 0
-    if not hosts.leads():
+    if not hosts.is_host_zero():
         return 0
     if outcome.validation_loss is not None and outcome.unigram_entropy is not None:
         print(
@@ -102,7 +102,7 @@ def _train_together(args: argparse.Namespace) -> int:
             f" held-out text {outcome.unigram_entropy:.3f}"
         )
     # Several hosts would have to load and continue together: `generate` does it on one.
-    prompts = () if hosts.several() else resolved.logging.samples
+    prompts = () if hosts.is_multi_host() else resolved.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
         sampling = inference.sampling_of(temperature=0.7, top_p=0.95)
@@ -132,16 +132,16 @@ def _plan(args: argparse.Namespace) -> int:
         )
     config = yaml_file.load(args.config, args.overrides)
     from llama_jax.plan import figure, search, topology, training, training_report
-    from llama_jax.runtime.console import tell
+    from llama_jax.runtime.console import print_status
 
     place = topology.parse(args.topology)
     drawn = args.picture and figure.check_path(args.picture)
     if args.compile < 1:
         raise InputError(f"--compile must be at least 1, not {args.compile}")
     if args.search:
-        plans = search.search(config, place, args.compile, tell)
+        plans = search.search(config, place, args.compile, print_status)
     else:
-        plans = [training.make(config, place, tell)]
+        plans = [training.make(config, place, print_status)]
     if drawn:
         figure.draw(drawn, *figure.of_training(plans[0]))
     if args.json:
@@ -180,7 +180,7 @@ def _plan_inference(args: argparse.Namespace) -> int:
             f" {', '.join(FAMILY)}"
         )
     from llama_jax.plan import figure, serving, serving_report, topology
-    from llama_jax.runtime.console import tell
+    from llama_jax.runtime.console import print_status
 
     drawn = args.picture and figure.check_path(args.picture)
     dtype = args.dtype or "bfloat16"
@@ -193,7 +193,7 @@ def _plan_inference(args: argparse.Namespace) -> int:
     )
     context = min(4096, config.context) if args.context is None else args.context
     batch = 8 if args.batch is None else args.batch
-    plan = serving.make(config, topology.parse(args.topology), context, batch, tell)
+    plan = serving.make(config, topology.parse(args.topology), context, batch, print_status)
     if drawn:
         figure.draw(drawn, *figure.of_inference(plan))
     if args.json:

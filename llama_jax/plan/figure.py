@@ -7,7 +7,7 @@ from llama_jax.errors import InputError
 from llama_jax.plan.serving import InferencePlan
 from llama_jax.plan.training import Plan
 from llama_jax.plan.training_report import GIB
-from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.atomic_write import replace_file
 
 Bars = dict[str, dict[str, float]]  # what a bar is of, and its parts by name, from left to right
 
@@ -93,7 +93,7 @@ def draw(path: Path, title: str, there: float, memory: Bars, times: Bars) -> Non
     axes[0, 0].axvline(there, color="black", ls="--", lw=1.2)
     note = {"xytext": (-5, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
     axes[0, 0].annotate(f"{there:g} GiB are there", (there, -0.4), **note, fontsize=9)
-    with replaced_file(path) as partial:
+    with replace_file(path) as partial:
         figure.savefig(partial, format=path.suffix[1:])
     plt.close(figure)
 

@@ -49,7 +49,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_file(path: str | Path) -> Iterator[Path]:
+def replace_file(path: str | Path) -> Iterator[Path]:
     """Yields the path of a file to write, which replaces `path` once the block ends without error.
 
     After an error the file is removed, and `path` stays as it was.

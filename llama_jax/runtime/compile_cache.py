@@ -14,7 +14,7 @@ _PARTS = (
 )
 
 
-def keep_compiled() -> None:
+def enable_compile_cache() -> None:
     """Lets JAX keep what it compiles in a folder, so that a second start is quick.
 
     The folder is JAX_COMPILATION_CACHE_DIR, or llama_jax below XDG_CACHE_HOME (~/.cache). Programs
@@ -51,6 +51,6 @@ def _sums() -> _Sums:
     return sums
 
 
-def compiled() -> Compiled:
+def compile_statistics() -> Compiled:
     """Returns how many programs were compiled so far, and the seconds that took."""
     return Compiled(_sums().programs, _sums().seconds)

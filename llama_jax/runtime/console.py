@@ -16,19 +16,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama_jax.runtime.hosts import leads
+from llama_jax.runtime.hosts import is_host_zero
 
 LINE_SECONDS = 10.0  # between two lines where standard error is no terminal
-TEXT = TextColumn("{task.description}")  # the column that shows the text of `TaskProgress.update`
+TEXT_COLUMN = TextColumn("{task.description}")  # shows the text of `TaskProgress.update`
 
 
-def tell(text: str) -> None:
+def print_status(text: str) -> None:
     """Prints a line on the standard error of host 0."""
-    if leads():
+    if is_host_zero():
         print(text, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Returns '3d04h', '2h05m', '4m09s' or '12s'."""
     s = round(seconds)
     if s >= 86_400:
@@ -45,7 +45,7 @@ class TaskProgress:
     ten seconds.
 
     Args:
-        columns: of the bar on a terminal; `TEXT` is the one for the text.
+        columns: of the bar on a terminal; `TEXT_COLUMN` is the one for the text.
         total: amount of work, or None if it is unknown.
         text: of the bar before the first update.
         completed: amount of work that is done at the start.
@@ -60,7 +60,7 @@ class TaskProgress:
         completed: int = 0,
         shown: bool = True,
     ):
-        self._shown = shown and leads()
+        self._shown = shown and is_host_zero()
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         console = Console(stderr=True)
@@ -76,7 +76,7 @@ class TaskProgress:
 
         Args:
             completed: amount of work that is done in all.
-            text: for the column `TEXT` of the bar, and for the line.
+            text: for the column `TEXT_COLUMN` of the bar, and for the line.
             line_details: end of the line. A terminal shows the same in other columns.
             line_now: print the line even if the last one is less than ten seconds old.
         """
@@ -120,5 +120,7 @@ def byte_progress(title: str, total: int | None, shown: bool) -> Iterator[Callab
             details += f"  {(total - done) / max(1.0, rate):.0f} s left"
         progress.update(done, title, line_details=details)
 
-    with closing(TaskProgress(TEXT, *columns, total=total, text=title, shown=shown)) as progress:
+    with closing(
+        TaskProgress(TEXT_COLUMN, *columns, total=total, text=title, shown=shown)
+    ) as progress:
         yield advance

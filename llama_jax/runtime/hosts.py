@@ -58,16 +58,16 @@ def join(
     token = _job_token(address, detected=coordinator is None)
     _channel, port = handshake.meet(*_split(address), processes, process, token)
     channel = _channel
-    stop_signal.end = lambda message: channel.fail(message, 0)
+    stop_signal.exit_run = lambda message: channel.fail(message, 0)
     try:
         _join_jax(f"{address.rpartition(':')[0]}:{port}", processes, process, coordinator is None)
         yield
-        agreed({})  # no host leaves before all are done
+        check_equal_on_hosts({})  # no host leaves before all are done
         _channel.leaving = True
         jax.distributed.shutdown()
     except InputError as error:
         _channel.fail(str(error), 2)
-    except stop_signal.Stopped as stopped:
+    except stop_signal.SigtermReceived as stopped:
         _channel.fail(str(stopped), 0)
     except KeyboardInterrupt:
         _channel.fail("interrupted", 130)
@@ -81,17 +81,17 @@ def join(
     _channel = None
 
 
-def several() -> bool:
+def is_multi_host() -> bool:
     """Tells whether this process is one of several."""
     return _channel is not None
 
 
-def leads() -> bool:
+def is_host_zero() -> bool:
     """Tells whether this process is host 0, which alone prints and writes files."""
     return _channel is None or _channel.process == 0
 
 
-def decided(decide: Callable[[], Decision]) -> Decision:
+def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
     """Returns what `decide` returns on host 0 (plain JSON); the others wait for it.
 
     Its error ends all hosts.
@@ -105,7 +105,7 @@ def decided(decide: Callable[[], Decision]) -> Decision:
     return decision
 
 
-def agreed(values: dict[str, Any]) -> None:
+def check_equal_on_hosts(values: dict[str, Any]) -> None:
     """Waits for all hosts, which must hold the same `values` (plain JSON).
 
     Raises:
@@ -115,7 +115,7 @@ def agreed(values: dict[str, Any]) -> None:
         return
     if _channel.process:
         _channel.to_coordinator("values", values)
-    for host, received in _channel.values.items() if leads() else ():
+    for host, received in _channel.values.items() if is_host_zero() else ():
         theirs, ours = received.get(), json.loads(json.dumps(values))
         for name in ours:
             if theirs.get(name) != ours[name]:
@@ -123,7 +123,7 @@ def agreed(values: dict[str, Any]) -> None:
                     f"{name} is {ours[name]} on host 0, but {theirs.get(name)} on"
                     f" {_channel.name(host)}: start all hosts with the same"
                 )
-    decided(lambda: None)
+    broadcast_decision(lambda: None)
 
 
 def stop_before(step: int, wanted: str | None) -> str | None:

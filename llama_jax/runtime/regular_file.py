@@ -60,7 +60,7 @@ def read_regular(path: str | Path) -> bytes:
     return data
 
 
-def check_regular(folder: Path) -> None:
+def check_regular_files(folder: Path) -> None:
     """Checks a folder whose files a library opens and reads at once.
 
     Raises:

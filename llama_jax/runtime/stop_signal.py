@@ -1,4 +1,4 @@
-"""SIGTERM while a run has nothing to save: as it starts, and after its end."""
+"""Handles SIGTERM while a run has nothing to save: before its first step and after its last."""
 
 import contextlib
 import os
@@ -8,73 +8,76 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-# So long, work in Python may take to remove what it has half-written.
-UNWINDING_SECONDS = 3.0
+# Time for Python code to remove its half-written files after SIGTERM.
+CLEANUP_SECONDS = 3.0
 
 
-class Stopped(BaseException):
+class SigtermReceived(BaseException):
     """SIGTERM came and there was nothing to save; the message says so."""
 
 
-def _end(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     os._exit(0)
 
 
-# How this process ends at SIGTERM. `hosts` ends all hosts of its run instead.
-end: Callable[[str], NoReturn] = _end
+# Ends this process at SIGTERM. `hosts.join` replaces it by a function that ends all hosts.
+exit_run: Callable[[str], NoReturn] = _exit
 
-_unwinds = False
+_raises = False  # in a block of `raise_at_sigterm`
 
 
 @contextlib.contextmanager
-def stops_at_sigterm(message: str) -> Iterator[None]:
-    """Ends the process with exit code 0 when SIGTERM comes in the block, and prints `message`.
+def exit_at_sigterm(message: str) -> Iterator[None]:
+    """Prints `message` and ends the process with exit code 0 when SIGTERM comes in the block.
 
-    Another handler may take its place for a time. A thread ends the process, because Python calls
-    a handler only between its own instructions: XLA may compile for minutes, and an exception in
-    the midst of an import aborts some modules written in C++.
+    Another handler may replace this one for a time. A thread ends the process, because Python
+    calls a handler only between its own instructions: XLA may compile for minutes, and an
+    exception in the middle of an import aborts some modules written in C++.
     """
 
-    def stop(*_: Any) -> None:
-        if _unwinds:
-            raise Stopped(message)
+    def handle(*_: Any) -> None:
+        if _raises:
+            raise SigtermReceived(message)
 
-    over = threading.Event()
+    block_ended = threading.Event()
 
     def watch() -> None:
         while number := os.read(read, 1):
-            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is stop:
-                if not (_unwinds and over.wait(UNWINDING_SECONDS)):
-                    end(message)
+            if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handle:
+                if not (_raises and block_ended.wait(CLEANUP_SECONDS)):
+                    exit_run(message)
                 return
 
-    # The signals' own handler, in C, writes the number of each into the pipe at once.
+    # Python's signal handler in C writes the number of each signal into the pipe at once.
     read, write = os.pipe()
     os.set_blocking(write, False)
-    handler = signal.signal(signal.SIGTERM, stop)
+    handler = signal.signal(signal.SIGTERM, handle)
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    watching = threading.Thread(target=watch, daemon=True, name="stop-signal")
-    watching.start()
+    watcher = threading.Thread(target=watch, daemon=True, name="stop-signal")
+    watcher.start()
     try:
         yield
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+    except SigtermReceived as received:
+        print(received, file=sys.stderr, flush=True)
     finally:
-        over.set()
+        block_ended.set()
         signal.signal(signal.SIGTERM, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(write)
-        watching.join()
+        watcher.join()
         os.close(read)
 
 
 @contextlib.contextmanager
-def unwinding() -> Iterator[None]:
-    """Lets SIGTERM raise `Stopped` in the block, so that what is half-written is removed."""
-    global _unwinds
-    _unwinds = True
+def raise_at_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise `SigtermReceived` in the block, so that half-written files are removed.
+
+    It has an effect only in a block of `exit_at_sigterm`.
+    """
+    global _raises
+    _raises = True
     try:
         yield
     finally:
-        _unwinds = False
+        _raises = False

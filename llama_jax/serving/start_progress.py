@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 import jax
 from rich.progress import BarColumn, TimeElapsedColumn
 
-from llama_jax.runtime.console import TEXT, TaskProgress, tell
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, print_status
 
 _POLL_SECONDS = 0.5
 
@@ -27,7 +27,7 @@ def stage(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
         A function that shows the progress: the share that is done [0 … 1], and a text.
     """
     start, verb = time.monotonic(), doing.partition(" ")[0]
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TEXT)
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TEXT_COLUMN)
     with closing(TaskProgress(*columns, total=1.0)) as progress:
 
         def show(share: float, text: str) -> None:
@@ -36,7 +36,7 @@ def stage(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
 
         progress.update(0.0, f"{doing} …", line_now=True)
         yield show
-    tell(f"{done} in {time.monotonic() - start:.1f} s")
+    print_status(f"{done} in {time.monotonic() - start:.1f} s")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from llama_jax.checkpoint import folders
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
-from llama_jax.runtime.console import tell
+from llama_jax.runtime.console import print_status
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, file_hash, load_tokenizer
 
 # Weights of one value can be computed with another; the run is told what it changes.
@@ -36,7 +36,7 @@ def check_shape(config: Config) -> None:
                 f"model.{name} is {ours}, but the model in {source}, training.init_from, has {has}:"
                 " give the section `model` its numbers"
             )
-        tell(f"model.{name} is {ours}, but {source} was trained with {has}")
+        print_status(f"model.{name} is {ours}, but {source} was trained with {has}")
 
 
 def tokenizer_of(config: Config) -> str | None:

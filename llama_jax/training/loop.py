@@ -19,7 +19,7 @@ from llama_jax.data.batches import Batches
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
-from llama_jax.runtime.console import duration, tell
+from llama_jax.runtime.console import format_duration, print_status
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.training import init_from
 from llama_jax.training.metrics import check_installed, read_metrics
@@ -61,27 +61,29 @@ def run(config: Config) -> Outcome:
             were.
     """
     retain_freed_memory()
-    if hosts.leads():
+    if hosts.is_host_zero():
         check_installed(config.logging)
-    hosts.agreed(dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__})
+    hosts.check_equal_on_hosts(
+        dict(flat(dataclasses.asdict(config))) | {"JAX's version": jax.__version__}
+    )
     mesh = make_mesh(config.mesh)
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
     folder = Path(config.training.out)
     with only_run(folder), jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
-        newest = hosts.decided(lambda: max(checkpoints.steps, default=None))
-        hosts.decided(lambda: prepare(config, folder, newest))
+        newest = hosts.broadcast_decision(lambda: max(checkpoints.steps, default=None))
+        hosts.broadcast_decision(lambda: prepare(config, folder, newest))
         data = Batches(config.data, config.training.micro_batches)
-        hosts.agreed({"the content of data.mixture": data.fingerprint})
+        hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
         check_vocabulary(config, data)
         if newest is None:
             init_from.check_tokenizer(config, data)
         if newest is not None and newest >= config.training.steps:
-            tell(f"{folder} is finished: {newest} steps are done, nothing is left to train")
+            print_status(f"{folder} is finished: {newest} steps are done, nothing is left to train")
             return _outcome(folder, newest, data, finished=True)
         state = State(config, data, checkpoints, newest)
-        hosts.decided(lambda: write_run_files(config, data, folder))
+        hosts.broadcast_decision(lambda: write_run_files(config, data, folder))
         print_summary(config, data, mesh, state.step)
         step_function = _compiled(config, data, state)
         with _stop_signals() as stop, contextlib.closing(checkpoints):
@@ -96,7 +98,7 @@ def _compiled(config: Config, data: Batches, state: State) -> Any:
     chip = chip_of(jax.devices()[0].device_kind)
     options: Any = {**chip.compiler_options} if chip else {}
     step_function = train_step.lower(config, *example).compile(compiler_options=options)
-    tell(f"compiled in {duration(time.monotonic() - begun)}")
+    print_status(f"compiled in {format_duration(time.monotonic() - begun)}")
     return step_function
 
 
@@ -121,7 +123,7 @@ def _train(
         while state.step < steps:
             checkpoints.check()
             if why := hosts.stop_before(state.step, stop[0] if stop else None):
-                tell(f"stopping on {why}: saving step {state.step} …")
+                print_status(f"stopping on {why}: saving step {state.step} …")
                 break
             step = state.step
             report.dispatched()

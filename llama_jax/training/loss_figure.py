@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.atomic_write import replace_file
 from llama_jax.training.metrics import read_metrics
 
 
@@ -35,7 +35,7 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.legend(frameon=False)
     path = folder / "loss.png"
     try:
-        with replaced_file(path) as partial:
+        with replace_file(path) as partial:
             figure.savefig(partial, format="png")
     finally:
         plt.close(figure)

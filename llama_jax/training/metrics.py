@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_jax.config.run import Config, LoggingConfig
 from llama_jax.errors import Fault, InputError
-from llama_jax.runtime.atomic_write import replaced_file
+from llama_jax.runtime.atomic_write import replace_file
 from llama_jax.runtime.chips import chip_of
 
 
@@ -44,7 +44,7 @@ class MetricsLog:
     def __init__(self, folder: Path, config: Config, step: int):
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step]
-        with replaced_file(self.path) as partial:
+        with replace_file(self.path) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._tensorboard: Any = None

@@ -4,7 +4,7 @@ import time
 
 from rich.progress import BarColumn
 
-from llama_jax.runtime.console import TEXT, TaskProgress, duration
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, format_duration
 
 
 class StepProgress:
@@ -19,7 +19,7 @@ class StepProgress:
     def __init__(self, steps: int, start: int, shown: bool):
         self.steps, self.start = steps, start
         self._first_step_end = time.monotonic()
-        columns = (BarColumn(bar_width=20), TEXT)
+        columns = (BarColumn(bar_width=20), TEXT_COLUMN)
         self._display = TaskProgress(
             *columns, total=steps, text="compiling …", completed=start, shown=shown
         )
@@ -32,7 +32,7 @@ class StepProgress:
             self._first_step_end = now  # the first step may compile: the pace leaves it out
         else:
             pace = (now - self._first_step_end) / (step - self.start - 1)
-            metrics = metrics | {"left": duration(pace * (self.steps - step))}
+            metrics = metrics | {"left": format_duration(pace * (self.steps - step))}
         described = "  ".join(f"{name} {value}" for name, value in metrics.items())
         text = f"step {step}/{self.steps}  {described}"
         self._display.update(step, text, line_now=first or step == self.steps)

@@ -9,8 +9,8 @@ import numpy as np
 
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
-from llama_jax.runtime.console import tell
-from llama_jax.runtime.hosts import leads
+from llama_jax.runtime.console import print_status
+from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import MetricsLog, peak_flops
 from llama_jax.training.progress import StepProgress
@@ -27,7 +27,7 @@ class Report:
 
     def __init__(self, config: Config, folder: Path, data: Batches, first: int):
         self.config, self.folder, self.data = config, folder, data
-        self.log = MetricsLog(folder, config, first) if leads() else None
+        self.log = MetricsLog(folder, config, first) if is_host_zero() else None
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
@@ -88,4 +88,4 @@ class Report:
             try:
                 draw_losses(self.folder, self.data.unigram_entropy)
             except OSError as error:  # not worth the end of a run, nor to hide why it ended
-                tell(f"can't draw the losses: {error}")
+                print_status(f"can't draw the losses: {error}")

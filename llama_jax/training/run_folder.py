@@ -15,8 +15,8 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.runtime import hosts
-from llama_jax.runtime.atomic_write import replaced_file
-from llama_jax.runtime.console import tell
+from llama_jax.runtime.atomic_write import replace_file
+from llama_jax.runtime.console import print_status
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 # A resumed run must be the run that it was. These keys may change, and the change is told.
@@ -37,7 +37,7 @@ def only_run(folder: Path) -> Iterator[None]:
         InputError: another run is in it, it can't be written, or it isn't there on all hosts.
     """
     with contextlib.ExitStack() as held:
-        mark = hosts.decided(lambda: _lock(folder, held))
+        mark = hosts.broadcast_decision(lambda: _lock(folder, held))
         _check_shared(folder, mark)
         yield
 
@@ -83,7 +83,7 @@ def check_unchanged(config: Config, folder: Path) -> None:
         if value == old:
             continue
         if any(name == key or name.startswith(key + ".") for key in CHANGEABLE):
-            tell(f"{folder}: {name} changes from {old} to {value}")
+            print_status(f"{folder}: {name} changes from {old} to {value}")
         else:
             raise InputError(
                 f"{folder} was trained with {name} = {old}, and now it is {value}: change it back"
@@ -102,9 +102,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def write_run_files(config: Config, data: Batches, folder: Path) -> None:
     """Leaves the resolved configuration and the tokenizer in the run folder."""
-    with replaced_file(folder / "config.yaml") as partial:
+    with replace_file(folder / "config.yaml") as partial:
         partial.write_text(yaml_file.dump(config))
     for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
         if not (folder / name).exists():
-            with replaced_file(folder / name) as partial:
+            with replace_file(folder / name) as partial:
                 partial.write_bytes(content)

@@ -16,7 +16,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import check_divides, make_mesh, set_default_mesh
 from llama_jax.runtime import hosts, stop_signal
-from llama_jax.runtime.console import tell
+from llama_jax.runtime.console import print_status
 from llama_jax.training import init_from
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.run_folder import check_unchanged
@@ -29,9 +29,9 @@ def prepare(config: Config, folder: Path, newest: int | None) -> None:
         check_unchanged(config, folder)
     else:
         if (folder / "config.yaml").exists():
-            tell(f"{folder} has no checkpoint yet: the run starts from the beginning")
+            print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")
         init_from.check_shape(config)
-    with stop_signal.unwinding():
+    with stop_signal.raise_at_sigterm():
         prepare_data(config)
 
 
@@ -53,7 +53,7 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     source = config.training.init_from
     if source is None:
         return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
-    tell(f"starts from the weights in {source}")
+    print_status(f"starts from the weights in {source}")
     _, model = orbax.load_model(source, config.model)
     return model, jax.jit(adamw(config.optimizer).init)(model)
 
@@ -75,7 +75,9 @@ class State:
                     f" {config.training.out} was trained on: restore them, or choose another"
                     " training.out"
                 )
-            tell(f"{config.training.out}: resumes after step {step} of {config.training.steps}")
+            print_status(
+                f"{config.training.out}: resumes after step {step} of {config.training.steps}"
+            )
         else:
             self.model, self.opt_state = initial_state(config)
 
@@ -94,7 +96,7 @@ def prepare_data(config: Config) -> None:
                 f"there is no folder of token shards at {name}: make it with `llama-jax tokenize`,"
                 " or set data.corpus"
             )
-        tell(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
+        print_status(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
         meta = tokenize.tokenize_corpus(
             config.data.corpus,
             name,
@@ -104,7 +106,9 @@ def prepare_data(config: Config) -> None:
             progress=config.logging.progress,
         )
         train, held_out = (meta["splits"][split] for split in tokenize.SPLITS)
-        tell(f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out")
+        print_status(
+            f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out"
+        )
 
 
 def check_vocabulary(config: Config, data: Batches) -> None:
@@ -132,13 +136,15 @@ def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: 
     """Prints parameters, devices, steps and epochs of a run."""
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
-    of_hosts = f" of {jax.process_count()} hosts" if hosts.several() else ""
+    of_hosts = f" of {jax.process_count()} hosts" if hosts.is_multi_host() else ""
     kind = jax.devices()[0].device_kind + " device(s)" + of_hosts
-    tell(
+    print_status(
         f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
     )
     for source in data.splits["train"]:
         epochs = config.training.steps * tokens / len(source)
         share = config.data.mixture[str(source.folder)] / sum(config.data.mixture.values())
-        tell(f"{source.folder}: {len(source):,} tokens, {share * epochs:.2f} epochs in this run")
+        print_status(
+            f"{source.folder}: {len(source):,} tokens, {share * epochs:.2f} epochs in this run"
+        )

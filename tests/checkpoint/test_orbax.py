@@ -32,7 +32,7 @@ with hosts.join(coordinator, int(processes), int(process)):
         assert not model.tok_embeddings[...].is_fully_addressable
         save_model(made, config, model, None)
         print("saved", flush=True)
-        hosts.agreed({})  # host 0's error ends all: not before all have printed
+        hosts.check_equal_on_hosts({})  # host 0's error ends all: not before all have printed
         save_model(made, config, model, None)
 """
 

@@ -11,13 +11,13 @@ import pytest
 
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import atomic_write
-from llama_jax.runtime.atomic_write import new_folder, replaced_file
+from llama_jax.runtime.atomic_write import new_folder, replace_file
 
 # Writes a folder and a file, says so, and stays.
 WRITER = """
 import sys
-from llama_jax.runtime.atomic_write import new_folder, replaced_file
-with new_folder(sys.argv[1]) as folder, replaced_file(sys.argv[2]) as file:
+from llama_jax.runtime.atomic_write import new_folder, replace_file
+with new_folder(sys.argv[1]) as folder, replace_file(sys.argv[2]) as file:
     (folder / "half").write_text("half")
     file.write_text("half")
     print("writing", flush=True)
@@ -54,7 +54,7 @@ def write_folder(path, error=None):
 
 
 def write_file(path, error=None):
-    with replaced_file(path) as partial:
+    with replace_file(path) as partial:
         partial.write_text("new")
         if error:
             raise error

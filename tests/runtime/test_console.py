@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn
 
 from llama_jax.runtime import console
-from llama_jax.runtime.console import TEXT, TaskProgress, byte_progress, duration
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, byte_progress, format_duration
 from llama_jax.training.progress import StepProgress
 
 
@@ -30,7 +30,7 @@ def terminal(monkeypatch):
 
 
 def test_a_line_comes_at_most_every_ten_seconds(capsys, clock):
-    progress = TaskProgress(TEXT, total=10)
+    progress = TaskProgress(TEXT_COLUMN, total=10)
     for clock.now in (4.0, 10.5, 12.0, 21.0):
         progress.update(1, f"at {clock.now:.0f}")
     progress.update(2, "at once", line_now=True)
@@ -40,7 +40,7 @@ def test_a_line_comes_at_most_every_ten_seconds(capsys, clock):
 
 @pytest.mark.usefixtures("terminal")
 def test_a_terminal_shows_a_bar_with_the_text_alone(capsys):
-    progress = TaskProgress(BarColumn(), TEXT, total=4, text="starting")
+    progress = TaskProgress(BarColumn(), TEXT_COLUMN, total=4, text="starting")
     progress.update(2, "half", line_details="  for lines", line_now=True)
     progress.close()
     err = capsys.readouterr().err
@@ -98,4 +98,4 @@ def test_the_time_left_of_a_run_leaves_out_the_first_step(capsys, clock):
     [(12.4, "12s"), (249, "4m09s"), (7500, "2h05m"), (3 * 86_400 + 4 * 3600, "3d04h")],
 )
 def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

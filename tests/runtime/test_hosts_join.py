@@ -26,7 +26,7 @@ from llama_jax.errors import InputError
 
 does, (_, where, _, processes, _, process) = sys.argv[1], sys.argv[2:]
 with hosts.join(where, int(processes), int(process)):
-    hosts.agreed({})
+    hosts.check_equal_on_hosts({})
     print("joined", flush=True)
     if does == "input":
         raise InputError("this is wrong")

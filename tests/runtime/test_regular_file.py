@@ -6,7 +6,12 @@ import socket
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import MAX_BYTES, check_regular, open_regular, read_regular
+from llama_jax.runtime.regular_file import (
+    MAX_BYTES,
+    check_regular_files,
+    open_regular,
+    read_regular,
+)
 
 
 @pytest.fixture
@@ -54,11 +59,11 @@ def test_a_folder_for_a_library_holds_regular_files_of_a_bounded_size_alone(kind
     (folder / "deep/file").write_bytes(b"here")
     (folder / "deep/link").symlink_to("file")
     (folder / "deep/nowhere").symlink_to("none")
-    check_regular(folder)
+    check_regular_files(folder)
     os.truncate(folder / "deep/file", 256 << 30)
     with pytest.raises(InputError, match="has 274,877,906,944 bytes, too many for a part of a mod"):
-        check_regular(folder)
+        check_regular_files(folder)
     os.truncate(folder / "deep/file", 0)
     (folder / "deep/zero").symlink_to("/dev/zero")
     with pytest.raises(InputError, match="deep/zero is a device, not a regular file"):
-        check_regular(folder)
+        check_regular_files(folder)

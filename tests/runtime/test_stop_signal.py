@@ -15,8 +15,8 @@ from llama_jax.cli import main
 point = sys.argv.pop(1)
 
 def wait(*_, **__):
-    print("waits", flush=True)
     try:
+        print("waits", flush=True)
         time.sleep(60)
     finally:
         print("unwinds", flush=True)

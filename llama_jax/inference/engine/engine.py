@@ -38,7 +38,7 @@ from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
-from llama_jax.runtime.compile_cache import compiled
+from llama_jax.runtime.compile_cache import compile_statistics
 
 _log = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ class Engine:
         self._closing = False
         self._failure: str | None = None
         self._numbers = Statistics()
-        begun = compiled().seconds
+        begun = compile_statistics().seconds
         self._state = warm_up(config, model, rows, context, progress)
-        self._numbers = self._numbers._replace(compile_seconds=compiled().seconds - begun)
+        self._numbers = self._numbers._replace(compile_seconds=compile_statistics().seconds - begun)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -23,7 +23,7 @@ from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh, shard_array
-from llama_jax.runtime.compile_cache import compiled
+from llama_jax.runtime.compile_cache import compile_statistics
 
 CONFIG = tiny_model(context=2048)
 RANDOM = np.random.default_rng(0)
@@ -113,13 +113,13 @@ def test_tokens_are_the_same_alone_and_in_company(engine, model):
 
 def test_nothing_is_compiled_while_requests_come_and_go(engine):
     asked(engine, Request(some(3), 2))[0].wait()
-    before = compiled().programs
+    before = compile_statistics().programs
     requests = [Request(some(n), m, DRAWN, n) for n, m in ((1, 1), (33, 9), (256, 3), (500, 150))]
     for answer in asked(
         engine, *requests, Request(some(9), 3, logprobs=True, prompt_logprobs=True)
     ):
         answer.wait()
-    assert compiled().programs == before
+    assert compile_statistics().programs == before
 
 
 def test_a_prompt_that_begins_like_another_is_not_read_again(engine, model):
