@@ -217,10 +217,12 @@ def serve(args: argparse.Namespace) -> int:
         settings = settings._replace(hosts=hosts)
         settings = settings._replace(copy_bandwidth=copy_bandwidth())  # while the memory is free
         kind = shape.param_dtype if shape.quantized == "none" else shape.quantized
-        with start_progress.loading(shape.n_params * jax.numpy.dtype(kind).itemsize):
+        with start_progress.loading_progress(shape.n_params * jax.numpy.dtype(kind).itemsize):
             config, model = load(folder, choose_compute_dtype(shape), quantize=args.quantize)
         programs = f"{n_programs(context)} programs"
-        with start_progress.stage(f"compiling {programs}", f"compiled {programs}") as progress:
+        with start_progress.stage_progress(
+            f"compiling {programs}", f"compiled {programs}"
+        ) as progress:
             engine = Engine(
                 config, model, rows=args.rows, context=context, queue=args.queue, progress=progress
             )

@@ -1,7 +1,7 @@
-"""The server's connections: how many there may be, and how long each may wait for its client.
+"""Limits the number of connections, and the time that each may wait for its client.
 
-uvicorn has a time limit for idle connections alone, and none for requests that arrive in part. Its
-`limit_concurrency` counts idle connections as requests, and refuses in plain text.
+uvicorn alone limits the time of idle connections only, not that of requests that arrive slowly. Its
+`limit_concurrency` counts idle connections as requests, and its error response is plain text.
 """
 
 import asyncio
@@ -20,54 +20,55 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from llama_jax.serving.openai_requests import RequestError
-from llama_jax.serving.openai_responses import error
+from llama_jax.serving.openai_responses import error_body
 
 _log = logging.getLogger("uvicorn.error")
 
-IDLE_SECONDS = 30  # until a request begins
-_HEAD_SECONDS = 10  # from the first byte of a request to the end of its headers
-_STALL_SECONDS = 60  # in which a client takes nothing of its answer
-_LINGER_SECONDS = 10  # from the last answer until a client that still sends is cut off
+IDLE_SECONDS = 30  # until the first byte of a request
+_HEADERS_SECONDS = 10  # from the first byte of a request to the end of its headers
+_STALL_SECONDS = 60  # without the client receiving a byte of its response
+_LINGER_SECONDS = 10  # from the last response until a client that still sends is disconnected
 _LINGER_BYTES = 2**28  # that such a client may send
-_RETRY_SECONDS = 0.05  # after accept has failed
+_RETRY_SECONDS = 0.05  # after a failed accept
 _WARNING_SECONDS = 60  # between two warnings
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_MOST = 4096  # connections
-_SPARE = 32  # file descriptors for everything but connections
-_BACKLOG = 2048  # connections that wait in the kernel: a burst is accepted, not dropped
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_MAX_CONNECTIONS = 4096
+_RESERVED_DESCRIPTORS = 32  # for everything except connections
+_BACKLOG = 2048  # connections that wait in the kernel, so that a burst is not dropped
 
 
 def connection_limit() -> int:
-    """Returns how many connections this process has file descriptors for, 4096 at most."""
+    """Returns the number of connections that the file descriptors allow, 4096 at most."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if allowed == resource.RLIM_INFINITY:
-        return _MOST
-    return max(1, min(_MOST, allowed - len(os.listdir("/dev/fd")) - _SPARE))
+        return _MAX_CONNECTIONS
+    available = allowed - len(os.listdir("/dev/fd")) - _RESERVED_DESCRIPTORS
+    return max(1, min(_MAX_CONNECTIONS, available))
 
 
 class Server(uvicorn.Server):
-    """Accepts connections one by one; where there is no room, closes the one that waits longest.
+    """Accepts connections one by one; at the limit, closes the one that waits longest.
 
-    So connections on which nothing is asked, or half a request, keep nobody out.
+    So silent connections, and connections with half a request, don't block other clients.
     """
 
     def __init__(self, config: uvicorn.Config):
         super().__init__(config)
         self._limit = connection_limit()
-        self._accepting: list[asyncio.Task[None]] = []
-        self._warned = float("-inf")
+        self._accept_tasks: list[asyncio.Task[None]] = []
+        self._last_warning = float("-inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to accept connections on the sockets."""
+        """Starts to accept connections on the sockets."""
         await super().startup(sockets=[])
         for bound in sockets or []:
             bound.setblocking(False)
             bound.listen(_BACKLOG)
-            self._accepting.append(asyncio.create_task(self._accept(bound)))
+            self._accept_tasks.append(asyncio.create_task(self._accept(bound)))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more connections, and lets answers come to their end."""
-        for task in self._accepting:
+        """Stops accepting connections, and waits for the running responses."""
+        for task in self._accept_tasks:
             task.cancel()
         await super().shutdown(sockets)
 
@@ -76,230 +77,238 @@ class Server(uvicorn.Server):
         while True:
             try:
                 client, _ = await loop.sock_accept(bound)
-            except OSError as failure:
-                if failure.errno in _EXHAUSTED:
-                    self._make_room(failure.strerror)
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    self._close_longest_waiting(error.strerror)
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            connection = Connection(self.config, self.server_state, {})
-            await loop.connect_accepted_socket(lambda it=connection: it, client)
+            new = Connection(self.config, self.server_state, {})
+            await loop.connect_accepted_socket(lambda connection=new: connection, client)
             if len(self.server_state.connections) > self._limit:
-                made = self._make_room(f"the limit is {self._limit}", besides=connection)
-                if not made:  # all others are being answered
-                    connection.refuse(_too_many())
+                reason = f"the limit is {self._limit}"
+                if not self._close_longest_waiting(reason, exclude=new):  # all are being answered
+                    new.refuse(_too_many_connections())
 
-    def _make_room(self, reason: str | None, besides: "Connection | None" = None) -> bool:
-        """Closes the connection that waits longest for its client; False: none does."""
-        connections: Any = self.server_state.connections  # of our class
+    def _close_longest_waiting(
+        self, reason: str | None, exclude: "Connection | None" = None
+    ) -> bool:
+        """Closes the connection that waits longest for its client; returns False if none waits."""
+        connections: Any = self.server_state.connections  # of class Connection
         now = asyncio.get_running_loop().time()
-        if now > self._warned + _WARNING_SECONDS:
-            self._warned = now
-            n_waiting = sum(one.waiting for one in connections)
+        if now > self._last_warning + _WARNING_SECONDS:
+            self._last_warning = now
+            n_waiting = sum(connection.waiting for connection in connections)
             _log.warning(
-                "%d connections are open, %d of which wait for their clients (%s): those that wait"
-                " longest are closed",
+                "%d connections are open, %d of them wait for their clients (%s): the server closes"
+                " those that wait longest",
                 len(connections), n_waiting, reason,
             )  # fmt: skip
-        waiting = (one for one in connections if one.waiting and one is not besides)
-        # A request of which the body is missing is more than an idle connection.
-        oldest = min(waiting, key=lambda one: (one.phase == "body", one.since), default=None)
+        waiting = (c for c in connections if c.waiting and c is not exclude)
+        # Connections that wait for a request's body are closed after all others: their clients have
+        # sent complete headers.
+        oldest = min(waiting, key=lambda c: (c.phase == "body", c.since), default=None)
         if oldest is not None:
-            oldest.give_up()
+            oldest.drop()
         return oldest is not None
 
 
-def _too_many() -> RequestError:
+def _too_many_connections() -> RequestError:
     return RequestError(503, "there are too many connections: try again later")
 
 
 class Connection(H11Protocol):
-    """A connection with time limits, and errors in OpenAI's form.
+    """A connection with time limits, whose errors have OpenAI's form.
 
     Attributes:
-        phase: 'idle', 'head' (a request begins to arrive), 'body' (its body does), 'answer' (it is
-            being answered) or 'ending' (the last answer has been given).
-        since: when the phase began, in the time of the event loop [s].
+        phase: 'idle', 'headers' (the headers of a request arrive), 'body' (its body arrives),
+            'response' (the server answers it) or 'closing' (the last response is complete).
+        since: start of the phase, in the event loop's time [s].
     """
 
     phase = ""
     since = 0.0
-    _timer: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
-    _lingering = 0  # bytes received in the phase 'ending'
+    _phase_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _n_lingering = 0  # bytes received in the phase 'closing'
     _socket: asyncio.Transport
 
     @property
     def waiting(self) -> bool:
-        """Whether it waits for bytes of its client, which has taken all of its answers."""
-        return self.phase != "answer" and not self.flow.write_paused
+        """Whether it waits for bytes of its client, which has received all responses."""
+        return self.phase != "response" and not self.flow.write_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Begins to wait for a request."""
+        """Starts to wait for a request."""
         self._socket = transport
-        transport.set_write_buffer_limits(0)  # writing pauses while anything is unsent
-        gentle: Any = _Transport(transport, self)
-        super().connection_made(gentle)
-        self._enter("idle", IDLE_SECONDS, self._close)
+        transport.set_write_buffer_limits(0)  # writing pauses while any byte is unsent
+        wrapped: Any = _LingeringTransport(transport, self)
+        super().connection_made(wrapped)
+        self._enter_phase("idle", IDLE_SECONDS, self._close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Lets go of everything."""
-        self._enter("ending", None, self._close)
-        if self._timer is not None:
-            self._timer.cancel()
+        """Cancels the timers."""
+        self._enter_phase("closing", None, self._close)
+        if self._phase_timer is not None:
+            self._phase_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Takes bytes of requests; those that come after the last answer count for nothing."""
-        if self.phase != "ending":
+        """Parses bytes of requests; discards those that follow the last response."""
+        if self.phase != "closing":
             super().data_received(data)
             return
-        self._lingering += len(data)
-        if self._lingering > _LINGER_BYTES:
+        self._n_lingering += len(data)
+        if self._n_lingering > _LINGER_BYTES:
             self._close()
 
     def handle_events(self) -> None:
-        """Does what the bytes that have come ask for."""
+        """Handles the parsed parts of a request."""
         super().handle_events()
-        self._follow()
+        self._update_phase()
 
     def on_response_complete(self) -> None:
-        """Begins to wait for the next request."""
+        """Starts to wait for the next request."""
         super().on_response_complete()
-        self._follow()
+        self._update_phase()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is not valid HTTP."""
-        problem = sys.exception()  # h11 says what is wrong, and the status that fits
-        status = getattr(problem, "error_status_hint", 400)
-        reason = str(problem).partition(": bytearray")[0]  # without the client's bytes
+        """Answers invalid HTTP."""
+        error = sys.exception()  # h11's exception contains the reason and a status
+        status = getattr(error, "error_status_hint", 400)
+        reason = str(error).partition(": bytearray")[0]  # omits the client's bytes
         self.refuse(RequestError(status, f"this is not a valid HTTP request: {reason[:200]}"))
 
-    def refuse(self, refused: RequestError) -> None:
-        """Answers with an error outside of any route, and ends the connection."""
-        cycle, body = self.cycle, json.dumps(error(refused)).encode()
+    def refuse(self, error: RequestError) -> None:
+        """Sends an error response without calling a route, and closes the connection."""
+        cycle, body = self.cycle, json.dumps(error_body(error)).encode()
         if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True  # its route is not to answer any more
+            cycle.disconnected = True  # its route must not send a response any more
             cycle.message_event.set()
         headers = {
             "content-type": "application/json",
             "content-length": str(len(body)),
             "connection": "close",
         }
-        if refused.status == 503:
+        if error.status == 503:
             headers["retry-after"] = "2"
-        reason = STATUS_PHRASES[refused.status]
+        phrase = STATUS_PHRASES[error.status]
         try:
-            for part in (
+            for event in (
                 h11.Response(
-                    status_code=refused.status, headers=list(headers.items()), reason=reason
+                    status_code=error.status, headers=list(headers.items()), reason=phrase
                 ),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):
-                self._socket.write(self.conn.send(part) or b"")
-        except h11.LocalProtocolError:  # in the middle of another answer
+                self._socket.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # another response is half sent
             self._abort()
         else:
-            self.end()
+            self.close_after_reading()
 
-    def give_up(self) -> None:
-        """Closes at once, with an error if a part of a request has come."""
-        if self.phase in ("head", "body"):
-            self.refuse(_too_many())
+    def drop(self) -> None:
+        """Closes at once; a client that has sent a part of a request gets an error first."""
+        if self.phase in ("headers", "body"):
+            self.refuse(_too_many_connections())
         self._abort()
 
-    def end(self) -> None:
-        """Closes once the client has sent everything, so that it can read the last answer.
+    def close_after_reading(self) -> None:
+        """Closes when the client has sent all its bytes, so that it can read the last response.
 
-        Where bytes of the client are unread, or come later, closing resets the connection, and
-        the client may lose the answer.
+        Closing with unread bytes, or before more bytes arrive, resets the connection: the client
+        may then lose the response.
         """
-        if self.phase == "ending":
+        if self.phase == "closing":
             return
-        self._enter("ending", _LINGER_SECONDS, self._close)
+        self._enter_phase("closing", _LINGER_SECONDS, self._close)
         if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
-            self._socket.close()  # as soon as the answer is sent
+            self._socket.close()  # as soon as the response is sent
         else:
             self._socket.write_eof()
             self._socket.resume_reading()
 
     def shutdown(self) -> None:
-        """Ends the connection, now or after its answer."""
-        if self.phase == "ending":
+        """Closes the connection, now or after its response."""
+        if self.phase == "closing":
             self._close()
         else:
             super().shutdown()
 
     def pause_writing(self) -> None:
-        """Gives the client some time to take a part of its answer."""
+        """Starts the time limit for a client that receives nothing of its response."""
         super().pause_writing()
-        self._watch(self._socket.get_write_buffer_size())
+        self._start_stall_timer(self._socket.get_write_buffer_size())
 
     def resume_writing(self) -> None:
-        """Goes on with the answer."""
+        """Continues with the response."""
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
-    def _watch(self, unsent: int) -> None:
-        self._stalled = self.loop.call_later(_STALL_SECONDS, self._check, unsent)
+    def _start_stall_timer(self, n_unsent: int) -> None:
+        self._stall_timer = self.loop.call_later(_STALL_SECONDS, self._abort_if_stalled, n_unsent)
 
-    def _check(self, unsent: int) -> None:
-        left = self._socket.get_write_buffer_size()
-        if left < unsent:
-            self._watch(left)
+    def _abort_if_stalled(self, n_unsent_before: int) -> None:
+        n_unsent = self._socket.get_write_buffer_size()
+        if n_unsent < n_unsent_before:
+            self._start_stall_timer(n_unsent)
         else:
             self._abort()
 
-    def _follow(self) -> None:
-        """Enters the phase that the connection has come to."""
-        if self.phase == "ending":
+    def _update_phase(self) -> None:
+        """Enters the phase that follows from the states of the request and the response."""
+        if self.phase == "closing":
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # A route has a limit of its own for the body that it reads.
-            self._enter("body" if self.cycle.more_body else "answer", None, self._close)
+            # The route itself limits the time of a body that it reads.
+            phase = "body" if self.cycle.more_body else "response"
+            self._enter_phase(phase, None, self._close)
         elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._enter("head", _HEAD_SECONDS, self._too_slow)
-        else:  # also while the body of an answered request still comes
-            self._enter("idle", IDLE_SECONDS, self._close)
+            self._enter_phase("headers", _HEADERS_SECONDS, self._refuse_slow_headers)
+        else:  # also while the body of an answered request still arrives
+            self._enter_phase("idle", IDLE_SECONDS, self._close)
 
-    def _enter(self, phase: str, seconds: float | None, late: Callable[[], None]) -> None:
+    def _enter_phase(
+        self, phase: str, seconds: float | None, on_timeout: Callable[[], None]
+    ) -> None:
         if phase == self.phase:
             return
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._phase_timer is not None:
+            self._phase_timer.cancel()
         self.phase, self.since = phase, self.loop.time()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, late)
+        timer = None if seconds is None else self.loop.call_later(seconds, on_timeout)
+        self._phase_timer = timer
 
-    def _too_slow(self) -> None:
-        message = f"the headers of the request did not arrive within {_HEAD_SECONDS} s"
+    def _refuse_slow_headers(self) -> None:
+        message = f"the headers of the request did not arrive within {_HEADERS_SECONDS} s"
         self.refuse(RequestError(408, message))
 
     def _close(self) -> None:
-        if self.flow.write_paused:  # the client is still taking its answer
-            self._enter("ending", None, self._close)
+        if self.flow.write_paused:  # the client still receives its response
+            self._enter_phase("closing", None, self._close)
             self._socket.close()
         else:
             self._abort()
 
     def _abort(self) -> None:
-        self.connections.discard(self)  # its file descriptor is free in the loop's next turn
+        # The event loop frees the file descriptor in its next iteration.
+        self.connections.discard(self)
         self._socket.abort()
 
 
-class _Transport:
-    """The transport that uvicorn closes: the connection decides when."""
+class _LingeringTransport:
+    """The transport that uvicorn sees: its `close` lets the client read the last response first."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection):
         self._transport, self._connection = transport, connection
 
     def close(self) -> None:
-        self._connection.end()
+        self._connection.close_after_reading()
 
     def is_closing(self) -> bool:
-        return self._connection.phase == "ending" or self._transport.is_closing()
+        return self._connection.phase == "closing" or self._transport.is_closing()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

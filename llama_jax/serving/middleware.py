@@ -1,4 +1,4 @@
-"""What stands before every route of the server: keys, limits, errors, counts."""
+"""Runs before every route: API key, allowed hosts, body limit, error responses, metrics."""
 
 import asyncio
 import hmac
@@ -19,33 +19,34 @@ from llama_jax.errors import InputError
 from llama_jax.inference.engine.requests import EngineStopped, QueueFull
 from llama_jax.serving.metrics import Metrics
 from llama_jax.serving.openai_requests import RequestError, engine_error, shutdown_error
-from llama_jax.serving.openai_responses import error
+from llama_jax.serving.openai_responses import error_body
 
 _log = logging.getLogger("uvicorn.error")
 
-_OPEN = ("/", "/health")  # need no key: they tell nothing
-_BODY_SECONDS = 60  # so long may a body take to arrive
-_GONE = 499  # counted for clients that left
+_PUBLIC_PATHS = ("/", "/health")  # need no key: they contain no private information
+_BODY_SECONDS = 60  # time limit for receiving a body
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 
 
 class AllowedHosts(NamedTuple):
-    """The names that requests may give as their host.
+    """The host names to which the server answers requests.
 
-    evil.example can have its name resolve to this machine (DNS rebinding). A browser then takes the
-    server for a part of that site, and only the header Host tells the difference. Nobody can do so
-    with an address, nor with localhost.
+    evil.example can let its name resolve to this machine (DNS rebinding). A browser then treats the
+    server as a part of that site, and only the header Host shows the difference. The attack doesn't
+    work with an IP address or with localhost.
 
     Attributes:
-        names: allowed beside localhost and addresses; '*' allows all.
-        network: whether other machines reach the server. They may call it by a name without a dot,
-            as containers do: whoever can make up such a name reaches the server anyway.
+        names: allowed in addition to localhost and IP addresses; '*' allows all.
+        network: whether other machines reach the server. They may use a name without a dot, as
+            containers do: only a machine of the same network can make up such a name, and it
+            reaches the server anyway.
     """
 
     names: frozenset[str] = frozenset()
     network: bool = False
 
     def allow(self, host: str) -> bool:
-        """Returns whether a request to `host`, with or without a port, is answered."""
+        """Returns whether the server answers requests to `host`, which may include a port."""
         name = parse_host_name(host)
         if name is None:
             return False
@@ -57,7 +58,7 @@ class AllowedHosts(NamedTuple):
 
 
 def parse_host_name(host: str) -> str | None:
-    """Returns the name or address in 'NAME:PORT', 'NAME' or '[ADDRESS]:PORT'; None: it is none."""
+    """Returns the name or address in 'NAME:PORT', 'NAME' or '[ADDRESS]:PORT'; None: invalid."""
     try:
         name = urlsplit(f"//{host}").hostname
     except ValueError:
@@ -66,20 +67,20 @@ def parse_host_name(host: str) -> str | None:
 
 
 def allowed_hosts(host: str, names: Sequence[str], listening_on: str) -> AllowedHosts:
-    """Returns the names that requests may give as their host.
+    """Returns the host names to which the server answers requests.
 
     Args:
-        host: where the server was told to listen: a name or an address.
+        host: name or address in --host.
         names: of --allow-host.
-        listening_on: the address that this is.
+        listening_on: the address that `host` resolves to.
 
     Raises:
-        InputError: one of the names is none.
+        InputError: one of the names is not a host name.
     """
     for name in names:
         if name != "*" and (parse_host_name(name) != name.lower() or "/" in name):
             raise InputError(
-                f"--allow-host {name!r} is not a host's name: give one such as models.example.org,"
+                f"--allow-host {name!r} is not a host name: give one such as models.example.org,"
                 " without a port, or '*' for all"
             )
     network = not ipaddress.ip_address(listening_on).is_loopback
@@ -95,15 +96,15 @@ def _is_address(name: str) -> bool:
 
 
 class RequestGuard:
-    """Asks for the key, refuses other sites' pages, and counts what was answered.
+    """Checks the API key and the origin of each request, and counts the responses.
 
-    Nothing of a request is logged: a failure is told by its kind and place.
+    The log contains no text of a request: only the type of an exception and its traceback.
 
     Args:
-        app: what it stands before.
-        api_key: None where none is asked for.
-        hosts: that requests may name where no key is asked for.
-        metrics: where requests are counted.
+        app: receives the requests that pass the checks.
+        api_key: None: requests need no key.
+        hosts: that requests may name, if there is no key.
+        metrics: counts the responses.
     """
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, hosts: AllowedHosts, metrics: Metrics):
@@ -112,66 +113,70 @@ class RequestGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        begun, status = time.monotonic(), _GONE
+        start, status = time.monotonic(), _CLIENT_CLOSED_REQUEST
 
-        async def noting(message: Message) -> None:
+        async def send_and_record_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
+        async def respond_error(error: RequestError) -> None:
+            await _error_response(error)(scope, receive, send_and_record_status)
+
         try:
-            refused = self._refused(Request(scope))
-            if refused:
-                await _response(refused)(scope, receive, noting)
+            error = self._check(Request(scope))
+            if error:
+                await respond_error(error)
             else:
-                await self._app(scope, receive, noting)
+                await self._app(scope, receive, send_and_record_status)
         except ClientDisconnect:
-            status = _GONE
-        except asyncio.CancelledError:  # the server's time to end is over
-            if status == _GONE:
-                await _response(shutdown_error())(scope, receive, noting)
+            status = _CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:  # the grace period of the shutdown is over
+            if status == _CLIENT_CLOSED_REQUEST:  # no response has started
+                await respond_error(shutdown_error())
         except Exception as failure:
-            where = "".join(traceback.format_tb(failure.__traceback__))
-            _log.error("a request failed: %s at\n%s", type(failure).__name__, where)
-            if status == _GONE:
-                await _response(RequestError(500, "the server has failed"))(scope, receive, noting)
+            trace = "".join(traceback.format_tb(failure.__traceback__))
+            _log.error("a request failed: %s at\n%s", type(failure).__name__, trace)
+            if status == _CLIENT_CLOSED_REQUEST:
+                message = "the server failed to answer this request: its log has the traceback"
+                await respond_error(RequestError(500, message))
         finally:
             route = scope.get("route")
             name = "other" if route is None else route.path
-            self._metrics.answered(name, status, time.monotonic() - begun)
+            self._metrics.count_response(name, status, time.monotonic() - start)
 
-    def _refused(self, http: Request) -> RequestError | None:
-        # A page of another site must not use a server that only this machine reaches.
+    def _check(self, http: Request) -> RequestError | None:
+        # A page of another site must not use a server that only this machine can reach.
         if http.method == "POST" and self._from_another_site(http):
-            return RequestError(403, "requests from pages of other sites are refused")
+            return RequestError(403, "the server rejects requests from web pages of other sites")
         if self._key is None:
             host = http.headers.get("host", "")
-            if not host or self._hosts.allow(host):  # browsers always send one
+            if not host or self._hosts.allow(host):  # browsers always send this header
                 return None
             name = (parse_host_name(host) or host)[:200]
             return RequestError(
                 403,
-                f"the host {name!r} is not one of this server's: use localhost or its address,"
-                f" or start it with --allow-host {name} or with a key",
+                f"the server does not answer to the host name {name!r}: use localhost or the"
+                f" server's address, or start the server with --allow-host {name} or with a key",
             )
-        if http.url.path in _OPEN:
+        if http.url.path in _PUBLIC_PATHS:
             return None
         kind, _, key = http.headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key):
             return None
-        what = "is wrong" if key else "is missing"
+        problem = "is wrong" if key else "is missing"
         return RequestError(
             401,
-            f"the API key {what}: send it in the header 'Authorization: Bearer KEY'",
+            f"the API key {problem}: send it in the header 'Authorization: Bearer KEY'",
             code="invalid_api_key",
         )
 
     def _from_another_site(self, http: Request) -> bool:
-        # Browsers send this one only to https, localhost and loopback addresses …
+        # Browsers send sec-fetch-site only to https, localhost and loopback addresses.
         site, origin = (http.headers.get(name) for name in ("sec-fetch-site", "origin"))
         if site is not None:
             return site not in ("none", "same-origin")
-        # … and this one with every POST. A proxy may have changed the host.
+        # Browsers send origin with every POST. A proxy may have changed the host.
         if origin is None:
             return False
         host = origin.partition("://")[2]
@@ -183,10 +188,10 @@ async def read_body(http: Request, limit: int) -> bytes:
 
     Args:
         http: the request.
-        limit: the most it may hold [bytes].
+        limit: maximum length of the body [bytes].
 
     Raises:
-        RequestError: with status 413, it holds more; with 408, it doesn't come.
+        RequestError: status 413: the body is longer; 408: it didn't arrive within 60 s.
     """
     body = bytearray()
     if int(http.headers.get("content-length", 0)) <= limit:
@@ -204,48 +209,47 @@ async def read_body(http: Request, limit: int) -> bytes:
     raise RequestError(413, f"the body is longer than {limit} bytes", code="request_too_large")
 
 
-def _response(refused: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    sent = dict(headers or {})
-    if refused.status == 401:
-        sent["www-authenticate"] = "Bearer"
-    if refused.status in (429, 503, 504):
-        sent["retry-after"] = "2"
-    if refused.status in (408, 413):
-        sent["connection"] = "close"  # the rest of the body is not read
-    return JSONResponse(error(refused), status_code=refused.status, headers=sent)
+def _error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    headers = dict(headers or {})
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.status in (429, 503, 504):
+        headers["retry-after"] = "2"
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # the server doesn't read the rest of the body
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
-async def _respond_request_error(http: Request, refused: Exception) -> JSONResponse:
-    assert isinstance(refused, RequestError)
-    return _response(refused)
+async def _respond_request_error(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    return _error_response(error)
 
 
-async def _respond_input_error(http: Request, bad: Exception) -> JSONResponse:
-    return _response(RequestError(400, str(bad)))
+async def _respond_input_error(http: Request, error: Exception) -> JSONResponse:
+    return _error_response(RequestError(400, str(error)))
 
 
-async def _respond_queue_full(http: Request, full: Exception) -> JSONResponse:
-    message = "the queue is full: try again a little later"
-    return _response(RequestError(429, message, code="queue_full"))
+async def _respond_queue_full(http: Request, error: Exception) -> JSONResponse:
+    message = "the queue is full: try again later"
+    return _error_response(RequestError(429, message, code="queue_full"))
 
 
-async def _respond_engine_stopped(http: Request, stopped: Exception) -> JSONResponse:
-    assert isinstance(stopped, EngineStopped)
-    return _response(engine_error(stopped.failure) if stopped.failure else shutdown_error())
+async def _respond_engine_stopped(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineStopped)
+    return _error_response(engine_error(error.failure) if error.failure else shutdown_error())
 
 
-async def _respond_http_exception(http: Request, problem: Exception) -> JSONResponse:
-    assert isinstance(problem, HTTPException)
-    sentences = {
-        404: f"there is nothing at {http.url.path[:200]}: see /v1/models, /v1/completions and"
-        " /v1/chat/completions",
-        405: f"{http.url.path[:200]} can't be used by {http.method}",
+async def _respond_http_exception(http: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    path = http.url.path[:200]
+    messages = {
+        404: f"there is no route {path}: use /v1/models, /v1/completions or /v1/chat/completions",
+        405: f"{path} does not support {http.method}",
     }
-    message = sentences.get(problem.status_code, problem.detail)
-    return _response(RequestError(problem.status_code, message), problem.headers)
+    message = messages.get(error.status_code, error.detail)
+    return _error_response(RequestError(error.status_code, message), error.headers)
 
 
-# What the exceptions of a route are told as.
 EXCEPTION_HANDLERS = {
     RequestError: _respond_request_error,
     InputError: _respond_input_error,

@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI's API, whole and as the events of a stream.
+"""Formats responses as OpenAI's API does: complete, or as the chunks of a stream.
 
 Source: OpenAI's API reference, Completions, Chat Completions and their streaming.
 """
@@ -11,164 +11,176 @@ from typing import Any
 
 from llama_jax import __version__
 from llama_jax.serving.openai_requests import RequestError
-from llama_jax.serving.text_stream import Piece, TokenLogprobs
+from llama_jax.serving.text_stream import TextDelta, TokenLogprobs
 
 Json = dict[str, Any]
 
 
-def error(refused: RequestError) -> Json:
-    """Returns the body that tells why there is no answer."""
+def error_body(error: RequestError) -> Json:
+    """Returns the body of an error response."""
     types = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    usual = "invalid_request_error" if refused.status < 500 else "server_error"
-    about = {"param": refused.param, "code": refused.code}
-    kind = types.get(refused.status, usual)
-    return {"error": {"message": refused.message, "type": kind} | about}
+    default = "invalid_request_error" if error.status < 500 else "server_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": types.get(error.status, default),
+            "param": error.param,
+            "code": error.code,
+        }
+    }
 
 
-def event(content: Json) -> str:
+def format_event(content: Json) -> str:
     """Returns one server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def usage(prompt: int, made: int) -> Json:
-    """Returns the counts of tokens."""
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+def token_usage(n_prompt: int, n_generated: int) -> Json:
+    """Returns the token counts of a response."""
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_generated,
+        "total_tokens": n_prompt + n_generated,
+    }
 
 
 class CompletionFormatter:
-    """The shape of /v1/completions.
+    """Formats responses of /v1/completions.
 
     Args:
         model: its name.
-        scored: whether log-probabilities are told.
-        echoes: what stands before each text: the prompts, or nothing.
+        with_logprobs: whether the response contains log-probabilities.
+        echoes: for each choice, the prompt that its text starts with; '' without echo.
     """
 
-    def __init__(self, model: str, *, scored: bool, echoes: Sequence[str]):
-        self._head = _head("cmpl", "text_completion", model)
-        self._scored, self._echoes = scored, echoes
+    def __init__(self, model: str, *, with_logprobs: bool, echoes: Sequence[str]):
+        self._header = _header("cmpl", "text_completion", model)
+        self._with_logprobs, self._echoes = with_logprobs, echoes
 
-    def whole(self, pieces: Sequence[Piece], counts: Json) -> Json:
-        """Returns the answer of all texts, one piece each."""
-        return self._head | {"choices": [self._choice(p, True) for p in pieces], "usage": counts}
+    def full_response(self, texts: Sequence[TextDelta], usage: Json) -> Json:
+        """Returns the body of a response; each element of `texts` is a complete choice."""
+        choices = [self._choice(text, with_echo=True) for text in texts]
+        return self._header | {"choices": choices, "usage": usage}
 
-    def opening(self) -> Iterator[Json]:
-        """Yields the parts of a stream before anything is made."""
+    def first_chunks(self) -> Iterator[Json]:
+        """Yields the chunks that precede all generated text."""
         for index, echo in enumerate(self._echoes):
-            # With log-probabilities the prompt comes with its own, when they are known.
-            if echo and not self._scored:
-                yield self._head | {"choices": [self._choice(Piece(index, echo), False)]}
+            # With log-probabilities, `chunks` sends the prompt, once its tokens are scored.
+            if echo and not self._with_logprobs:
+                choice = self._choice(TextDelta(index, echo), with_echo=False)
+                yield self._header | {"choices": [choice]}
 
-    def part(self, piece: Piece) -> Iterator[Json]:
-        """Yields the parts of a stream that tell one piece."""
-        yield self._head | {"choices": [self._choice(piece, bool(piece.prompt))]}
+    def chunks(self, delta: TextDelta) -> Iterator[Json]:
+        """Yields the chunks of one delta."""
+        choice = self._choice(delta, with_echo=bool(delta.prompt_tokens))
+        yield self._header | {"choices": [choice]}
 
-    def counts(self, counts: Json) -> Json:
-        """Returns the last part of a stream."""
-        return self._head | {"choices": [], "usage": counts}
+    def usage_chunk(self, usage: Json) -> Json:
+        """Returns the last chunk of a stream, with the token counts."""
+        return self._header | {"choices": [], "usage": usage}
 
-    def _choice(self, piece: Piece, with_echo: bool) -> Json:
-        echo = self._echoes[piece.index] if with_echo else ""
+    def _choice(self, delta: TextDelta, with_echo: bool) -> Json:
+        echo = self._echoes[delta.index] if with_echo else ""
         return {
-            "index": piece.index,
-            "text": echo + piece.text,
-            "logprobs": self._logprobs(piece) if self._scored else None,
-            "finish_reason": piece.reason,
+            "index": delta.index,
+            "text": echo + delta.text,
+            "logprobs": self._logprobs(delta) if self._with_logprobs else None,
+            "finish_reason": delta.finish_reason,
         }
 
-    def _logprobs(self, piece: Piece) -> Json:
-        tokens = [*piece.prompt, *piece.tokens]
-        shift = len(self._echoes[piece.index])
-        made = [token.at + shift for token in piece.tokens]
+    def _logprobs(self, delta: TextDelta) -> Json:
+        tokens = [*delta.prompt_tokens, *delta.tokens]
+        echo_length = len(self._echoes[delta.index])
+        prompt_offsets = [token.text_offset for token in delta.prompt_tokens]
+        offsets = [token.text_offset + echo_length for token in delta.tokens]
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_alternatives(token) for token in tokens],
-            "text_offset": [token.at for token in piece.prompt] + made,
+            "text_offset": prompt_offsets + offsets,
         }
 
 
 def _alternatives(token: TokenLogprobs) -> Mapping[str, float] | None:
-    """Returns the likely tokens and the one that was made, by their text."""
+    """Returns the log-probabilities of the most likely tokens and of `token`, by their text."""
     if token.logprob is None:
         return None
-    made = dict(reversed(token.top))  # of tokens with one text, the most likely stays
-    return dict(reversed(made.items())) | (
-        {} if token.text in made else {token.text: token.logprob}
-    )
+    # Reversed twice: if several tokens have the same text, the most likely one remains.
+    top = dict(reversed(dict(reversed(token.top)).items()))
+    return top if token.text in top else top | {token.text: token.logprob}
 
 
 class ChatFormatter:
-    """The shape of /v1/chat/completions.
+    """Formats responses of /v1/chat/completions.
 
     Args:
         model: its name.
-        scored: whether log-probabilities are told.
-        n: number of texts.
+        with_logprobs: whether the response contains log-probabilities.
+        n: number of choices.
     """
 
-    def __init__(self, model: str, *, scored: bool, n: int):
-        self._model, self._scored, self._n = model, scored, n
-        self._head = _head("chatcmpl", "chat.completion", model)
+    def __init__(self, model: str, *, with_logprobs: bool, n: int):
+        self._with_logprobs, self._n = with_logprobs, n
+        self._header = _header("chatcmpl", "chat.completion", model)
 
-    def whole(self, pieces: Sequence[Piece], counts: Json) -> Json:
-        """Returns the answer of all texts, one piece each."""
+    def full_response(self, texts: Sequence[TextDelta], usage: Json) -> Json:
+        """Returns the body of a response; each element of `texts` is a complete choice."""
         choices = [
             {
-                "index": piece.index,
-                "message": {"role": "assistant", "content": piece.text, "refusal": None},
-                "logprobs": self._logprobs(piece),
-                "finish_reason": piece.reason,
+                "index": text.index,
+                "message": {"role": "assistant", "content": text.text, "refusal": None},
+                "logprobs": self._logprobs(text),
+                "finish_reason": text.finish_reason,
             }
-            for piece in pieces
+            for text in texts
         ]
-        return self._head | {"choices": choices, "usage": counts}
+        return self._header | {"choices": choices, "usage": usage}
 
-    def opening(self) -> Iterator[Json]:
-        """Yields the parts of a stream before anything is made."""
+    def first_chunks(self) -> Iterator[Json]:
+        """Yields the chunks that precede all generated text."""
         for index in range(self._n):
-            delta = {"role": "assistant", "content": "", "refusal": None}
-            yield self._chunk(Piece(index), delta)
+            content = {"role": "assistant", "content": "", "refusal": None}
+            yield self._chunk(TextDelta(index), content)
 
-    def part(self, piece: Piece) -> Iterator[Json]:
-        """Yields the parts of a stream that tell one piece."""
-        if piece.text or piece.tokens:
-            said = Piece(piece.index, piece.text, piece.tokens)
-            yield self._chunk(said, {"content": piece.text})
-        if piece.reason:
-            yield self._chunk(Piece(piece.index, reason=piece.reason), {})
+    def chunks(self, delta: TextDelta) -> Iterator[Json]:
+        """Yields the chunks of one delta: its text, then the reason why the text ended."""
+        if delta.text or delta.tokens:
+            text = TextDelta(delta.index, delta.text, delta.tokens)
+            yield self._chunk(text, {"content": delta.text})
+        if delta.finish_reason:
+            yield self._chunk(TextDelta(delta.index, finish_reason=delta.finish_reason), {})
 
-    def counts(self, counts: Json) -> Json:
-        """Returns the last part of a stream."""
-        return self._head | {"object": "chat.completion.chunk", "choices": [], "usage": counts}
+    def usage_chunk(self, usage: Json) -> Json:
+        """Returns the last chunk of a stream, with the token counts."""
+        return self._header | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
 
-    def _chunk(self, piece: Piece, delta: Json) -> Json:
+    def _chunk(self, delta: TextDelta, content: Json) -> Json:
         choice = {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": self._logprobs(piece) if piece.tokens else None,
-            "finish_reason": piece.reason,
+            "index": delta.index,
+            "delta": content,
+            "logprobs": self._logprobs(delta) if delta.tokens else None,
+            "finish_reason": delta.finish_reason,
         }
-        return self._head | {"object": "chat.completion.chunk", "choices": [choice]}
+        return self._header | {"object": "chat.completion.chunk", "choices": [choice]}
 
-    def _logprobs(self, piece: Piece) -> Json | None:
-        if not self._scored:
+    def _logprobs(self, delta: TextDelta) -> Json | None:
+        if not self._with_logprobs:
             return None
         content = [
-            _said(token.text, token.logprob)
-            | {"top_logprobs": [_said(text, logprob) for text, logprob in token.top]}
-            for token in piece.tokens
+            _token_entry(token.text, token.logprob)
+            | {"top_logprobs": [_token_entry(text, logprob) for text, logprob in token.top]}
+            for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
 
 
-def _said(token: str, logprob: float | None) -> Json:
-    # The bytes of a part of a character are not known here.
-    whole = "\N{REPLACEMENT CHARACTER}" not in token
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
+def _token_entry(token: str, logprob: float | None) -> Json:
+    # A token that is a part of a character decodes to U+FFFD: its bytes are unknown here.
+    known = "\N{REPLACEMENT CHARACTER}" not in token
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if known else None}
 
 
-def _head(prefix: str, kind: str, model: str) -> Json:
+def _header(prefix: str, kind: str, model: str) -> Json:
     return {
         "id": f"{prefix}-{secrets.token_hex(12)}",
         "object": kind,

@@ -1,4 +1,4 @@
-"""How a request is answered: whole, or as a stream of server-sent events."""
+"""Sends a response: as one JSON body, or as a stream of server-sent events (SSE)."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -8,113 +8,125 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llama_jax.serving import openai_responses as shapes
 from llama_jax.serving.openai_requests import GenerationRequest, RequestError
-from llama_jax.serving.text_stream import Piece, ResponseStream
+from llama_jax.serving.openai_responses import (
+    ChatFormatter,
+    CompletionFormatter,
+    error_body,
+    format_event,
+    token_usage,
+)
+from llama_jax.serving.text_stream import ResponseStream, TextDelta
 
 _T = TypeVar("_T")
 
 
 async def respond(
     http: Request,
-    asked: GenerationRequest,
-    answer: ResponseStream,
-    shape: shapes.CompletionFormatter | shapes.ChatFormatter,
+    request: GenerationRequest,
+    stream: ResponseStream,
+    formatter: CompletionFormatter | ChatFormatter,
     n_prompt: int,
 ) -> Response:
-    """Returns the answer, whole or as a stream that has begun; a client that leaves ends it.
+    """Returns the complete response, or a stream that has started.
+
+    If the client disconnects, the engine stops generating.
 
     Args:
-        http: the request as it came.
-        asked: the request as it was read.
-        answer: the texts that are being made.
-        shape: of the answer.
-        n_prompt: length of the prompts [tokens].
+        http: the HTTP request.
+        request: its parsed body.
+        stream: the texts that the engine generates.
+        formatter: converts the texts to OpenAI's JSON.
+        n_prompt: length of all prompts [tokens].
 
     Raises:
-        RequestError: there is no answer.
-        ClientDisconnect: the client has left.
+        RequestError: the request fails before the first text.
+        ClientDisconnect: the client has disconnected.
     """
-    pieces = answer.pieces()
-    if asked.stream:
-        # What fails before the first piece still has a status of its own.
-        first = await _unless_gone(http, anext(pieces), answer)
-        return _Events(_events(first, pieces, asked, answer, shape, n_prompt), answer)
-    texts = await _unless_gone(http, _whole(pieces), answer)
-    return JSONResponse(shape.whole(texts, shapes.usage(n_prompt, answer.n_made)))
+    deltas = stream.deltas()
+    if request.stream:
+        # Wait for the first delta: an error before it can still set the HTTP status.
+        first = await _cancel_on_disconnect(http, anext(deltas), stream)
+        return _EventStream(_events(first, deltas, request, stream, formatter, n_prompt), stream)
+    texts = await _cancel_on_disconnect(http, _collect(deltas), stream)
+    usage = token_usage(n_prompt, stream.n_generated)
+    return JSONResponse(formatter.full_response(texts, usage))
 
 
-async def _whole(pieces: AsyncIterator[list[Piece]]) -> list[Piece]:
-    """Returns one piece for each text."""
-    texts: dict[int, Piece] = {}
-    async for several in pieces:
-        for piece in several:
-            text = texts.setdefault(piece.index, Piece(piece.index))
-            text.text += piece.text
-            text.tokens += piece.tokens
-            text.prompt += piece.prompt
-            text.reason = piece.reason
+async def _collect(deltas: AsyncIterator[list[TextDelta]]) -> list[TextDelta]:
+    """Returns one delta for each choice, which contains its complete text."""
+    texts: dict[int, TextDelta] = {}
+    async for batch in deltas:
+        for delta in batch:
+            text = texts.setdefault(delta.index, TextDelta(delta.index))
+            text.text += delta.text
+            text.tokens += delta.tokens
+            text.prompt_tokens += delta.prompt_tokens
+            text.finish_reason = delta.finish_reason
     return [texts[index] for index in sorted(texts)]
 
 
-async def _unless_gone(http: Request, making: Awaitable[_T], answer: ResponseStream) -> _T:
-    """Returns what `making` gives, unless it fails or the client leaves: that ends the answer."""
-    made, gone = asyncio.ensure_future(making), asyncio.create_task(_gone(http))
+async def _cancel_on_disconnect(
+    http: Request, generation: Awaitable[_T], stream: ResponseStream
+) -> _T:
+    """Returns the result of `generation`; closes `stream` on an error or a disconnect."""
+    result = asyncio.ensure_future(generation)
+    disconnect = asyncio.create_task(_wait_for_disconnect(http))
     try:
-        await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not made.done():
+        await asyncio.wait({result, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise ClientDisconnect
-        return made.result()
+        return result.result()
     except BaseException:
-        answer.close()
+        stream.close()
         raise
     finally:
-        made.cancel()
-        gone.cancel()
+        result.cancel()
+        disconnect.cancel()
 
 
-async def _gone(http: Request) -> None:
+async def _wait_for_disconnect(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _events(
-    first: list[Piece],
-    pieces: AsyncIterator[list[Piece]],
-    asked: GenerationRequest,
-    answer: ResponseStream,
-    shape: shapes.CompletionFormatter | shapes.ChatFormatter,
+    first: list[TextDelta],
+    deltas: AsyncIterator[list[TextDelta]],
+    request: GenerationRequest,
+    stream: ResponseStream,
+    formatter: CompletionFormatter | ChatFormatter,
     n_prompt: int,
 ) -> AsyncIterator[str]:
-    """Yields the events of a stream."""
-    no_counts = {"usage": None} if asked.with_usage else {}
+    """Yields the events of a stream; an error becomes the last event."""
+    null_usage = {"usage": None} if request.with_usage else {}
     try:
-        for part in shape.opening():
-            yield shapes.event(part | no_counts)
-        several: list[Piece] | None = first
-        while several:
-            for part in (part for piece in several for part in shape.part(piece)):
-                yield shapes.event(part | no_counts)
-            several = await anext(pieces, None)
-    except RequestError as refused:
-        yield shapes.event(shapes.error(refused))
+        for chunk in formatter.first_chunks():
+            yield format_event(chunk | null_usage)
+        batch: list[TextDelta] | None = first
+        while batch:
+            for chunk in (chunk for delta in batch for chunk in formatter.chunks(delta)):
+                yield format_event(chunk | null_usage)
+            batch = await anext(deltas, None)
+    except RequestError as error:
+        yield format_event(error_body(error))
         return
-    if asked.with_usage:
-        yield shapes.event(shape.counts(shapes.usage(n_prompt, answer.n_made)))
+    if request.with_usage:
+        yield format_event(formatter.usage_chunk(token_usage(n_prompt, stream.n_generated)))
     yield "data: [DONE]\n\n"
 
 
-class _Events(StreamingResponse):
-    """A stream of server-sent events; a client that leaves ends the answer."""
+class _EventStream(StreamingResponse):
+    """A stream of server-sent events. It closes `stream` when it ends or the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], answer: ResponseStream):
-        # nginx would hold the events back.
+    def __init__(self, events: AsyncIterator[str], stream: ResponseStream):
+        # x-accel-buffering: nginx buffers responses by default, which delays the events.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._answer = answer
+        self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.close()
+            self._stream.close()

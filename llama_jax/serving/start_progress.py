@@ -1,4 +1,4 @@
-"""Shows how far the start of a server is, on standard error."""
+"""Shows the progress of a server's start: loading the weights, compiling the programs."""
 
 import threading
 import time
@@ -14,17 +14,18 @@ _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def stage(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
-    """Shows one stage of the start: a bar on a terminal, a line every ten seconds elsewhere.
+def stage_progress(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
+    """Shows one stage of the start: a bar on a terminal, otherwise a line every ten seconds.
 
-    Elsewhere a line marks its start too. The line at its end, with the time taken, always appears.
+    Without a terminal, a line marks the start of the stage too. The line at its end, with the
+    elapsed time, always appears.
 
     Args:
         doing: 'compiling 12 programs'.
         done: 'compiled 12 programs'.
 
     Yields:
-        A function that shows the progress: the share that is done [0 … 1], and a text.
+        A function that shows the share that is done [0 … 1], and a text.
     """
     start, verb = time.monotonic(), doing.partition(" ")[0]
     columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TEXT_COLUMN)
@@ -40,29 +41,30 @@ def stage(doing: str, done: str) -> Iterator[Callable[[float, str], None]]:
 
 
 @contextmanager
-def loading(n_bytes: int) -> Iterator[None]:
-    """Shows how much of a model is loaded, as its arrays appear on the devices.
+def loading_progress(n_bytes: int) -> Iterator[None]:
+    """Shows the loaded bytes of a model's weights, measured by the arrays on the devices.
 
     Args:
-        n_bytes: size of its weights.
+        n_bytes: size of the weights.
     """
-    gigabytes = f"{n_bytes / 1e9:.2f} GB"
-    with stage(f"loading {gigabytes} of weights", f"loaded {gigabytes} of weights") as show:
-        before, ended = _bytes_on_devices(), threading.Event()
+    size = f"{n_bytes / 1e9:.2f} GB"
+    with stage_progress(f"loading {size} of weights", f"loaded {size} of weights") as show:
+        n_before, finished = _bytes_on_devices(), threading.Event()
 
         def watch() -> None:
-            loaded = 0
-            while not ended.wait(_POLL_SECONDS):
-                # Layers are copied apart at the end: what has been loaded never falls.
-                loaded = max(loaded, min(n_bytes, _bytes_on_devices() - before))
-                show(loaded / n_bytes, f"weights: {loaded / 1e9:.2f} of {gigabytes}")
+            n_loaded = 0
+            while not finished.wait(_POLL_SECONDS):
+                # Unstacking the layers copies and deletes arrays at the end: the count must not
+                # decrease.
+                n_loaded = max(n_loaded, min(n_bytes, _bytes_on_devices() - n_before))
+                show(n_loaded / n_bytes, f"weights: {n_loaded / 1e9:.2f} of {size}")
 
         watcher = threading.Thread(target=watch, name="loading", daemon=True)
         watcher.start()
         try:
             yield
         finally:
-            ended.set()
+            finished.set()
             watcher.join()
 
 

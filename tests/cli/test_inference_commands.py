@@ -94,9 +94,8 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
         "loading 0.00 GB of weights …", "loaded 0.00 GB of weights in N s",
         "compiling 4 programs …", "compiled 4 programs in N s",
     ]  # fmt: skip
-    assert where == f"mine is served at http://127.0.0.1:{port} (a page) and" + (
-        f" http://127.0.0.1:{port}/v1"
-    )
+    url = f"http://127.0.0.1:{port}"
+    assert where == f"mine is served at {url} (web page) and {url}/v1 (API)"
     assert texts[-2:] == ["data: [DONE]", ""]
     assert engines[0].closed
     assert engines[0].reasons in (["length"], ["stop"])

@@ -177,8 +177,14 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["serve", model_folder, "--rows", "0"], "--rows must be at least 1, not 0"),
         (["serve", model_folder, "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
         (["serve", model_folder, "--context", "500"], "--context 500 is more than the model's 128"),
-        (["serve", model_folder, "--port", "99999"], "127.0.0.1, port 99999, can't be listened on"),
-        (["serve", model_folder, "--host", "a host"], "a host, port 8000, can't be listened on"),
+        (
+            ["serve", model_folder, "--port", "99999"],
+            "the server can't listen on 127.0.0.1, port 99999",
+        ),
+        (
+            ["serve", model_folder, "--host", "a host"],
+            "the server can't listen on a host, port 8000",
+        ),
         (["serve", model_folder, "--max-body", "lots"], "--max-body must be a size such as"),
         (["serve", model_folder, "--timeout", "nan"], "--timeout must be above 0, not nan"),
         (["serve", model_folder, "--api-key", ""], "the API key must be printable ASCII"),

@@ -82,7 +82,7 @@ def test_those_that_wait_for_their_clients_keep_nobody_out(monkeypatch, tokenize
                 assert b"503 Service Unavailable" in sent
                 assert TOO_MANY.encode() in sent
         assert "connections are open" in caplog.text
-        assert caplog.text.count("those that wait longest are closed") == 1
+        assert caplog.text.count("closes those that wait longest") == 1
 
 
 def test_where_all_are_being_answered_one_more_is_refused(monkeypatch, tokenizer):
@@ -142,7 +142,7 @@ class TestTimeLimits:
                 send_for_ever(connection, b"a", 0.01)
 
     def test_headers_that_trickle_are_refused(self, monkeypatch, tokenizer):
-        monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.1)
+        monkeypatch.setattr(connections, "_HEADERS_SECONDS", 0.1)
         with serving(tokenizer) as (_, url), connect(url, PARTS["half the headers"]) as connection:
             connection.settimeout(0.01)
             for _ in range(1000):

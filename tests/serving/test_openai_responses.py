@@ -250,7 +250,7 @@ def test_a_template_without_bounds_costs_the_chats_and_no_more(shared_data, tmp_
     (tmp_path / "chat_template.jinja").write_text("{{ 'a' | center(2000000000) }}")
     sentence = "the model's chat template exceeds the limits of a rendering"
     with serving(load_tokenizer(tmp_path)) as (_, url), new_client(url) as client:
-        assert f"no chats are answered: {sentence}" in caplog.text
+        assert f"the server rejects chat requests: {sentence}" in caplog.text
         assert complete(client, max_tokens=2).usage.completion_tokens == 2
         with pytest.raises(openai.BadRequestError, match=sentence):
             chat(client)
@@ -259,5 +259,5 @@ def test_a_template_without_bounds_costs_the_chats_and_no_more(shared_data, tmp_
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["stories"]
     assert client.models.retrieve("stories").context == FakeEngine.context
-    with pytest.raises(openai.NotFoundError, match="there is no model 'a/b' here"):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'a/b' on this server"):
         client.models.retrieve("a/b")

@@ -141,7 +141,7 @@ def test_a_client_that_leaves_cancels_its_texts(served, engine, stream):
 
 
 def test_those_who_wait_are_told_that_the_server_ends(tokenizer, monkeypatch):
-    monkeypatch.setattr("llama_jax.serving.server._GRACE", 0.2)
+    monkeypatch.setattr("llama_jax.serving.server._SHUTDOWN_GRACE_SECONDS", 0.2)
     with ThreadPoolExecutor(2) as pool:
         with serving(tokenizer) as (engine, url):
             engine.hold.clear()
@@ -244,7 +244,7 @@ def test_only_the_own_page_is_served(http, headers, status):
     if "evil" in headers["host"]:
         for path in ("/", "/health", "/metrics", "/v1/models"):
             assert http.get(path, headers=headers).status_code == 403
-        assert "start it with --allow-host " in answer.json()["error"]["message"]
+        assert "start the server with --allow-host " in answer.json()["error"]["message"]
 
 
 def test_hosts_that_are_allowed(tokenizer):
@@ -255,7 +255,7 @@ def test_hosts_that_are_allowed(tokenizer):
     assert [network.allow(name) for name in names] == [False, False, True, False]
     assert allowed_hosts("::1", ["*"], "::1").allow("evil.example")
     for wrong in ("http://a.b", "a.b:80", "a.b/c", ""):
-        with pytest.raises(InputError, match=r"is not a host's name: give one such as"):
+        with pytest.raises(InputError, match=r"is not a host name: give one such as"):
             allowed_hosts("localhost", [wrong], "127.0.0.1")
     body, evil = {"prompt": "a", "max_tokens": 1}, {"host": "evil.example"}
     with serving(tokenizer, hosts=here) as (_, url):
@@ -282,19 +282,20 @@ def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, eng
     finally:
         engine.submit = submit
     assert answer.status_code == 500
-    assert answer.json()["error"]["message"] == "the server has failed"
+    assert (
+        answer.json()["error"]["message"]
+        == "the server failed to answer this request: its log has the traceback"
+    )
     assert "RuntimeError at" in caplog.text
     assert "secret" not in caplog.text.replace('f"secret', "")
 
 
-def test_the_greeting_warns_where_everybody_can_come():
+def test_the_startup_message_warns_if_other_machines_need_no_key():
     with bind_socket("127.0.0.1", 0) as bound:
-        port = bound.getsockname()[1]
-        said = startup_message(bound, ServerSettings("m"))
-        assert (
-            said
-            == f"m is served at http://127.0.0.1:{port} (a page) and http://127.0.0.1:{port}/v1"
-        )
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        expected = f"m is served at {url} (web page) and {url}/v1 (API)"
+        assert startup_message(bound, ServerSettings("m")) == expected
     with bind_socket("0.0.0.0", 0) as bound:
-        assert "warning: there is no key" in startup_message(bound, ServerSettings("m"))
+        warning = "warning: the server has no API key"
+        assert warning in startup_message(bound, ServerSettings("m"))
         assert "warning" not in startup_message(bound, ServerSettings("m", api_key="k"))

@@ -9,13 +9,13 @@ from rich.console import Console
 from llama_jax.runtime import console
 from llama_jax.runtime.console import TaskProgress
 from llama_jax.serving import start_progress
-from llama_jax.serving.start_progress import loading, stage
+from llama_jax.serving.start_progress import loading_progress, stage_progress
 
 
 def test_a_line_comes_every_ten_seconds(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with stage("compiling 12 programs", "compiled 12 programs") as progress:
+    with stage_progress("compiling 12 programs", "compiled 12 programs") as progress:
         for i, now in enumerate((4.0, 11.0, 12.0, 21.5)):  # noqa: B007 (the clock reads `now`)
             progress(i / 12, f"{i + 1} of 12: decode")
         now = 30.0
@@ -32,7 +32,7 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
         return Console(file=sys.stderr, force_terminal=True, width=100)
 
     monkeypatch.setattr(console, "Console", terminal)
-    with stage("compiling 12 programs", "compiled 12 programs") as progress:
+    with stage_progress("compiling 12 programs", "compiled 12 programs") as progress:
         progress(0.5, "7 of 12: decode")
     err = capsys.readouterr().err
     assert "compiling 7 of 12: decode" in err
@@ -41,7 +41,7 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
 
 
 def test_a_stage_that_fails_is_not_called_done(capsys):
-    with pytest.raises(MemoryError), stage("compiling", "compiled"):
+    with pytest.raises(MemoryError), stage_progress("compiling", "compiled"):
         raise MemoryError
     assert capsys.readouterr().err == "compiling …\n"
 
@@ -52,7 +52,7 @@ def test_loading_counts_the_bytes_on_the_devices(capsys, monkeypatch):
     monkeypatch.setattr(
         TaskProgress, "update", lambda self, share, text, **_: shown.append((share, text))
     )
-    with loading(40_000_000):
+    with loading_progress(40_000_000):
         half = jnp.zeros((5_000_000,))
         while not shown or shown[-1] != (0.5, "loading weights: 0.02 of 0.04 GB"):
             assert len(shown) < 10_000
