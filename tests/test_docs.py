@@ -21,8 +21,10 @@ from llama_jax.cli.main import main
 from llama_jax.config import yaml_file
 from llama_jax.config.family import FAMILY
 from llama_jax.convert.formats import meta
-from llama_jax.plan import compiler, serving_program
+from llama_jax.plan import serving_program, training_program
+from llama_jax.plan.compiler import CompiledProgram
 from llama_jax.plan.schedule import Event
+from llama_jax.plan.training_program import CompiledTrainStep
 from llama_jax.serving import server
 
 DOCS = ROOT / "docs"
@@ -208,20 +210,27 @@ def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
     peer("libtpu")
     gib, events = 2**30, [Event(cycles=1e7)]
 
-    def compiled(config, *_):
-        seconds = 0.02 * config.model.n_layers
-        return compiler.Program(gib, 2 * gib, 3 * gib, gib, 5 * gib, seconds, 1e12, events)
+    def compile_serving_program(*_, **__):
+        return CompiledProgram(
+            argument_bytes=3 * gib, peak_bytes=4 * gib, seconds=0.01, flops=1e12, events=events
+        )
 
-    def reading(*_):
-        return compiler.Reading(3 * gib, 4 * gib, 0.01, 1e12, events)
+    def compile_train_step(config, *_):
+        program = CompiledProgram(
+            argument_bytes=3 * gib, peak_bytes=5 * gib, seconds=0.02 * config.model.n_layers,
+            flops=1e12, events=events,
+        )  # fmt: skip
+        return CompiledTrainStep(
+            weights=gib, optimizer=2 * gib, saved_activations=gib, program=program
+        )
 
-    monkeypatch.setattr(compiler, "compiled", compiled)
-    for name in ("compile_prefill", "compile_decode", "compile_step"):
-        monkeypatch.setattr(serving_program, name, reading)
+    monkeypatch.setattr(training_program, "compile_train_step", compile_train_step)
+    for name in ("compile_prefill", "compile_decode_loop", "compile_decode_step"):
+        monkeypatch.setattr(serving_program, name, compile_serving_program)
     page = code_blocks(DOCS / "plan.md")
     run_page(page, PageRunner(at, page))
     told = capsys.readouterr().out
     for part in ("fits in 95 GiB", '"mfu_causal"', "the fastest, for the configuration file"):
         assert part in told
-    assert told.count("keys and values, 8 row(s)") == 2
+    assert told.count("KV cache, 8 row(s)") == 2
     assert Path("7b.png").read_bytes().startswith(b"\x89PNG")

@@ -134,24 +134,24 @@ def _plan(args: argparse.Namespace) -> int:
     from llama_jax.plan import figure, search, topology, training, training_report
     from llama_jax.runtime.console import print_status
 
-    place = topology.parse(args.topology)
+    pod = topology.parse(args.topology)
     drawn = args.picture and figure.check_path(args.picture)
     if args.compile < 1:
         raise InputError(f"--compile must be at least 1, not {args.compile}")
     if args.search:
-        plans = search.search(config, place, args.compile, print_status)
+        plans = search.find_fastest(config, pod, args.compile, print_status)
     else:
-        plans = [training.make(config, place, print_status)]
+        plans = [training.plan_training(config, pod, print_status)]
     if drawn:
-        figure.draw(drawn, *figure.of_training(plans[0]))
+        figure.draw_chart(drawn, figure.chart_training(plans[0]))
     if args.json:
         dicts = [training_report.as_dict(plan) for plan in plans]
         print(json.dumps(dicts if args.search else dicts[0], indent=1))
     else:
         training_report.show(plans[0])
     if args.search and not args.json:
-        training_report.ranking(plans)
-        print(f"\nthe fastest, for the configuration file:\n{search.yaml(plans[0].config)}")
+        training_report.show_ranking(plans)
+        print(f"\nthe fastest, for the configuration file:\n{search.as_yaml(plans[0].config)}")
     return 0 if plans[0].fits else 1
 
 
@@ -193,9 +193,10 @@ def _plan_inference(args: argparse.Namespace) -> int:
     )
     context = min(4096, config.context) if args.context is None else args.context
     batch = 8 if args.batch is None else args.batch
-    plan = serving.make(config, topology.parse(args.topology), context, batch, print_status)
+    pod = topology.parse(args.topology)
+    plan = serving.plan_inference(config, pod, context, batch, print_status)
     if drawn:
-        figure.draw(drawn, *figure.of_inference(plan))
+        figure.draw_chart(drawn, figure.chart_inference(plan))
     if args.json:
         print(json.dumps(serving_report.as_dict(plan), indent=1))
     else:

@@ -1,1 +1,1 @@
-"""Compiles a run for a pod that is not there, and tells what it will need and reach."""
+"""Plans runs on TPU pods: compiles the programs for them, no TPU needed; reports memory, time."""

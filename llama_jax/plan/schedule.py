@@ -1,4 +1,4 @@
-"""Reads the schedule of a compiled program: what computes, what travels, and what waits for it."""
+"""Parses a compiled program's schedule and computes how much communication is exposed."""
 
 import math
 import re
@@ -8,20 +8,26 @@ from typing import NamedTuple
 
 
 class Collective(NamedTuple):
-    """An operation between devices."""
+    """A communication operation among devices.
 
-    kind: str  # all-gather, reduce-scatter, all-reduce, …
-    bytes: float  # that a device sends
-    devices: int  # that take part
+    Attributes:
+        kind: all-gather, reduce-scatter, all-reduce, …
+        bytes: bytes that one device sends.
+        devices: number of participating devices.
+    """
+
+    kind: str
+    bytes: float
+    devices: int
 
 
 class Event(NamedTuple):
-    """What a device does next; one of the three.
+    """One step of a device's schedule: it computes, starts a collective, or waits for one.
 
     Attributes:
-        cycles: it computes for so many.
-        starts: it starts a collective, which is then known by `key`.
-        key: of the collective that it starts, or waits for.
+        cycles: cycles of computation.
+        starts: the collective that starts; None if the device computes or waits.
+        key: identifies the collective that starts (`starts` is set) or is awaited (it is None).
     """
 
     cycles: float = 0.0
@@ -30,11 +36,17 @@ class Event(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What collectives of a kind cost a device."""
+    """Cost of all collectives of one kind, for one device.
+
+    Attributes:
+        bytes: bytes that the device sends.
+        seconds: time that the collectives take.
+        exposed: exposed communication: seconds in which the device waits and computes nothing.
+    """
 
     bytes: float = 0.0
     seconds: float = 0.0
-    exposed: float = 0.0  # of the seconds: those in which it waits and computes nothing
+    exposed: float = 0.0
 
 
 _KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
@@ -64,135 +76,148 @@ class _Instruction(NamedTuple):
     constant: int
 
 
-def events(text: str) -> list[Event]:
-    """Returns what a device does in a program, in order; loops as often as they go round."""
+def parse_events(hlo_text: str) -> list[Event]:
+    """Returns the schedule of a device in a program, with loops repeated for every iteration."""
     computations: dict[str, list[_Instruction]] = {}
-    entry, inside = "", computations.setdefault("", [])
-    for line in text.splitlines():
+    entry, current = "", computations.setdefault("", [])
+    for line in hlo_text.splitlines():
         if line.startswith(("%", "ENTRY")):
             name = line.removeprefix("ENTRY ").split(" ", 1)[0].removeprefix("%")
-            inside = computations.setdefault(name, [])
+            current = computations.setdefault(name, [])
             entry = name if line.startswith("ENTRY") else entry
-        elif (found := _INSTRUCTION.match(line)) is not None:
-            inside.append(_instruction(found))
+        elif (match := _INSTRUCTION.match(line)) is not None:
+            current.append(_parse_instruction(match))
     return list(_walk(computations, entry))
 
 
-def _instruction(found: re.Match[str]) -> _Instruction:
-    rest, op = found["rest"], found["op"]
+def _parse_instruction(match: re.Match[str]) -> _Instruction:
+    rest, op = match["rest"], match["op"]
 
-    def named(pattern: re.Pattern[str]) -> str:
-        match = pattern.search(rest)
-        return match[1] if match else ""
+    def search(pattern: re.Pattern[str]) -> str:
+        found = pattern.search(rest)
+        return found[1] if found else ""
 
-    operands = rest[found.end("op") - found.start("rest") :]
+    operands = rest[match.end("op") - match.start("rest") :]
     operand = re.match(r"\(%([\w.-]+)", operands)
     collective = _COLLECTIVE.match(rest) if re.match(_KINDS, op) else None
     return _Instruction(
-        found["name"],
-        op,
-        operand[1] if operand else "",
-        named(_CALLS),
-        float(named(_CYCLES) or 0),
-        collective and _collective(collective),
-        collective["channel"] if collective else "",
-        named(_BODY),
-        named(_CONDITION),
-        int(named(_CONSTANT) or 0),
+        name=match["name"],
+        op=op,
+        operand=operand[1] if operand else "",
+        calls=search(_CALLS),
+        cycles=float(search(_CYCLES) or 0),
+        collective=collective and _parse_collective(collective),
+        channel=collective["channel"] if collective else "",
+        body=search(_BODY),
+        condition=search(_CONDITION),
+        constant=int(search(_CONSTANT) or 0),
     )
 
 
 def _walk(computations: dict[str, list[_Instruction]], name: str) -> Iterator[Event]:
     """Yields the events of one computation.
 
-    A collective that is done step by step inside of products stands in several fusions, with one
-    channel: it starts with the first and is awaited with the last.
+    A collective that XLA splits into steps inside matrix products appears in several fusions with
+    one channel: it starts with the first fusion and is awaited with the last.
     """
-    here = computations[name]
-    steps = {at: _fused(computations, one) for at, one in enumerate(here) if one.op == "fusion"}
-    last = {found.channel: at for at, fused in steps.items() for found in fused}
+    instructions = computations[name]
+    fused = {
+        i: _fused_collectives(computations, instruction)
+        for i, instruction in enumerate(instructions)
+        if instruction.op == "fusion"
+    }
+    last_fusion = {step.channel: i for i, steps in fused.items() for step in steps}
     started: set[str] = set()
-    for at, one in enumerate(here):
-        if one.op == "while":
-            # A scan goes round until its counter is no longer less than a constant.
-            trips = max((c.constant for c in computations[one.condition]), default=1)
-            for _ in range(trips):
-                yield from _walk(computations, one.body)
-        elif one.op.endswith("-start"):
-            called = [c.collective for c in computations.get(one.calls, []) if c.collective]
-            for collective in called or ([one.collective] if one.collective else []):
-                yield Event(starts=collective, key=one.name)
-        elif one.op.endswith("-done"):
-            yield Event(key=one.operand)
-        elif one.collective is not None:
-            yield Event(starts=one.collective, key=one.name)
-            yield Event(key=one.name)
+    for i, instruction in enumerate(instructions):
+        if instruction.op == "while":
+            # A scan iterates while its counter is less than a constant.
+            condition = computations[instruction.condition]
+            for _ in range(max((c.constant for c in condition), default=1)):
+                yield from _walk(computations, instruction.body)
+        elif instruction.op.endswith("-start"):
+            called = computations.get(instruction.calls, [])
+            collectives = [c.collective for c in called if c.collective]
+            if not collectives and instruction.collective:
+                collectives = [instruction.collective]
+            for collective in collectives:
+                yield Event(starts=collective, key=instruction.name)
+        elif instruction.op.endswith("-done"):
+            yield Event(key=instruction.operand)
+        elif instruction.collective is not None:
+            yield Event(starts=instruction.collective, key=instruction.name)
+            yield Event(key=instruction.name)
         else:
-            fused = steps.get(at, [])
-            for found in fused:
-                if found.channel not in started:
-                    yield Event(starts=found.collective, key=found.channel)
-                    started.add(found.channel)
-            yield Event(cycles=one.cycles)
-            yield from (Event(key=c.channel) for c in fused if last[c.channel] == at)
+            steps = fused.get(i, [])
+            for step in steps:
+                if step.channel not in started:
+                    yield Event(starts=step.collective, key=step.channel)
+                    started.add(step.channel)
+            yield Event(cycles=instruction.cycles)
+            yield from (Event(key=s.channel) for s in steps if last_fusion[s.channel] == i)
 
 
-def _fused(computations: dict[str, list[_Instruction]], fusion: _Instruction) -> list[_Instruction]:
-    """Returns the collectives inside of a fusion, also of one within it."""
+def _fused_collectives(
+    computations: dict[str, list[_Instruction]], fusion: _Instruction
+) -> list[_Instruction]:
+    """Returns the collectives inside a fusion, nested fusions included."""
     found = []
-    for one in computations.get(fusion.calls, []):
-        found += [one] if one.collective else _fused(computations, one) if one.calls else []
+    for instruction in computations.get(fusion.calls, []):
+        if instruction.collective:
+            found.append(instruction)
+        elif instruction.calls:
+            found += _fused_collectives(computations, instruction)
     return found
 
 
-def _collective(found: re.Match[str]) -> Collective:
-    devices, size, kind = group_size(found["groups"]), _size(found["type"]), found["kind"]
-    # A started all-gather's type holds what goes in and what comes out.
-    if found["start"] and kind == "all-gather":
+def _parse_collective(match: re.Match[str]) -> Collective:
+    devices, size = group_size(match["groups"]), _shape_bytes(match["type"])
+    kind = match["kind"]
+    # The type of an all-gather-start contains the operand and the result.
+    if match["start"] and kind == "all-gather":
         size = size * devices // (devices + 1)
     if kind == "reduce-scatter":
         size *= devices
-    share = 1.0 if kind == "collective-permute" else (devices - 1) / devices
-    return Collective(kind, size * share * (2 if kind == "all-reduce" else 1), devices)
+    sent = 1.0 if kind == "collective-permute" else (devices - 1) / devices
+    return Collective(kind, size * sent * (2 if kind == "all-reduce" else 1), devices)
 
 
-def traffic(
+def simulate_traffic(
     events: list[Event], hertz: float, seconds: Callable[[Collective], float]
 ) -> dict[str, Traffic]:
-    """Returns what each kind of collective costs, by playing the schedule.
+    """Simulates the schedule and returns the cost of each kind of collective.
 
-    The network does one collective after the other, each in `seconds` of it; computation goes on
-    meanwhile, until something waits for what has not arrived.
+    The network runs one collective after the other. Computation continues meanwhile, until an
+    instruction waits for a collective that has not finished.
 
     Args:
-        events: of a program.
+        events: schedule of a program.
         hertz: cycles of the device in a second.
-        seconds: tells how long a collective takes alone.
+        seconds: returns the time of a collective that has the network for itself.
     """
     totals: dict[str, Traffic] = defaultdict(Traffic)
-    now = free = 0.0
-    arrives: dict[str, tuple[str, float]] = {}
+    now = network_free = 0.0
+    finishes: dict[str, tuple[str, float]] = {}  # by key: kind and time [s]
     for event in events:
         now += event.cycles / hertz
         if event.starts is not None:
-            takes = seconds(event.starts)
-            free = max(now, free) + takes
+            duration = seconds(event.starts)
+            network_free = max(now, network_free) + duration
             kind = event.starts.kind
-            arrives[event.key] = kind, free
-            sums = totals[kind]
-            totals[kind] = sums._replace(
-                bytes=sums.bytes + event.starts.bytes, seconds=sums.seconds + takes
+            finishes[event.key] = kind, network_free
+            total = totals[kind]
+            totals[kind] = total._replace(
+                bytes=total.bytes + event.starts.bytes, seconds=total.seconds + duration
             )
-        elif event.key in arrives:
-            kind, at = arrives.pop(event.key)
-            waits = max(0.0, at - now)
-            totals[kind] = totals[kind]._replace(exposed=totals[kind].exposed + waits)
-            now += waits
+        elif event.key in finishes:
+            kind, finish = finishes.pop(event.key)
+            wait = max(0.0, finish - now)
+            totals[kind] = totals[kind]._replace(exposed=totals[kind].exposed + wait)
+            now += wait
     return dict(totals)
 
 
-def _size(shapes: str) -> int:
-    """Returns the bytes of 'bf16[4096,64]{…}', or of a tuple of such."""
+def _shape_bytes(shapes: str) -> int:
+    """Returns the bytes of 'bf16[4096,64]{…}', or of a tuple of such shapes."""
     found = re.findall(r"\b(\w+)\[([\d,]*)\]", shapes)
     return sum(
         _BYTES.get(dtype, 0) * math.prod(int(n) for n in sizes.split(",") if n)
@@ -201,7 +226,7 @@ def _size(shapes: str) -> int:
 
 
 def group_size(groups: str) -> int:
-    """Returns how many devices a group of `replica_groups` has, in any of XLA's notations."""
+    """Returns the number of devices in a group of `replica_groups`, in any of XLA's notations."""
     if groups.startswith("mesh["):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
         axes = re.search(r"\{('[^}]*)\}", groups)

@@ -1,8 +1,9 @@
-"""What serving a model on a pod needs and reaches, from what the compiler says of its programs."""
+"""Plans the serving of a model on a pod: memory, largest batch and speed from compiled programs."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,26 +11,26 @@ import jax
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.plan import serving_program as programs
-from llama_jax.plan.compiler import DoesNotFit, Reading, on_a_device
+from llama_jax.plan.compiler import CompiledProgram, DoesNotFit, bytes_per_device
 from llama_jax.plan.schedule import Collective
-from llama_jax.plan.topology import Pod
-from llama_jax.plan.training import network_bandwidth
+from llama_jax.plan.topology import Pod, network_bandwidth
 
-_HOP = 1e-6  # s: of a message between neighbours, before its bytes count
-_DEPTHS = 2, 3
-_COMPILATIONS = 6  # of whole programs at most, to find the largest batch
+_HOP_SECONDS = 1e-6  # latency of a message between neighbouring chips
+_DEPTHS = 2, 3  # layers of the programs from which the time of all layers is extrapolated
+_MAX_COMPILATIONS = 6  # of the decode loop, to find the largest batch
 
 
-class Time(NamedTuple):
-    """How long a program takes by several counts, in seconds of one chip.
+@dataclass(frozen=True, kw_only=True)
+class ProgramTime:
+    """Time of a program on one chip, estimated in several ways [s].
 
     Attributes:
-        memory: every byte of weights and cache is read once, at the memory's bandwidth.
-        compute: all FLOPs are done at the peak.
-        network: collectives, one after the other: bytes over the links, and hops.
-        cycles: of all operations, as the compiler counts them, at the chip's clock.
-        compiler: its cost model's sum over all operations, without network; it counts what stays
-            in the chip's own fast memory as read from the large one.
+        memory: reads every byte of weights and cache once, at the memory bandwidth.
+        compute: all FLOPs at the peak.
+        network: all collectives one after the other: bytes over the links, plus latency of hops.
+        cycles: the compiler's cycle count of all operations, at the chip's clock.
+        compiler: sum of the compiler's cost model over all operations, without network. It charges
+            reads from the on-chip memory (VMEM) as if they came from HBM.
     """
 
     memory: float
@@ -40,153 +41,182 @@ class Time(NamedTuple):
 
     @property
     def roofline(self) -> float:
-        """Seconds where memory, products and network never wait for each other."""
+        """Lower bound: memory, compute and network overlap perfectly."""
         return max(self.memory, self.compute, self.network)
 
     @property
     def estimate(self) -> float:
-        """Seconds to expect: the compiler's cycles, or memory or compute where these are more.
+        """Expected time: the longest of memory, compute and cycles, plus the network.
 
-        The network comes on top: as programs are compiled, sums are awaited where they are made.
+        The network is added because the compiled programs wait for each all-reduce right where
+        it starts.
         """
         return max(self.memory, self.compute, self.cycles) + self.network
 
     @property
     def bound(self) -> str:
-        """Which of memory, compute and network the roofline is most of."""
+        """The largest part of the roofline: 'memory', 'compute' or 'network'."""
         return max(("memory", "compute", "network"), key=lambda name: getattr(self, name))
 
 
-class Weights(NamedTuple):
-    """Bytes of a chip."""
+class WeightBytes(NamedTuple):
+    """Bytes of the weights on one chip.
+
+    Attributes:
+        embedding: token embeddings.
+        layers: all layers.
+        head: output matrix and final norm; only the norm where the head is tied to the embedding.
+    """
 
     embedding: int
     layers: int
-    head: int  # and the last norm; 0 where the embedding is the head
+    head: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferencePlan:
-    """What serving a model will need and reach. Bytes are of one chip, rows of one slice.
+    """Memory and speed of serving a model. Bytes are of one chip, rows of one slice.
 
     Attributes:
-        config: of the model, with a key/value head for each chip at least.
-        parameters: of the model, copies of key/value heads not counted.
-        decode_peak: all that decoding holds, at the asked batch; math.inf if the compiler refuses
-            without a number.
-        prefill_room: what reading one prompt holds beside the weights, its own cache included;
-            None where the compiler finds no program that reads it in one piece and fits.
-        largest_batch: of rows of `context` tokens; 0 where none fits. Compiled, and accepted.
-        largest_peak: all that decoding holds then.
-        row_slope: bytes that one more row takes.
-        largest_context: of a batch of 1, by arithmetic: slots that decoding has memory for.
-        decode: time of a step by batch; those that don't fit are left out.
+        config: of the model, with at least one key/value head per chip.
+        n_params: parameters of the model without the copies of key/value heads.
+        context: slots of a row [tokens].
+        batch: requested rows.
+        cache_bytes_per_row: KV cache of a row.
+        decode_peak_bytes: peak memory of decoding at the requested batch; math.inf if the compiler
+            rejects the program and reports no number.
+        prefill_bytes: memory that the prefill of one prompt needs in addition to the weights, its
+            own cache included; None if no program fits that prefills the prompt in one piece.
+        largest_batch: largest number of rows of `context` tokens; 0 if none fits. It was compiled,
+            and the compiler accepted it.
+        largest_batch_bytes: peak memory of decoding at `largest_batch`.
+        decode_bytes_per_row: peak memory that one more row adds.
+        largest_context: slots that decoding has memory for at batch 1, by arithmetic.
+        decode_times: time of a decode step by batch, for the batches that fit.
+        prefill_time: time to prefill `context` tokens.
+        prefill_flops: the model's FLOPs in that prefill.
     """
 
     config: ModelConfig
-    parameters: int
+    n_params: int
     pod: Pod
     context: int
     batch: int
-    weights: Weights
-    cache_row: int
-    decode_peak: float = math.inf
-    prefill_room: int | None = None
+    weights: WeightBytes
+    cache_bytes_per_row: int
+    decode_peak_bytes: float = math.inf
+    prefill_bytes: int | None = None
     largest_batch: int = 0
-    largest_peak: float = 0.0
-    row_slope: float = 0.0
+    largest_batch_bytes: float = 0.0
+    decode_bytes_per_row: float = 0.0
     largest_context: int = 0
-    decode: dict[int, Time] = field(default_factory=dict)
-    prefill: Time | None = None
+    decode_times: dict[int, ProgramTime] = field(default_factory=dict)
+    prefill_time: ProgramTime | None = None
     prefill_flops: float = 0.0
 
     @property
-    def usable(self) -> float:
-        """Bytes that the compiler gives a program."""
+    def usable_bytes(self) -> float:
+        """Memory that the compiler allows a program."""
         return self.pod.chip.usable_hbm_gib * 2**30
 
     @property
-    def cache(self) -> int:
-        """Bytes of the asked batch's keys and values."""
-        return self.batch * self.cache_row
+    def cache_bytes(self) -> int:
+        """KV cache of the requested batch."""
+        return self.batch * self.cache_bytes_per_row
 
     @property
-    def decode_temporaries(self) -> float:
-        """Bytes of decoding beside weights and cache."""
-        return self.decode_peak - sum(self.weights) - self.cache
+    def decode_temporary_bytes(self) -> float:
+        """Memory of decoding in addition to weights and cache."""
+        return self.decode_peak_bytes - sum(self.weights) - self.cache_bytes
 
     @property
-    def needed(self) -> float:
-        """Bytes of decoding, or of reading a prompt beside the batch's cache: the larger."""
-        beside = sum(self.weights) + self.cache + (self.prefill_room or 0)
-        return max(self.decode_peak, beside)
+    def prefill_peak_bytes(self) -> float:
+        """Memory while one prompt is prefilled and the cache of the requested batch is allocated.
+
+        Only weights and cache where no program fits that prefills the prompt in one piece.
+        """
+        return sum(self.weights) + self.cache_bytes + (self.prefill_bytes or 0)
+
+    @property
+    def needed_bytes(self) -> float:
+        """Memory of decoding or of prefill, whichever is larger: they alternate."""
+        return max(self.decode_peak_bytes, self.prefill_peak_bytes)
 
     @property
     def fits(self) -> bool:
-        """Tells whether the asked batch can be served."""
-        return self.needed <= self.usable
+        """True if the requested batch can be served."""
+        return self.needed_bytes <= self.usable_bytes
 
     def tokens_per_second(self, batch: int) -> float:
-        """Returns the tokens that all slices make in a second, with `batch` rows each."""
-        return batch * self.pod.slices / self.decode[batch].estimate
+        """Returns the tokens that all slices generate in a second, with `batch` rows each."""
+        return batch * self.pod.n_slices / self.decode_times[batch].estimate
 
     @property
     def prefill_mfu(self) -> float:
-        """The share of the peak that the model's own FLOPs are, in reading one prompt."""
-        assert self.prefill is not None
-        chips = self.pod.size // self.pod.slices
-        peak = chips * self.pod.chip.bf16_tflops * 1e12
-        return self.prefill_flops / self.prefill.estimate / peak
+        """The model's FLOPs as a share of the peak, in the prefill of one prompt."""
+        assert self.prefill_time is not None
+        peak = self.pod.chips_per_slice * self.pod.chip.bf16_tflops * 1e12
+        return self.prefill_flops / self.prefill_time.estimate / peak
 
 
-def make(
-    config: ModelConfig, pod: Pod, context: int, batch: int, tell: Callable[[str], None]
+def plan_inference(
+    config: ModelConfig, pod: Pod, context: int, batch: int, log: Callable[[str], None]
 ) -> InferencePlan:
-    """Compiles the programs that serve a model, and returns what they tell.
+    """Compiles the programs that serve a model and returns the plan.
 
     Args:
-        config: of the model, in the types it is to be served in.
+        config: of the model, in the dtypes in which it is served.
         context: slots of each row, for prompt and continuation [tokens].
         batch: rows of each slice.
-        tell: is told what is being done.
+        log: called with a line of progress before each compilation.
 
     Raises:
-        InputError: the context is not the model's, or the pod does not divide the model.
+        InputError: the context is longer than the model's, the pod does not divide the model, or
+            the compiler fails.
     """
-    check(config, context, batch)
-    mesh = programs.mesh_of(config, pod)
-    wide = programs.over(config, mesh)
-    plan = InferencePlan(wide, config.n_params, pod, context, batch, *sizes(wide, mesh, context))
+    check_context_and_batch(config, context, batch)
+    mesh = programs.slice_mesh(config, pod)
+    n_params = config.n_params
+    config = programs.with_kv_head_per_device(config, mesh)
+    weights, cache_bytes_per_row = weight_and_cache_bytes(config, mesh, context)
+    plan = InferencePlan(
+        config=config, n_params=n_params, pod=pod, context=context, batch=batch, weights=weights,
+        cache_bytes_per_row=cache_bytes_per_row,
+    )  # fmt: skip
     plan.prefill_flops = prefill_flops(config, context)
-    tell("compiling two layers and three of the reading of a prompt …")
-    prefill = _two_depths(
-        wide, lambda shallow: programs.compile_prefill(shallow, pod, mesh, context)
+    log("compiling the prefill of two layers and of three …")
+    prefill = _compile_two_depths(
+        config, lambda shallow: programs.compile_prefill(shallow, pod, mesh, context)
     )
     if prefill is not None:
-        rooms = [read.peak - read.arguments for read in prefill]
-        plan.prefill_room = int(_extrapolated(rooms, wide.n_layers))
-        plan.prefill = _time(plan, prefill, read=sum(plan.weights) + plan.cache_row)
-    tell("compiling the whole loop over new tokens, for its memory …")
-    peak = _Peaks(lambda rows: programs.compile_decode(wide, pod, mesh, rows, context), tell)
-    plan.decode_peak = peak(batch)
-    _find_largest(plan, peak)
+        extra = [program.peak_bytes - program.argument_bytes for program in prefill]
+        plan.prefill_bytes = int(_extrapolate(extra, config.n_layers))
+        plan.prefill_time = _estimate_time(
+            plan, prefill, bytes_read=sum(plan.weights) + plan.cache_bytes_per_row
+        )
+    log("compiling the complete decode loop, for its memory …")
+    peak_bytes = _DecodePeaks(
+        lambda rows: programs.compile_decode_loop(config, pod, mesh, rows, context), log
+    )
+    plan.decode_peak_bytes = peak_bytes(batch)
+    _find_largest_batch(plan, peak_bytes)
     for rows in sorted(n for n in {1, batch, plan.largest_batch} if 0 < n <= plan.largest_batch):
-        tell(f"compiling two layers and three of a step of {rows} row(s) …")
-
-        def step(shallow: ModelConfig, rows: int = rows) -> Reading:
-            return programs.compile_step(shallow, pod, mesh, rows, context)
-
-        readings = _two_depths(wide, step)
-        if readings is not None:
-            plan.decode[rows] = _time(plan, readings, read=step_bytes(plan, rows))
+        log(f"compiling a decode step of {rows} row(s), with two layers and with three …")
+        step = _compile_two_depths(
+            config, partial(programs.compile_decode_step, pod=pod, mesh=mesh, batch=rows,
+                            slots=context),
+        )  # fmt: skip
+        if step is not None:
+            bytes_read = decode_step_bytes(plan, rows)
+            plan.decode_times[rows] = _estimate_time(plan, step, bytes_read=bytes_read)
     return plan
 
 
-def check(config: ModelConfig, context: int, batch: int) -> None:
-    """Refuses what no chip could serve.
+def check_context_and_batch(config: ModelConfig, context: int, batch: int) -> None:
+    """Checks that the context is one of the model's, and the batch not empty.
 
     Raises:
-        InputError: names what is out of range.
+        InputError: names the option that is out of range.
     """
     if not 1 <= context <= config.context:
         raise InputError(
@@ -196,134 +226,146 @@ def check(config: ModelConfig, context: int, batch: int) -> None:
         raise InputError(f"--batch must be at least 1, not {batch}")
 
 
-def sizes(config: ModelConfig, mesh: jax.sharding.Mesh, context: int) -> tuple[Weights, int]:
-    """Returns the bytes on a chip of a model's weights, and of one row's keys and values."""
-    model = programs.weights(config, mesh)
-    weights = Weights(
-        on_a_device(model.tok_embeddings),
-        on_a_device(model.layers),
-        on_a_device((model.norm, model.output)),
+def weight_and_cache_bytes(
+    config: ModelConfig, mesh: jax.sharding.Mesh, context: int
+) -> tuple[WeightBytes, int]:
+    """Returns the bytes on one chip of a model's weights, and of the KV cache of one row."""
+    model = programs.abstract_weights(config, mesh)
+    weights = WeightBytes(
+        embedding=bytes_per_device(model.tok_embeddings),
+        layers=bytes_per_device(model.layers),
+        head=bytes_per_device((model.norm, model.output)),
     )
-    return weights, on_a_device(programs.cache(config, mesh, 1, context).layers)
+    return weights, bytes_per_device(programs.abstract_cache(config, mesh, 1, context).layers)
 
 
-def step_bytes(plan: InferencePlan, batch: int) -> int:
-    """Returns what a step of decoding reads of a chip's memory, all slots of the cache included.
+def decode_step_bytes(plan: InferencePlan, batch: int) -> int:
+    """Returns the bytes that a decode step reads on one chip, all slots of the cache included.
 
-    Of an embedding that is not the head too it reads one vector a row, which is nothing.
+    The embedding counts only where it is the head too: the lookup reads one vector per row, which
+    is negligible.
     """
-    ends = plan.weights.head if not plan.config.tied_head else plan.weights.embedding
-    return plan.weights.layers + ends + batch * plan.cache_row
+    head = plan.weights.head if not plan.config.tied_head else plan.weights.embedding
+    return plan.weights.layers + head + batch * plan.cache_bytes_per_row
 
 
 def prefill_flops(config: ModelConfig, T: int) -> float:
-    """Returns the model's own FLOPs of reading T tokens: the head once, attention's causal half."""
+    """Returns the model's FLOPs for T prompt tokens: the head once, attention's causal half."""
     D, V, N, H = config.shape("DVNH")
-    ends = (1 if config.tied_head else 2) * V * D
-    products = 2.0 * (config.n_params - ends) * T + 2.0 * V * D
+    embedding_and_head = (1 if config.tied_head else 2) * V * D
+    products = 2.0 * (config.n_params - embedding_and_head) * T + 2.0 * V * D
     return products + 2.0 * config.n_layers * N * H * T * T
 
 
-def batch_that_fits(room: float, peak: float, batch: int, slope: float) -> int:
-    """Returns how many rows fit in `room` bytes where `batch` take `peak`, each more `slope`."""
-    return max(0, batch + math.floor((room - peak) / slope))
+def largest_batch_within(
+    capacity: float, peak_bytes: float, batch: int, bytes_per_row: float
+) -> int:
+    """Returns the number of rows that fit in `capacity` bytes, where `batch` take `peak_bytes`."""
+    return max(0, batch + math.floor((capacity - peak_bytes) / bytes_per_row))
 
 
-class _Peaks:
-    """The bytes that decoding takes at a batch: compiled once for each that is asked for."""
+class _DecodePeaks:
+    """Peak bytes of decoding by batch. Compiles each batch once."""
 
-    def __init__(self, compile_: Callable[[int], Reading], tell: Callable[[str], None]):
-        self._compile, self._tell = compile_, tell
-        self.known: dict[int, float] = {}
+    def __init__(self, compile_: Callable[[int], CompiledProgram], log: Callable[[str], None]):
+        self._compile, self._log = compile_, log
+        self._peaks: dict[int, float] = {}
 
     def __call__(self, batch: int) -> float:
-        if batch not in self.known:
-            self._tell(f"    batch {batch} …")
+        if batch not in self._peaks:
+            self._log(f"    batch {batch} …")
             try:
-                self.known[batch] = float(self._compile(batch).peak)
+                self._peaks[batch] = float(self._compile(batch).peak_bytes)
             except DoesNotFit as error:
-                self.known[batch] = float(error.needed or math.inf)
-        return self.known[batch]
+                self._peaks[batch] = float(error.needed_bytes or math.inf)
+        return self._peaks[batch]
 
 
-def _find_largest(plan: InferencePlan, peak: Callable[[int], float]) -> None:
-    """Finds the largest batch and context, by arithmetic from what is compiled, and compiles it.
+def _find_largest_batch(plan: InferencePlan, peak_bytes: Callable[[int], float]) -> None:
+    """Fills in the largest batch, its memory, and the largest context.
 
-    Two batches say what a row takes; then the one that should be the largest is compiled, and where
-    the compiler refuses it, the next that should.
+    Two compiled batches give the memory of a row. The batch that is the largest by arithmetic is
+    compiled next; its peak corrects the arithmetic, until arithmetic and compiler agree.
     """
-    plan.row_slope = float(plan.cache_row)
-    if math.isinf(plan.decode_peak):
+    plan.decode_bytes_per_row = float(plan.cache_bytes_per_row)
+    if math.isinf(plan.decode_peak_bytes):
         return
-    # Reading a prompt while all rows' caches are there takes room too.
-    beside = plan.usable - sum(plan.weights) - (plan.prefill_room or 0)
-    prompt_limit = max(0, math.floor(beside / plan.cache_row))
+    # The prefill of a prompt needs memory while the caches of all rows are allocated.
+    cache_capacity = plan.usable_bytes - sum(plan.weights) - (plan.prefill_bytes or 0)
+    prefill_limit = max(0, math.floor(cache_capacity / plan.cache_bytes_per_row))
 
-    def arithmetic(batch: int, at: float) -> int:
-        by_decoding = batch_that_fits(plan.usable, at, batch, plan.row_slope)
-        return max(1, min(by_decoding, prompt_limit))
+    def extrapolate(batch: int, peak: float) -> int:
+        decode_limit = largest_batch_within(
+            plan.usable_bytes, peak, batch, plan.decode_bytes_per_row
+        )
+        return max(1, min(decode_limit, prefill_limit))
 
-    known, at = plan.batch, plan.decode_peak
-    for _ in range(_COMPILATIONS if prompt_limit else 0):
-        found = arithmetic(known, at)
-        now = peak(found)
-        if math.isinf(now):
+    batch, peak = plan.batch, plan.decode_peak_bytes
+    for _ in range(_MAX_COMPILATIONS if prefill_limit else 0):
+        next_batch = extrapolate(batch, peak)
+        next_peak = peak_bytes(next_batch)
+        if math.isinf(next_peak):
             break
-        if found != known:
-            plan.row_slope = max(plan.cache_row, (now - at) / (found - known))
-        known, at = found, now
-        if at <= plan.usable and known > plan.largest_batch:
-            plan.largest_batch, plan.largest_peak = known, at
-        if arithmetic(known, at) == known:
+        if next_batch != batch:
+            slope = (next_peak - peak) / (next_batch - batch)
+            plan.decode_bytes_per_row = max(plan.cache_bytes_per_row, slope)
+        batch, peak = next_batch, next_peak
+        if peak <= plan.usable_bytes and batch > plan.largest_batch:
+            plan.largest_batch, plan.largest_batch_bytes = batch, peak
+        if extrapolate(batch, peak) == batch:
             break
     if plan.largest_batch:
-        fixed = plan.largest_peak - plan.largest_batch * plan.row_slope
-        slot = plan.row_slope / plan.context
-        plan.largest_context = math.floor((plan.usable - fixed) / slot)
+        fixed = plan.largest_batch_bytes - plan.largest_batch * plan.decode_bytes_per_row
+        bytes_per_slot = plan.decode_bytes_per_row / plan.context
+        plan.largest_context = math.floor((plan.usable_bytes - fixed) / bytes_per_slot)
 
 
-def _two_depths(
-    config: ModelConfig, compile_: Callable[[ModelConfig], Reading]
-) -> list[Reading] | None:
-    """Returns what the compiler says of two layers and of three; None where these don't fit.
+def _compile_two_depths(
+    config: ModelConfig, compile_: Callable[[ModelConfig], CompiledProgram]
+) -> list[CompiledProgram] | None:
+    """Returns the program with two layers and the one with three; None where these don't fit.
 
-    The first may take room that the second finds there, so one layer would say too little.
+    One layer and two would not do: the second layer may reuse memory that the first allocated, so
+    one layer underestimates the memory of each further layer.
     """
-    depths = [replace(config, n_layers=layers) for layers in _DEPTHS]
     try:
-        return [compile_(shallow) for shallow in depths]
+        return [compile_(replace(config, n_layers=n_layers)) for n_layers in _DEPTHS]
     except DoesNotFit:
         return None
 
 
-def _extrapolated(figures: Sequence[float], layers: int) -> float:
-    """Returns what all layers make, from what those of `_DEPTHS` do."""
+def _extrapolate(figures: Sequence[float], n_layers: int) -> float:
+    """Returns the figure of `n_layers` layers from the figures of `_DEPTHS`, linearly."""
     fewer, more = figures
-    return fewer + (layers - _DEPTHS[0]) * (more - fewer)
+    return fewer + (n_layers - _DEPTHS[0]) * (more - fewer)
 
 
-def _time(plan: InferencePlan, readings: list[Reading], read: float) -> Time:
-    chip, layers = plan.pod.chip, plan.config.n_layers
+def _estimate_time(
+    plan: InferencePlan, programs: list[CompiledProgram], bytes_read: float
+) -> ProgramTime:
+    """Returns the time of all layers from the programs of `_DEPTHS` and the bytes they read."""
+    chip = plan.pod.chip
 
-    def all_layers(figure: Callable[[Reading], float]) -> float:
-        return _extrapolated([figure(reading) for reading in readings], layers)
+    def all_layers(figure: Callable[[CompiledProgram], float]) -> float:
+        return _extrapolate([figure(program) for program in programs], plan.config.n_layers)
 
-    return Time(
-        memory=read / (chip.hbm_gb_per_s * 1e9),
-        compute=all_layers(lambda r: r.flops) / (chip.bf16_tflops * 1e12),
-        network=all_layers(
-            lambda r: sum(collective_seconds(e.starts, plan.pod) for e in r.events if e.starts)
-        ),
-        cycles=all_layers(lambda r: sum(e.cycles for e in r.events)) / (chip.clock_ghz * 1e9),
-        compiler=all_layers(lambda r: r.seconds),
+    def network_seconds(program: CompiledProgram) -> float:
+        return sum(collective_seconds(e.starts, plan.pod) for e in program.events if e.starts)
+
+    return ProgramTime(
+        memory=bytes_read / (chip.hbm_gb_per_s * 1e9),
+        compute=all_layers(lambda program: program.flops) / (chip.bf16_tflops * 1e12),
+        network=all_layers(network_seconds),
+        cycles=all_layers(lambda p: sum(e.cycles for e in p.events)) / (chip.clock_ghz * 1e9),
+        compiler=all_layers(lambda program: program.seconds),
     )
 
 
 def collective_seconds(collective: Collective, pod: Pod) -> float:
-    """Returns how long a collective takes: its bytes over the links, and the hops of its messages.
+    """Returns the time of a collective: its bytes over the links, plus the latency of its hops.
 
-    A sum goes to the farthest chip and comes back; what is only gathered or scattered goes once.
+    An all-reduce crosses the slice twice, to the farthest chip and back; other collectives once.
     """
     crossings = 2 if collective.kind == "all-reduce" else 1
-    moved = collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
-    return moved + crossings * pod.hops * _HOP
+    transfer = collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
+    return transfer + crossings * pod.hops * _HOP_SECONDS

@@ -1,4 +1,4 @@
-"""Compiles what generates text for devices that need not be there."""
+"""Lowers prefill and decode for a pod that need not be there, and compiles them."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,97 +17,99 @@ from llama_jax.model.cache import KVCache, init_cache
 from llama_jax.model.weights import Llama, UnstackedLlama, layer_weights
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
 from llama_jax.parallel.sharding import activation_spec
-from llama_jax.plan import topology as pods
-from llama_jax.plan.compiler import Reading, reading
+from llama_jax.plan import topology
+from llama_jax.plan.compiler import CompiledProgram, compile_program
 from llama_jax.plan.topology import Pod
 
-_BLOCK = 16  # tokens of one dispatch, as `generate.stream` makes them
-_INSTEAD = "--batch or --context"
+_BLOCK = 16  # tokens of one dispatch, as in `generate.stream`
+_ALTERNATIVES = "--batch or --context"
 
-_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)
+_decode_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)
 
 
-def mesh_of(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
-    """Returns the mesh of one slice, all of whose chips hold a part of each layer.
+def slice_mesh(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
+    """Returns the mesh of one slice, with each layer split over all its chips.
 
     Raises:
-        InputError: the model's heads, feed-forward size or vocabulary don't divide so.
+        InputError: the number of chips does not divide the model's heads, FFN size or vocabulary.
     """
-    chips, fitting = pod.size // pod.slices, tensor_sizes(config)
+    chips, fitting = pod.chips_per_slice, tensor_sizes(config)
     if chips not in fitting:
         raise InputError(
             f"--topology {pod}: this model can't be split over the {chips} chips of a slice;"
             f" numbers of chips that divide it: {', '.join(map(str, fitting))}"
         )
-    devices = pods.devices(pod._replace(slices=1))
+    devices = topology.devices(pod._replace(n_slices=1))
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=chips), devices)
 
 
-def over(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
-    """Returns the model as `inference.load` makes it: a key/value head for each device at least."""
+def with_kv_head_per_device(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
+    """Returns the model with at least one key/value head per device, as `inference.load` does."""
     return replace(config, n_kv_heads=max(config.n_kv_heads, mesh.size))
 
 
-def weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedLlama:
-    """Returns the abstract weights of a model, layer by layer."""
+def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedLlama:
+    """Returns the abstract weights of a model, one module per layer."""
 
-    def make() -> UnstackedLlama:
+    def init() -> UnstackedLlama:
         model = Llama(config, jax.random.key(0))
         layers = tuple(layer_weights(model, number) for number in range(config.n_layers))
         return UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output)
 
     with jax.set_mesh(mesh):
-        return eval_shape_on_mesh(make)
+        return eval_shape_on_mesh(init)
 
 
-def cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> KVCache:
-    """Returns the abstract cache of a batch."""
+def abstract_cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> KVCache:
+    """Returns the abstract KV cache of a batch."""
     with jax.set_mesh(mesh):
         return eval_shape_on_mesh(partial(init_cache, config, batch, slots))
 
 
-def compile_step(
+def compile_decode_step(
     config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int
-) -> Reading:
-    """Compiles the reading of one more token of each row: a step of decoding, without sampling.
+) -> CompiledProgram:
+    """Compiles one decode step: the forward pass of one token per row, without sampling.
 
     Raises:
-        DoesNotFit, InputError: as `program.reading`.
+        DoesNotFit, InputError: as `compile_program`.
     """
-    kept = cache(config, mesh, batch, slots)
-    model = weights(config, mesh)
+    cache = abstract_cache(config, mesh, batch, slots)
+    model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
         tokens, lengths = _integers(mesh, "BT", batch, 1), _integers(mesh, "B", batch)
-        lowered = _step.lower(config, model, kept, tokens, lengths)
-    return reading(lowered, pod.chip, {}, _INSTEAD)
+        lowered = _decode_step.lower(config, model, cache, tokens, lengths)
+    return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
 
-def compile_prefill(config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, T: int) -> Reading:
-    """Compiles the reading of one prompt of T tokens.
+def compile_prefill(
+    config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, T: int
+) -> CompiledProgram:
+    """Compiles the prefill of one prompt of T tokens.
 
     Raises:
-        DoesNotFit, InputError: as `program.reading`.
+        DoesNotFit, InputError: as `compile_program`.
     """
-    model = weights(config, mesh)
+    model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
         tokens, lengths = _integers(mesh, "BT", 1, T), _integers(mesh, "B", 1)
         lowered = generate.prefill.lower(config, model, tokens, lengths, slots=T)
-    return reading(lowered, pod.chip, {}, _INSTEAD)
+    return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
 
-def compile_decode(
+def compile_decode_loop(
     config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int
-) -> Reading:
-    """Compiles the whole loop over new tokens, sampling included: what its memory is read from.
+) -> CompiledProgram:
+    """Compiles the decode loop over `_BLOCK` tokens, sampling included, to read its memory.
 
     Raises:
-        DoesNotFit, InputError: as `program.reading`.
+        DoesNotFit, InputError: as `compile_program`.
     """
-    model = weights(config, mesh)
+    model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
-        state = eval_shape_on_mesh(partial(_state, config, batch, slots))
+        state = eval_shape_on_mesh(partial(_init_state, config, batch, slots))
         lowered = generate.decode.lower(config, model, state, _BLOCK, capacity=_BLOCK)
-    return reading(lowered, pod.chip, {}, _INSTEAD)
+    return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
 
 def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtypeStruct:
@@ -116,26 +118,26 @@ def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtype
     )
 
 
-def _state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
-    """Makes a batch whose rows have not begun, in a traced function."""
+def _init_state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
+    """Returns a batch in which no row has generated a token yet. Call it while tracing."""
 
     def full(value: int, dims: str, *shape: int, dtype: type = jnp.int32) -> jax.Array:
         return jnp.full((batch, *shape), value, dtype, out_sharding=activation_spec(dims))
 
     V = config.vocab_size
     keys_B = jax.vmap(jax.random.key)(full(0, "B", dtype=jnp.uint32))
+    settings = stack_sampling([Sampling()] * batch)
     rows = Rows(
-        full(slots, "B"),
-        full(0, "B"),
-        full(NO_TOKEN, "BS", 1),
-        jax.reshard(keys_B, activation_spec("B")),
-        SamplingArrays(
-            *(
-                jax.reshard(jnp.asarray(knob), activation_spec("B"))
-                for knob in stack_sampling([Sampling()] * batch)
-            )
+        remaining_B=full(slots, "B"),
+        generated_B=full(0, "B"),
+        ends_BE=full(NO_TOKEN, "BS", 1),
+        keys_B=jax.reshard(keys_B, activation_spec("B")),
+        sampling=SamplingArrays(
+            *(jax.reshard(jnp.asarray(x_B), activation_spec("B")) for x_B in settings)
         ),
-        TokenCounts(full(False, "BS", V, dtype=jnp.bool_), full(0, "BS", V)),
+        counts=TokenCounts(
+            prompt_BV=full(False, "BS", V, dtype=jnp.bool_), generated_BV=full(0, "BS", V)
+        ),
     )
     logits_BV = full(0, "BV", V, dtype=jnp.float32)
-    return DecodeState(init_cache(config, batch, slots), logits_BV, rows)
+    return DecodeState(cache=init_cache(config, batch, slots), logits_BV=logits_BV, rows=rows)

@@ -1,4 +1,4 @@
-"""Pods that are not there: their devices, as the TPU compiler knows them."""
+"""TPU pods by name: chips, network, and the devices that the TPU compiler can compile for."""
 
 import math
 import os
@@ -10,92 +10,122 @@ import jax
 from llama_jax.errors import InputError, missing_extra
 from llama_jax.runtime.chips import PLANNABLE_CHIPS, PlannableChip
 
+BETWEEN_SLICES = 6.25  # GB/s for each chip: a host's 200 Gbit/s, divided among its 4 chips
+
 
 class Pod(NamedTuple):
-    """One slice of TPU chips, or several of them."""
+    """One or several slices of TPU chips.
 
-    name: str  # of the kind of chip
-    shape: tuple[int, ...]  # chips of a slice, along each dimension of the network
-    slices: int
+    Attributes:
+        chip_name: key of `PLANNABLE_CHIPS`.
+        shape: chips of a slice along each dimension of its network.
+        n_slices: number of slices.
+    """
+
+    chip_name: str
+    shape: tuple[int, ...]
+    n_slices: int
 
     @property
     def chip(self) -> PlannableChip:
-        """The kind of its chips."""
-        return PLANNABLE_CHIPS[self.name]
+        """The kind of all its chips."""
+        return PLANNABLE_CHIPS[self.chip_name]
 
     @property
-    def size(self) -> int:
-        """Number of chips in all."""
-        return math.prod(self.shape) * self.slices
+    def chips_per_slice(self) -> int:
+        """Number of chips in a slice."""
+        return math.prod(self.shape)
+
+    @property
+    def n_chips(self) -> int:
+        """Number of chips in all slices."""
+        return self.chips_per_slice * self.n_slices
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """Tells which dimensions of a slice are rings, not lines.
+        """For each dimension of a slice: True if it is a ring, False if it is a line.
 
-        3D networks are made of cubes of 4; on 2D ones all 16 chips must be there.
+        A 3D network consists of cubes of 4 × 4 × 4 chips, so a multiple of 4 closes a ring. In a 2D
+        network only a dimension with all its 16 chips is a ring.
         """
-        whole = 4 if len(self.shape) == 3 else 16
-        return tuple(size % whole == 0 for size in self.shape)
+        unit = 4 if len(self.shape) == 3 else 16
+        return tuple(size % unit == 0 for size in self.shape)
 
     @property
     def hops(self) -> int:
-        """Links between the two chips of a slice that lie farthest apart."""
+        """Links between the two chips of a slice that are farthest apart."""
         sizes = zip(self.shape, self.rings, strict=True)
         return sum(size // 2 if ring else size - 1 for size, ring in sizes)
 
     def __str__(self) -> str:
-        slices = f"{self.slices}*" if self.slices > 1 else ""
-        return f"{slices}{self.name}:{'x'.join(map(str, self.shape))}"
+        slices = f"{self.n_slices}*" if self.n_slices > 1 else ""
+        return f"{slices}{self.chip_name}:{'x'.join(map(str, self.shape))}"
 
 
 def parse(topology: str) -> Pod:
-    """Returns the pod that 'v5p:4x4x4' names, or '2*v5p:4x4x4' with two slices.
+    """Returns the pod that 'v5p:4x4x4' names, or '2*v5p:4x4x4' for two slices.
 
     Raises:
-        InputError: there is no such kind of chip, or its network has other dimensions.
+        InputError: the kind of chip is unknown, or its network has other dimensions.
     """
-    fitting = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", topology)
-    if fitting is None or fitting[2] not in PLANNABLE_CHIPS:
+    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", topology)
+    if match is None or match[2] not in PLANNABLE_CHIPS:
         raise InputError(
             f"--topology {topology}: write KIND:SHAPE as in v5p:4x4x4 or v6e:16x16, after 2* for"
             f" two slices; kinds: {', '.join(PLANNABLE_CHIPS)}"
         )
-    pod = Pod(fitting[2], tuple(map(int, fitting[3].split("x"))), int(fitting[1] or 1))
-    dimensions = pod.chip.ici_dimensions
-    if len(pod.shape) != dimensions or 0 in pod.shape or pod.slices == 0:
-        example = {2: "16x16", 3: "4x4x8"}[dimensions]
+    pod = Pod(match[2], tuple(map(int, match[3].split("x"))), int(match[1] or 1))
+    if len(pod.shape) != pod.chip.ici_dimensions or 0 in pod.shape or pod.n_slices == 0:
+        example = {2: "16x16", 3: "4x4x8"}[pod.chip.ici_dimensions]
         raise InputError(
-            f"--topology {topology}: {pod.name} has a network of {dimensions} dimensions,"
-            f" as in {pod.name}:{example}"
+            f"--topology {topology}: {pod.chip_name} has a network of {pod.chip.ici_dimensions}"
+            f" dimensions, as in {pod.chip_name}:{example}"
         )
     return pod
 
 
+def network_bandwidth(pod: Pod, n_devices: int) -> float:
+    """Returns the rate at which a chip sends within a group of `n_devices` chips [GB/s].
+
+    A group spans the fewest dimensions of the network that can contain it. It uses both links of a
+    dimension that is a ring and that it fills, and one link of any other, where it forms a line. A
+    group larger than a slice is limited by the network between slices.
+    """
+    if n_devices > pod.chips_per_slice:
+        return BETWEEN_SLICES
+    spanned, links = 1, 0
+    for size, ring in sorted(zip(pod.shape, pod.rings, strict=True)):
+        if spanned < n_devices and size > 1:
+            links += 2 if ring and n_devices >= spanned * size else 1
+            spanned *= size
+    return pod.chip.ici_link_gb_per_s * max(1, links)
+
+
 def devices(pod: Pod) -> list[Any]:
-    """Returns the devices of a pod, to compile for.
+    """Returns the devices of a pod as compilation targets; no such hardware is needed.
 
     Raises:
-        InputError: the compiler is not installed, or knows no such pod.
+        InputError: the TPU compiler is not installed, or does not know this pod.
     """
-    # Read by libtpu when it is loaded; without them it asks the metadata server of a cloud.
+    # libtpu reads these when it is loaded; without them it queries a cloud's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-128")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at a time
-    # No accelerator of this machine is wanted, least of all one that another process holds.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # run two plans at once
+    # Use none of this machine's accelerators: another process may have them locked.
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(
             platform="tpu",
-            topology_name=f"{pod.name}:{'x'.join(map(str, pod.shape))}",
+            topology_name=f"{pod.chip_name}:{'x'.join(map(str, pod.shape))}",
             chip_config_name=pod.chip.chip_config_name,
             chips_per_host_bounds=(2, 2, 1),
-            num_slices=pod.slices,
+            num_slices=pod.n_slices,
             wrap=(*pod.rings, *(False,) * (3 - len(pod.shape))),
         ).devices
-    except Exception as error:  # of a plugin: its types are not documented
+    except Exception as error:  # the plugin does not document its exception types
         if "not installed" in str(error):
             raise missing_extra("there is no TPU compiler here", "plan") from error
         reason = str(error).strip().splitlines()[0][:200]

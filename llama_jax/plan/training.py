@@ -1,4 +1,4 @@
-"""What a run on a pod will need and reach, from what the compiler says of its training step."""
+"""Plans a training run on a pod: memory, step time and MFU from the compiled training step."""
 
 import math
 import time
@@ -7,179 +7,192 @@ from dataclasses import dataclass, field, replace
 
 from llama_jax.config.run import Config, MeshConfig
 from llama_jax.parallel.mesh import check_divides, make_mesh
-from llama_jax.plan import compiler
-from llama_jax.plan import topology as pods
-from llama_jax.plan.compiler import DoesNotFit
-from llama_jax.plan.schedule import Collective, Traffic, traffic
-from llama_jax.plan.topology import Pod
+from llama_jax.plan import topology, training_program
+from llama_jax.plan.compiler import CompiledProgram, DoesNotFit
+from llama_jax.plan.schedule import Collective, Traffic, simulate_traffic
+from llama_jax.plan.topology import Pod, network_bandwidth
+from llama_jax.plan.training_program import CompiledTrainStep
 from llama_jax.runtime.chips import PlannableChip
 
 # The share of the peak that attention kernels reach with heads of 128: published measurements of
 # splash attention lie between 40 and 60 %.
 ATTENTION_EFFICIENCY = 0.5
 _RECOMPUTES_ATTENTION = ("full", "offload")
-_BETWEEN_SLICES = 6.25  # GB/s for each chip: a host's 200 Gbit/s, over its 4 chips
 
 
-@dataclass
-class Plan:
-    """What a run will need and reach. Bytes are of one chip, seconds of one step.
+@dataclass(kw_only=True)
+class TrainingPlan:
+    """Memory and time that a run needs. Bytes are of one chip, seconds of one step.
 
     Attributes:
         memory: bytes by kind.
-        refused: the compiler found no program that fits.
-        compiler: the compiler's own estimate of a step, without attention and network [s]; 0 where
-            the run does not fit.
-        attention: time of the attention kernels, by the model of `attention_seconds` [s].
-        traffic: what each kind of collective costs.
-        flops: of the hardware, attention included, on one chip in a step.
+        rejected: the compiler found no program that fits.
+        compiler_seconds: the compiler's own estimate of a step, without attention and network;
+            0 where the run does not fit.
+        attention_seconds: time of the attention kernels, modelled by `attention_seconds`.
+        traffic: cost of the collectives by kind.
+        hardware_flops: FLOPs of one chip in a step, attention and recomputation included.
+        compile_seconds: time of all compilations.
     """
 
     config: Config
     pod: Pod
     memory: dict[str, float] = field(default_factory=dict)
-    refused: bool = False
-    compiler: float = 0.0
-    attention: float = 0.0
+    rejected: bool = False
+    compiler_seconds: float = 0.0
+    attention_seconds: float = 0.0
     traffic: dict[str, Traffic] = field(default_factory=dict)
-    flops: float = 0.0
+    hardware_flops: float = 0.0
     compile_seconds: float = 0.0
 
     @property
-    def needed(self) -> float:
-        """Bytes of memory that a chip needs."""
+    def needed_bytes(self) -> float:
+        """Memory that a chip needs."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Tells whether that is there: the compiler keeps a little for itself."""
-        return not self.refused and self.needed <= self.pod.chip.hbm_gib * 2**30
+        """True if the compiler accepts the program and a chip has the memory it needs.
+
+        The compiler reserves a little for itself, so it may reject a program that needs less.
+        """
+        return not self.rejected and self.needed_bytes <= self.pod.chip.hbm_gib * 2**30
 
     @property
-    def network(self) -> float:
-        """Seconds in which collectives travel and nothing computes."""
+    def exposed_seconds(self) -> float:
+        """Exposed communication: time in which collectives run and nothing computes."""
         return sum(kind.exposed for kind in self.traffic.values())
 
     @property
-    def step(self) -> float:
-        """Seconds of a step, all in all."""
-        return self.compiler + self.attention + self.network
+    def step_seconds(self) -> float:
+        """Estimated time of a step: compute, attention and exposed communication."""
+        return self.compiler_seconds + self.attention_seconds + self.exposed_seconds
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
         return self.config.data.batch_size * self.config.data.seq_len
 
     def mfu(self, seconds: float, *, causal: bool = True) -> float:
-        """Returns the share of the peak that the model's FLOPs are, in a step of `seconds`.
+        """Returns the model's FLOPs as a share of the peak, for a step of `seconds`.
 
-        Causal counting takes the half of attention that causality leaves; full counting, which
-        some publish, takes all of it.
+        The causal count includes only the lower half of attention's scores; the full count, which
+        some papers publish, includes all of them.
         """
         model, T = self.config.model, self.config.data.seq_len
-        a_token = model.flops_per_token(T)
+        flops_per_token = model.flops_per_token(T)
         if not causal:
-            a_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
-        return a_token * self.tokens / seconds / (self.pod.size * self.pod.chip.bf16_tflops * 1e12)
+            flops_per_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
+        peak = self.pod.n_chips * self.pod.chip.bf16_tflops * 1e12
+        return flops_per_token * self.tokens_per_step / seconds / peak
 
     @property
     def hfu(self) -> float:
-        """The same share of all FLOPs that the hardware does, what is done twice included."""
-        return self.flops / self.step / (self.pod.chip.bf16_tflops * 1e12)
+        """The hardware's FLOPs as a share of the peak; recomputation counts here."""
+        return self.hardware_flops / self.step_seconds / (self.pod.chip.bf16_tflops * 1e12)
 
 
-def make(config: Config, pod: Pod, tell: Callable[[str], None]) -> Plan:
-    """Compiles the step of a run three times, and returns what it tells.
+def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> TrainingPlan:
+    """Compiles the training step three times and returns the plan.
 
-    The whole program says how much memory it takes. Two of one and of two layers, unrolled, say
-    what a layer and what the rest costs, because the compiler counts the body of a loop once.
+    The memory and the schedule come from the complete program. The compiler counts the body of a
+    loop once, so the time comes from two programs with one and two unrolled layers: their
+    difference is the time of a layer.
 
     Args:
-        tell: is told what is being done.
+        log: called with a line of progress before each compilation.
 
     Raises:
-        InputError: the mesh does not divide the pod, the model or the batch.
+        InputError: the mesh does not divide the pod, the model or the batch; the compiler fails.
     """
-    mesh = make_mesh(config.mesh, pods.devices(pod))
+    mesh = make_mesh(config.mesh, topology.devices(pod))
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
-    config = replace(config, mesh=MeshConfig(**dict(mesh.shape)))  # -1 is filled
-    plan = Plan(config, pod)
-    tell("compiling the whole step, for its memory and its schedule …")
-    begun = time.monotonic()
+    config = replace(config, mesh=MeshConfig(**dict(mesh.shape)))  # replaces -1 by the real size
+    plan = TrainingPlan(config=config, pod=pod)
+    log("compiling the complete step, for its memory and its schedule …")
+    start = time.monotonic()
     try:
-        whole = compiler.compiled(config, mesh, pod.chip)
+        step = training_program.compile_train_step(config, mesh, pod.chip)
     except DoesNotFit as error:
-        plan.refused, plan.memory = True, {"all": float(error.needed or math.inf)}
+        plan.rejected, plan.memory = True, {"all": float(error.needed_bytes or math.inf)}
         return plan
-    plan.memory = {
-        "weights": whole.weights,
-        "optimizer": whole.optimizer,
-        "batch": whole.arguments - whole.weights - whole.optimizer,
-        "activations": whole.kept,
-        "temporaries": whole.peak - whole.arguments - whole.kept,
-    }
-    tell(f"compiled in {time.monotonic() - begun:.0f} s; now one layer and two, for their time …")
-    depths = (compiler.of_depth(config, layers) for layers in (1, 2))
+    plan.memory = _memory_by_kind(step)
+    elapsed = time.monotonic() - start
+    log(f"compiled in {elapsed:.0f} s; compiling one layer and two, for their time …")
     try:
-        # Not both at once: libtpu 0.0.42.1 then ends the process, in two of five such plans.
-        one, two = (compiler.compiled(run, mesh, pod.chip) for run in depths)
+        # One after the other: compiled in parallel, libtpu 0.0.42.1 aborts the process in two of
+        # five such plans.
+        one, two = (
+            training_program.compile_train_step(
+                training_program.config_of_depth(config, n_layers), mesh, pod.chip
+            ).program
+            for n_layers in (1, 2)
+        )
     except DoesNotFit:
-        tell("the whole step fits, layers out of their loop do not: memory alone is told")
+        log("the complete step fits, but unrolled layers do not: the plan has no estimate of time")
         return plan
-    plan.compile_seconds = time.monotonic() - begun
-    layers, micro = config.model.n_layers, config.training.micro_batches
-
-    def extrapolated(first: float, second: float) -> float:
-        return micro * (first + (layers - 1) * (second - first))
-
-    plan.compiler = extrapolated(one.seconds, two.seconds)
-    plan.attention = attention_seconds(config, dict(mesh.shape), pod.chip)
-    plan.flops = extrapolated(one.flops, two.flops)
-    plan.flops += attention_flops(config, dict(mesh.shape))
-    # Cycles and seconds are two models of the compiler's: the schedule is played at their ratio.
-    hertz = sum(event.cycles for event in two.events) / two.seconds
-    plan.traffic = traffic(whole.events, hertz, lambda collective: _seconds(collective, pod))
+    plan.compile_seconds = time.monotonic() - start
+    _estimate_time(plan, step.program, one, two, dict(mesh.shape))
     return plan
 
 
-def _seconds(collective: Collective, pod: Pod) -> float:
-    return collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
+def _memory_by_kind(step: CompiledTrainStep) -> dict[str, float]:
+    """Returns the bytes of the step's arguments and temporaries by kind."""
+    arguments, peak = step.program.argument_bytes, step.program.peak_bytes
+    return {
+        "weights": step.weights,
+        "optimizer": step.optimizer,
+        "batch": arguments - step.weights - step.optimizer,
+        "activations": step.saved_activations,
+        "temporaries": peak - arguments - step.saved_activations,
+    }
 
 
-def network_bandwidth(pod: Pod, devices: int) -> float:
-    """Returns how fast a chip sends within a group of `devices` [GB/s].
+def _estimate_time(
+    plan: TrainingPlan,
+    complete: CompiledProgram,
+    one: CompiledProgram,
+    two: CompiledProgram,
+    mesh: dict[str, int],
+) -> None:
+    """Fills in times, FLOPs and traffic from the complete step and from one and two layers."""
+    config, pod = plan.config, plan.pod
+    n_layers, micro_batches = config.model.n_layers, config.training.micro_batches
 
-    A group spans the fewest dimensions of the network that hold it: both links of those that it
-    fills and that are rings, and one of others, in which it is a line. One that is larger than a
-    slice waits for the network between slices.
-    """
-    if devices > pod.size // pod.slices:
-        return _BETWEEN_SLICES
-    held, links = 1, 0
-    for size, ring in sorted(zip(pod.shape, pod.rings, strict=True)):
-        if held < devices and size > 1:
-            links += 2 if ring and devices >= held * size else 1
-            held *= size
-    return pod.chip.ici_link_gb_per_s * max(1, links)
+    def extrapolate(first: float, second: float) -> float:
+        return micro_batches * (first + (n_layers - 1) * (second - first))
+
+    def seconds(collective: Collective) -> float:
+        return collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
+
+    plan.compiler_seconds = extrapolate(one.seconds, two.seconds)
+    plan.attention_seconds = attention_seconds(config, mesh, pod.chip)
+    plan.hardware_flops = extrapolate(one.flops, two.flops) + attention_flops(config, mesh)
+    # The compiler estimates cycles and seconds by two different models, so the simulation converts
+    # cycles to seconds by their ratio and not by the chip's clock.
+    hertz = sum(event.cycles for event in two.events) / two.seconds
+    plan.traffic = simulate_traffic(complete.events, hertz, seconds)
 
 
 def attention_flops(config: Config, mesh: dict[str, int]) -> float:
-    """Returns what the attention kernels of a step compute on one chip.
+    """Returns the FLOPs of the attention kernels on one chip in a step.
 
-    They make two products forward and five backward, of which causality leaves half, and the
-    forward ones again where `model.remat` keeps none of attention's results.
+    The kernels compute two products in the forward pass and five in the backward pass, half of each
+    because of the causal mask. The two forward products run again where `model.remat` saves no
+    result of attention.
     """
     model, T = config.model, config.data.seq_len
     products = 9 if model.remat in _RECOMPUTES_ATTENTION else 7
-    a_product = config.data.batch_size * T * T * model.n_heads * model.head_dim  # half of 2·T²
-    return products * model.n_layers * a_product / math.prod(mesh.values())
+    # A product takes 2·T² FLOPs per row, head and head dimension; the causal half is T².
+    flops_per_product = config.data.batch_size * T * T * model.n_heads * model.head_dim
+    return products * model.n_layers * flops_per_product / math.prod(mesh.values())
 
 
 def attention_seconds(config: Config, mesh: dict[str, int], chip: PlannableChip) -> float:
-    """Returns the time of the attention kernels of a step, at `ATTENTION_EFFICIENCY` of the peak.
+    """Returns the time of the attention kernels in a step, at `ATTENTION_EFFICIENCY` of the peak.
 
-    Heads below 128 fill the matrix unit in part.
+    Heads smaller than 128 fill only a part of the matrix unit.
     """
     efficiency = ATTENTION_EFFICIENCY * min(1.0, config.model.head_dim / 128)
     return attention_flops(config, mesh) / (chip.bf16_tflops * 1e12 * efficiency)

@@ -1,4 +1,4 @@
-"""Tells a plan to people and to programs."""
+"""Reports a training plan as tables and as a dict for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,116 +7,134 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_jax.config.run import Config
-from llama_jax.plan.training import Plan
+from llama_jax.plan.training import TrainingPlan
 
 GIB = 2**30
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: TrainingPlan) -> dict[str, Any]:
     """Returns all figures of a plan, in bytes, seconds and shares of 1."""
+    memory = {"hbm": plan.pod.chip.hbm_gib * GIB, "needed": plan.needed_bytes, **plan.memory}
     summary: dict[str, Any] = {
         "topology": str(plan.pod),
-        "chips": plan.pod.size,
+        "chips": plan.pod.n_chips,
         "parameters": plan.config.model.n_params,
-        "tokens_per_step": plan.tokens,
+        "tokens_per_step": plan.tokens_per_step,
         "fits": plan.fits,
-        "memory": {"hbm": plan.pod.chip.hbm_gib * GIB, "needed": plan.needed, **plan.memory},
+        "memory": memory,
     }
-    if not plan.compiler:
+    if not plan.compiler_seconds:
         return summary
-    total = plan.step * plan.config.training.steps
+    run_seconds = plan.step_seconds * plan.config.training.steps
     return summary | {
         "step_seconds": {
-            "compiler": plan.compiler,
-            "attention": plan.attention,
-            "network": plan.network,
-            "all": plan.step,
+            "compiler": plan.compiler_seconds,
+            "attention": plan.attention_seconds,
+            "network": plan.exposed_seconds,
+            "all": plan.step_seconds,
         },
-        "tokens_per_second_per_chip": plan.tokens / plan.step / plan.pod.size,
-        "run_days": total / 86_400,
-        "run_chip_hours": total * plan.pod.size / 3600,
-        "mfu_causal": plan.mfu(plan.step),
-        "mfu_full": plan.mfu(plan.step, causal=False),
-        "mfu_causal_compiler_alone": plan.mfu(plan.compiler),
-        "mfu_causal_with_attention": plan.mfu(plan.compiler + plan.attention),
+        "tokens_per_second_per_chip": plan.tokens_per_step / plan.step_seconds / plan.pod.n_chips,
+        "run_days": run_seconds / 86_400,
+        "run_chip_hours": run_seconds * plan.pod.n_chips / 3600,
+        "mfu_causal": plan.mfu(plan.step_seconds),
+        "mfu_full": plan.mfu(plan.step_seconds, causal=False),
+        "mfu_causal_compiler_alone": plan.mfu(plan.compiler_seconds),
+        "mfu_causal_with_attention": plan.mfu(plan.compiler_seconds + plan.attention_seconds),
         "hfu": plan.hfu,
-        "traffic": {kind: sums._asdict() for kind, sums in plan.traffic.items()},
+        "traffic": {kind: total._asdict() for kind, total in plan.traffic.items()},
         "compile_seconds": plan.compile_seconds,
     }
 
 
-def show(plan: Plan) -> None:
+def show(plan: TrainingPlan) -> None:
     """Prints the plan as tables, on standard output."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{plan.pod}: {_first_lines(plan)}")
-    memory = table("memory of a chip", "GiB", "")
+    console.print(_headline(plan))
+    memory = empty_table("memory of a chip", "GiB", "")
     for kind, used in plan.memory.items():
         memory.add_row(kind, f"{used / GIB:.2f}", "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    memory.add_row("all", f"{plan.needed / GIB:.2f}", f"{verdict} {plan.pod.chip.hbm_gib:g} GiB")
+    capacity = f"{verdict} {plan.pod.chip.hbm_gib:g} GiB"
+    memory.add_row("all", f"{plan.needed_bytes / GIB:.2f}", capacity)
     console.print(memory)
-    if not plan.compiler:
+    if not plan.compiler_seconds:
         return
-    step = table("an estimate of a step", "ms", "MFU causal", "MFU full")
-    sums = [
-        ("the compiler's estimate alone", plan.compiler, plan.compiler),
-        ("+ attention, by a model", plan.attention, plan.compiler + plan.attention),
-        ("+ network that nothing hides", plan.network, plan.step),
-    ]
-    for name, part, so_far in sums:
-        shares = (f"{plan.mfu(so_far, causal=causal):.1%}" for causal in (True, False))
-        step.add_row(name, f"{part * 1e3:,.1f}", *shares)
-    step.add_row("all", f"{plan.step * 1e3:,.1f}", "", f"HFU {plan.hfu:.1%}")
-    console.print(step)
-    network = table("a chip sends in a step", "GB", "ms", "not hidden")
-    for kind, sums in sorted(plan.traffic.items()):
-        exposed = sums.exposed / sums.seconds if sums.seconds else 0.0
-        figures = f"{sums.bytes / 1e9:.2f}", f"{sums.seconds * 1e3:,.1f}", f"{exposed:.0%}"
-        network.add_row(kind, *figures)
-    console.print(network)
-    total = plan.step * plan.config.training.steps
+    console.print(_step_table(plan))
+    console.print(_network_table(plan))
+    run_seconds = plan.step_seconds * plan.config.training.steps
     console.print(
-        f"{plan.tokens / plan.step / plan.pod.size:,.0f} tokens/s/chip;"
-        f" {plan.config.training.steps:,} steps: {total / 86_400:.1f} days,"
-        f" {total * plan.pod.size / 3600:,.0f} chip-hours (compiled in"
+        f"{plan.tokens_per_step / plan.step_seconds / plan.pod.n_chips:,.0f} tokens/s/chip;"
+        f" {plan.config.training.steps:,} steps: {run_seconds / 86_400:.1f} days,"
+        f" {run_seconds * plan.pod.n_chips / 3600:,.0f} chip-hours (compiled in"
         f" {plan.compile_seconds:.0f} s)"
     )
 
 
-def ranking(plans: list[Plan]) -> None:
-    """Prints several plans beside each other, in their order."""
-    ways = table("ways to run", "step ms", "MFU causal", "compiler alone", "GiB", "fits")
+def show_ranking(plans: list[TrainingPlan]) -> None:
+    """Prints a table of several plans, in the given order."""
+    table = empty_table("ways to run", "step ms", "MFU causal", "compiler alone", "GiB", "fits")
     for plan in plans:
         config = plan.config
-        shares = ("", "", "")
-        if plan.compiler:
-            shares = (f"{plan.step * 1e3:,.0f}",)
-            shares += tuple(f"{plan.mfu(s):.1%}" for s in (plan.step, plan.compiler))
-        micro = config.training.micro_batches
-        name = f"{_mesh(config)}, remat {config.model.remat}, {micro} micro-batch(es)"
+        times = ("", "", "")
+        if plan.compiler_seconds:
+            times = (
+                f"{plan.step_seconds * 1e3:,.0f}",
+                f"{plan.mfu(plan.step_seconds):.1%}",
+                f"{plan.mfu(plan.compiler_seconds):.1%}",
+            )
+        micro_batches = config.training.micro_batches
+        name = f"{_mesh(config)}, remat {config.model.remat}, {micro_batches} micro-batch(es)"
         fits = "yes" if plan.fits else "no"
-        ways.add_row(name, *shares, f"{plan.needed / GIB:.1f}", fits)
-    Console(highlight=False, soft_wrap=True).print(ways)
+        table.add_row(name, *times, f"{plan.needed_bytes / GIB:.1f}", fits)
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def empty_table(title: str, *columns: str) -> Table:
+    """Returns a table without rows; its first column has no heading."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _headline(plan: TrainingPlan) -> str:
+    """Returns the pod, the batch and the mesh in one line."""
+    config, micro_batches = plan.config, plan.config.training.micro_batches
+    return (
+        f"{plan.pod}: {plan.pod.n_chips} chips, {config.model.n_params:,} parameters,"
+        f" {plan.tokens_per_step:,} tokens a step in {micro_batches} micro-batch(es)"
+        f" of {config.data.seq_len}; mesh {_mesh(config)}, remat {config.model.remat}"
+    )
+
+
+def _step_table(plan: TrainingPlan) -> Table:
+    """Returns the parts of a step's time, with the MFU of the parts so far."""
+    table = empty_table("an estimate of a step", "ms", "MFU causal", "MFU full")
+    total = 0.0
+    for name, seconds in (
+        ("the compiler's estimate alone", plan.compiler_seconds),
+        ("+ attention, modelled", plan.attention_seconds),
+        ("+ exposed communication", plan.exposed_seconds),
+    ):
+        total += seconds
+        causal, full = f"{plan.mfu(total):.1%}", f"{plan.mfu(total, causal=False):.1%}"
+        table.add_row(name, f"{seconds * 1e3:,.1f}", causal, full)
+    table.add_row("all", f"{plan.step_seconds * 1e3:,.1f}", "", f"HFU {plan.hfu:.1%}")
+    return table
+
+
+def _network_table(plan: TrainingPlan) -> Table:
+    """Returns bytes, time and exposed share of each kind of collective."""
+    table = empty_table("a chip sends in a step", "GB", "ms", "exposed")
+    for kind, total in sorted(plan.traffic.items()):
+        exposed = total.exposed / total.seconds if total.seconds else 0.0
+        table.add_row(
+            kind, f"{total.bytes / 1e9:.2f}", f"{total.seconds * 1e3:,.1f}", f"{exposed:.0%}"
+        )
+    return table
 
 
 def _mesh(config: Config) -> str:
     sizes = (f"{axis} {size}" for axis, size in asdict(config.mesh).items() if size != 1)
     return " × ".join(sizes) or "one chip"
-
-
-def _first_lines(plan: Plan) -> str:
-    config = plan.config
-    return (
-        f"{plan.pod.size} chips, {config.model.n_params:,} parameters, {plan.tokens:,} tokens a"
-        f" step in {config.training.micro_batches} micro-batch(es) of {config.data.seq_len};"
-        f" mesh {_mesh(config)}, remat {config.model.remat}"
-    )
-
-
-def table(title: str, *columns: str) -> Table:
-    """Returns an empty table whose first column has no head."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    made.add_column("")
-    for column in columns:
-        made.add_column(column, justify="right")
-    return made

@@ -7,61 +7,67 @@ from conftest import tiny_config
 from llama_jax.config.family import FAMILY
 from llama_jax.errors import InputError
 from llama_jax.plan import figure, topology
+from llama_jax.plan.figure import Chart
 from llama_jax.plan.schedule import Traffic
-from llama_jax.plan.serving import InferencePlan, Time, Weights
-from llama_jax.plan.training import Plan
+from llama_jax.plan.serving import InferencePlan, ProgramTime, WeightBytes
+from llama_jax.plan.training import TrainingPlan
 
 GIB = 2**30
 
 
-def test_the_bars_of_a_run_are_its_memory_and_its_step(tmp_path):
-    memory = {"weights": GIB, "activations": 3.5 * GIB}
-    plan = Plan(
-        tiny_config(), topology.parse("v5p:4x4x4"), memory=memory,
-        compiler=0.5, attention=0.25, traffic={"all-gather": Traffic(8, 2.0, 0.125)},
+def test_a_training_chart_shows_memory_and_step_time(tmp_path):
+    plan = TrainingPlan(
+        config=tiny_config(), pod=topology.parse("v5p:4x4x4"),
+        memory={"weights": GIB, "activations": 3.5 * GIB},
+        compiler_seconds=0.5, attention_seconds=0.25,
+        traffic={"all-gather": Traffic(bytes=8, seconds=2.0, exposed=0.125)},
     )  # fmt: skip
-    title, there, memory, times = figure.of_training(plan)
-    assert there == 95
-    assert sum(memory["a chip"].values()) == plan.needed / GIB == 4.5
-    assert list(times["a step"].values()) == [500, 250, 125]
-    assert f"{plan.mfu(0.875):.1%}" in title
+    chart = figure.chart_training(plan)
+    assert chart.capacity == 95
+    assert sum(chart.memory["a chip"].values()) == plan.needed_bytes / GIB == 4.5
+    assert list(chart.times["a step"].values()) == [500, 250, 125]
+    assert f"{plan.mfu(0.875):.1%}" in chart.title
     for name, start in (("p.png", b"\x89PNG"), ("p.svg", b"<?xml")):
-        figure.draw(tmp_path / name, title, there, memory, times)
+        figure.draw_chart(tmp_path / name, chart)
         assert (tmp_path / name).read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_run_that_the_compiler_refuses_is_drawn_without_time(tmp_path):
-    plan = Plan(tiny_config(), topology.parse("v5p:4x4x4"), memory={"all": math.inf}, refused=True)
-    bars = figure.of_training(plan)
-    assert bars[3] == {}
-    assert bars[0].endswith("does NOT fit")
-    figure.draw(tmp_path / "p.svg", *bars)
+def test_the_chart_of_a_rejected_run_has_no_times(tmp_path):
+    plan = TrainingPlan(
+        config=tiny_config(), pod=topology.parse("v5p:4x4x4"), memory={"all": math.inf},
+        rejected=True,
+    )  # fmt: skip
+    chart = figure.chart_training(plan)
+    assert chart.times == {}
+    assert chart.title.endswith("does NOT fit")
+    figure.draw_chart(tmp_path / "p.svg", chart)
     assert (tmp_path / "p.svg").stat().st_size > 0
 
 
-def test_the_bars_of_serving_are_what_is_needed_and_each_step():
-    config, weights = FAMILY["llama2-7b"], Weights(GIB, 4 * GIB, GIB)
-    time = Time(memory=1.0, compute=0.5, network=0.25, cycles=2.0, compiler=9.0)
+def test_an_inference_chart_shows_the_needed_memory_and_the_time_of_each_program():
+    config = FAMILY["llama2-7b"]
+    time = ProgramTime(memory=1.0, compute=0.5, network=0.25, cycles=2.0, compiler=9.0)
     plan = InferencePlan(
-        config, config.n_params, topology.parse("v5e:2x4"), 4096, 8, weights, cache_row=GIB // 8,
-        decode_peak=9 * GIB, prefill_room=GIB, decode={1: time, 8: time}, prefill=time,
+        config=config, n_params=config.n_params, pod=topology.parse("v5e:2x4"), context=4096,
+        batch=8, weights=WeightBytes(embedding=GIB, layers=4 * GIB, head=GIB),
+        cache_bytes_per_row=GIB // 8, decode_peak_bytes=9 * GIB, prefill_bytes=GIB,
+        decode_times={1: time, 8: time}, prefill_time=time,
     )  # fmt: skip
-    _, there, memory, times = figure.of_inference(plan)
-    assert there == 15.75
-    assert memory["a chip"] == {
-        "weights": 6, "keys and values": 1, "temporaries of decoding": 2,
-    }  # fmt: skip
-    assert list(times) == ["decode, batch 1", "decode, batch 8", "read 4,096 tokens"]
-    assert list(times["decode, batch 8"].values()) == [2000, 250]
-    reading = figure.of_inference(replace(plan, prefill_room=4 * GIB))[2]["a chip"]
-    assert reading["while a prompt is read"] == 4
+    chart = figure.chart_inference(plan)
+    assert isinstance(chart, Chart)
+    assert chart.capacity == 15.75
+    assert chart.memory["a chip"] == {"weights": 6, "KV cache": 1, "temporaries of decoding": 2}
+    assert list(chart.times) == ["decode, batch 1", "decode, batch 8", "prefill 4,096 tokens"]
+    assert list(chart.times["decode, batch 8"].values()) == [2000, 250]
+    larger_prefill = figure.chart_inference(replace(plan, prefill_bytes=4 * GIB))
+    assert larger_prefill.memory["a chip"]["during prefill"] == 4
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [("p.pdf", "ends with .png or .svg"), ("no/p.png", "there is no folder")],
 )
-def test_a_picture_that_can_not_be_written_is_refused_before_compiling(tmp_path, name, sentence):
+def test_an_unwritable_picture_path_is_rejected_before_compiling(tmp_path, name, sentence):
     with pytest.raises(InputError, match=sentence):
         figure.check_path(str(tmp_path / name))

@@ -1,7 +1,7 @@
 import pytest
 
 from llama_jax.plan import schedule
-from llama_jax.plan.schedule import Collective, Event
+from llama_jax.plan.schedule import Collective, Event, Traffic
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from llama_jax.plan.schedule import Collective, Event
         ("[4,16]<=[64], use_global_device_ids=true", 16),
     ],
 )
-def test_groups_of_devices_are_read_in_every_notation(groups, size):
+def test_group_size_parses_every_notation_of_xla(groups, size):
     assert schedule.group_size(groups) == size
 
 
@@ -47,34 +47,39 @@ SCATTER = Collective("reduce-scatter", 64 * 256 * 4 * 15 / 16, 16)
 SUM = Collective("all-reduce", 2 * 64 * 256 * 4 * 15 / 16, 16)
 
 
-def test_a_schedule_is_read_with_its_loops_and_what_runs_beside_them():
-    """A gather goes on through three products; each of three scatters beside one; a sum alone."""
-    a_round = [Event(starts=SCATTER, key="start"), Event(10), Event(key="start")]
-    assert [event for event in schedule.events(PROGRAM) if event != Event()] == [
-        Event(starts=GATHER, key="7"), Event(5), Event(6), Event(7), Event(key="7"),
-        *a_round * 3,
+def test_parse_events_repeats_loops_and_orders_overlapping_collectives():
+    """An all-gather overlaps three products; each of three reduce-scatters one; a sum none."""
+    iteration = [Event(starts=SCATTER, key="start"), Event(cycles=10), Event(key="start")]
+    assert [event for event in schedule.parse_events(PROGRAM) if event != Event()] == [
+        Event(starts=GATHER, key="7"), Event(cycles=5), Event(cycles=6), Event(cycles=7),
+        Event(key="7"),
+        *iteration * 3,
         Event(starts=SUM, key="sum"), Event(key="sum"),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("gather", "scatter", "waits"),
+    ("gather", "scatter", "exposed"),
     [
-        (18, 10, (0, 0)),  # as long as what runs meanwhile
-        (20, 11, (2, 3)),  # longer: 2 once, 1 three times
+        (18, 10, (0, 0)),  # as long as the computation that overlaps it
+        (20, 11, (2, 3)),  # longer: by 2 once, by 1 three times
     ],
 )
-def test_what_computation_does_not_hide_is_counted(gather, scatter, waits):
-    takes = {"all-gather": gather, "reduce-scatter": scatter, "all-reduce": 4}
-    found = schedule.traffic(schedule.events(PROGRAM), 1.0, lambda c: takes[c.kind])
-    assert found["all-gather"] == (GATHER.bytes, gather, waits[0])
-    assert found["reduce-scatter"] == (3 * SCATTER.bytes, 3 * scatter, waits[1])
-    assert found["all-reduce"] == (SUM.bytes, 4, 4)
+def test_communication_longer_than_the_computation_it_overlaps_is_exposed(gather, scatter, exposed):
+    durations = {"all-gather": gather, "reduce-scatter": scatter, "all-reduce": 4}
+    found = schedule.simulate_traffic(
+        schedule.parse_events(PROGRAM), 1.0, lambda collective: durations[collective.kind]
+    )
+    assert found == {
+        "all-gather": Traffic(bytes=GATHER.bytes, seconds=gather, exposed=exposed[0]),
+        "reduce-scatter": Traffic(bytes=3 * SCATTER.bytes, seconds=3 * scatter, exposed=exposed[1]),
+        "all-reduce": Traffic(bytes=SUM.bytes, seconds=4, exposed=4),
+    }
 
 
-def test_the_network_does_one_thing_after_the_other():
+def test_the_network_runs_one_collective_after_the_other():
     events = [
         Event(starts=GATHER, key="a"), Event(starts=GATHER, key="b"),
         Event(cycles=5), Event(key="a"), Event(key="b"),
     ]  # fmt: skip
-    assert schedule.traffic(events, 1.0, lambda _: 4.0)["all-gather"].exposed == 3
+    assert schedule.simulate_traffic(events, 1.0, lambda _: 4.0)["all-gather"].exposed == 3
