@@ -1,7 +1,7 @@
 """Plans the serving of a model on a pod: memory, largest batch and speed from compiled programs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -12,51 +12,10 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.plan import serving_program as programs
 from llama_jax.plan.compiler import CompiledProgram, DoesNotFit, bytes_per_device
-from llama_jax.plan.schedule import Collective
-from llama_jax.plan.topology import Pod, network_bandwidth
+from llama_jax.plan.program_time import DEPTHS, ProgramTime, estimate_time, extrapolate
+from llama_jax.plan.topology import Pod
 
-_HOP_SECONDS = 1e-6  # latency of a message between neighbouring chips
-_DEPTHS = 2, 3  # layers of the programs from which the time of all layers is extrapolated
 _MAX_COMPILATIONS = 6  # of the decode loop, to find the largest batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramTime:
-    """Time of a program on one chip, estimated in several ways [s].
-
-    Attributes:
-        memory: reads every byte of weights and cache once, at the memory bandwidth.
-        compute: all FLOPs at the peak.
-        network: all collectives one after the other: bytes over the links, plus latency of hops.
-        cycles: the compiler's cycle count of all operations, at the chip's clock.
-        compiler: sum of the compiler's cost model over all operations, without network. It charges
-            reads from the on-chip memory (VMEM) as if they came from HBM.
-    """
-
-    memory: float
-    compute: float
-    network: float
-    cycles: float
-    compiler: float
-
-    @property
-    def roofline(self) -> float:
-        """Lower bound: memory, compute and network overlap perfectly."""
-        return max(self.memory, self.compute, self.network)
-
-    @property
-    def estimate(self) -> float:
-        """Expected time: the longest of memory, compute and cycles, plus the network.
-
-        The network is added because the compiled programs wait for each all-reduce right where
-        it starts.
-        """
-        return max(self.memory, self.compute, self.cycles) + self.network
-
-    @property
-    def bound(self) -> str:
-        """The largest part of the roofline: 'memory', 'compute' or 'network'."""
-        return max(("memory", "compute", "network"), key=lambda name: getattr(self, name))
 
 
 class WeightBytes(NamedTuple):
@@ -190,10 +149,9 @@ def plan_inference(
     )
     if prefill is not None:
         extra = [program.peak_bytes - program.argument_bytes for program in prefill]
-        plan.prefill_bytes = int(_extrapolate(extra, config.n_layers))
-        plan.prefill_time = _estimate_time(
-            plan, prefill, bytes_read=sum(plan.weights) + plan.cache_bytes_per_row
-        )
+        plan.prefill_bytes = int(extrapolate(extra, config.n_layers))
+        bytes_read = sum(plan.weights) + plan.cache_bytes_per_row
+        plan.prefill_time = estimate_time(prefill, config.n_layers, bytes_read, pod)
     log("compiling the complete decode loop, for its memory …")
     peak_bytes = _DecodePeaks(
         lambda rows: programs.compile_decode_loop(config, pod, mesh, rows, context), log
@@ -208,7 +166,7 @@ def plan_inference(
         )  # fmt: skip
         if step is not None:
             bytes_read = decode_step_bytes(plan, rows)
-            plan.decode_times[rows] = _estimate_time(plan, step, bytes_read=bytes_read)
+            plan.decode_times[rows] = estimate_time(step, config.n_layers, bytes_read, pod)
     return plan
 
 
@@ -294,7 +252,7 @@ def _find_largest_batch(plan: InferencePlan, peak_bytes: Callable[[int], float])
     cache_capacity = plan.usable_bytes - sum(plan.weights) - (plan.prefill_bytes or 0)
     prefill_limit = max(0, math.floor(cache_capacity / plan.cache_bytes_per_row))
 
-    def extrapolate(batch: int, peak: float) -> int:
+    def next_largest(batch: int, peak: float) -> int:
         decode_limit = largest_batch_within(
             plan.usable_bytes, peak, batch, plan.decode_bytes_per_row
         )
@@ -302,7 +260,7 @@ def _find_largest_batch(plan: InferencePlan, peak_bytes: Callable[[int], float])
 
     batch, peak = plan.batch, plan.decode_peak_bytes
     for _ in range(_MAX_COMPILATIONS if prefill_limit else 0):
-        next_batch = extrapolate(batch, peak)
+        next_batch = next_largest(batch, peak)
         next_peak = peak_bytes(next_batch)
         if math.isinf(next_peak):
             break
@@ -312,7 +270,7 @@ def _find_largest_batch(plan: InferencePlan, peak_bytes: Callable[[int], float])
         batch, peak = next_batch, next_peak
         if peak <= plan.usable_bytes and batch > plan.largest_batch:
             plan.largest_batch, plan.largest_batch_bytes = batch, peak
-        if extrapolate(batch, peak) == batch:
+        if next_largest(batch, peak) == batch:
             break
     if plan.largest_batch:
         fixed = plan.largest_batch_bytes - plan.largest_batch * plan.decode_bytes_per_row
@@ -329,43 +287,6 @@ def _compile_two_depths(
     one layer underestimates the memory of each further layer.
     """
     try:
-        return [compile_(replace(config, n_layers=n_layers)) for n_layers in _DEPTHS]
+        return [compile_(replace(config, n_layers=n_layers)) for n_layers in DEPTHS]
     except DoesNotFit:
         return None
-
-
-def _extrapolate(figures: Sequence[float], n_layers: int) -> float:
-    """Returns the figure of `n_layers` layers from the figures of `_DEPTHS`, linearly."""
-    fewer, more = figures
-    return fewer + (n_layers - _DEPTHS[0]) * (more - fewer)
-
-
-def _estimate_time(
-    plan: InferencePlan, programs: list[CompiledProgram], bytes_read: float
-) -> ProgramTime:
-    """Returns the time of all layers from the programs of `_DEPTHS` and the bytes they read."""
-    chip = plan.pod.chip
-
-    def all_layers(figure: Callable[[CompiledProgram], float]) -> float:
-        return _extrapolate([figure(program) for program in programs], plan.config.n_layers)
-
-    def network_seconds(program: CompiledProgram) -> float:
-        return sum(collective_seconds(e.starts, plan.pod) for e in program.events if e.starts)
-
-    return ProgramTime(
-        memory=bytes_read / (chip.hbm_gb_per_s * 1e9),
-        compute=all_layers(lambda program: program.flops) / (chip.bf16_tflops * 1e12),
-        network=all_layers(network_seconds),
-        cycles=all_layers(lambda p: sum(e.cycles for e in p.events)) / (chip.clock_ghz * 1e9),
-        compiler=all_layers(lambda program: program.seconds),
-    )
-
-
-def collective_seconds(collective: Collective, pod: Pod) -> float:
-    """Returns the time of a collective: its bytes over the links, plus the latency of its hops.
-
-    An all-reduce crosses the slice twice, to the farthest chip and back; other collectives once.
-    """
-    crossings = 2 if collective.kind == "all-reduce" else 1
-    transfer = collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
-    return transfer + crossings * pod.hops * _HOP_SECONDS

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.plan.serving import InferencePlan, ProgramTime
+from llama_jax.plan.program_time import ProgramTime
+from llama_jax.plan.serving import InferencePlan
 from llama_jax.plan.training_report import GIB, empty_table
 
 

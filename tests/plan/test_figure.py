@@ -8,8 +8,9 @@ from llama_jax.config.family import FAMILY
 from llama_jax.errors import InputError
 from llama_jax.plan import figure, topology
 from llama_jax.plan.figure import Chart
+from llama_jax.plan.program_time import ProgramTime
 from llama_jax.plan.schedule import Traffic
-from llama_jax.plan.serving import InferencePlan, ProgramTime, WeightBytes
+from llama_jax.plan.serving import InferencePlan, WeightBytes
 from llama_jax.plan.training import TrainingPlan
 
 GIB = 2**30

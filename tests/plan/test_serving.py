@@ -13,8 +13,9 @@ from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh, tensor_sizes
 from llama_jax.plan import serving, serving_program, serving_report, topology
 from llama_jax.plan.compiler import DoesNotFit
+from llama_jax.plan.program_time import ProgramTime, collective_seconds
 from llama_jax.plan.schedule import Collective
-from llama_jax.plan.serving import InferencePlan, ProgramTime, WeightBytes
+from llama_jax.plan.serving import InferencePlan, WeightBytes
 from llama_jax.runtime.chips import PLANNABLE_CHIPS
 
 GIB = 2**30
@@ -131,8 +132,8 @@ def test_an_all_reduce_crosses_a_slice_twice():
     pod = topology.parse("v5e:4x4")
     all_reduce = Collective("all-reduce", 90e3, 16)
     all_gather = Collective("all-gather", 90e3, 16)
-    assert serving.collective_seconds(all_reduce, pod) == pytest.approx(1e-6 + 12e-6)
-    assert serving.collective_seconds(all_gather, pod) == pytest.approx(1e-6 + 6e-6)
+    assert collective_seconds(all_reduce, pod) == pytest.approx(1e-6 + 12e-6)
+    assert collective_seconds(all_gather, pod) == pytest.approx(1e-6 + 6e-6)
     assert [topology.parse(t).hops for t in ("v5e:16x16", "v5p:4x4x8", "v5p:2x2x1")] == [16, 8, 2]
 
 
