@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from llama_jax.cli.info import describe
+from llama_jax.cli.describe_folder import describe
 from llama_jax.convert.convert import convert
 from llama_jax.errors import InputError
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run, tiny_model
@@ -65,9 +67,9 @@ def test_convert_tells_what_it_did_and_proves_it_again(capsys, model_folder, tmp
     code, out, _ = run(capsys, "convert", model_folder, tmp_path / "hf", "--to", "hf")
     assert code == 0
     assert "peak memory" in out
-    assert "21 weights give back the source's bits" in out
+    assert "21 weights are bit-identical to the source's" in out
     code, out, _ = run(capsys, "convert", "--verify", tmp_path / "hf", model_folder)
-    assert (code, out) == (0, f"{tmp_path / 'hf'}: 21 weights give back the source's bits\n")
+    assert (code, out) == (0, f"{tmp_path / 'hf'}: 21 weights are bit-identical to the source's\n")
     code, _, err = run(
         capsys, "convert", tmp_path / "hf", tmp_path / "m", "--dtype", "bfloat16",
         "--mesh", "fsdp=2", "--max-ram", "64GiB", "--tokenizer", model_folder,
@@ -198,7 +200,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         ),
         (
             ["plan", "llama2-7b", "--topology", "v5p:4x4x4"],
-            "llama2-7b is a model, and a training run has a configuration file: give that, or add"
+            "llama2-7b is a model, and a training run needs a configuration file: give one, or add"
             " --inference to plan serving llama2-7b",
         ),
         (["plan", model_folder, "--topology", "v5p:4x4x4"], "or add --inference to plan serving"),
@@ -206,7 +208,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is no checkpoint: give a Meta folder"),
         (["convert", small, out], "small.txt is no checkpoint"),
-        (["convert", model_folder], "name the folder to make"),
+        (["convert", model_folder], "the folder to create is missing"),
         (["convert", model_folder, tokens], "is already there"),
         (["convert", model_folder, out, "--shards", "2"], "--shards is for --to meta"),
         (
@@ -257,3 +259,17 @@ def test_every_bad_input_gets_one_sentence_and_exit_code_2(
         assert "Traceback" not in err
         assert out == ""
         assert {p for p in tmp_path.iterdir() if p.name != "run"} == before, argv
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["plan", "--topology"]])
+def test_help_and_mistyped_commands_answer_without_jax(argv):
+    program = f"""
+import sys
+from llama_jax.cli.main import main
+try:
+    main({argv})
+except SystemExit:
+    print({{"jax", "flax", "orbax", "grain", "starlette"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n"), done.stderr

@@ -157,7 +157,7 @@ def test_impossible_serving_plans_are_rejected(capsys):
     for words, sentence in [
         (["llama2-7b", "--inference", "--topology", "v5e:3"], "v5e has a network of 2 dimensions"),
         (["llama9", "--inference", "--topology", "v5e:2x2"], "there is no llama9: give a model"),
-        (["llama2-7b", "a.b=1", "--inference", "--topology", "v5e:2x2"], "overrides are for"),
+        (["llama2-7b", "a.b=1", "--inference", "--topology", "v5e:2x2"], "can have overrides"),
         (["x.yaml", "--batch", "3", "--topology", "v5e:2x2"], "--batch is for plan --inference"),
     ]:
         assert main(["plan", *words]) == 2

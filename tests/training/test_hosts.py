@@ -171,7 +171,7 @@ def test_sigterm_on_any_host_saves_one_step_on_all(four, alone, runs):
     assert TrainingCheckpoints(runs / "four" / "checkpoints").steps[-1] == step
     err = four.said("err")[0]
     assert "stopping on SIGTERM on host 3" in err
-    assert f"saved after step {step}; go on with: llama-jax train" in err
+    assert f"saved after step {step}; continue with: llama-jax train" in err
     np.testing.assert_allclose(losses(runs / "four"), losses(alone)[:step], rtol=1e-5)
 
 

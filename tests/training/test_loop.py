@@ -145,7 +145,7 @@ def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     step = orbax.TrainingCheckpoints(folder / "checkpoints").steps[-1]
-    assert f"saved after step {step}; go on with: llama-jax train" in stderr
+    assert f"saved after step {step}; continue with: llama-jax train" in stderr
     assert len(losses(folder)) == step
     assert loop.run(settings).finished
     np.testing.assert_array_equal(losses(folder), losses(whole))

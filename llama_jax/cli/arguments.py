@@ -1,0 +1,70 @@
+"""Arguments that several commands share."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llama_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from llama_jax.inference.sampling import Sampling
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Adds the configuration file and its overrides."""
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, or the name of an included one"
+    )
+    parser.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="changes a key of the file"
+    )
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Adds the folder that contains the model."""
+    parser.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
+
+
+def add_int8(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that quantize the weights and the KV cache."""
+    parser.add_argument("--quantize", choices=["int8"], help="quantize the weights while loading")
+    parser.add_argument("--cache", choices=["int8"], help="quantize the KV cache")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `read_sampling` reads."""
+    for flag, kind, default, metavar, help_ in (
+        ("temperature", float, 0.0, "X", "0: the most likely token (default)"),
+        ("top-k", int, 0, "K", "0: all tokens (default)"),
+        ("top-p", float, 1.0, "P", "1: all tokens (default)"),
+        ("min-p", float, 0.0, "P", "0: all tokens (default)"),
+        ("repetition-penalty", float, 1.0, "X", "1: none (default)"),
+        ("presence-penalty", float, 0.0, "X", "0: none (default)"),
+        ("frequency-penalty", float, 0.0, "X", "0: none (default)"),
+    ):
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=help_)
+
+
+def read_sampling(args: argparse.Namespace) -> "Sampling":
+    """Returns the sampling settings of the flags of `add_sampling`.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    from pydantic import ValidationError
+
+    from llama_jax.config.validation import first_problem
+    from llama_jax.inference.sampling import Sampling
+
+    try:
+        return Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty,
+        )
+    except ValidationError as error:
+        problem = first_problem(error)
+        raise InputError(problem.sentence(f"--{problem.key.replace('_', '-')}")) from error

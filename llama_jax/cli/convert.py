@@ -1,0 +1,117 @@
+"""`llama-jax convert`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from llama_jax.errors import InputError
+
+MANUAL = """\
+Convert a LLaMA checkpoint into another format, and prove that the weights are identical.
+
+Sources are Meta folders (params.json, consolidated.NN.pth), Hugging Face folders (safetensors or
+PyTorch files), GGUF files, .bin files of llama2.c, and model and run folders of llama_jax. The
+output is a model folder (--to orbax), a Hugging Face folder (hf) or a Meta folder (meta), with the
+tokenizer. PyTorch is not needed, and no code in a checkpoint is executed. Memory contains one
+weight at a time. At the end, the output is read back and converted into the tensors of the source,
+which must be equal bit for bit; receipt.json records the result. The folder appears only when it is
+complete. --verify repeats the proof later; if the source is given as DST, it also hashes the
+source again.
+
+--quantize int8 stores each matrix as 8-bit integers with a scale for each output channel, for
+inference only: a quarter of the size of float32. An int8 model can't be converted into another
+format. llama-jax perplexity measures the loss of quality.
+
+example:
+  llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
+  llama-jax convert models/llama3.1-8b export/llama3.1-8b --to hf
+  llama-jax convert Llama-3.1-8B/original models/llama3.1-8b-int8 --quantize int8
+  llama-jax convert Llama-2-70b mp16 --to meta --shards 16
+  llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("source", metavar="SRC", help="checkpoint: a folder or a file")
+    parser.add_argument("folder", metavar="DST", nargs="?", help="folder to create")
+    parser.add_argument(
+        "--to", choices=["orbax", "hf", "meta"], default="orbax", help="output format (orbax)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"],
+        help="type of the weights (as in the source)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-ram", metavar="SIZE",
+        help="memory limit: 4GiB, 800MB … (three times the largest tensor, plus 1GiB)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="take the shape of this member of the family, not the shape in the source",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="FILE", help="replaces the checkpoint's tokenizer")
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="number of files, with --to meta (1)"
+    )
+    parser.add_argument(
+        "--mesh", metavar="fsdp=8,tensor=4", help="chunk a model folder's arrays for this mesh"
+    )
+    parser.add_argument("--quantize", choices=["int8"], help="store the matrices as int8")
+    parser.add_argument(
+        "--verify", action="store_true", help="repeat the proof of SRC; DST may name its source"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts or verifies a checkpoint; returns the exit code."""
+    from llama_jax.convert.convert import convert, parse_mesh
+    from llama_jax.convert.verify import verify
+    from llama_jax.runtime.byte_size import parse_size
+    from llama_jax.runtime.process_memory import release_freed_memory
+
+    if args.verify:
+        counts = verify(Path(args.source), args.folder and Path(args.folder))
+        print(f"{args.source}: {_proof(**counts)}")
+        return 0
+    if args.folder is None:
+        raise InputError("the folder to create is missing: write llama-jax convert SRC DST")
+    start = time.monotonic()
+    release_freed_memory()
+    outcome = convert(
+        args.source,
+        args.folder,
+        to=args.to,
+        dtype=args.dtype,
+        max_ram=args.max_ram and parse_size(args.max_ram, "--max-ram"),
+        model=args.model,
+        tokenizer=args.tokenizer,
+        shards=args.shards,
+        mesh=args.mesh and parse_mesh(args.mesh),
+        quantize=args.quantize,
+    )
+    seconds = time.monotonic() - start
+    for note in outcome.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    print(
+        f"{outcome.folder}: {outcome.bytes_written / 1e9:.3f} GB in {seconds:.1f} s"
+        f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
+        f" {outcome.peak / 2**30:.2f} GiB"
+    )
+    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    if args.quantize:
+        print(f"measure the loss of quality: llama-jax perplexity {outcome.folder} TEXT_FILE")
+    return 0
+
+
+def _proof(identical: int, converted: int) -> str:
+    """Returns the result of a verification.
+
+    Args:
+        identical: number of weights with the bits of the source.
+        converted: number of weights of another type than in the source.
+    """
+    parts = [f"{identical} weights are bit-identical to the source's"] if identical else []
+    parts += [f"{converted} equal the source's after the change of type"] if converted else []
+    return ", ".join(parts)

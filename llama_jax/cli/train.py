@@ -1,0 +1,86 @@
+"""`llama-jax train`."""
+
+import argparse
+
+from llama_jax.cli import generate
+from llama_jax.cli.arguments import add_config
+
+MANUAL = """\
+Train a model with a configuration file, or resume the run in its run folder.
+
+The run folder (training.out) receives config.yaml, checkpoints/, metrics.jsonl, TensorBoard
+files, loss.png and the tokenizer. The same command resumes: the run continues with the same
+batches and losses as an uninterrupted run, also on another mesh. SIGTERM and Ctrl-C save a
+checkpoint and exit. If the folder of token shards is missing, it is first created from data.corpus.
+CONFIG is a file, or the name of one that is included in llama_jax: quickstart, llama-7b,
+llama3-8b …
+
+On a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet, run the command on every host: the hosts
+find each other. Elsewhere, give each host the three flags. training.out and the data must be on
+shared storage.
+
+example:
+  llama-jax train quickstart
+  llama-jax train quickstart training.steps=600 optimizer.peak_lr=1e-3
+  llama-jax train configs/llama-7b.yaml --coordinator 10.0.0.2:8476 --processes 4 --process 0
+"""
+
+_SAMPLE_TOKENS = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command, and the reference of the configuration's keys."""
+    from llama_jax.config import yaml_file
+
+    parser.epilog = f"The keys of a configuration file (type, default):\n{yaml_file.manual()}"
+    add_config(parser)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes, one per host"
+    )
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains until the run is finished or stopped; returns the exit code."""
+    from llama_jax.runtime import hosts
+
+    with hosts.join(args.coordinator, args.processes, args.process):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from llama_jax.config import yaml_file
+
+    config = yaml_file.load(args.config, args.overrides)
+    # JAX is imported after the configuration has been checked.
+    from llama_jax.inference.sampling import Sampling
+    from llama_jax.runtime import hosts
+    from llama_jax.runtime.console import print_status
+    from llama_jax.training import loop
+
+    try:
+        outcome = loop.run(config)
+    except loop.RunStopped as error:
+        print_status(f"llama-jax train: {error}")
+        return 1
+    if not outcome.finished:
+        command = " ".join(["llama-jax train", args.config, *args.overrides])
+        print_status(f"saved after step {outcome.step}; continue with: {command}")
+        return 0
+    if not hosts.is_host_zero():
+        return 0
+    if outcome.validation_loss is not None and outcome.unigram_entropy is not None:
+        print(
+            f"validation loss {outcome.validation_loss:.3f} nats per token; unigram entropy of the"
+            f" held-out text {outcome.unigram_entropy:.3f}"
+        )
+    # No samples on several hosts: all of them would have to load the model and generate together.
+    prompts = () if hosts.is_multi_host() else config.logging.samples
+    for i, prompt in enumerate(prompts):
+        print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
+        sampling = Sampling(temperature=0.7, top_p=0.95)
+        generate.continue_text(outcome.folder, prompt, _SAMPLE_TOKENS, sampling, seed=i)
+    print(f"\nlosses: {outcome.folder / 'loss.png'}")
+    print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
+    return 0
