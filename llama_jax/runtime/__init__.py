@@ -1,1 +1,1 @@
-"""Processes, hosts, accelerators, storage and the console."""
+"""Hosts, signals, accelerators, memory, files and the console."""

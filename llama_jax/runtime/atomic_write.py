@@ -1,10 +1,10 @@
-"""Writes a folder or a file beside its place and renames it: complete under its name, or absent.
+"""Writes folders and files atomically: each appears complete under its name, or not at all.
 
-While it is written it is called `.NAME.partial-XXXXXXXX`, and its writer holds an flock on
-`.NAME.lock`. The system releases that lock when the writer ends, whatever ends it. So whoever holds
-the lock knows that every partial of this name is the leftover of a dead process, and removes it. A
-process id would prove less: ids are used again, and mean nothing on another host of a shared file
-system.
+The writer fills `.NAME.partial-XXXXXXXX` in the same folder, renames it to NAME at the end, and
+holds an flock on `.NAME.lock` meanwhile. The system releases the lock when the writer ends, for
+whatever reason. So the process that holds the lock knows that dead processes left all other partial
+files of this name, and removes them. A process id would prove less: ids are reused, and are
+meaningless on another host of a shared file system.
 """
 
 import contextlib
@@ -19,19 +19,18 @@ from pathlib import Path
 
 from llama_jax.errors import Fault, InputError
 
-# A file among the folders of a path, a link to itself, a name that is too long: not the system's
-# fault.
+# Errors of the path itself: a file among its folders, a link to itself, a name that is too long.
 _BAD_NAME = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yields an empty folder to fill, which is called `path` once the block ends without an error.
+    """Yields an empty folder to fill, and renames it to `path` when the block ends.
 
-    After an error the folder is removed.
+    An error in the block removes the folder.
 
     Raises:
-        InputError: `path` exists, can't exist, or another process is writing it.
+        InputError: `path` exists or is impossible, or another process is writing it.
         Fault: the system can't write it.
     """
     path = Path(path)
@@ -42,7 +41,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield partial
         try:
             partial.rename(path)
-        except OSError as error:  # without locks another process can be faster
+        except OSError as error:  # without locks another process may have won
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise _exists(path) from error
             raise
@@ -50,12 +49,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Yields the path of a file to write, which replaces `path` once the block ends without error.
+    """Yields the path of a file to write, and renames it to `path` when the block ends.
 
-    After an error the file is removed, and `path` stays as it was.
+    An error in the block removes the file and leaves `path` unchanged.
 
     Raises:
-        InputError: `path` can't exist.
+        InputError: `path` is impossible.
         Fault: the system can't write it.
     """
     path = Path(path)
@@ -65,42 +64,42 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_absent(path: str | Path) -> None:
-    """Checks that nothing is called `path`.
+    """Checks that `path` doesn't exist.
 
     Raises:
-        InputError: something is.
+        InputError: it exists.
     """
     if os.path.lexists(path):
         raise _exists(path)
 
 
 def _exists(path: str | Path) -> InputError:
-    return InputError(f"{path} is already there: choose another name, or move it away")
+    return InputError(f"{path} already exists: choose another name, or move it away")
 
 
 @contextlib.contextmanager
 def _faults(path: Path) -> Iterator[None]:
-    """Turns an error of the system into a sentence with its own text."""
+    """Converts an error of the system into a `Fault` or `InputError` that includes its text."""
     try:
         yield
     except (Fault, BrokenPipeError):
         raise
     except Exception as error:
-        # TensorStore, which writes for Orbax, raises other types and gives the number in its text.
+        # TensorStore, which writes for Orbax, raises other types, with errno in their text.
         number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
         if number:
             raise Fault(f"can't write {path}: {os.strerror(int(number[1]))}") from error
-        if isinstance(error, OSError) and _concerns(error, path):
+        if isinstance(error, OSError) and _is_about(error, path):
             if error.errno in _BAD_NAME:
                 raise InputError(
-                    f"nothing can be written at {path} ({error.strerror}): choose another place"
+                    f"can't write at {path} ({error.strerror}): choose another path"
                 ) from error
             raise Fault(f"can't write {path}: {error.strerror or error}") from error
         raise
 
 
-def _concerns(error: OSError, path: Path) -> bool:
-    """Tells whether an error is about `path` or its partial, as far as it names a file."""
+def _is_about(error: OSError, path: Path) -> bool:
+    """Returns whether an error names no file, or one in the folder of `path`."""
     if not isinstance(error.filename, str | os.PathLike):
         return True
     return Path(error.filename).absolute().is_relative_to(path.parent.absolute())
@@ -108,7 +107,7 @@ def _concerns(error: OSError, path: Path) -> bool:
 
 @contextlib.contextmanager
 def _partial(path: Path, *, wait: bool) -> Iterator[Path]:
-    """Yields a name beside `path` that is not taken; nothing is there once the block has ended."""
+    """Yields an unused path in the same folder as `path`, and removes the entry after the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path, wait=wait) as locked:
         prefix = f".{path.name}.partial-"
@@ -120,20 +119,23 @@ def _partial(path: Path, *, wait: bool) -> Iterator[Path]:
         try:
             yield partial
         finally:
-            _remove(partial)  # nothing is there if it was renamed
+            _remove(partial)  # does nothing if it was renamed
 
 
 @contextlib.contextmanager
 def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Locks the writing of `path`; yields False on a file system that has no locks.
+    """Locks `path` for writing; yields False on a file system without locks.
+
+    Args:
+        wait: wait for another process that holds the lock.
 
     Raises:
-        InputError: another process holds the lock, and we don't wait for it.
+        InputError: another process holds the lock, and `wait` is False.
     """
     name = path.with_name(f".{path.name}.lock")
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as opened:
         while True:
-            lock = held.enter_context(open(name, "a"))
+            lock = opened.enter_context(open(name, "a"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 locked = True
@@ -143,11 +145,11 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
                 ) from error
             except OSError:
                 locked = False
-            # The process that held the lock before may have removed this file meanwhile.
+            # The previous holder of the lock may have removed this file meanwhile.
             if not locked or _is_at(lock.fileno(), name):
                 break
-            held.close()
-        held.callback(name.unlink, missing_ok=True)  # before the lock is released
+            opened.close()
+        opened.callback(name.unlink, missing_ok=True)  # before the lock is released
         yield locked
 
 

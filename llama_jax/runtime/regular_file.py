@@ -1,6 +1,6 @@
-"""The one way to open a file that somebody else made.
+"""Opens files from outside of this program: regular ones of a bounded size.
 
-A path may name a pipe, for which a plain `open` waits forever, a device without an end, or a
+A path may name a pipe, on which a plain `open` waits forever, a device that never ends, or a
 sparse file that is larger than any memory.
 """
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from llama_jax.errors import InputError
 
-# Of a file that is read at once: the largest tokenizers and indexes of models have 35 MB.
+# Largest file that is read at once. The largest tokenizers and indexes of models have 35 MB.
 MAX_BYTES = 64 << 20
-# Orbax packs small arrays into files of 2 GiB, and arrays are written in parts of 16 MiB.
+# Largest file of a checkpoint. Orbax packs small arrays into files of 2 GiB, and writes arrays in
+# parts of 16 MiB.
 _MAX_PART = 4 << 30
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
@@ -26,7 +27,7 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
     Raises:
-        InputError: the path names something else.
+        InputError: the path is of another kind.
         OSError: as `open`.
     """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -48,33 +49,34 @@ def read_regular(path: str | Path) -> bytes:
     """Returns the content of a regular file.
 
     Raises:
-        InputError: the path names something else, or the file has more than `MAX_BYTES`.
+        InputError: the path is of another kind, or the file has more than `MAX_BYTES`.
         OSError: as `open` and `read`.
     """
     with open_regular(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise InputError(
-            f"{path} has more than {MAX_BYTES >> 20} MiB, too many for such a file: fetch it again"
+            f"{path} has more than {MAX_BYTES >> 20} MiB, too many for a file of this kind: fetch"
+            " it again"
         )
     return data
 
 
 def check_regular_files(folder: Path) -> None:
-    """Checks a folder whose files a library opens and reads at once.
+    """Checks a folder whose files a library reads into memory, each at once.
 
     Raises:
-        InputError: it holds something else than folders and regular files, or one file is larger
-            than any that we write: the library would end the process where memory ends.
+        InputError: the folder contains anything but folders and regular files, or a file larger
+            than a part of a checkpoint can be: it could exhaust the memory of the process.
     """
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             with suppress(FileNotFoundError):  # a link to nowhere, or a file just removed
-                about = path.stat()
-                if not stat.S_ISREG(about.st_mode):
-                    raise _not_regular(path, stat.S_IFMT(about.st_mode))
-                if about.st_size > _MAX_PART:
+                status = path.stat()
+                if not stat.S_ISREG(status.st_mode):
+                    raise _not_regular(path, stat.S_IFMT(status.st_mode))
+                if status.st_size > _MAX_PART:
                     raise InputError(
-                        f"{path} has {about.st_size:,} bytes, too many for a part of a model: fetch"
-                        " it again"
+                        f"{path} has {status.st_size:,} bytes, too many for a part of a model:"
+                        " fetch it again"
                     )

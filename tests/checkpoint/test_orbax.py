@@ -133,7 +133,7 @@ def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 64}')
     with pytest.raises(InputError, match=r"config.json is not the configuration of a llama_jax"):
         load_model(tmp_path)
-    with pytest.raises(InputError, match="is already there"):
+    with pytest.raises(InputError, match="already exists"):
         save_model(model_folder, CONFIG.model, None, None)
     for path in ("gs://b/m", Path("gs://b/m")):
         with pytest.raises(InputError, match=r"gs:/+b/m is a URL"):
@@ -157,7 +157,7 @@ def test_several_hosts_save_one_model(model_folder, state, tmp_path):
     # Gloo writes to standard output as well.
     assert ["saved" in said for said in group.said("out")] == [True, True]
     for said in group.said("err"):
-        assert f"{made} is already there" in said.splitlines()[-1]
+        assert f"{made} already exists" in said.splitlines()[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"said", "made"}
     with jax.set_mesh(mesh_of((1, 1, 1))):
         config, model = load_model(made)

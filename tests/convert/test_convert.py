@@ -222,7 +222,7 @@ class TestNothingLost:
 
     def test_a_folder_that_is_there_is_not_touched(self, shared_data, tmp_path):
         (tmp_path / "m").mkdir()
-        with pytest.raises(InputError, match="is already there"):
+        with pytest.raises(InputError, match="already exists"):
             quiet(shared_data / "stories260K/meta", tmp_path / "m")
 
     def test_memory_stays_under_the_limit(self, tmp_path):

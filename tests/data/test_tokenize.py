@@ -143,7 +143,7 @@ def test_a_zstd_file_that_is_cut_short_is_refused(tmp_path):
 
 def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
     build(sources / "texts", sources / "out")
-    with pytest.raises(InputError, match="out is already there"):
+    with pytest.raises(InputError, match="out already exists"):
         build(sources / "texts", sources / "out")
     with pytest.raises(InputError, match="no text files at"):
         build(sources / "nothing*.txt", sources / "other")

@@ -1,4 +1,4 @@
-"""What is written beside its place and renamed, and what a dead process left there."""
+"""Folders and files appear complete or not at all, and leftovers of dead processes are removed."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import atomic_write
 from llama_jax.runtime.atomic_write import new_folder, replace_file
 
-# Writes a folder and a file, says so, and stays.
+# Writes a folder and a file, prints so, and waits.
 WRITER = """
 import sys
 from llama_jax.runtime.atomic_write import new_folder, replace_file
@@ -27,7 +27,7 @@ with new_folder(sys.argv[1]) as folder, replace_file(sys.argv[2]) as file:
 
 @pytest.fixture
 def writer(tmp_path):
-    """A live process that is writing the folder `f` and the file `t`."""
+    """A running process that is writing the folder `f` and the file `t`."""
     command = [sys.executable, "-c", WRITER, tmp_path / "f", tmp_path / "t"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -46,7 +46,7 @@ def write(folder):
 
 
 def write_folder(path, error=None):
-    """Writes a folder; an error comes when it is half-written."""
+    """Writes a folder, and raises `error` when it is half-written."""
     with new_folder(path) as partial:
         (partial / "a").write_text("a")
         if error:
@@ -73,11 +73,11 @@ def test_a_folder_and_a_file_appear_complete_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["f", "t"]
     assert names(tmp_path / "f") == ["a"]
     assert (tmp_path / "t").read_text() == "new"
-    with pytest.raises(InputError, match="f is already there: choose another name"):
+    with pytest.raises(InputError, match="f already exists: choose another name"):
         write(tmp_path)
 
 
-def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_path, writer):
+def test_the_next_write_removes_only_the_leftovers_of_a_killed_process(tmp_path, writer):
     others = [".f.partial", ".f.partial-mine", ".ff.partial-01234567", "f.partial-01234567"]
     for name in others:
         (tmp_path / name).mkdir()
@@ -88,17 +88,17 @@ def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_
     assert names(tmp_path) == sorted([*others, "f", "t"])
 
 
-def test_what_a_live_process_writes_is_left_alone(tmp_path, writer):
+def test_the_files_of_a_running_writer_are_not_touched(tmp_path, writer):
     before = names(tmp_path)
     with pytest.raises(InputError, match=r"another process is writing .*f: wait for it"):
         write(tmp_path)
     assert names(tmp_path) == before
-    writer.communicate()  # closes its standard input, at which it finishes
+    writer.communicate()  # closes its standard input, and it finishes
     assert names(tmp_path) == ["f", "t"]
     assert (tmp_path / "t").read_text() == "half"
 
 
-def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
+def test_without_locks_no_partial_of_another_process_is_removed(tmp_path, monkeypatch):
     (tmp_path / ".f.partial-01234567").mkdir()
 
     def no_locks(file, how):
@@ -108,7 +108,7 @@ def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
     write(tmp_path)
     assert names(tmp_path) == [".f.partial-01234567", "f", "t"]
     with contextlib.ExitStack() as slower:
-        slower.enter_context(pytest.raises(InputError, match="g is already there"))
+        slower.enter_context(pytest.raises(InputError, match="g already exists"))
         slower.enter_context(new_folder(tmp_path / "g"))
         write_folder(tmp_path / "g")
     assert names(tmp_path / "g") == ["a"]
@@ -122,25 +122,25 @@ def test_without_locks_nothing_of_others_is_removed(tmp_path, monkeypatch):
         (ValueError("x [os_error_code='122'] y"), f"f: {os.strerror(122)}"),  # TensorStore's
     ],
 )
-def test_an_error_of_the_system_is_a_fault_in_its_own_words(tmp_path, error, sentence):
+def test_an_error_of_the_system_is_a_fault_with_its_text(tmp_path, error, sentence):
     with pytest.raises(Fault, match=f"^can't write {tmp_path}/{sentence}$"):
         write_folder(tmp_path / "f", error)
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(2, "no", "/elsewhere")])
-def test_other_errors_stay_what_they_are(tmp_path, error):
+def test_other_errors_pass_unchanged(tmp_path, error):
     with pytest.raises(type(error)) as raised:
         write_folder(tmp_path / "f", error)
     assert raised.value is error
     assert names(tmp_path) == []
 
 
-def test_a_path_that_cannot_exist_is_a_bad_input(tmp_path):
+def test_an_impossible_path_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("here")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("file/x", "loop/x", "x" * 300):
         for write_it in (write_folder, write_file):
-            with pytest.raises(InputError, match=r"nothing can be written at .*x \(.*\): choose"):
+            with pytest.raises(InputError, match=r"can't write at .*x \(.*\): choose"):
                 write_it(tmp_path / name)
     assert names(tmp_path) == ["file", "loop"]

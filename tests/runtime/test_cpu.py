@@ -5,7 +5,7 @@ from conftest import ROOT
 from llama_jax.runtime.cpu import cpu_cores
 
 
-def test_cores_are_counted_even_without_an_affinity_call(monkeypatch):
+def test_cores_are_counted_without_an_affinity_call_too(monkeypatch):
     assert cpu_cores() >= 1
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     assert cpu_cores() == os.cpu_count()
@@ -13,7 +13,7 @@ def test_cores_are_counted_even_without_an_affinity_call(monkeypatch):
     assert cpu_cores() == 1
 
 
-def test_one_file_reads_the_affinity():
+def test_only_cpu_py_reads_the_affinity():
     paths = [
         path for d in ("llama_jax", "convert", "benchmarks") for path in (ROOT / d).rglob("*.py")
     ]

@@ -14,7 +14,7 @@ retain_freed_memory()
 jax.config.update("jax_platforms", "cpu")
 
 @jax.jit
-def step(x):  # makes temporaries of 64 MB
+def step(x):  # allocates temporaries of 64 MB
     return jnp.exp(-jnp.outer(x, x)) @ x
 
 def faults():
@@ -29,10 +29,10 @@ print(round(statistics.median(each)))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
-def test_a_step_on_the_cpu_maps_no_memory_anew():
-    def faults(chosen: str) -> int:
-        command = [sys.executable, "-c", FAULTS, chosen]
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_a_step_on_the_cpu_reuses_its_memory():
+    def faults(platform: str) -> int:
+        command = [sys.executable, "-c", FAULTS, platform]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert faults("cpu") < 1000

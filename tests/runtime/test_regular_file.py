@@ -1,4 +1,4 @@
-"""What is no regular file is refused at once, by whatever path it is reached."""
+"""Only regular files of a bounded size are opened."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from llama_jax.runtime.regular_file import (
 
 @pytest.fixture
 def kinds(tmp_path, monkeypatch):
-    """A folder with one thing of each kind, by the name that a message gives it."""
+    """A folder with one entry of each kind, named as in the error message."""
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     (tmp_path / "a directory").mkdir()
     os.mkfifo(tmp_path / "a pipe")
@@ -46,14 +46,14 @@ def test_links_to_regular_files_are_followed(tmp_path):
         assert file.read() == read_regular(tmp_path / "first") == b"here"
 
 
-def test_a_file_that_is_read_at_once_has_a_bound(tmp_path):
+def test_a_file_that_is_read_at_once_has_a_size_limit(tmp_path):
     with open(tmp_path / "large", "wb") as file:
         file.truncate(256 << 30)  # a hole: it takes no space
     with pytest.raises(InputError, match=f"has more than {MAX_BYTES >> 20} MiB, too many"):
         read_regular(tmp_path / "large")
 
 
-def test_a_folder_for_a_library_holds_regular_files_of_a_bounded_size_alone(kinds):
+def test_a_folder_for_a_library_may_contain_only_regular_files_of_a_bounded_size(kinds):
     folder = kinds / "a directory"
     (folder / "deep").mkdir()
     (folder / "deep/file").write_bytes(b"here")

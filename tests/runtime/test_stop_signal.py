@@ -1,4 +1,4 @@
-"""SIGTERM ends a run that has nothing to save with exit code 0, whatever it is doing."""
+"""SIGTERM ends a run that has nothing to save with exit code 0, at any point of its start."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-# The command line, which says when it has come to a point, and waits there for the signal.
+# The command line, which prints 'waits' when it reaches a point, and waits there for the signal.
 PROGRAM = """
 import ctypes, sys, time
 from llama_jax.cli import main
@@ -19,12 +19,12 @@ def wait(*_, **__):
         print("waits", flush=True)
         time.sleep(60)
     finally:
-        print("unwinds", flush=True)
+        print("cleans up", flush=True)
 
 def wait_outside_of_python(*_, **__):
     print("waits", flush=True)
     lock = ctypes.create_string_buffer(64)
-    for _ in range(2):  # a lock that is locked twice waits for ever, and no signal wakes it
+    for _ in range(2):  # the second call waits forever, and no signal interrupts it
         ctypes.CDLL(None).pthread_mutex_lock(lock)
 
 class Import:
@@ -62,7 +62,7 @@ def test_sigterm_before_the_first_step_ends_with_0(point, token_folder, tmp_path
     assert process.stdout.readline() == "waits\n"
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
-    assert stdout == ("unwinds\n" if point == "preparation" else "")
+    assert stdout == ("cleans up\n" if point == "preparation" else "")
     assert process.returncode == 0, stderr
     assert stderr.splitlines()[-1] == (
         f"stopped on SIGTERM: there was nothing to save; start again with: llama-jax train {path}"
