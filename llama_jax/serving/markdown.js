@@ -1,17 +1,17 @@
 "use strict";
 
-function make(parent, tag, name = "") {
+function appendElement(parent, tag, name = "") {
   const element = document.createElement(tag);
   if (name) element.className = name;
   parent.append(element);
   return element;
 }
 
-async function copy(button, text) {
+async function copyText(button, text) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // only https and this machine have a clipboard
-    const area = make(document.body, "textarea");
+  } catch {  // navigator.clipboard exists only for https and localhost
+    const area = appendElement(document.body, "textarea");
     area.value = text;
     area.select();
     document.execCommand("copy");
@@ -21,18 +21,18 @@ async function copy(button, text) {
   setTimeout(() => button.classList.remove("done"), 1500);
 }
 
-function addCopy(parent, text) {
-  const button = make(parent, "button", "copy");
+function addCopyButton(parent, getText) {
+  const button = appendElement(parent, "button", "copy");
   button.type = "button";
   button.setAttribute("aria-label", "Copy");
-  button.addEventListener("click", () => copy(button, text()));
+  button.addEventListener("click", () => copyText(button, getText()));
 }
 
-// Markdown becomes elements whose text is set as text: nothing that a model writes is HTML.
-// Code blocks, inline code, bold, italics, lists, headings, quotes, rules and links; no raw HTML,
-// images or tables, which stay as they are written.
-// Deeper than this it stays text, so that no answer exhausts the stack.
-const DEPTH = 12;
+// Converts Markdown to elements. Their text is set as textContent, so that the output of a model is
+// never parsed as HTML. Supports code blocks, inline code, bold, italics, lists, headings, quotes,
+// rules and links; raw HTML, images and tables stay as text.
+// Below this depth Markdown stays text, so that deep nesting can't overflow the stack.
+const MAX_DEPTH = 12;
 const SPANS = new RegExp([
   /\\(?<escaped>[!-/:-@[-`{-~])/,
   /(?<!`)(?<ticks>`{1,3})(?!`)(?<code>[^]*?[^`])\k<ticks>(?!`)/,
@@ -44,85 +44,87 @@ const SPANS = new RegExp([
   /(?<plain>https?:\/\/[^\s<>()*`]*[^\s<>()*`.,;:!?'"\]])/,
 ].map(part => part.source).join("|"), "gu");
 
-function spans(parent, text, depth) {
-  let done = 0;
-  for (const found of depth < DEPTH ? text.matchAll(SPANS) : []) {
-    const {escaped, code, strong, strong2, em, em2, label, url, plain} = found.groups;
-    parent.append(text.slice(done, found.index), escaped ?? "");
-    done = found.index + found[0].length;
-    if (code !== undefined) make(parent, "code").textContent = code.replace(/^ (.+) $/, "$1");
-    else if (strong ?? strong2) spans(make(parent, "strong"), strong ?? strong2, depth + 1);
-    else if (em ?? em2) spans(make(parent, "em"), em ?? em2, depth + 1);
+function renderSpans(parent, text, depth) {
+  let end = 0;  // of the text that is rendered
+  for (const match of depth < MAX_DEPTH ? text.matchAll(SPANS) : []) {
+    const {escaped, code, strong, strong2, em, em2, label, url, plain} = match.groups;
+    parent.append(text.slice(end, match.index), escaped ?? "");
+    end = match.index + match[0].length;
+    if (code !== undefined) appendElement(parent, "code").textContent = code.replace(/^ (.+) $/, "$1");
+    else if (strong ?? strong2) renderSpans(appendElement(parent, "strong"), strong ?? strong2, depth + 1);
+    else if (em ?? em2) renderSpans(appendElement(parent, "em"), em ?? em2, depth + 1);
     else if (url ?? plain) {
-      const link = make(parent, "a");
+      const link = appendElement(parent, "a");
       Object.assign(link, {href: url ?? plain, target: "_blank", rel: "noopener noreferrer"});
       if (plain) link.textContent = plain;
-      else spans(link, label.replaceAll("://", ":\u200b//"), depth + 1);
+      // The zero-width space prevents a link inside the link.
+      else renderSpans(link, label.replaceAll("://", ":\u200b//"), depth + 1);
     }
   }
-  parent.append(text.slice(done));
+  parent.append(text.slice(end));
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[^`]*$/;
-const HEAD = /^ {0,3}(#{1,6}) +(.*)$/;
+const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
 const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
 const ITEM = /^( *)(?:[-*+]|(\d{1,9})[.)]) +(.*)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 
-function blocks(parent, lines, depth = 0) {
-  const starts = line => [FENCE, HEAD, RULE, ITEM, QUOTE].some(kind => kind.test(line));
+function renderBlocks(parent, lines, depth = 0) {
+  const startsBlock = line => [FENCE, HEADING, RULE, ITEM, QUOTE].some(block => block.test(line));
   for (let i = 0; i < lines.length;) {
     const line = lines[i];
-    let found;
+    let match;
     if (!line.trim()) {
       i++;
-    } else if (depth < DEPTH && (found = FENCE.exec(line))) {
-      const inside = [];
-      const closes = line => line.trim().startsWith(found[1]) && !/[^`~]/.test(line.trim());
-      for (i++; i < lines.length && !closes(lines[i]); i++) inside.push(lines[i]);
+    } else if (depth < MAX_DEPTH && (match = FENCE.exec(line))) {
+      const content = [];
+      const closesFence = line => line.trim().startsWith(match[1]) && !/[^`~]/.test(line.trim());
+      for (i++; i < lines.length && !closesFence(lines[i]); i++) content.push(lines[i]);
       i++;
-      const box = make(parent, "div", "code");
-      make(make(box, "pre"), "code").textContent = inside.join("\n");
-      addCopy(box, () => inside.join("\n"));
-    } else if (depth < DEPTH && (found = HEAD.exec(line))) {
-      spans(make(parent, `h${Math.min(6, found[1].length + 2)}`), found[2].replace(/ #+ *$/, ""), depth);
+      const box = appendElement(parent, "div", "code");
+      appendElement(appendElement(box, "pre"), "code").textContent = content.join("\n");
+      addCopyButton(box, () => content.join("\n"));
+    } else if (depth < MAX_DEPTH && (match = HEADING.exec(line))) {
+      const heading = appendElement(parent, `h${Math.min(6, match[1].length + 2)}`);
+      renderSpans(heading, match[2].replace(/ #+ *$/, ""), depth);
       i++;
-    } else if (depth < DEPTH && RULE.test(line)) {
-      make(parent, "hr");
+    } else if (depth < MAX_DEPTH && RULE.test(line)) {
+      appendElement(parent, "hr");
       i++;
-    } else if (depth < DEPTH && QUOTE.test(line)) {
-      const inside = [];
-      for (; i < lines.length && (found = QUOTE.exec(lines[i])); i++) inside.push(found[1]);
-      blocks(make(parent, "blockquote"), inside, depth + 1);
-    } else if (depth < DEPTH && (found = ITEM.exec(line))) {
-      const [, {length: indent}, number] = found;
-      const list = make(parent, number ? "ol" : "ul");
+    } else if (depth < MAX_DEPTH && QUOTE.test(line)) {
+      const content = [];
+      for (; i < lines.length && (match = QUOTE.exec(lines[i])); i++) content.push(match[1]);
+      renderBlocks(appendElement(parent, "blockquote"), content, depth + 1);
+    } else if (depth < MAX_DEPTH && (match = ITEM.exec(line))) {
+      const [, {length: indent}, number] = match;
+      const list = appendElement(parent, number ? "ol" : "ul");
       if (number) list.start = number;
-      while (i < lines.length && (found = ITEM.exec(lines[i]))
-             && found[1].length <= indent + 1 && !found[2] === !number) {
-        const inside = [found[3]], width = lines[i].length - found[3].length;
-        const deeper = line => /^ */.exec(line)[0].length > indent + 1;
+      while (i < lines.length && (match = ITEM.exec(lines[i]))
+             && match[1].length <= indent + 1 && !match[2] === !number) {
+        const content = [match[3]], width = lines[i].length - match[3].length;
+        const isDeeper = line => /^ */.exec(line)[0].length > indent + 1;
         for (i++; i < lines.length; i++) {
-          if (!lines[i].trim() && !deeper(lines[i + 1] ?? "")) break;
-          const ends = starts(lines[i]) || !lines[i - 1].trim();
-          if (lines[i].trim() && !deeper(lines[i]) && ends) break;
-          inside.push(lines[i].slice(Math.min(width, /^ */.exec(lines[i])[0].length)));
+          if (!lines[i].trim() && !isDeeper(lines[i + 1] ?? "")) break;
+          const endsItem = startsBlock(lines[i]) || !lines[i - 1].trim();
+          if (lines[i].trim() && !isDeeper(lines[i]) && endsItem) break;
+          content.push(lines[i].slice(Math.min(width, /^ */.exec(lines[i])[0].length)));
         }
-        // A blank line between items leaves them one list.
+        // Blank lines between items do not end the list.
         let next = i;
         while (next < lines.length && !lines[next].trim()) next++;
         if (next < lines.length && ITEM.test(lines[next])) i = next;
-        blocks(make(list, "li"), inside, depth + 1);
+        renderBlocks(appendElement(list, "li"), content, depth + 1);
       }
     } else {
-      const inside = [line];
-      for (i++; lines[i]?.trim() && !starts(lines[i]); i++) inside.push(lines[i]);
-      spans(make(parent, "p"), inside.join("\n"), depth);
+      const content = [line];
+      for (i++; lines[i]?.trim() && !startsBlock(lines[i]); i++) content.push(lines[i]);
+      renderSpans(appendElement(parent, "p"), content.join("\n"), depth);
     }
   }
 }
 
-function markdown(element, text) {
+function renderMarkdown(element, text) {
   element.replaceChildren();
-  blocks(element, text.split("\n"));
+  renderBlocks(element, text.split("\n"));
 }

@@ -1,6 +1,5 @@
-"""The page at /, as a person uses it: in Chromium, driven over its DevTools protocol."""
+"""The web page at / in Chromium, controlled through its DevTools protocol."""
 
-import base64
 import fcntl
 import itertools
 import json
@@ -23,81 +22,81 @@ FLAGS = [
 
 
 class Browser:
-    """Chromium with one page. Commands go through file descriptors 3 and 4, ended by zero bytes."""
+    """Chromium with one page.
+
+    It reads commands from file descriptor 3 and writes results to 4; a zero byte ends each message.
+    """
 
     def __init__(self, program: str, profile: Path):
         pipes = [end for _ in range(2) for end in os.pipe()]
-        # Above 10, so that none of them stands where another is to go.
-        theirs_in, mine_out, mine_in, theirs_out = (
+        # Numbers from 10: the redirections to 3 and 4 must not overwrite any of them.
+        child_in, parent_out, parent_in, child_out = (
             fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in pipes
         )
         for end in pipes:
             os.close(end)
-        moved = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        command = f'exec "$@" 3<&{child_in} 4>&{child_out}'
         self._process = subprocess.Popen(
-            ["bash", "-c", moved, "bash", program, *FLAGS, f"--user-data-dir={profile}"],
-            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ["bash", "-c", command, "bash", program, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self._out, self._in = os.fdopen(mine_out, "wb", 0), os.fdopen(mine_in, "rb", 0)
-        self._numbers = itertools.count(1)
+        os.close(child_in)
+        os.close(child_out)
+        self._out, self._in = os.fdopen(parent_out, "wb", 0), os.fdopen(parent_in, "rb", 0)
+        self._message_ids = itertools.count(1)
         self._received = b""
-        target = self.do("Target.createTarget", session=None, url="about:blank")["targetId"]
-        attached = self.do("Target.attachToTarget", session=None, targetId=target, flatten=True)
+        target = self.call("Target.createTarget", session=None, url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", session=None, targetId=target, flatten=True)
         self.session = attached["sessionId"]
 
     session: str | None = None
 
-    def do(self, method, session="", **params):
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params}
+    def call(self, method, session="", **params):
+        message_id = next(self._message_ids)
+        message = {"id": message_id, "method": method, "params": params}
         if session is not None:
             message["sessionId"] = self.session
         self._out.write(json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self._received:
                 data = self._in.read(2**16)
-                assert data, "the browser has ended"
+                assert data, "Chromium has exited"
                 self._received += data
-            answer, _, self._received = self._received.partition(b"\0")
-            answer = json.loads(answer)
-            if answer.get("id") == number:
-                assert "error" not in answer, answer
-                return answer["result"]
+            reply, _, self._received = self._received.partition(b"\0")
+            reply = json.loads(reply)
+            if reply.get("id") == message_id:
+                assert "error" not in reply, reply
+                return reply["result"]
 
-    def value(self, expression):
-        done = self.do("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in done, done
-        return done["result"].get("value")
+    def evaluate(self, expression):
+        reply = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def wait_for(self, expression):
-        until = time.monotonic() + 20
-        while not (value := self.value(expression)):
-            assert time.monotonic() < until, self.value("document.body.innerText")
+        deadline = time.monotonic() + 20
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
             time.sleep(0.02)
         return value
 
     def click(self, selector):
-        box = self.value(
+        box = self.evaluate(
             f"(r => [r.x + r.width / 2, r.y + r.height / 2])"
             f"(document.querySelector({selector!r}).getBoundingClientRect())"
         )
         for kind in ("mousePressed", "mouseReleased"):
-            self.do(
+            self.call(
                 "Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left",
                 clickCount=1,
             )  # fmt: skip
 
-    def write(self, selector, text):
+    def type_text(self, selector, text):
         self.click(selector)
-        self.do("Input.insertText", text=text)
-
-    def picture(self, path):
-        path.write_bytes(base64.b64decode(self.do("Page.captureScreenshot")["data"]))
+        self.call("Input.insertText", text=text)
 
     def close(self):
-        self.do("Browser.close", session=None)
+        self.call("Browser.close", session=None)
         self._process.wait(10)
         self._out.close()
         self._in.close()
@@ -123,7 +122,7 @@ def served(shared_data):
 @pytest.fixture
 def page(browser, served):
     served[0].wait_until_idle()
-    browser.do("Page.navigate", url=f"{served[1]}/")
+    browser.call("Page.navigate", url=f"{served[1]}/")
     browser.wait_for("document.title === 'stories' && !!document.getElementById('send')")
     return browser
 
@@ -131,25 +130,25 @@ def page(browser, served):
 ANSWER = "(document.querySelector('.answer') || {}).textContent"
 
 
-def test_a_prompt_is_answered_as_it_is_made(page, served):
+def test_the_page_shows_the_answer_while_it_is_generated(page, served):
     served[0].seconds = 0.02
-    page.write("#prompt", "hello")
+    page.type_text("#prompt", "hello")
     page.click("#send")
     page.wait_for(f"{ANSWER}.length > 3")
-    assert page.value("!document.getElementById('stop').hidden")
+    assert page.evaluate("!document.getElementById('stop').hidden")
     page.wait_for("document.getElementById('stop').hidden")
     served[0].seconds = 0.001
-    assert page.value(ANSWER).endswith("\nThat is all.")
-    assert page.value("document.querySelector('.user').textContent") == "hello"
-    assert page.value("document.getElementById('prompt').value") == ""
-    n = len(served[0].tokenizer.encode(" " + page.value(ANSWER))) + 1
-    assert page.value("document.getElementById('speed').textContent").startswith(f"{n} tokens, ")
+    assert page.evaluate(ANSWER).endswith("\nThat is all.")
+    assert page.evaluate("document.querySelector('.user').textContent") == "hello"
+    assert page.evaluate("document.getElementById('prompt').value") == ""
+    n = len(served[0].tokenizer.encode(" " + page.evaluate(ANSWER))) + 1
+    assert page.evaluate("document.getElementById('speed').textContent").startswith(f"{n} tokens, ")
 
 
-def test_a_chat_goes_on(page, served):
+def test_a_chat_sends_its_earlier_messages(page, served):
     served[0].script = lambda request: "yes"
     for number in (1, 2):
-        page.write("#prompt", f"question {number}")
+        page.type_text("#prompt", f"question {number}")
         page.click("#send")
         page.wait_for(f"document.querySelectorAll('.answer').length === {number}")
         page.wait_for("document.getElementById('stop').hidden")
@@ -178,13 +177,13 @@ It is **bold**, *italic*, `a < b` and 2 * 3 * 4, snake_case_name.
 <script>alert(1)</script>"""
 
 
-def test_markdown_is_never_html(page):
-    page.value(
-        f"markdown(show(document.getElementById('texts'), 'md', ''), {json.dumps(MARKDOWN)})"
-    )
+def test_markdown_is_rendered_and_html_is_not(page):
+    source = json.dumps(MARKDOWN)
+    element = "appendText(document.getElementById('texts'), 'md', '')"
+    page.evaluate(f"renderMarkdown({element}, {source})")
 
     def texts(selector):
-        return page.value(
+        return page.evaluate(
             f"[...document.querySelectorAll('.md {selector}')].map(e => e.textContent)"
         )
 
@@ -194,22 +193,22 @@ def test_markdown_is_never_html(page):
     assert len(texts("ol > li")) == len(texts("ol > li > ul > li")) == 2
     assert texts("a") == ["docs", "https://example.org/c"]
     links = "[...document.querySelectorAll('.md a')].map(a => [a.href, a.rel, a.target])"
-    assert page.value(links) == [
+    assert page.evaluate(links) == [
         [f"https://example.org/{path}", "noopener noreferrer", "_blank"] for path in ("a_b", "c")
     ]
     assert texts("script, img, b") == []
     assert texts("p")[0] == "It is bold, italic, a < b and 2 * 3 * 4, snake_case_name."
     assert texts("p")[-1] == "<script>alert(1)</script>"
-    # What a model repeats exhausts no stack.
+    # Deep nesting does not overflow the stack.
     for part in ("> ", "1. ", "**_"):
-        deep = f"markdown(document.body, {part!r}.repeat(20000)), document.body.textContent.length"
-        assert page.value(deep) > 40
+        page.evaluate(f"renderMarkdown(document.body, {part!r}.repeat(20000))")
+        assert page.evaluate("document.body.textContent.length") > 40
 
 
-def test_an_answer_and_its_code_can_be_copied(page, served):
+def test_buttons_copy_an_answer_and_its_code(page, served):
     served[0].script = lambda request: "It is `so`:\n```\na < b\n```"
-    page.value("navigator.clipboard.writeText = async text => { window.copied = text; }, 1")
-    page.write("#prompt", "hello")
+    page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text; }, 1")
+    page.type_text("#prompt", "hello")
     page.click("#send")
     page.wait_for("!!document.querySelector('.tools')")
     del served[0].script
@@ -219,23 +218,27 @@ def test_an_answer_and_its_code_can_be_copied(page, served):
     ):
         page.click(button)
         assert page.wait_for("window.copied") == copied
-        page.value("window.copied = null")
+        page.evaluate("window.copied = null")
 
 
-def test_the_page_may_show_its_icon(page):
-    page.value("addEventListener('securitypolicyviolation', e => { window.told = e.blockedURI })")
-    page.value("window.icon = new Image(), icon.onload = () => { window.told = 'shown' }, 1")
-    page.value("icon.src = document.querySelector('link[rel=icon]').href")
-    assert page.wait_for("window.told") == "shown"
+def test_the_content_security_policy_allows_the_icon(page):
+    page.evaluate(
+        "addEventListener('securitypolicyviolation', e => { window.iconResult = e.blockedURI })"
+    )
+    page.evaluate(
+        "window.icon = new Image(), icon.onload = () => { window.iconResult = 'shown' }, 1"
+    )
+    page.evaluate("icon.src = document.querySelector('link[rel=icon]').href")
+    assert page.wait_for("window.iconResult") == "shown"
 
 
-def test_a_text_is_continued_with_the_settings_and_stopped(page, served):
+def test_a_completion_uses_the_settings_of_the_page_and_can_be_stopped(page, served):
     engine = served[0]
     engine.seconds = 0.05
-    page.value("document.getElementById('mode').value = 'text'")
-    page.value("document.getElementById('temperature').value = '0.3'")
-    page.value("document.getElementById('tokens').value = '77'")
-    page.write("#prompt", "once <b>upon</b>")
+    page.evaluate("document.getElementById('mode').value = 'text'")
+    page.evaluate("document.getElementById('temperature').value = '0.3'")
+    page.evaluate("document.getElementById('tokens').value = '77'")
+    page.type_text("#prompt", "once <b>upon</b>")
     page.click("#send")
     page.wait_for(f"{ANSWER}.length > 3")
     page.click("#stop")
@@ -246,27 +249,27 @@ def test_a_text_is_continued_with_the_settings_and_stopped(page, served):
     request = engine.requests[-1]
     assert (request.max_new_tokens, request.sampling.temperature) == (77, 0.3)
     assert engine.tokenizer.decode(request.prompt) == "once <b>upon</b>"
-    assert page.value("document.querySelector('.continued').textContent").startswith("once <b>")
+    assert page.evaluate("document.querySelector('.completion').textContent").startswith("once <b>")
 
 
-def test_a_failure_is_told(page, served):
+def test_the_page_shows_an_error(page, served):
     served[0].failing = True
-    page.write("#prompt", "hello")
+    page.type_text("#prompt", "hello")
     page.click("#send")
-    told = page.wait_for("(document.querySelector('.error') || {}).textContent")
+    message = page.wait_for("(document.querySelector('.error') || {}).textContent")
     served[0].failing = False
-    assert told == "the engine has failed: out of memory"
+    assert message == "the engine has failed: out of memory"
 
 
-def test_a_key_can_be_given(browser, shared_data):
+def test_the_page_asks_for_the_api_key(browser, shared_data):
     tokenizer = load_tokenizer(shared_data / "stories260K" / "hf")
     with serving(tokenizer, api_key="open sesame") as (_, url):
-        browser.do("Page.navigate", url=f"{url}/")
-        about = "(document.getElementById('about') || {}).textContent"
-        assert "the API key is missing" in browser.wait_for(about)
-        browser.write("#key", "open sesame")
+        browser.call("Page.navigate", url=f"{url}/")
+        info = "(document.getElementById('model-info') || {}).textContent"
+        assert "the API key is missing" in browser.wait_for(info)
+        browser.type_text("#key", "open sesame")
         browser.click("#prompt")
         browser.wait_for("document.title === 'stories'")
-        browser.write("#prompt", "hello")
+        browser.type_text("#prompt", "hello")
         browser.click("#send")
         browser.wait_for(f"{ANSWER}.includes('That is all.')")
