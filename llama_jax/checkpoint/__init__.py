@@ -1,1 +1,1 @@
-"""Model folders and training checkpoints."""
+"""Saves and loads model folders and training checkpoints."""

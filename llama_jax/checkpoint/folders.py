@@ -1,4 +1,4 @@
-"""What folders and files of checkpoints say of themselves, their weights aside."""
+"""Recognizes checkpoints by their files, and reads their configurations; reads no weights."""
 
 import json
 import os
@@ -24,18 +24,18 @@ _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Tells whether `folder` is a run folder (and not a model folder)."""
+    """Returns whether `folder` is a run folder (and not a model folder)."""
     return (folder / "config.yaml").is_file()
 
 
 def checkpoint_format(path: Path) -> CheckpointFormat | None:
-    """Returns the format of the checkpoint at `path`, from file names and first bytes alone.
+    """Returns the format of the checkpoint at `path`, by its file names and first bytes.
 
-    None where no file says what model it is. Our own folders are 'orbax'.
+    'orbax' for model folders and run folders; None if no file describes a model.
 
     Raises:
         InputError: the path is neither a folder nor a regular file.
-        OSError: it is a file that can't be read.
+        OSError: the file can't be read.
     """
     if not path.is_dir():
         with open_regular(path) as file:
@@ -51,7 +51,7 @@ def checkpoint_format(path: Path) -> CheckpointFormat | None:
 
 
 def _is_llama2c(start: bytes) -> bool:
-    """Tells whether a file begins like one of llama2.c's, given its first 28 bytes."""
+    """Returns whether `start`, the first 28 bytes of a file, is a header of llama2.c."""
     if start[:4] == LLAMA2C_MAGIC:
         return True
     sizes = struct.unpack("<7i", start) if len(start) == 28 else (0,) * 7
@@ -61,7 +61,7 @@ def _is_llama2c(start: bytes) -> bool:
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
-    """Returns the shape of the model in a model folder or run folder.
+    """Returns the configuration of the model in a model folder or run folder.
 
     Raises:
         InputError: the folder is neither, or its configuration is damaged.
@@ -86,18 +86,21 @@ def read_model_config(folder: str | Path) -> ModelConfig:
 
 
 def _not_ours(path: Path) -> InputError:
-    """Returns the error about a path that is no folder of ours, with what makes one of it."""
+    """Returns the error for a path that is no model or run folder.
+
+    If it is a checkpoint of another format, the message contains the command that converts it.
+    """
     if not path.exists():
         return InputError(
-            f"{path} does not exist: give a folder that has a config.yaml or a config.json"
+            f"{path} does not exist: give a folder that contains a config.yaml or a config.json"
         )
     source, kind = path, checkpoint_format(path)
-    if kind is None and path.is_file():  # weights alone, in the folder of a checkpoint
+    if kind is None and path.is_file():  # a file of weights in the folder of a checkpoint
         source, kind = path.parent, checkpoint_format(path.parent)
     if kind not in _NAMES:
         return InputError(
-            f"{path} is neither a run folder nor a model folder: give one that has a config.yaml or"
-            " a config.json"
+            f"{path} is neither a run folder nor a model folder: give one that contains a"
+            " config.yaml or a config.json"
         )
     command, folder = _conversion(source, kind)
     return InputError(
@@ -107,33 +110,37 @@ def _not_ours(path: Path) -> InputError:
 
 
 def _conversion(source: Path, kind: CheckpointFormat) -> tuple[str, str]:
-    """Returns the shell command that converts a checkpoint, and the folder that it makes."""
+    """Returns the shell command that converts a checkpoint, and the folder that it creates."""
     if kind == "gguf" and source.is_dir():
         source = min(source.glob("*.gguf"))
-    place = source.resolve()
-    name = place.name if source.is_dir() else place.stem
-    if name == "original":  # where Hugging Face's folders of Llama 3 hold Meta's
-        name = place.parent.name
-    elif place.parent.name == "snapshots":  # in Hugging Face's cache: models--ORG--NAME
-        name = place.parents[1].name.rpartition("--")[2]
+    path = source.resolve()
+    name = path.name if source.is_dir() else path.stem
+    if name == "original":  # Meta's files in Hugging Face's folders of Llama 3
+        name = path.parent.name
+    elif path.parent.name == "snapshots":  # in Hugging Face's cache: models--ORG--NAME
+        name = path.parents[1].name.rpartition("--")[2]
     folder, number = f"models/{name}", 1
     while os.path.lexists(folder):
         number += 1
         folder = f"models/{name}-{number}"
     words = ["llama-jax", "convert", _argument(source), folder]
-    beside = (source.parent / file for file in _TOKENIZERS)
-    tokenizer = next((f for f in beside if kind == "llama2c" and f.is_file()), None)
+    candidates = (source.parent / file for file in _TOKENIZERS)
+    tokenizer = next((f for f in candidates if kind == "llama2c" and f.is_file()), None)
     words += ["--tokenizer", _argument(tokenizer)] if tokenizer else []
     return shlex.join(words), folder
 
 
 def _argument(path: Path) -> str:
-    """Returns a path as the command line takes it: a dash in front would make it an option."""
+    """Returns a path as a command-line argument: a leading dash would make it an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _check_receipt(path: Path, config: ModelConfig) -> None:
-    """Refuses a configuration that is not the one that the weights were converted with."""
+    """Checks that the configuration is the one with which the weights were converted.
+
+    Raises:
+        InputError: it differs from the receipt's.
+    """
     if not path.is_file():
         return
     try:
@@ -143,22 +150,23 @@ def _check_receipt(path: Path, config: ModelConfig) -> None:
     changed = config.differences(converted)
     if changed:
         key = changed[0]
-        says, had = (f"{getattr(c, key)}"[:80] for c in (config, converted))
+        value, expected = (f"{getattr(c, key)}"[:80] for c in (config, converted))
         raise InputError(
-            f"{path.with_name('config.json')} says {key} {says}, but the weights were converted"
-            f" with {had} ({path.name}): correct it"
+            f"{path.with_name('config.json')} has {key} {value}, but the weights were converted"
+            f" with {expected} ({path.name}): correct it"
         )
 
 
 def read_run_config(folder: Path) -> Config:
-    """Returns the configuration that a run was started with."""
+    """Returns the configuration with which a run was started."""
     return yaml_file.load(folder / "config.yaml")
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Returns the steps of the checkpoints in a run folder, ascending, without Orbax.
 
-    Orbax writes a checkpoint beside its place and renames it: a folder with a step's name is whole.
+    Orbax writes a checkpoint under a temporary name and renames it: a folder whose name is a step
+    is complete.
     """
     names = (path.name for path in (folder / "checkpoints").glob("*") if path.is_dir())
     return sorted(int(name) for name in names if name.isdecimal())

@@ -1,8 +1,9 @@
-"""Model folders and training checkpoints: the only importer of Orbax.
+"""Saves and loads model folders and training checkpoints: the only importer of Orbax.
 
-A model folder holds `weights/` (Orbax), `config.json` and the tokenizer. A run folder holds
-`checkpoints/<step>/` with the items `model` and `optimizer`, where <step> is the number of steps
-that have been done. Everything is written beside its place and renamed: what has a name is whole.
+A model folder contains `weights/` (Orbax), `config.json` and the tokenizer. A run folder contains
+`checkpoints/<step>/` with the items `model` and `optimizer`, where <step> is the number of
+completed steps. Every folder is written under a temporary name and renamed: a folder under its
+final name is complete.
 """
 
 import contextlib
@@ -32,22 +33,22 @@ from llama_jax.runtime.atomic_write import new_folder
 from llama_jax.runtime.storage import check_local
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads its chunks alone
+CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads only its chunks
 
-_INCOMPLETE = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not finished
+_INCOMPLETE = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not completed
 
 
 class Progress(NamedTuple):
-    """What a training checkpoint remembers beside weights and optimizer state."""
+    """The metadata of a training checkpoint."""
 
-    step: int  # steps done; also the number of the next step
+    step: int  # completed steps; also the number of the next step
     data: list[str]  # fingerprint of the data
 
 
-def _by_layers() -> ocp.Context:
-    """Returns a context in which arrays are stored in chunks, cut between layers first.
+def _chunk_by_layer() -> ocp.Context:
+    """Returns a context in which arrays are stored in chunks, split between layers first.
 
-    So a reader of one layer, or of another mesh, need not read an array whole.
+    So a reader of one layer, or a reader on another mesh, need not read complete arrays.
     """
     chunked: Any = ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)
@@ -62,10 +63,10 @@ def _by_layers() -> ocp.Context:
 
 
 class TrainingCheckpoints:
-    """The checkpoints of a run, written in the background.
+    """The checkpoints of a run, saved in the background.
 
-    With a `config`, old ones and what a killed process left half-written are removed; without,
-    they are only read.
+    With a `config`, superseded checkpoints and the incomplete ones of a killed process are removed;
+    without, the checkpoints are only read.
 
     Attributes:
         steps: the steps of all complete checkpoints, ascending.
@@ -81,16 +82,16 @@ class TrainingCheckpoints:
         self._saving: tuple[int, Future[None]] | None = None
 
     def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
-        """Starts to save; arrays may be donated as soon as this returns.
+        """Starts to save in the background; the arrays may be donated as soon as this returns.
 
         Raises:
-            Fault: this save, or the one before it, has failed.
+            Fault: this save, or the previous one, failed.
         """
         self.wait()
         step = progress.step
         if step in self.steps:
             return
-        with self._saving_failed(step), _by_layers():
+        with self._explain_failure(step), _chunk_by_layer():
             response = ocp.save_checkpointables_async(
                 str(self.folder.absolute() / str(step)),
                 {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)},
@@ -99,27 +100,27 @@ class TrainingCheckpoints:
         self._saving = step, self._thread.submit(self._finish, step, response)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed, as soon as it is known. Doesn't wait.
+        """Raises the error of the last save if it has failed. Doesn't wait for a save.
 
         Raises:
-            Fault: the save has failed; the checkpoints before it are as they were.
+            Fault: the save failed; earlier checkpoints are unchanged.
         """
         if self._saving and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save in the background, if any.
+        """Waits for the save in the background, if there is one.
 
         Raises:
             Fault: as `check`.
         """
         saving, self._saving = self._saving, None
         if saving:
-            with self._saving_failed(saving[0]):
+            with self._explain_failure(saving[0]):
                 saving[1].result()
 
     def close(self) -> None:
-        """Waits for the last save and ends the thread that saves.
+        """Waits for the last save and ends the background thread.
 
         Raises:
             Fault: as `check`.
@@ -130,7 +131,7 @@ class TrainingCheckpoints:
             self._thread.shutdown()
 
     def _finish(self, step: int, response: Any) -> None:
-        """Waits until a checkpoint is complete on all hosts, then removes the superseded ones."""
+        """Waits until a checkpoint is complete on all hosts, then removes superseded ones."""
         response.result()
         self.steps.append(step)
         config = self._config
@@ -141,25 +142,27 @@ class TrainingCheckpoints:
                 continue
             self.steps.remove(old)
             if jax.process_index() == 0:
-                # A process that is killed meanwhile must not leave a folder that looks complete.
+                # Rename first: if the process is killed during the removal, the partly removed
+                # folder doesn't have the name of a complete one.
                 removed = self.folder / f"{old}{_INCOMPLETE}-removed"
-                with contextlib.suppress(FileNotFoundError):  # somebody has moved it
+                with contextlib.suppress(FileNotFoundError):  # a user has moved the folder
                     (self.folder / str(old)).rename(removed)
                     shutil.rmtree(removed)
 
     @contextlib.contextmanager
-    def _saving_failed(self, step: int) -> Iterator[None]:
+    def _explain_failure(self, step: int) -> Iterator[None]:
+        """Replaces an error of saving by a Fault that also names the remaining checkpoints."""
         try:
             yield
         except FAULTS as error:
-            self._remove_incomplete()  # the space that it takes may be what is missing
-            before = "there is no earlier checkpoint"
+            self._remove_incomplete()  # frees its space: the disk may be full
+            remaining = "there is no earlier checkpoint"
             if self.steps:
                 numbers = ", ".join(map(str, self.steps))
-                before = f"the checkpoints of steps {numbers} are as they were"
+                remaining = f"the checkpoints of steps {numbers} are unchanged"
             raise Fault(
-                f"can't save step {step} in {self.folder} ({root_cause(error)}): {before}; mend"
-                " that, and the same command goes on from the last one"
+                f"can't save step {step} in {self.folder} ({root_cause(error)}): {remaining}; fix"
+                " the cause and repeat the command, which resumes from the last checkpoint"
             ) from error
 
     def _remove_incomplete(self) -> None:
@@ -170,17 +173,17 @@ class TrainingCheckpoints:
     def restore(
         self, step: int, model: Llama, opt_state: optax.OptState
     ) -> tuple[Progress, Llama, optax.OptState]:
-        """Returns what was saved at `step`, in the shardings of the abstract `model`, `opt_state`.
+        """Returns the state saved at `step`, with the shardings of abstract `model`, `opt_state`.
 
         Raises:
-            InputError: the checkpoint is damaged, or was written by another shape of model.
+            InputError: the checkpoint is damaged, or of a model with other shapes.
             Fault: the machine could not read it.
         """
         where = self.folder / str(step)
         wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
         loaded = load_items(where, wanted)
         data = parse_json_file(
-            where / "_CHECKPOINT_METADATA", lambda about: [*about["custom_metadata"]["data"]]
+            where / "_CHECKPOINT_METADATA", lambda metadata: [*metadata["custom_metadata"]["data"]]
         )
         return (
             Progress(step, data),
@@ -189,13 +192,13 @@ class TrainingCheckpoints:
         )
 
     def restore_model(self, step: int, model: Llama) -> Llama:
-        """Returns the weights alone."""
+        """Returns the weights saved at `step`, without the optimizer state."""
         wanted = {"model": tree_to_dict(model)}
         return dict_to_tree(model, load_items(self.folder / str(step), wanted)["model"])
 
 
 def weights_folder(folder: Path) -> Path:
-    """Returns where the weights of a model folder, or of a run's newest checkpoint, lie.
+    """Returns the folder with the weights of a model folder or of a run's newest checkpoint.
 
     Raises:
         InputError: the run has no checkpoint yet.
@@ -204,23 +207,23 @@ def weights_folder(folder: Path) -> Path:
         return folder / "weights"
     steps = TrainingCheckpoints(folder / "checkpoints").steps
     if not steps:
-        raise InputError(f"{folder} holds no checkpoint yet: let the run reach its first one")
+        raise InputError(f"{folder} has no checkpoint yet: let the run reach its first one")
     return folder / "checkpoints" / str(steps[-1])
 
 
-def write_skeleton(folder: Path, dotted: list[str]) -> Path:
-    """Writes a checkpoint of one number for each dotted name into `folder`/weights.
+def write_placeholders(folder: Path, names: list[str]) -> Path:
+    """Writes a checkpoint of one scalar for each dotted name into `folder`/weights.
 
-    Each array has a folder of its own below the path that is returned, to be replaced by the real
-    one: so that an array may be written piece by piece, and Orbax reads it like any other.
+    The caller replaces the folder of each array, below the returned path, by the real array. So it
+    can write an array slice by slice, and Orbax reads the result like its own.
     """
     tree: dict[str, Any] = {}
-    for name in dotted:
+    for name in names:
         *parents, last = name.split(".")
-        place = tree
+        subtree = tree
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = np.zeros(())
+            subtree = subtree.setdefault(parent, {})
+        subtree[last] = np.zeros(())
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = False
@@ -237,17 +240,17 @@ def save_model(
     model: Llama | UnstackedLlama,
     tokenizer: Tokenizer | None,
 ) -> None:
-    """Writes a model folder; it appears when it is complete, or not at all.
+    """Writes a model folder, which appears once it is complete, or not at all.
 
-    On several hosts all call this: each writes its part of the weights into the same folder, which
-    lies on shared storage, and host 0 makes the folder and writes the other files.
+    On several hosts all hosts must call this: each writes its shards of the weights into the same
+    folder on shared storage, and host 0 creates the folder and writes the other files.
 
     >>> lj.save_model("models/mine", config, model, tokenizer)
     >>> lj.load("models/mine")[0] == config
     True
 
     Raises:
-        InputError: `folder` is there already, or another process is writing it.
+        InputError: `folder` already exists, or another process is writing it.
         Fault: the system can't write it.
     """
     folder = Path(check_local(str(folder)))
@@ -259,12 +262,12 @@ def save_model(
         )
         if isinstance(model, UnstackedLlama):
             weights = tree_to_dict(restore_layout(model))
-            apart = weights["layers"].values()
-            weights["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *apart)
+            layers = weights["layers"].values()
+            weights["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         else:
             weights = tree_to_dict(model)
         items = {"model": weights}
-        with _by_layers():
+        with _chunk_by_layer():
             ocp.save_checkpointables(str(partial_folder / "weights"), items)
         if hosts.is_host_zero():
             (partial_folder / "config.json").write_text(
@@ -272,7 +275,7 @@ def save_model(
             )
             for name, content in (tokenizer.files if tokenizer else {}).items():
                 (partial_folder / name).write_bytes(content)
-    hosts.broadcast_decision(lambda: None)  # host 0 has renamed it
+    hosts.broadcast_decision(lambda: None)  # all hosts return after host 0 has renamed the folder
 
 
 def load_model(
@@ -284,20 +287,20 @@ def load_model(
 
     Args:
         folder: a model folder, or a run folder.
-        config: how to compute it; default: as the folder says. Weights are cast to its
+        config: how to compute; default: the folder's configuration. Weights are cast to its
             `param_dtype`.
         like: shapes, dtypes and shardings of the weights; default: those of `config`.
 
     Raises:
-        InputError: the folder holds no model, it is damaged, or it doesn't fit `config`.
+        InputError: the folder contains no model, is damaged, or doesn't fit `config`.
     """
     folder = Path(folder)
     own_config = read_model_config(folder)
     config = config or own_config
     if config.quantized != own_config.quantized:
         raise InputError(
-            f"model.quantized is {config.quantized}, but the weights in {folder} are kept as"
-            f" {own_config.quantized}: give the folder that it was made from"
+            f"model.quantized is {config.quantized}, but the weights in {folder} are stored as"
+            f" {own_config.quantized}: give the folder from which it was converted"
         )
     model = like or abstract_model(config)
     loaded = load_items(weights_folder(folder), {"model": tree_to_dict(model)})

@@ -1,6 +1,6 @@
-"""The weights of a model folder or a checkpoint, read and written one at a time.
+"""Reads and writes the weights of a model folder or a checkpoint one at a time.
 
-`checkpoint` moves whole models between folder and mesh; here no more than one weight of one layer
+`orbax.py` moves complete models between a folder and a mesh. Here at most one weight of one layer
 is in memory. Both read and write the same folders.
 """
 
@@ -15,21 +15,24 @@ import tensorstore as ts
 from llama_jax.checkpoint import orbax
 from llama_jax.checkpoint.arrays import classify_errors, open_arrays
 
-# The caller waits for the disk once, not after each chunk.
+# The caller syncs to the disk once, not after each chunk.
 _NOT_SYNCED = ts.Context({"file_io_sync": False})
 
 
 class WeightsReader:
-    """The weights in `folder` (a model folder, or a run folder's newest checkpoint) by dotted name.
+    """Reads the weights of a model folder, or of a run folder's newest checkpoint, by dotted name.
+
+    Attributes:
+        folder: the folder of the arrays.
 
     Raises:
-        InputError: the folder holds no weights, or they are damaged.
+        InputError: the folder has no weights, or they are damaged.
         Fault: the machine could not read them.
     """
 
     def __init__(self, folder: Path):
-        self.place = orbax.weights_folder(folder) / "model"
-        self._stores = open_arrays(self.place)
+        self.folder = orbax.weights_folder(folder) / "model"
+        self._stores = open_arrays(self.folder)
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -37,9 +40,9 @@ class WeightsReader:
         return {n: (tuple(s.shape), s.dtype.numpy_dtype) for n, s in self._stores.items()}
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """Returns a weight, or the part of it that belongs to `layer`."""
+        """Returns a weight, or its slice for `layer`."""
         store = self._stores[name]
-        with classify_errors(self.place / name):
+        with classify_errors(self.folder / name):
             return (store if layer is None else store[layer]).read().result()
 
 
@@ -47,9 +50,9 @@ class WeightsWriter:
     """Writes `weights/` of a model folder, weight by weight.
 
     Args:
-        folder: a model folder in the making.
-        arrays: of each weight, by dotted name: shape with layers stacked, type, and into how many
-            parts a mesh cuts each dimension (1 for all of them if the mesh is not known).
+        folder: an incomplete model folder.
+        arrays: of each weight, by dotted name: the shape with layers stacked, the type, and the
+            number of parts into which a mesh splits each dimension (1 each if no mesh is given).
     """
 
     def __init__(
@@ -57,24 +60,26 @@ class WeightsWriter:
         folder: Path,
         arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, tuple[int, ...]]],
     ):
-        place = orbax.write_skeleton(folder, list(arrays))
+        location = orbax.write_placeholders(folder, list(arrays))
         self._stores = dict[str, Any]()
-        for name, (shape, dtype, cuts) in arrays.items():
-            shutil.rmtree(place / name)
-            chunk = [size // cut for size, cut in zip(shape, cuts, strict=True)]
+        for name, (shape, dtype, splits) in arrays.items():
+            shutil.rmtree(location / name)
+            chunk = [size // parts for size, parts in zip(shape, splits, strict=True)]
             if name.startswith("layers."):
                 chunk[0] = 1
             while np.prod(chunk) * dtype.itemsize > orbax.CHUNK_BYTES:
-                first = next(i for i, size in enumerate(chunk) if size > 1)  # one piece of memory
+                # Halve the first dimension that can be halved: a chunk stays contiguous in memory.
+                first = next(i for i, size in enumerate(chunk) if size > 1)
                 chunk[first] = -(-chunk[first] // 2)
             spec = {
                 "driver": "zarr3",
-                "kvstore": {"driver": "file", "path": f"{place.absolute()}/{name}/"},
+                "kvstore": {"driver": "file", "path": f"{location.absolute()}/{name}/"},
                 "metadata": {
                     "shape": shape,
                     "data_type": dtype.name,
                     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                    # Weights don't compress, but a flipped bit must not pass unseen.
+                    # No compression, because weights don't compress; a checksum, so that a flipped
+                    # bit is detected.
                     "codecs": [
                         {"name": "bytes", "configuration": {"endian": "little"}},
                         {"name": "crc32c"},
@@ -86,6 +91,6 @@ class WeightsWriter:
             self._stores[name] = ts.open(spec, create=True, context=_NOT_SYNCED).result()
 
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
-        """Writes a weight, or the part of it that belongs to `layer`."""
+        """Writes a weight, or its slice for `layer`."""
         store = self._stores[name]
         (store if layer is None else store[layer]).write(array).result()

@@ -1,4 +1,4 @@
-"""Trees of arrays: by name, and without their numbers."""
+"""Converts trees of arrays to nested dicts by name, and computes their shapes and shardings."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -19,15 +19,15 @@ def tree_to_dict(tree: Any) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         *parents, last = path_names(path)
-        place = nested
+        subtree = nested
         for name in parents:
-            place = place.setdefault(name, {})
-        place[last] = leaf
+            subtree = subtree.setdefault(name, {})
+        subtree[last] = leaf
     return nested
 
 
 def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
-    """Returns the leaves in `nested` in the structure of `like`: `tree_to_dict` undone."""
+    """Returns the leaves of `nested` in the tree structure of `like`: `tree_to_dict` inverted."""
 
     def leaf(path: tuple[Any, ...], _: Any) -> Any:
         found: Any = nested
@@ -38,15 +38,15 @@ def dict_to_tree(like: Tree, nested: dict[str, Any]) -> Tree:
     return jax.tree.map_with_path(leaf, like)
 
 
-def eval_shape_on_mesh(make: Any, *args: Any) -> Any:
-    """Returns the shapes, dtypes and shardings on the current mesh of what `make(*args)` makes."""
+def eval_shape_on_mesh(function: Any, *args: Any) -> Any:
+    """Returns shapes, dtypes and shardings of `function(*args)` on the current mesh, uncomputed."""
     mesh = jax.sharding.get_mesh()
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(placed, jax.eval_shape(make, *args))
+    return jax.tree.map(with_sharding, jax.eval_shape(function, *args))
 
 
 def abstract_model(config: ModelConfig) -> Llama:

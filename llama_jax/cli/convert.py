@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts or verifies a checkpoint; returns the exit code."""
-    from llama_jax.convert.convert import convert, parse_mesh
+    from llama_jax.convert.convert import convert
+    from llama_jax.convert.formats.model_folder import parse_mesh
     from llama_jax.convert.verify import verify
     from llama_jax.runtime.byte_size import parse_size
     from llama_jax.runtime.process_memory import release_freed_memory

@@ -1,4 +1,7 @@
-"""Converting a checkpoint: read, turn, write and prove, one weight at a time."""
+"""Converts a checkpoint: open the source, plan, stream the weights, write, verify, write a receipt.
+
+Weights are converted one at a time on each core, in order, within a memory budget.
+"""
 
 import json
 import math
@@ -22,93 +25,26 @@ from llama_jax.convert.stream import map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.convert.verify import verify_output
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import MESH_AXES
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.process_memory import available_memory, check_memory, peak_resident, resident
 
 OutputFormat = Literal["orbax", "hf", "meta"]
 GIB = 1 << 30
-_SLACK = 64 << 20  # small things that come and go
-_COPIES = 3  # of a weight in memory at once: as read, as turned, as written
-
-
-class CheckpointWriter(Protocol):
-    """Writes the tensors of one format into a folder."""
-
-    def write(self, pieces: Any) -> None:
-        """Writes (shard, name, tensor)s."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: Any) -> None:
-        """Completes the files, or takes them away after an error."""
-
-
-class ConvertedWeight(NamedTuple):
-    """A weight on its way: what to write and what to remember."""
-
-    weight: Weight
-    pieces: list[tuple[int, str, np.ndarray]]
-    record: dict[str, Any]
-    note: str | None
-
-
-def _turn(
-    source: Source, layout: Layout, dtypes: Mapping[Weight, np.dtype], weight: Weight
-) -> ConvertedWeight:
-    """Reads a weight and brings it into the layout and type that are wanted."""
-    config = source.config
-    stored = source.stored_tensors(weight)
-    read = [tensor.read() for tensor in stored]
-    names = source.layout.tensor_specs(config, weight)
-    had = [
-        receipt.tensor_record(name, shard, array, tensor.exact)
-        for (shard, name, _), tensor, array in zip(names, stored, read, strict=True)
-    ]
-    ours = source.layout.to_ours(config, weight, read)
-    del read
-    note = _not_finite(weight, ours)
-    if note and layout.quantized:
-        raise InputError(f"{note}; such numbers can't be quantized: correct the checkpoint")
-    if ours.dtype != dtypes[weight]:
-        with np.errstate(over="ignore"):
-            ours = ours.astype(dtypes[weight])
-        if not note and _not_finite(weight, ours):
-            note = f"{weight} holds numbers too large for {ours.dtype.name}: they became infinite"
-    made = layout.from_ours(config, weight, ours)
-    pieces = [
-        (shard, name, array)
-        for (shard, name, _), array in zip(layout.tensor_specs(config, weight), made, strict=True)
-    ]
-    wrote = [receipt.tensor_record(name, shard, a) for shard, name, a in pieces]
-    return ConvertedWeight(
-        weight, pieces, {"weight": str(weight), "source": had, "written": wrote}, note
-    )
-
-
-def _not_finite(weight: Weight, array: np.ndarray) -> str | None:
-    """Returns a note if the weight holds NaN or infinity."""
-    flat = array.reshape(-1)
-    bits = flat.view(np.dtype(f"u{array.dtype.itemsize}"))
-    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
-    for i in range(0, len(bits), 1 << 20):
-        bad = int(np.count_nonzero((bits[i : i + (1 << 20)] & exponent) == exponent))
-        if bad:
-            return f"{weight} holds NaN or infinity: a model with it computes nothing of use"
-    return None
+_SLACK = 64 << 20  # bytes: small temporary objects
+_COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as written
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion came to."""
+    """The output folder of a conversion, its warnings and its statistics."""
 
     folder: Path
-    notes: tuple[str, ...]  # what looks wrong
+    notes: tuple[str, ...]  # warnings about the checkpoint
     bytes_written: int
-    identical: int  # weights that were turned back into the source's very bits
-    converted: int  # weights that were compared after a change of type (int8 is one)
-    peak: int  # most memory held [bytes]
+    identical: int  # weights from which the source's bits were restored
+    converted: int  # weights that equal the source's after a change of type (int8 included)
+    peak: int  # peak resident memory [bytes]
 
 
 def convert(
@@ -125,147 +61,157 @@ def convert(
     quantize: Literal["int8"] | None = None,
     progress: bool = True,
 ) -> ConversionResult:
-    """Converts the checkpoint at `path` into a new folder, and proves it by turning it back.
+    """Converts the checkpoint at `path` into a new folder and verifies the output.
 
     >>> done = lj.convert_checkpoint("models/tiny", "export", to="hf", progress=False)
-    >>> done.identical  # weights whose bits came back
+    >>> done.identical  # weights whose bits were restored from the output
     21
     >>> done.notes
     ()
 
-    The folder appears when it is whole and proven, or not at all.
+    The folder appears once it is complete and verified, or not at all.
 
     Args:
         path: a checkpoint of any format that `detect.open_source` knows.
-        folder: to be made.
+        folder: the folder to create.
         to: format of the folder.
         dtype: float32, bfloat16 or float16; default: as stored, and float32 for quantized weights.
-        max_ram: most memory to hold [bytes]; default: three times the largest tensor, and 1 GiB
-            (or what the process holds already, if that is more), but no more than the machine or
-            the container has.
-        model: member of the family, where the checkpoint's own configuration is not to be followed.
+        max_ram: upper bound of the process's memory [bytes]; default: three times the largest
+            weight plus 1 GiB (or plus the memory that the process already uses, if larger), but at
+            most the memory that the machine or the container has left.
+        model: member of the family whose shape replaces the checkpoint's own configuration.
         tokenizer: file or folder of the tokenizer; default: the checkpoint's own.
-        shards: files of a Meta folder.
-        mesh: sizes of a mesh's axes, along which an Orbax folder's chunks are cut; default: none.
-        quantize: matrices become int8 with float32 scales, from their numbers in `dtype`; the norms
-            stay. For an Orbax folder alone.
-        progress: whether to show it on standard error.
+        shards: number of files of a Meta folder.
+        mesh: sizes of mesh axes by which the arrays of an Orbax folder are chunked; default: none.
+        quantize: stores matrices as int8 with float32 scales, computed from their values in
+            `dtype`; norms stay as they are. For Orbax folders only.
+        progress: whether to show progress bars on standard error.
 
     Raises:
-        InputError: the checkpoint is damaged, incomplete, our own int8 or not a LLaMA, it doesn't
-            fit into the memory or the format, or the folder is there already.
+        InputError: the checkpoint is damaged, incomplete, an int8 folder of llama_jax or not a
+            LLaMA; it doesn't fit into memory or into the format; or the folder already exists.
         Fault: the system can't write the folder.
     """
     folder = Path(folder)
     check_absent(folder)
     source = open_source(Path(path), model)
-    if source.layout.quantized:
-        raise InputError(
-            f"{path} is int8, which gives back no other format: convert the checkpoint that it was"
-            " made from"
-        )
-    if quantize and to != "orbax":
-        raise InputError(f"--quantize {quantize} is for --to orbax: leave one of the two out")
-    # What is quantized on load has one type too, which gives the same bits.
-    of_all = source.dtype(Weight("wq", 0)).name if quantize else None
-    dtypes = _dtypes(source, to, dtype or of_all)
-    config = _written_config(source.config, dtypes, dtype, quantize)
-    layout = _layout(config, to, shards)
-    budget = _budget(source, dtypes, max_ram)
-    extra = collect_tokenizer_files(source, config, to, tokenizer)
+    plan = _plan(source, to, dtype, quantize, shards, max_ram)
+    extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
+    notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]
     with new_folder(folder) as partial_folder, sync_in_background(partial_folder):
-        writer = _writer(partial_folder, config, layout, dtypes, to, mesh or {})
-        records = list[dict[str, Any]]()
-        notes = [*sanity_warnings(config, extra.tokenizer), *extra.notes]
-        total = sum(layout.nbytes(config, weight, kept) for weight, kept in dtypes.items())
-        turn = partial(_turn, source, layout, dtypes)
-        cost = partial(_cost, source, dtypes)
-        with writer, byte_progress("converting", total, progress) as advance:
-            for turned in map_in_order(dtypes, turn, cost, budget):
-                writer.write(turned.pieces)
-                records.append(turned.record)
-                notes += [turned.note] if turned.note else []
-                advance(sum(array.nbytes for _, _, array in turned.pieces))
+        with _open_writer(partial_folder, plan, to, mesh or {}) as writer:
+            records, weight_notes = _stream_weights(plan, writer, progress)
+        notes += weight_notes
         for name, data in extra.files.items():
             (partial_folder / name).write_bytes(data)
-        made = receipt.make_receipt(
-            source, layout, config, extra.end_ids, extra.files, records, notes
+        report = receipt.make_receipt(
+            source, plan.layout, plan.config, extra.end_ids, extra.files, records, notes
         )
-        again = None if all(receipt.is_identical(r) for r in records) else source
+        # The hashes in the receipt prove identical weights; others are converted a second time.
+        compared = None if all(receipt.is_identical(record) for record in records) else source
         output = open_source(partial_folder)
-        made["verified"] = verify_output(made, output, again, budget, progress)
-        (partial_folder / receipt.FILE).write_text(json.dumps(made, indent=1))
-    return ConversionResult(folder, tuple(notes), total, **made["verified"], peak=peak_resident())
+        counts = verify_output(report, output, compared, plan.memory_budget, progress)
+        report["verified"] = counts
+        (partial_folder / receipt.FILE).write_text(json.dumps(report, indent=1))
+    return ConversionResult(
+        folder, tuple(notes), plan.output_bytes(), **counts, peak=peak_resident()
+    )
 
 
-def _dtypes(source: Source, to: OutputFormat, dtype: str | None) -> dict[Weight, np.dtype]:
-    """Returns the type that each weight is to be written in."""
-    own = {weight: source.dtype(weight) for weight in weights(source.config)}
+# The plan.
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which tensors a conversion writes, and how much memory it may use."""
+
+    source: Source
+    config: ModelConfig  # of the output
+    layout: Layout  # of the output
+    dtypes: Mapping[Weight, np.dtype]  # of the output, before quantization
+    memory_budget: int  # tensors in memory at once [bytes]
+
+    def output_bytes(self) -> int:
+        """Returns the size of all tensors of the output [bytes]."""
+        return sum(self.layout.nbytes(self.config, w, dtype) for w, dtype in self.dtypes.items())
+
+
+def _plan(
+    source: Source,
+    to: OutputFormat,
+    dtype: str | None,
+    quantize: Literal["int8"] | None,
+    shards: int,
+    max_ram: int | None,
+) -> _Plan:
+    """Returns the plan of a conversion.
+
+    Raises:
+        InputError: the source can't be converted to this format, or not within this memory.
+    """
+    if source.layout.quantized:
+        raise InputError(
+            f"{source.path} is an int8 folder, from which no other format can be restored: convert"
+            " the checkpoint from which it was created"
+        )
+    if quantize and to != "orbax":
+        raise InputError(f"--quantize {quantize} is for --to orbax: remove one of the two options")
+    # Quantization on load also starts from one type for all weights: the bits are the same.
+    dtypes = _output_dtypes(
+        source, to, dtype or (source.dtype(Weight("wq", 0)).name if quantize else None)
+    )
+    config = _output_config(source.config, dtypes, dtype, quantize)
+    layout = _output_layout(config, to, shards)
+    return _Plan(source, config, layout, dtypes, _memory_budget(source, dtypes, max_ram))
+
+
+def _output_dtypes(source: Source, to: OutputFormat, dtype: str | None) -> dict[Weight, np.dtype]:
+    """Returns the type in which each weight is written."""
+    stored = {weight: source.dtype(weight) for weight in weights(source.config)}
     if dtype is not None:
-        return dict.fromkeys(own, jnp.dtype(dtype))
+        return dict.fromkeys(stored, jnp.dtype(dtype))
     if to != "orbax":
-        return own
-    # Layers are stacked there, so a weight has one type: one that holds the numbers of all layers.
+        return stored
+    # An Orbax folder stacks the layers of a weight into one array: its type must represent the
+    # values of all layers.
     by_name: dict[str, set[np.dtype]] = {}
-    for weight, kept in own.items():
-        by_name.setdefault(weight.name, set()).add(kept)
-    wide = {name: jnp.result_type(*kept) for name, kept in by_name.items()}
-    return {weight: wide[weight.name] for weight in own}
+    for weight, kind in stored.items():
+        by_name.setdefault(weight.name, set()).add(kind)
+    common = {name: jnp.result_type(*kinds) for name, kinds in by_name.items()}
+    return {weight: common[weight.name] for weight in stored}
 
 
-def _written_config(
+def _output_config(
     config: ModelConfig,
     dtypes: Mapping[Weight, np.dtype],
     dtype: str | None,
     quantize: Literal["int8"] | None,
 ) -> ModelConfig:
-    kept = dtypes[Weight("wq", 0)].name
-    config = replace(config, quantized=quantize or "none")
+    """Returns the configuration of the output; --dtype also sets the type of the computation."""
+    param_dtype = dtypes[Weight("wq", 0)].name
+    config = replace(config, quantized=quantize or "none", param_dtype=param_dtype)
     if dtype is None:
-        return replace(config, param_dtype=kept)
-    return replace(config, param_dtype=kept, dtype="float32" if kept == "float32" else "bfloat16")
+        return config
+    return replace(config, dtype="float32" if param_dtype == "float32" else "bfloat16")
 
 
-def _layout(config: ModelConfig, to: OutputFormat, shards: int) -> Layout:
+def _output_layout(config: ModelConfig, to: OutputFormat, shards: int) -> Layout:
     if to == "meta":
         return meta.writer_layout(config, shards)
     if shards != 1:
         raise InputError(
-            f"--shards is for --to meta; --to {to} cuts its files by itself: leave it out"
+            f"--shards is for --to meta; --to {to} chooses the number of files: remove --shards"
         )
     return model_folder.layout(config) if to == "orbax" else Layout(huggingface.NAMES)
 
 
-def _writer(
-    folder: Path,
-    config: ModelConfig,
-    layout: Layout,
-    dtypes: Mapping[Weight, np.dtype],
-    to: OutputFormat,
-    mesh: Mapping[str, int],
-) -> CheckpointWriter:
-    if to == "orbax":
-        return model_folder.ModelFolderWriter(folder, config, dtypes, mesh)
-    make = meta.MetaWriter if to == "meta" else huggingface.HuggingFaceWriter
-    return make(folder, config, layout, dtypes)
-
-
-def _nbytes(config: ModelConfig, weight: Weight, dtypes: Mapping[Weight, np.dtype]) -> int:
-    return math.prod(config.shape(AXES[weight.name].ours)) * dtypes[weight].itemsize
-
-
-def _cost(source: Source, dtypes: Mapping[Weight, np.dtype], weight: Weight) -> int:
-    read = _nbytes(source.config, weight, {weight: source.dtype(weight)})
-    return _COPIES * max(read, _nbytes(source.config, weight, dtypes))
-
-
-def _budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | None) -> int:
-    """Returns how many bytes of tensors may be held at once.
+def _memory_budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | None) -> int:
+    """Returns how many bytes of tensors may be in memory at once.
 
     Raises:
         InputError: not even the largest weight fits.
     """
-    largest = max(_cost(source, dtypes, weight) for weight in dtypes)
+    largest = max(_conversion_bytes(source, dtypes, weight) for weight in dtypes)
     base = resident() + _SLACK
     if max_ram is None:
         check_memory(largest + _SLACK, "the largest weight, while it is converted,")
@@ -273,25 +219,106 @@ def _budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | No
     if base + largest > max_ram:
         raise InputError(
             f"--max-ram {max_ram / GIB:.2f}GiB is too little: the largest weight takes"
-            f" {largest / GIB:.2f} GiB while it is turned, and the program itself"
+            f" {largest / GIB:.2f} GiB while it is converted, and the program itself"
             f" {base / GIB:.2f} GiB; give at least {(base + largest) / GIB + 0.005:.2f}GiB"
         )
     return max_ram - base
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """Returns the sizes of the axes in 'fsdp=8,tensor=4'.
+def _conversion_bytes(source: Source, dtypes: Mapping[Weight, np.dtype], weight: Weight) -> int:
+    """Returns how much memory the conversion of `weight` takes [bytes]."""
+    itemsize = max(source.dtype(weight).itemsize, dtypes[weight].itemsize)
+    return _COPIES * itemsize * math.prod(source.config.shape(AXES[weight.name].ours))
+
+
+# The stream of weights.
+
+
+class CheckpointWriter(Protocol):
+    """Writes the tensors of one format into a folder."""
+
+    def write(self, tensors: Any) -> None:
+        """Writes tensors, given as (shard, name, array)."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None:
+        """Completes the files, or removes them after an error."""
+
+
+def _open_writer(
+    folder: Path, plan: _Plan, to: OutputFormat, mesh: Mapping[str, int]
+) -> CheckpointWriter:
+    if to == "orbax":
+        return model_folder.ModelFolderWriter(folder, plan.config, plan.dtypes, mesh)
+    writer = meta.MetaWriter if to == "meta" else huggingface.HuggingFaceWriter
+    return writer(folder, plan.config, plan.layout, plan.dtypes)
+
+
+def _stream_weights(
+    plan: _Plan, writer: CheckpointWriter, progress: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Converts and writes all weights; returns their records for the receipt, and warnings."""
+    records, notes = list[dict[str, Any]](), list[str]()
+    work = partial(_convert_weight, plan)
+    cost = partial(_conversion_bytes, plan.source, plan.dtypes)
+    with byte_progress("converting", plan.output_bytes(), progress) as advance:
+        for converted in map_in_order(plan.dtypes, work, cost, plan.memory_budget):
+            writer.write(converted.tensors)
+            records.append(converted.record)
+            notes += [converted.note] if converted.note else []
+            advance(sum(array.nbytes for _, _, array in converted.tensors))
+    return records, notes
+
+
+class ConvertedWeight(NamedTuple):
+    """A weight in the output's layout and type, with its record for the receipt."""
+
+    tensors: list[tuple[int, str, np.ndarray]]  # (shard, name, array)
+    record: dict[str, Any]
+    note: str | None  # a warning about the values
+
+
+def _convert_weight(plan: _Plan, weight: Weight) -> ConvertedWeight:
+    """Reads a weight and converts it to the layout and type of the output.
 
     Raises:
-        InputError: it names no axis or no size.
+        InputError: the tensors of the source contradict each other, or can't be quantized.
     """
-    sizes = dict[str, int]()
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
-            raise InputError(
-                f"{part!r} is no axis of a mesh with its size: write --mesh like"
-                f" {MESH_AXES[1]}=8,{MESH_AXES[2]}=4"
-            )
-        sizes[axis] = int(size)
-    return sizes
+    source, config, dtype = plan.source, plan.source.config, plan.dtypes[weight]
+    stored = source.stored_tensors(weight)
+    read = [tensor.read() for tensor in stored]
+    specs = source.layout.tensor_specs(config, weight)
+    source_records = [
+        receipt.tensor_record(name, shard, array, tensor.exact)
+        for (shard, name, _), tensor, array in zip(specs, stored, read, strict=True)
+    ]
+    ours = source.layout.to_ours(config, weight, read)
+    del read  # the memory budget counts three copies
+    note = None
+    if not _is_finite(ours):
+        note = f"{weight} contains NaN or infinity: a model with this weight is unusable"
+        if plan.layout.quantized:
+            raise InputError(f"{note}, and int8 can't represent it: correct the checkpoint")
+    if ours.dtype != dtype:
+        with np.errstate(over="ignore"):
+            ours = ours.astype(dtype)
+        if note is None and not _is_finite(ours):
+            note = f"{weight} contains numbers too large for {dtype.name}: they became infinite"
+    arrays = plan.layout.from_ours(config, weight, ours)
+    specs = plan.layout.tensor_specs(config, weight)
+    tensors = [(shard, name, a) for (shard, name, _), a in zip(specs, arrays, strict=True)]
+    written_records = [receipt.tensor_record(name, shard, array) for shard, name, array in tensors]
+    record = {"weight": str(weight), "source": source_records, "written": written_records}
+    return ConvertedWeight(tensors, record, note)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Returns whether no element is NaN or infinity: whether no exponent has all its bits set."""
+    flat = array.reshape(-1)
+    bits = flat.view(np.dtype(f"u{array.dtype.itemsize}"))
+    exponent = np.array(np.inf, array.dtype).view(bits.dtype)
+    chunk = 1 << 20  # elements at a time, for temporary arrays that fit a cache
+    return not any(
+        np.any((bits[i : i + chunk] & exponent) == exponent) for i in range(0, len(bits), chunk)
+    )

@@ -1,4 +1,4 @@
-"""A checkpoint that can't be read is called damaged where it surely is, and nowhere else."""
+"""An unreadable checkpoint is reported as damaged only if its files certainly are."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A run's folder of checkpoints, with that of step 7."""
+    """The checkpoints folder of a run, with the checkpoint of step 7."""
     folder = tmp_path_factory.mktemp("run") / "c"
     with jax.set_mesh(mesh_of((2, 2, 2))):
         saved = TrainingCheckpoints(folder, CheckpointConfig())
@@ -39,37 +39,37 @@ def restore(folder):
         return TrainingCheckpoints(folder).restore(7, *abstract)
 
 
-def of_system(number):
+def system_error(number):
     return OSError(number, os.strerror(number))
 
 
-def of_tensorstore(status):
+def tensorstore_error(status):
     return ValueError(f'{status} [tensorstore_spec=\'{{"driver":"zarr3"}}\']')
 
 
-# What the faults of a machine raise, in Python, TensorStore (as found by making the system's calls
-# fail) and JAX.
+# The exceptions of machine faults in Python, TensorStore (found by letting system calls fail) and
+# JAX.
 FAULTS = [
     MemoryError("Unable to allocate 3.00 GiB for an array"),
-    of_system(errno.EIO),
-    of_system(errno.EACCES),
-    of_system(errno.EMFILE),
-    of_system(errno.ETIMEDOUT),
-    of_system(errno.ESTALE),
-    of_tensorstore('UNKNOWN: Error opening "zarr3" driver: Failed to read: Input/output error'),
-    of_tensorstore("PERMISSION_DENIED: Error reading: Failed to open: Permission denied"),
-    of_tensorstore("RESOURCE_EXHAUSTED: Error reading: Failed to open: Too many open files"),
-    of_tensorstore("RESOURCE_EXHAUSTED: Error reading: Cannot allocate memory"),
-    of_tensorstore("DEADLINE_EXCEEDED: Error reading: Connection timed out"),
-    of_tensorstore("ABORTED: Error reading: Stale file handle"),
-    of_tensorstore("UNAVAILABLE: Error reading: Connection refused"),
+    system_error(errno.EIO),
+    system_error(errno.EACCES),
+    system_error(errno.EMFILE),
+    system_error(errno.ETIMEDOUT),
+    system_error(errno.ESTALE),
+    tensorstore_error('UNKNOWN: Error opening "zarr3" driver: Failed to read: Input/output error'),
+    tensorstore_error("PERMISSION_DENIED: Error reading: Failed to open: Permission denied"),
+    tensorstore_error("RESOURCE_EXHAUSTED: Error reading: Failed to open: Too many open files"),
+    tensorstore_error("RESOURCE_EXHAUSTED: Error reading: Cannot allocate memory"),
+    tensorstore_error("DEADLINE_EXCEEDED: Error reading: Connection timed out"),
+    tensorstore_error("ABORTED: Error reading: Stale file handle"),
+    tensorstore_error("UNAVAILABLE: Error reading: Connection refused"),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
 ]
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=str)
 @pytest.mark.parametrize("stage", ["metadata", "open", "read"])
-def test_no_fault_of_the_machine_is_called_damage(
+def test_a_machine_fault_is_not_reported_as_damage(
     checkpoints, model_folder, monkeypatch, stage, error
 ):
     def fail(*_, **__):
@@ -111,16 +111,16 @@ def test_no_fault_of_the_machine_is_called_damage(
     for reads in (lambda: restore(checkpoints), load, read_one):
         with pytest.raises(Fault) as raised:
             reads()
-        said = str(raised.value)
-        assert "could not be read (" in said
-        assert str(error).split(" [tensor")[0] in said
-        assert "tensorstore_spec" not in said
-        assert "damaged" not in said
-        assert "remove" not in said
+        message = str(raised.value)
+        assert "could not be read (" in message
+        assert str(error).split(" [tensor")[0] in message
+        assert "tensorstore_spec" not in message
+        assert "damaged" not in message
+        assert "remove" not in message
         assert raised.value.__cause__ is error
 
 
-def test_an_error_of_our_own_stays_what_it_is(checkpoints, monkeypatch):
+def test_a_bug_is_not_reported_as_a_damaged_checkpoint_or_a_fault(checkpoints, monkeypatch):
     def wrong(*_):
         raise TypeError("a bug")
 
@@ -129,7 +129,7 @@ def test_an_error_of_our_own_stays_what_it_is(checkpoints, monkeypatch):
         restore(checkpoints)
 
 
-def cut(path):
+def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -140,10 +140,10 @@ def zero(path):
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
-        ("model/d/*", cut),
+        ("model/d/*", truncate),
         ("model/d/*", zero),
         ("model/d/*", Path.unlink),
-        ("model/ocdbt.process_0/d/*", cut),
+        ("model/ocdbt.process_0/d/*", truncate),
         ("optimizer/manifest.ocdbt", zero),
         ("model/_METADATA", zero),
         ("model/_METADATA", Path.unlink),
@@ -156,7 +156,7 @@ def zero(path):
         ("model", lambda path: path.rename(path.with_name("elsewhere"))),
     ],
 )
-def test_damage_is_named_and_nobody_is_told_to_remove_anything(
+def test_damage_is_reported_with_its_file_and_no_advice_to_delete_anything(
     checkpoints, tmp_path, capfd, file, damage
 ):
     copy = tmp_path / "c"
@@ -164,9 +164,10 @@ def test_damage_is_named_and_nobody_is_told_to_remove_anything(
     damage(next((copy / "7").glob(file)))
     with pytest.raises(InputError) as raised:
         restore(copy)
-    said = str(raised.value)
-    assert said.startswith(f"the checkpoint {copy / '7'}")
-    assert "is damaged or cut short (" in said
-    assert "put a copy in its place, or let a run go on from the checkpoint before it" in said
-    assert "remove" not in said
+    message = str(raised.value)
+    assert message.startswith(f"the checkpoint {copy / '7'}")
+    assert "is damaged or cut short (" in message
+    assert "replace it by a copy, or move it out of the run's folder" in message
+    assert "the run resumes from the checkpoint before it" in message
+    assert "remove" not in message
     assert capfd.readouterr().err == ""

@@ -16,7 +16,7 @@ from llama_jax.errors import InputError
 from llama_jax.inference.load import load
 from llama_jax.training.step import init_state
 
-# Two hosts, on each of which half of the devices are, read a model and save it twice.
+# Two hosts, each with half of the devices, load a model and save it twice.
 SAVES_TWICE = """
 import sys
 import jax
@@ -25,15 +25,15 @@ from llama_jax.runtime import hosts
 from llama_jax.checkpoint.orbax import load_model, save_model
 from llama_jax.config.run import MeshConfig
 
-folder, made, _, coordinator, _, processes, _, process = sys.argv[1:]
+folder, target, _, coordinator, _, processes, _, process = sys.argv[1:]
 with hosts.join(coordinator, int(processes), int(process)):
     with jax.set_mesh(mesh.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         config, model = load_model(folder)
         assert not model.tok_embeddings[...].is_fully_addressable
-        save_model(made, config, model, None)
+        save_model(target, config, model, None)
         print("saved", flush=True)
-        hosts.check_equal_on_hosts({})  # host 0's error ends all: not before all have printed
-        save_model(made, config, model, None)
+        hosts.check_equal_on_hosts({})  # both have printed: the next error ends both
+        save_model(target, config, model, None)
 """
 
 CONFIG = tiny_config()
@@ -53,7 +53,7 @@ def state():
 
 @pytest.fixture
 def saved(state, tmp_path):
-    """Steps 1 to 7, of which the last 2 and every 3rd are kept."""
+    """Checkpoints of steps 1 to 7, of which the last 2 and every 3rd remain."""
     with jax.set_mesh(mesh_of((2, 2, 2))):
         checkpoints = TrainingCheckpoints(tmp_path / "c", CheckpointConfig(keep=2, keep_every=3))
         for step in range(1, 8):
@@ -70,14 +70,14 @@ def model_folder(state, tmp_path_factory):
     return folder
 
 
-def test_the_newest_and_every_kth_are_kept(saved, tmp_path):
-    (saved / "8.orbax-checkpoint-tmp").mkdir()  # what a killed process leaves
+def test_the_newest_and_every_kth_checkpoint_remain(saved, tmp_path):
+    (saved / "8.orbax-checkpoint-tmp").mkdir()  # as a killed process leaves it
     (tmp_path / "checkpoints").symlink_to(saved)
     assert TrainingCheckpoints(saved).steps == saved_steps(tmp_path) == [3, 6, 7]
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
-def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
+def test_a_checkpoint_restores_on_any_mesh_bit_for_bit(saved, state, shape):
     with jax.set_mesh(mesh_of(shape)):
         abstract = tree.eval_shape_on_mesh(partial(init_state, CONFIG), KEY)
         progress, *restored = TrainingCheckpoints(saved).restore(7, *abstract)
@@ -89,7 +89,7 @@ def test_a_checkpoint_lands_on_any_mesh_bit_for_bit(saved, state, shape):
     assert jax.tree.structure(tuple(restored)) == jax.tree.structure(state)
 
 
-def test_names_on_disk_are_plain(state):
+def test_arrays_on_disk_have_the_names_of_the_weights(state):
     names = tree.tree_to_dict(state[0])
     assert set(names) == {"tok_embeddings", "layers", "norm", "output"}
     assert set(names["layers"]) == {
@@ -97,7 +97,7 @@ def test_names_on_disk_are_plain(state):
     }  # fmt: skip
 
 
-def test_a_model_folder_reads_back(model_folder, state):
+def test_a_model_folder_loads_the_weights_that_were_saved(model_folder, state):
     with jax.set_mesh(mesh_of((1, 2, 4))):
         config, model = load_model(model_folder)
     assert config == CONFIG.model
@@ -105,7 +105,7 @@ def test_a_model_folder_reads_back(model_folder, state):
     assert not list(model_folder.parent.glob(".*"))
 
 
-def test_weights_are_cast_as_asked(model_folder):
+def test_weights_are_cast_to_the_requested_type(model_folder):
     half = dataclasses.replace(CONFIG.model, param_dtype="bfloat16")
     with jax.set_mesh(mesh_of((1, 1, 1))):
         _, model = load_model(model_folder, half)
@@ -115,17 +115,23 @@ def test_weights_are_cast_as_asked(model_folder):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"dim": 64}, r"holds model.\S+ as \(.*32.*\), but the configuration says \(.*64.*\)"),
-        ({"n_layers": 3}, r"holds model.layers\S+ as \(2, .*\), but the configuration says \(3,"),
-        ({"tied_head": True}, "holds model.output as .* but the configuration says nothing"),
+        (
+            {"dim": 64},
+            r"model.\S+ is \(.*32.*\) in the checkpoint, but \(.*64.*\) in the configuration",
+        ),
+        ({"n_layers": 3}, r"model.layers\S+ is \(2, .*\) in the checkpoint, but \(3, .*\) in the"),
+        (
+            {"tied_head": True},
+            r"model.output is \(.*\) in the checkpoint, but absent in the configuration",
+        ),
     ],
 )
-def test_another_shape_of_model_is_refused(model_folder, changes, sentence):
+def test_a_model_of_another_shape_is_refused(model_folder, changes, sentence):
     with jax.set_mesh(mesh_of((1, 1, 1))), pytest.raises(InputError, match=sentence):
         load_model(model_folder, tiny_model(**changes))
 
 
-def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
+def test_folders_without_a_model_are_refused(model_folder, tmp_path):
     with pytest.raises(InputError, match="neither a run folder nor a model folder"):
         load_model(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
@@ -142,24 +148,24 @@ def test_folders_that_hold_no_model_are_refused(model_folder, tmp_path):
             save_model(path, CONFIG.model, None, None)
 
 
-def test_a_model_taken_apart_is_saved_as_it_was(state, model_folder, tmp_path):
+def test_an_unstacked_model_is_saved_with_stacked_layers(state, model_folder, tmp_path):
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        config, apart = load(model_folder)
-        save_model(tmp_path / "again", config, apart, None)
+        config, unstacked = load(model_folder)
+        save_model(tmp_path / "again", config, unstacked, None)
         assert equal(load_model(tmp_path / "again", config)[1], state[0])
 
 
 @pytest.mark.slow
 def test_several_hosts_save_one_model(model_folder, state, tmp_path):
-    made = tmp_path / "made"
-    group = Group(tmp_path / "said", 2, model_folder, made, program=("-c", SAVES_TWICE))
+    target = tmp_path / "target"
+    group = Group(tmp_path / "output", 2, model_folder, target, program=("-c", SAVES_TWICE))
     assert group.wait() == [2, 2], group.said("err")
     # Gloo writes to standard output as well.
-    assert ["saved" in said for said in group.said("out")] == [True, True]
-    for said in group.said("err"):
-        assert f"{made} already exists" in said.splitlines()[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {"said", "made"}
+    assert ["saved" in output for output in group.said("out")] == [True, True]
+    for output in group.said("err"):
+        assert f"{target} already exists" in output.splitlines()[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"output", "target"}
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        config, model = load_model(made)
+        config, model = load_model(target)
     assert config == CONFIG.model
     assert equal(model, state[0])

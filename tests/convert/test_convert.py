@@ -20,10 +20,10 @@ from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.convert import layout
-from llama_jax.convert.convert import parse_mesh
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.files.safetensors import read_safetensors
 from llama_jax.convert.files.torch_zip import read_torch
+from llama_jax.convert.formats.model_folder import parse_mesh
 from llama_jax.errors import InputError
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama
@@ -269,5 +269,5 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
 def test_meshes_are_named_by_their_axes():
     assert parse_mesh("fsdp=8, tensor=4") == {"fsdp": 8, "tensor": 4}
     for text in ("fsdp", "fsdp=0", "rows=2"):
-        with pytest.raises(InputError, match="is no axis of a mesh"):
+        with pytest.raises(InputError, match="is not a mesh axis"):
             parse_mesh(text)

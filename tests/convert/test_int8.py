@@ -35,7 +35,7 @@ def folders(request, tmp_path_factory):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
         save_model(folder / "m", config, model, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "_AT_ONCE", 700)
+        patch.setattr(layout, "_QUANTIZED_AT_ONCE", 700)
         quiet(folder / "m", folder / "int8", quantize="int8", mesh={"fsdp": 2, "tensor": 4})
     return folder / "m", folder / "int8"
 
@@ -96,21 +96,23 @@ def test_a_changed_source_or_value_is_found(folders, tmp_path):
 class TestRefusals:
     @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
     def test_an_int8_folder_is_no_source(self, folders, tmp_path, to):
-        with pytest.raises(InputError, match="convert the checkpoint that it was made from"):
+        with pytest.raises(InputError, match="convert the checkpoint from which it was created"):
             quiet(folders[1], tmp_path / "m", to=to)
-        with pytest.raises(InputError, match="is int8, which gives back no other format"):
+        with pytest.raises(
+            InputError, match="is an int8 folder, from which no other format can be"
+        ):
             quiet(folders[1], tmp_path / "m", quantize="int8")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("to", ["hf", "meta"])
     def test_other_formats_have_no_int8(self, folders, tmp_path, to):
-        with pytest.raises(InputError, match="--quantize int8 is for --to orbax: leave one of the"):
+        with pytest.raises(InputError, match="--quantize int8 is for --to orbax: remove one"):
             quiet(folders[0], tmp_path / "m", to=to, quantize="int8")
 
     def test_training_does_not_start_from_int8(self, folders):
         with (
             jax.set_mesh(one_device_mesh()),
-            pytest.raises(InputError, match=r"are kept as int8: give the folder that it was made"),
+            pytest.raises(InputError, match=r"are stored as int8: give the folder from which"),
         ):
             load_model(folders[1], read_model_config(folders[0]))
 
@@ -119,5 +121,5 @@ class TestRefusals:
             config, model = load_model(folders[0])
             model.layers.w2[...] = changed(model.layers.w2[...], (1, 3, 2), np.inf)
             save_model(tmp_path / "m", config, model, None)
-        with pytest.raises(InputError, match=r"layers.1.w2 holds NaN or infinity.*can't be quant"):
+        with pytest.raises(InputError, match=r"layers.1.w2 contains NaN or infinity.*int8 can't"):
             quiet(tmp_path / "m", tmp_path / "int8", quantize="int8")

@@ -229,7 +229,7 @@ def test_a_save_that_fails_on_one_host_ends_all_with_its_sentence(alone, runs, t
         last = [line for line in said.splitlines() if line.startswith("llama-jax: ")][-1]
         assert last.startswith("llama-jax: host 1 (")
         assert f"can't save step 8 in {run / 'checkpoints'} (" in last
-        assert "File too large): the checkpoints of steps 4 are as they were; mend that" in last
+        assert "File too large): the checkpoints of steps 4 are unchanged; fix the cause" in last
         assert "Traceback" not in said
     again = Group(runs / "full-again-said", 2, "train", path)
     assert again.wait() == [0, 0], again.said("err")

@@ -173,7 +173,7 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = str(raised.value)
     assert said.startswith(f"can't save step 16 in {folder / 'checkpoints'} (")
-    assert "File too large): the checkpoints of steps 8 are as they were; mend that" in said
+    assert "File too large): the checkpoints of steps 8 are unchanged; fix the cause" in said
     assert len(losses(folder)) == 16
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["8"]
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Our own folders as source and destination: a model folder, or a run's newest checkpoint."""
+"""Model folders and run folders of llama_jax as source, model folders as destination."""
 
 import dataclasses
 import json
@@ -12,25 +12,24 @@ from llama_jax.checkpoint import folders
 from llama_jax.checkpoint.single_weights import WeightsReader, WeightsWriter
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.files.tensor_file import StoredTensor
-from llama_jax.convert.layout import AXES, Layout, Weight, weights
+from llama_jax.convert.layout import AXES, LAYER_WEIGHTS, Layout, Weight, weights
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
-from llama_jax.parallel.sharding import weight_spec as placed
+from llama_jax.parallel.sharding import MESH_AXES, weight_spec
 
-_ENDS = ("tok_embeddings", "norm", "output")
-NAMES = {n: n if n in _ENDS else f"layers.{n}[{{}}]" for n in AXES}
+NAMES = {name: f"layers.{name}[{{}}]" if name in LAYER_WEIGHTS else name for name in AXES}
 
 
 def layout(config: ModelConfig) -> Layout:
-    """Returns how our own folders keep a model of this configuration."""
+    """Returns how a model folder stores a model of this configuration."""
     return Layout(NAMES, ours=True, quantized=config.quantized == "int8")
 
 
 def read(folder: Path) -> Source:
-    """Returns the checkpoint in a model folder, or the newest of a run folder.
+    """Returns the checkpoint in a model folder, or the newest checkpoint of a run folder.
 
     Raises:
-        InputError: it is neither, or damaged.
+        InputError: the folder is neither, or damaged.
     """
     config = folders.read_model_config(folder)
     reader = WeightsReader(folder)
@@ -46,7 +45,7 @@ def read(folder: Path) -> Source:
             tensors[full] = tensor(full, None)
         elif shape[:1] != (config.n_layers,):
             raise InputError(
-                f"{reader.place / full} is {shape}, but the configuration asks for"
+                f"{reader.folder / full} is {shape}, but the configuration requires"
                 f" {config.n_layers} layers: they are not of one model, convert it again"
             )
         else:
@@ -55,7 +54,7 @@ def read(folder: Path) -> Source:
 
 
 class ModelFolderWriter:
-    """Writes config.json and `weights/`, in the chunks of a mesh with these sizes of axes."""
+    """Writes config.json and `weights/`, in chunks that match a mesh with these axis sizes."""
 
     def __init__(
         self,
@@ -66,23 +65,41 @@ class ModelFolderWriter:
     ):
         arrays = {}
         for weight in weights(config):
-            for part in layout(config).orbax_arrays(weight):
-                letters, full = part.letters, weight.name + part.suffix
+            for array in layout(config).orbax_arrays(weight):
+                letters, full = array.letters, weight.name + array.suffix
                 if weight.layer is not None:
                     letters, full = "L" + letters, f"layers.{full}"
-                cuts = tuple(mesh.get(axis, 1) for axis in placed(letters))
-                arrays[full] = (config.shape(letters), part.dtype or dtypes[weight], cuts)
+                splits = tuple(mesh.get(axis, 1) for axis in weight_spec(letters))
+                arrays[full] = (config.shape(letters), array.dtype or dtypes[weight], splits)
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         self._writer = WeightsWriter(folder, arrays)
 
-    def write(self, pieces: Iterable[tuple[int, str, np.ndarray]]) -> None:
-        """Writes (0, name, tensor)s."""
-        for _, name, piece in pieces:
+    def write(self, tensors: Iterable[tuple[int, str, np.ndarray]]) -> None:
+        """Writes tensors, given as (0, name, array)."""
+        for _, name, array in tensors:
             full, _, layer = name.partition("[")
-            self._writer.write(full, int(layer[:-1]) if layer else None, piece)
+            self._writer.write(full, int(layer[:-1]) if layer else None, array)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leaves what is written already."""
+        """Does nothing: each tensor is complete once written."""
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the sizes of the mesh axes in 'fsdp=8,tensor=4'.
+
+    Raises:
+        InputError: a part doesn't name an axis and a positive size.
+    """
+    sizes = dict[str, int]()
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
+            raise InputError(
+                f"{part!r} is not a mesh axis with its size: write --mesh like"
+                f" {MESH_AXES[1]}=8,{MESH_AXES[2]}=4"
+            )
+        sizes[axis] = int(size)
+    return sizes
