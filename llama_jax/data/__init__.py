@@ -1,1 +1,1 @@
-"""Text to tokens to batches."""
+"""Tokenizes a corpus into token shards, and reads batches from them."""

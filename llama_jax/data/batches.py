@@ -1,8 +1,8 @@
 """Batches as a pure function of the step.
 
-A sample is a window of T+1 tokens at a fixed place of the token stream. Which windows make up the
-global batch of a step follows from the seed and the step alone, so nothing but the step has to be
-saved, and any number of hosts reads the very same batches.
+A sample is a window of T+1 tokens at a fixed position of the token stream. The seed and the step
+alone determine the windows of a step's global batch. So the step is the only state to save, and any
+number of hosts reads the same batches.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from llama_jax.errors import InputError
 
 
 class Batches:
-    """The batches of a run: `train(step)` and `validation(i)`, placed on the current mesh."""
+    """The batches of a run: `train(step)` and `validation(i)`, sharded over the current mesh."""
 
     def __init__(self, config: DataConfig, micro_batches: int = 1):
         import grain
@@ -34,10 +34,11 @@ class Batches:
         for folder, source in zip(folders, windows, strict=True):
             if not len(source):
                 raise InputError(
-                    f"{folder} holds {len(source.tokens):,} training tokens, fewer than one window"
-                    f" of data.seq_len + 1 = {config.seq_len + 1:,}: add text or shorten seq_len"
+                    f"{folder} contains {len(source.tokens):,} training tokens, fewer than one"
+                    f" window of data.seq_len + 1 = {config.seq_len + 1:,}: add text or"
+                    " shorten seq_len"
                 )
-        # Seeds differ, or equally long sources would be read in the same order.
+        # With the same seed, sources of equal length would be read in the same order.
         shuffled = [
             grain.MapDataset.source(source).seed(config.seed + i).shuffle().repeat()
             for i, source in enumerate(windows)
@@ -51,7 +52,7 @@ class Batches:
 
     @property
     def fingerprint(self) -> list[str]:
-        """What identifies the data: each folder's weight, tokenizer and shards, by their hashes."""
+        """Identifies the data: each folder's weight and the hashes of its tokenizer and shards."""
         return [
             f"{weight:g}:{tokens.meta['tokenizer_sha256'][:16]}:{tokens.content_hash()[:16]}"
             for weight, tokens in zip(
@@ -61,26 +62,26 @@ class Batches:
 
     @property
     def unigram_entropy(self) -> float | None:
-        """That of the held-out text [nats per token], where there is any."""
-        splits = [tokens.summary for tokens in self.splits["validation"] if len(tokens)]
-        counted = sum(split["tokens"] for split in splits)
-        weighted = sum(split["tokens"] * split["unigram_entropy"] for split in splits)
-        return weighted / counted if counted else None
+        """The unigram entropy of the held-out text [nats per token]; None if there is no text."""
+        summaries = [tokens.summary for tokens in self.splits["validation"] if len(tokens)]
+        tokens = sum(summary["tokens"] for summary in summaries)
+        total = sum(summary["tokens"] * summary["unigram_entropy"] for summary in summaries)
+        return total / tokens if tokens else None
 
     def train(self, step: int) -> Batch:
-        """Returns the batch of step `step` (0 is the first): arrays [A, B, T], B of a micro-batch.
+        """Returns the batch of step `step` (0 is the first): arrays [A, B, T].
 
-        Row r of micro-batch a is sample a·B + r of the step, so micro-batches read in turn are
-        the unsplit batch.
+        A counts micro-batches, B the rows of one. Row r of micro-batch a is sample a·B + r of the
+        step, so the micro-batches, concatenated in order, are the unsplit batch.
         """
         first = step * self.config.batch_size
-        return self._place(lambda row: cast(Batch, self._train[first + row]))
+        return self._shard_batch(lambda row: cast(Batch, self._train[first + row]))
 
     def validation(self, index: int, batches: int) -> Batch:
         """Returns held-out batch `index` of `batches`, shaped like a training batch.
 
-        Together they hold windows evenly spread over the held-out text, each at most once. Rows
-        past the last window count for nothing.
+        Together the batches contain windows at equal distances in the held-out text, each window at
+        most once. Rows after the last window have no loss.
         """
         windows = sum(len(source) for source in self._held_out)
         rows = min(batches * self.config.batch_size, windows)
@@ -96,15 +97,15 @@ class Batches:
             blank = np.zeros(self.config.seq_len, np.int32)
             return Batch(blank, blank - 1, blank, blank)
 
-        return self._place(read)
+        return self._shard_batch(read)
 
-    def count_validation_batches(self, most: int) -> int:
-        """Returns how many held-out batches there are, at most `most`."""
+    def count_validation_batches(self, limit: int) -> int:
+        """Returns the number of held-out batches, at most `limit`."""
         windows = sum(len(source) for source in self._held_out)
-        return min(most, -(-windows // self.config.batch_size))
+        return min(limit, -(-windows // self.config.batch_size))
 
-    def _place(self, read: Callable[[int], Batch]) -> Batch:
-        """Builds global arrays of which this process reads the rows of its own devices."""
+    def _shard_batch(self, read: Callable[[int], Batch]) -> Batch:
+        """Returns global arrays; this process reads only the rows of its own devices."""
         import jax
 
         from llama_jax.parallel.sharding import activation_spec
@@ -115,13 +116,13 @@ class Batches:
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), activation_spec("ABT"))
 
         def field(number: int) -> Any:
-            def part(index: Any) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 a, b, t = (range(*i.indices(n)) for i, n in zip(index, (A, B, T), strict=True))
                 rows = [[read(i * B + j)[number][t.start : t.stop] for j in b] for i in a]
                 return np.array(rows)
 
-            return jax.make_array_from_callback((A, B, T), sharding, part)
+            return jax.make_array_from_callback((A, B, T), sharding, shard)
 
-        placed = Batch(*(field(i) for i in range(len(Batch._fields))))
-        # Attention that need not compare segments is faster.
-        return placed if self.config.isolate_documents else placed._replace(segments=None)
+        batch = Batch(*(field(i) for i in range(len(Batch._fields))))
+        # Attention is faster if it doesn't have to compare segments.
+        return batch if self.config.isolate_documents else batch._replace(segments=None)

@@ -1,4 +1,4 @@
-"""Windows of T+1 tokens at fixed places of a token stream."""
+"""Windows of T+1 tokens at fixed positions of a token stream."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,9 @@ from llama_jax.data.shards import TokenStream
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what is to be predicted, int32 [B, T]; micro-batches add a leading A.
+    """Rows of tokens and their targets, int32 [B, T]; micro-batches add a leading A.
 
-    From NumPy arrays, two rows of one text each, for a step of one micro-batch:
+    Built from NumPy arrays, for a step of one micro-batch of two rows, each row one text:
 
     >>> rows = np.array([[tokenizer.encode("to be or not to be, that is", bos=True)[:9]] * 2])
     >>> positions = np.broadcast_to(np.arange(8), (1, 2, 8))
@@ -21,13 +21,13 @@ class Batch(NamedTuple):
     """
 
     tokens: Any
-    targets: Any  # the next token, or -1 where no loss is taken
-    positions: Any  # place in the document, counted from where the window shows it
-    segments: Any  # number of the document in the window, from 1; None: all is one text
+    targets: Any  # the next token, or -1 at positions without a loss
+    positions: Any  # within the document, counted from its first token in the window
+    segments: Any  # number of the document in the window, from 1; None: all tokens are one text
 
 
 class Windows:
-    """Random access to the windows of T+1 tokens of a stream; each overlaps the next by one."""
+    """Random access to the windows of T+1 tokens of a stream; adjacent windows share one token."""
 
     def __init__(self, tokens: TokenStream, config: DataConfig):
         self.tokens = tokens
@@ -39,18 +39,17 @@ class Windows:
         return self.count
 
     def __getitem__(self, index: Any) -> Batch:
-        """Returns window `index` as a Batch whose arrays are [T]."""
+        """Returns window `index` as a Batch of int32 arrays [T]."""
         T = self.length
         start = int(index) * T
         tokens, starts = self.tokens.read(start, start + T + 1)
         positions = np.arange(T + 1, dtype=np.int32)
         segments = np.ones(T + 1, np.int32)
         if self.isolate:
-            at = starts[(starts > 0) & (starts <= T)]
-            begins = np.zeros(T + 1, np.int32)
-            begins[at] = 1
-            segments += np.cumsum(begins, dtype=np.int32)
-            positions -= np.maximum.accumulate(positions * begins)
-        same = segments[1:] == segments[:-1]
-        targets = np.where(same, tokens[1:], -1).astype(np.int32)
+            is_start = np.zeros(T + 1, np.int32)
+            is_start[starts[(starts > 0) & (starts <= T)]] = 1
+            segments += np.cumsum(is_start, dtype=np.int32)
+            positions -= np.maximum.accumulate(positions * is_start)
+        same_document = segments[1:] == segments[:-1]
+        targets = np.where(same_document, tokens[1:], -1).astype(np.int32)
         return Batch(tokens[:-1], targets, positions[:-1], segments[:-1])

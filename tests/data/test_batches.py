@@ -23,27 +23,29 @@ def as_numpy(batch):
     return [np.asarray(field) for field in batch]
 
 
-def test_a_window_tells_documents_apart(token_folder):
+def test_a_window_separates_documents(token_folder):
     tokens = TokenStream(token_folder, "train")
     windows = Windows(tokens, config(token_folder, seq_len=64))
-    whole, _ = tokens.read(0, len(tokens))
-    crossed = 0
+    stream, _ = tokens.read(0, len(tokens))
+    boundaries = 0
     for i in range(len(windows)):
         window = windows[i]
-        part = whole[i * 64 : i * 64 + 65]
+        part = stream[i * 64 : i * 64 + 65]
         np.testing.assert_array_equal(window.tokens, part[:-1])
-        begins = np.flatnonzero(part[:-1] == 1)  # the begin token
-        expected = 1 + np.searchsorted(begins[begins > 0], np.arange(64), side="right")
+        starts = np.flatnonzero(part[:-1] == 1)  # the begin token
+        starts = starts[starts > 0]
+        expected = 1 + np.searchsorted(starts, np.arange(64), side="right")
         np.testing.assert_array_equal(window.segments, expected)
-        starts = np.concatenate([[0], begins[begins > 0]])[expected - 1]
-        np.testing.assert_array_equal(window.positions, np.arange(64) - starts)
-        into_next = part[1:] == 1  # a document's first token is not predicted from another's last
-        np.testing.assert_array_equal(window.targets, np.where(into_next, -1, part[1:]))
-        crossed += into_next.sum()
-    assert crossed > 20
+        own_start = np.concatenate([[0], starts])[expected - 1]
+        np.testing.assert_array_equal(window.positions, np.arange(64) - own_start)
+        # The last token of a document doesn't predict the first token of the next one.
+        next_starts = part[1:] == 1
+        np.testing.assert_array_equal(window.targets, np.where(next_starts, -1, part[1:]))
+        boundaries += next_starts.sum()
+    assert boundaries > 20
 
 
-def test_documents_can_be_read_as_one_text(token_folder):
+def test_without_isolation_all_documents_of_a_window_are_one_text(token_folder):
     tokens = TokenStream(token_folder, "train")
     window = Windows(tokens, config(token_folder, seq_len=64, isolate_documents=False))[3]
     assert set(window.segments) == {1}
@@ -51,18 +53,18 @@ def test_documents_can_be_read_as_one_text(token_folder):
     np.testing.assert_array_equal(window.targets, tokens.read(193, 257)[0])
 
 
-def test_a_batch_follows_from_seed_and_step_alone(token_folder):
+def test_the_seed_and_the_step_alone_determine_a_batch(token_folder):
     with jax.set_mesh(one_device_mesh()):
-        forwards = [as_numpy(Batches(config(token_folder)).train(s)) for s in range(6)]
+        in_order = [as_numpy(Batches(config(token_folder)).train(s)) for s in range(6)]
         again = Batches(config(token_folder))
         for s in (5, 0, 3):
-            for a, b in zip(as_numpy(again.train(s)), forwards[s], strict=True):
+            for a, b in zip(as_numpy(again.train(s)), in_order[s], strict=True):
                 np.testing.assert_array_equal(a, b)
         other = as_numpy(Batches(config(token_folder, seed=1)).train(0))
-    assert not np.array_equal(other[0], forwards[0][0])
+    assert not np.array_equal(other[0], in_order[0][0])
 
 
-def test_an_epoch_holds_every_window_once_and_the_next_another_order(token_folder):
+def test_each_epoch_contains_every_window_once_in_another_order(token_folder):
     data = Batches(config(token_folder))
     count = len(Windows(TokenStream(token_folder, "train"), config(token_folder)))
     epochs = [[data._train[e * count + i].tokens.tobytes() for i in range(count)] for e in (0, 1)]
@@ -80,11 +82,11 @@ def test_every_mesh_reads_the_same_global_batch(token_folder, shape):
             np.testing.assert_array_equal(a, b)
 
 
-def test_micro_batches_read_in_turn_are_the_batch(token_folder):
+def test_micro_batches_concatenated_in_order_are_the_batch(token_folder):
     with jax.set_mesh(one_device_mesh()):
-        whole = as_numpy(Batches(config(token_folder)).train(2))
-        parts = as_numpy(Batches(config(token_folder), micro_batches=4).train(2))
-    for a, b in zip(whole, parts, strict=True):
+        batch = as_numpy(Batches(config(token_folder)).train(2))
+        micro_batches = as_numpy(Batches(config(token_folder), micro_batches=4).train(2))
+    for a, b in zip(batch, micro_batches, strict=True):
         assert b.shape == (4, 2, 16)
         np.testing.assert_array_equal(a.reshape(b.shape), b)
 
@@ -96,17 +98,17 @@ def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
     for path in (other / "train").glob("tokens-*.npy"):
         np.save(path, np.load(path) ^ 1)  # the same length, other tokens
     data = Batches(config(token_folder, mixture={str(token_folder): 0.75, str(other): 0.25}))
-    ours = {source[i].tokens.tobytes(): i for i in range(len(source))}
+    index_of = {source[i].tokens.tobytes(): i for i in range(len(source))}
     drawn = [data._train[i].tokens for i in range(1000)]
-    first = [ours[t.tobytes()] for t in drawn if t.tobytes() in ours]
-    second = [ours[(t ^ 1).tobytes()] for t in drawn if t.tobytes() not in ours]
+    first = [index_of[t.tobytes()] for t in drawn if t.tobytes() in index_of]
+    second = [index_of[(t ^ 1).tobytes()] for t in drawn if t.tobytes() not in index_of]
     assert len(first) == 750
     assert len(second) == 250
-    # Equally long sources are shuffled apart.
+    # Sources of equal length are shuffled differently.
     assert sum(a == b for a, b in zip(first, second, strict=False)) < 10
 
 
-def test_validation_covers_every_held_out_window_once(token_folder):
+def test_validation_reads_every_held_out_window_once(token_folder):
     settings = config(token_folder)
     windows = Windows(TokenStream(token_folder, "validation"), settings)
     data = Batches(settings)
@@ -114,19 +116,16 @@ def test_validation_covers_every_held_out_window_once(token_folder):
         count = data.count_validation_batches(99)
         batches = [as_numpy(data.validation(i, count)) for i in range(count)]
         few = [as_numpy(data.validation(i, 2)) for i in range(2)]
-    counted = sum((targets >= 0).sum() for _, targets, _, _ in batches)
-    assert counted == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
+    with_loss = sum((targets >= 0).sum() for _, targets, _, _ in batches)
+    assert with_loss == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
     assert data.count_validation_batches(2) == 2
-    # Fewer batches are spread over the whole text.
-    tokens = {
-        window.tokens.tobytes(): i
-        for i, window in enumerate(map(windows.__getitem__, range(len(windows))))
-    }
-    places = [tokens[row.tobytes()] for batch in few for row in batch[0][0]]
-    assert places == [r * len(windows) // 16 for r in range(16)]
+    # Fewer batches read windows at equal distances in the complete text.
+    index_of = {windows[i].tokens.tobytes(): i for i in range(len(windows))}
+    indices = [index_of[row.tobytes()] for batch in few for row in batch[0][0]]
+    assert indices == [r * len(windows) // 16 for r in range(16)]
 
 
-def damage(folder, tmp_path, change):
+def changed_copy(folder, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     change(copy)
@@ -138,7 +137,7 @@ def truncate(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (lambda f: (f / "meta.json").unlink(), "has no meta.json"),
         (lambda f: (f / "meta.json").write_text("{"), "has a damaged meta.json"),
@@ -148,22 +147,22 @@ def truncate(path):
         (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "contains 3 entries, but"),
     ],
 )
-def test_damaged_shards_are_named(token_folder, tmp_path, change, sentence):
-    with pytest.raises(InputError, match=sentence):
-        Batches(config(damage(token_folder, tmp_path, change)))
+def test_the_error_for_damaged_shards_names_the_file(token_folder, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        Batches(config(changed_copy(token_folder, tmp_path, change)))
 
 
-def test_too_few_tokens_for_a_window_are_refused(token_folder):
+def test_a_corpus_shorter_than_one_window_is_rejected(token_folder):
     with pytest.raises(InputError, match=r"fewer than one window of data.seq_len \+ 1 = 1,000,001"):
         Batches(config(token_folder, seq_len=1_000_000))
 
 
-def test_the_fingerprint_follows_the_content(token_folder, tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(token_folder, tmp_path):
     tokenize.tokenize_corpus(
         [str(token_folder.parent / "0*.txt")], tmp_path / "less",
         tokenizer=token_folder / "tokenizer.model", validation_fraction=0.1, progress=False,
     )  # fmt: skip
-    moved = damage(token_folder, tmp_path, lambda f: None)
-    here = Batches(config(token_folder)).fingerprint
-    assert Batches(config(moved)).fingerprint == here
-    assert Batches(config(tmp_path / "less")).fingerprint != here
+    copy = changed_copy(token_folder, tmp_path, lambda f: None)
+    expected = Batches(config(token_folder)).fingerprint
+    assert Batches(config(copy)).fingerprint == expected
+    assert Batches(config(tmp_path / "less")).fingerprint != expected

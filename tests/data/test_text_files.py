@@ -1,4 +1,4 @@
-"""Which files are read as what."""
+"""How the reader of a corpus decides between JSON lines and plain text."""
 
 import gzip
 import json
@@ -40,13 +40,13 @@ def test_json_lines_are_recognized_by_their_content(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("x.txt", C4),  # the name says so
+        ("x.txt", C4),  # the name decides
         ("README", b"{not JSON}\n"),
         ("README", b'{"no": "text"}\n'),
         ("README", ARRAY),
     ],
 )
-def test_other_files_are_one_text(tmp_path, name, content):
+def test_any_other_file_is_one_text(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert documents(tmp_path / name) == [(content.decode(), "train")]
 
@@ -54,21 +54,24 @@ def test_other_files_are_one_text(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (ARRAY, r"x.json is one JSON array: write each .* \(`jq -c '.\[\]'`\), or name the file"),
-        (PRETTY, r"x.json is no JSON lines: write each .* \(`jq -c .`\), or name the file .txt"),
-        (b"3\n", "x.json is no JSON lines"),
+        (ARRAY, r"x.json is one JSON array: write each .* \(`jq -c '.\[\]'`\), or rename"),
+        (
+            PRETTY,
+            r"x.json is not JSON lines: write each .* \(`jq -c .`\), or rename the file",
+        ),
+        (b"3\n", "x.json is not JSON lines"),
         (b'{"body": "a"}\n', r'x.json:1: a line needs a string "text"; this one has: body'),
         (C4 + b"[" * 100_000 + b"\n", "x.json:3: not valid JSON .*recursion"),
         (C4 + b'{"text": %s}\n' % (b"9" * 5000), "x.json:3: not valid JSON .*digits"),
     ],
 )
-def test_json_that_is_not_one_text_a_line_is_refused(tmp_path, content, sentence):
+def test_json_files_without_one_text_per_line_are_rejected(tmp_path, content, sentence):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         documents(tmp_path / "x.json")
 
 
-def test_a_folder_gives_its_texts_and_the_json_that_holds_texts(tmp_path):
+def test_a_folder_search_finds_text_files_and_json_files_that_contain_texts(tmp_path):
     files = {"a.json.gz": gzip.compress(C4), "b.ndjson": C4, "c.txt": b"c", "d.json": ARRAY}
     others = {"package.json": PRETTY.replace(b"text", b"name"), "list.json": b"[1]\n", "x.png": C4}
     for name, content in (files | others).items():
@@ -79,21 +82,22 @@ def test_a_folder_gives_its_texts_and_the_json_that_holds_texts(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9999])
 @pytest.mark.parametrize("part", [1, 7, 1000])
-def test_a_single_text_is_split_where_it_would_be_in_one_part(
+def test_the_held_out_part_of_a_single_text_does_not_depend_on_the_part_size(
     tmp_path, monkeypatch, fraction, part
 ):
-    monkeypatch.setattr(text_files, "_PART", part)
+    monkeypatch.setattr(text_files, "_PART_CHARACTERS", part)
     for text in ("line é\nnext\r\n\n last", "no line end", "\nends\n", "", "\n"):
         (tmp_path / "x.txt").write_bytes(text.encode())
-        cut = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1 if fraction else len(text)
-        expected = [(text[:cut], "train"), (text[cut:], "validation")]
+        limit = round(len(text) * (1 - fraction))
+        boundary = text.rfind("\n", 0, limit) + 1 if fraction else len(text)
+        expected = [(text[:boundary], "train"), (text[boundary:], "validation")]
         assert documents(tmp_path / "x.txt", fraction) == [d for d in expected if d[0]]
 
 
-def test_lines_are_those_of_the_text_without_the_longest(tmp_path, monkeypatch):
+def test_split_lines_skips_only_the_lines_that_are_too_long(tmp_path, monkeypatch):
     text = "one\n\ntwo three\nfour, which is too long\nfive\n"
     (tmp_path / "x.txt").write_text(text)
     for part in (1, 3, 100):
-        monkeypatch.setattr(text_files, "_PART", part)
+        monkeypatch.setattr(text_files, "_PART_CHARACTERS", part)
         lines = split_lines(read_documents([tmp_path / "x.txt"], 0.0), "train", 10)
         assert list(lines) == ["one", "", "two three", "five", ""]

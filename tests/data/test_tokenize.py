@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backports import zstd
 
-from llama_jax.data import shards, text_files, tokenize
+from llama_jax.data import text_files, tokenize
 from llama_jax.data.shards import TokenStream
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import split_points
@@ -24,11 +24,11 @@ GZIP = gzip.compress(np.random.default_rng(0).bytes(3000).hex().encode())
 
 @pytest.fixture
 def sources(tmp_path):
-    """The same texts as JSONL, plain, gzipped and in zstd; a text file each where not JSONL."""
+    """The same texts as JSON lines (plain, gzip and zstd), and as one text file each."""
     jsonl = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TEXTS))
     (tmp_path / "a.jsonl").write_text(jsonl)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl.encode()))
-    half = len(jsonl) // 2  # two frames, as a parallel compressor writes
+    half = len(jsonl) // 2  # two frames, as parallel compressors write
     frames = [zstd.compress(part.encode()) for part in (jsonl[:half], jsonl[half:])]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
     (tmp_path / "texts").mkdir()
@@ -37,7 +37,7 @@ def sources(tmp_path):
     return tmp_path
 
 
-def build(source, out, **options):
+def tokenize_source(source, out, **options):
     options = {"n_vocab": 300, "validation_fraction": 0.1, "progress": False} | options
     return tokenize.tokenize_corpus([str(source)], out, **options)
 
@@ -48,14 +48,14 @@ def stream(folder, split):
 
 
 def test_all_formats_give_the_same_shards(sources):
-    expected = build(sources / "a.jsonl", sources / "out-a")
+    expected = tokenize_source(sources / "a.jsonl", sources / "out-a")
     for name in ("b.jsonl.gz", "c.jsonl.zst", "texts"):
-        meta = build(sources / name, sources / f"out-{name}")
+        meta = tokenize_source(sources / name, sources / f"out-{name}")
         assert meta["splits"] == expected["splits"]
 
 
-def test_documents_come_back_from_the_shards(sources):
-    meta = build(sources / "a.jsonl", sources / "out")
+def test_decoding_the_shards_gives_the_documents(sources):
+    meta = tokenize_source(sources / "a.jsonl", sources / "out")
     tokenizer = load_tokenizer(sources / "out")
     texts = {}
     for split in tokenize.SPLITS:
@@ -68,28 +68,15 @@ def test_documents_come_back_from_the_shards(sources):
     assert sorted(texts["train"] + texts["validation"]) == sorted(TEXTS)
 
 
-def test_any_number_of_processes_writes_the_same(sources, monkeypatch):
-    one = build(sources / "texts", sources / "one", workers=1)
-    two = build(sources / "texts", sources / "two", workers=2)
+def test_the_shards_do_not_depend_on_the_number_of_processes(sources):
+    one = tokenize_source(sources / "texts", sources / "one", workers=1)
+    two = tokenize_source(sources / "texts", sources / "two", workers=2)
     assert one == two
 
 
-def test_documents_cross_files_of_a_bounded_size(sources, monkeypatch):
-    whole = build(sources / "texts", sources / "whole")
-    tokenizer = sources / "whole" / "tokenizer.model"
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 64)
-    build(sources / "texts", sources / "cut", n_vocab=None, tokenizer=tokenizer)
-    assert len(TokenStream(sources / "cut", "train").summary["shards"]) > 5
-    assert whole["splits"]["train"]["tokens"] == len(TokenStream(sources / "cut", "train"))
-    for a, b in zip(
-        stream(sources / "whole", "train"), stream(sources / "cut", "train"), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_of_a_single_book_the_last_part_is_held_out(tmp_path):
+def test_the_last_part_of_a_single_book_is_held_out(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"sentence number {i}\n" for i in range(1000)))
-    build(tmp_path / "book.txt", tmp_path / "out", n_vocab=290)
+    tokenize_source(tmp_path / "book.txt", tmp_path / "out", n_vocab=290)
     tokenizer = load_tokenizer(tmp_path / "out")
     texts = [tokenizer.decode(stream(tmp_path / "out", s)[0].tolist()) for s in tokenize.SPLITS]
     assert "".join(texts) == (tmp_path / "book.txt").read_text()
@@ -97,8 +84,8 @@ def test_of_a_single_book_the_last_part_is_held_out(tmp_path):
     assert texts[1].startswith("sentence")
 
 
-def test_unigram_entropy_is_that_of_the_tokens(sources):
-    meta = build(sources / "texts", sources / "out")
+def test_the_unigram_entropy_is_computed_from_the_predicted_tokens(sources):
+    meta = tokenize_source(sources / "texts", sources / "out")
     tokens, _ = stream(sources / "out", "validation")
     counts = np.bincount(tokens[tokens != 1])  # the begin token is never predicted
     share = counts[counts > 0] / counts.sum()
@@ -106,7 +93,7 @@ def test_unigram_entropy_is_that_of_the_tokens(sources):
     assert meta["splits"]["validation"]["unigram_entropy"] == pytest.approx(expected)
 
 
-def test_the_standard_library_is_a_corpus():
+def test_the_standard_library_of_python_is_a_corpus():
     files = text_files.find_files(["python-stdlib"])
     assert len(files) > 300
     assert {"argparse.py", "inspect.py"} <= {file.name for file in files}
@@ -114,140 +101,129 @@ def test_the_standard_library_is_a_corpus():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("name", "content", "message"),
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x.jsonl:2: not valid JSON"),
         ("x.jsonl", b'{"body": "a"}\n', r'x.jsonl:1: a line needs a string "text"; .* has: body'),
         ("x.jsonl", b"[1, 2]\n", r"x.jsonl:1: a line needs .* has: list"),
         ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text"),
-        ("x.txt.gz", gzip.compress(b"text" * 1000)[:30], "x.txt.gz is damaged or cut short"),
-        ("x.txt.gz", b"not gzip at all", "x.txt.gz is damaged or cut short"),
-        ("x.txt.gz", GZIP[:20] + b"\xff" * 20 + GZIP[40:], "x.txt.gz is damaged or cut short"),
-        ("x.txt.zst", b"not zstd at all", "x.txt.zst is damaged or cut short"),
+        ("x.txt.gz", gzip.compress(b"text" * 1000)[:30], "x.txt.gz is damaged or truncated"),
+        ("x.txt.gz", b"not gzip at all", "x.txt.gz is damaged or truncated"),
+        ("x.txt.gz", GZIP[:20] + b"\xff" * 20 + GZIP[40:], "x.txt.gz is damaged or truncated"),
+        ("x.txt.zst", b"not zstd at all", "x.txt.zst is damaged or truncated"),
     ],
 )
-def test_damaged_files_are_named_and_nothing_is_left(tmp_path, name, content, sentence):
+def test_a_damaged_file_is_named_and_no_output_is_left(tmp_path, name, content, message):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
-    with pytest.raises(InputError, match=sentence):
-        build(tmp_path / "in" / name, tmp_path / "out")
+    with pytest.raises(InputError, match=message):
+        tokenize_source(tmp_path / "in" / name, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_zstd_file_that_is_cut_short_is_refused(tmp_path):
+def test_a_truncated_zstd_file_is_rejected(tmp_path):
     text = np.random.default_rng(0).bytes(3000).hex()
     (tmp_path / "x.txt.zst").write_bytes(zstd.compress(text.encode())[:-200])
-    with pytest.raises(InputError, match="damaged or cut short"):
+    with pytest.raises(InputError, match="damaged or truncated"):
         list(text_files.read_text(tmp_path / "x.txt.zst"))
 
 
-def test_nothing_is_overwritten_and_missing_sources_are_named(sources):
-    build(sources / "texts", sources / "out")
+def test_existing_output_missing_sources_and_empty_splits_are_rejected(sources):
+    tokenize_source(sources / "texts", sources / "out")
     with pytest.raises(InputError, match="out already exists"):
-        build(sources / "texts", sources / "out")
+        tokenize_source(sources / "texts", sources / "out")
     with pytest.raises(InputError, match="no text files at"):
-        build(sources / "nothing*.txt", sources / "other")
+        tokenize_source(sources / "nothing*.txt", sources / "other")
     with pytest.raises(InputError, match="no document for the validation split"):
-        build(sources / "a.jsonl", sources / "other", validation_fraction=0.001)
+        tokenize_source(sources / "a.jsonl", sources / "other", validation_fraction=0.001)
 
 
-def test_a_long_text_is_encoded_in_pieces_and_its_shards_are_the_same(tmp_path, monkeypatch):
+def test_a_long_text_is_encoded_in_spans_and_its_shards_are_the_same(tmp_path, monkeypatch):
     text = "".join(f"sentence number {i}, and more\n" for i in range(2000))
     (tmp_path / "book.txt").write_text(text)
-    whole = build(tmp_path / "book.txt", tmp_path / "whole")
-    longest = []
+    unsplit = tokenize_source(tmp_path / "book.txt", tmp_path / "unsplit")
+    lengths = []
 
-    def noted(self, text, **how):
-        longest.append(len(text))
-        return encode(self, text, **how)
+    def recording_encode(self, text, **options):
+        lengths.append(len(text))
+        return encode(self, text, **options)
 
     encode = SentencePiece.encode
-    monkeypatch.setattr(SentencePiece, "encode", noted)
+    monkeypatch.setattr(SentencePiece, "encode", recording_encode)
     monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 1000)
-    monkeypatch.setattr(text_files, "_PART", 700)
+    monkeypatch.setattr(text_files, "_PART_CHARACTERS", 700)
     monkeypatch.setattr(tokenize, "_TASK_CHARACTERS", 3000)
-    cut = build(tmp_path / "book.txt", tmp_path / "cut", workers=1)
-    assert cut == whole  # with the hashes of all files
-    assert len(longest) > 40
-    assert max(longest) < 2000
+    in_spans = tokenize_source(tmp_path / "book.txt", tmp_path / "in-spans", workers=1)
+    assert in_spans == unsplit  # including the hashes of all files
+    assert len(lengths) > 40
+    assert max(lengths) < 2000
 
 
-def test_of_a_large_corpus_some_lines_train_the_tokenizer(sources, monkeypatch):
-    seen = []
-    monkeypatch.setattr(tokenize, "train_tokenizer", lambda lines, *_: seen.extend(lines))
+def test_the_tokenizer_of_a_large_corpus_is_trained_on_every_nth_line(sources, monkeypatch):
+    training_lines = []
+    monkeypatch.setattr(tokenize, "train_tokenizer", lambda lines, *_: training_lines.extend(lines))
     assert 2000 < (sources / "a.jsonl").stat().st_size < 3000
     for limit, every in ((3000, 1), (1000, 3)):
         monkeypatch.setattr(tokenize, "_TRAINING_BYTES", limit)
-        seen.clear()
+        training_lines.clear()
         tokenize._train_on_corpus([sources / "a.jsonl"], 0.0, sources / "m", 300)
-        assert seen == [line for text in TEXTS for line in text.split("\n")][::every]
-
-
-def test_array_files_are_those_of_numpy(tmp_path):
-    values = np.arange(70_000)
-    for dtype in (np.uint16, np.uint32, np.int64):
-        file = shards.NpyWriter(tmp_path / "a.npy", dtype)
-        for part in np.split(values, [0, 1, 65_000]):
-            file.append(part)
-        file.close()
-        np.save(tmp_path / "b.npy", values.astype(dtype))
-        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+        assert training_lines == [line for text in TEXTS for line in text.split("\n")][::every]
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def run_tokenize(sources, *more, start=""):
-    """Starts the command in a process group of its own."""
-    run = f"import sys; {start}; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+def start_tokenize(sources, *more, setup=""):
+    """Starts the command in its own process group."""
+    run = f"import sys; {setup}; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, "tokenize", *more, "--out", sources / "o" / "out"]
     return subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
-def test_a_full_disk_is_a_fault_in_one_sentence_and_leaves_nothing(sources):
+def test_a_full_disk_is_reported_in_one_sentence_and_leaves_no_output(sources):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
     source = [sources / "a.jsonl", "--vocab-size", 300]
-    process = run_tokenize(sources, *source, start=limit)
-    _, said = process.communicate(timeout=60)
+    process = start_tokenize(sources, *source, setup=limit)
+    _, stderr = process.communicate(timeout=60)
     out = sources / "o" / "out"
-    assert said.splitlines()[-1] == f"llama-jax tokenize: can't write {out}: File too large"
+    assert stderr.splitlines()[-1] == f"llama-jax tokenize: can't write {out}: File too large"
     assert process.returncode == 1
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert names(sources / "o") == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_the_command_whatever_ends_it(sources, how):
-    build(sources / "a.jsonl", sources / "tokenizer")
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_workers_exit_when_a_signal_ends_the_command(sources, signal_number):
+    tokenize_source(sources / "a.jsonl", sources / "tokenizer")
     # The text never ends, so that the command can't finish before it is killed.
     endless = "from llama_jax.data import text_files as t"
     endless += "; t.read_text = lambda path: iter(lambda: 'a line of text\\n' * 1000, None)"
     options = ["--tokenizer", sources / "tokenizer", "--workers", 2, "--validation-fraction", 0]
-    process = run_tokenize(sources, sources / "texts", *options, start=endless)
+    process = start_tokenize(sources, sources / "texts", *options, setup=endless)
     deadline = time.monotonic() + 120
-    while not any(  # the workers have made something
+    while not any(  # the workers have encoded some text
         path.stat().st_size > 1000 for path in sources.glob("o/.out.partial-*/train/tokens*")
     ):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(how)
+    process.send_signal(signal_number)
     process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[signal_number]
     deadline = time.monotonic() + 60
-    while _group_lives(process.pid):
-        assert time.monotonic() < deadline, "a worker is still there"
+    while _group_exists(process.pid):
+        assert time.monotonic() < deadline, "a worker is still running"
         time.sleep(0.01)
     left = names(sources / "o")
-    assert (left == []) == (how == signal.SIGTERM)
-    build(sources / "a.jsonl", sources / "o" / "out")
+    assert (left == []) == (signal_number == signal.SIGTERM)
+    tokenize_source(sources / "a.jsonl", sources / "o" / "out")
     assert names(sources / "o") == ["out"]
 
 
-def _group_lives(group):
+def _group_exists(group):
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
