@@ -1,4 +1,4 @@
-"""How near decoding comes to what the memory allows: bytes of a step, and the bandwidth."""
+"""The bytes that a decode step reads, and the bandwidth of this machine's memory."""
 
 import statistics
 import time
@@ -15,23 +15,24 @@ from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import platform
 from llama_jax.runtime.cpu import cpu_cores
 
-_COPIED = 1 << 28  # bytes: far more than any cache of a processor holds
+_COPY_BYTES = 1 << 28  # far larger than any processor cache
 
 
 def step_bytes(config: ModelConfig, model: Llama | UnstackedLlama, batch: int, slots: int) -> int:
-    """Returns the bytes that all devices together read to make one token in each row.
+    """Returns the bytes that all devices together read to generate one token in each row.
 
-    All weights once (of the embedding only the rows of the tokens, unless it is the head too), and
-    all slots of a cache of `batch` rows.
+    A step reads all weights once (of the embedding only the rows of the tokens, unless it is also
+    the output head), and all slots of a KV cache of `batch` rows.
     """
-    head = config.head_dim * jnp.dtype(config.dtype).itemsize
+    head_bytes = config.head_dim * jnp.dtype(config.dtype).itemsize
     if config.cache_dtype == "int8":
-        head = config.head_dim + 4  # and a scale
-    read = _bytes(model) + 2 * config.n_layers * batch * config.n_kv_heads * slots * head
+        head_bytes = config.head_dim + 4  # and a float32 scale
+    cache_bytes = 2 * config.n_layers * batch * config.n_kv_heads * slots * head_bytes
+    total = _bytes(model) + cache_bytes
     if not config.tied_head:
         table = _bytes(model.tok_embeddings)
-        read -= table - table // config.vocab_size * batch
-    return read
+        total -= table - table // config.vocab_size * batch
+    return total
 
 
 def _bytes(tree: Any) -> int:
@@ -40,34 +41,34 @@ def _bytes(tree: Any) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Returns the bytes a second that this machine reads and writes while it copies.
+    """Measures the bytes/s that this machine reads and writes while it copies.
 
-    A short test on the current mesh's devices, which add up; on the CPU all cores copy at a time.
+    Returns the sum over the current mesh's devices; on the CPU all cores copy at the same time.
     """
     devices = jax.sharding.get_mesh().devices.flatten()
     if platform() == "cpu":
         return _cpu_copy()
-    copy = jax.jit(jnp.negative)  # a plain copy would be left out
-    arrays = [jax.device_put(np.zeros(_COPIED // 4, np.float32), device) for device in devices]
+    copy = jax.jit(jnp.negative)  # XLA would optimize a plain copy away
+    arrays = [jax.device_put(np.zeros(_COPY_BYTES // 4, np.float32), device) for device in devices]
     seconds = []
     for _ in range(6):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         jax.block_until_ready([copy(array) for array in arrays])
-        seconds.append(time.perf_counter() - begun)
-    return 2 * _COPIED * len(devices) / statistics.median(seconds[1:])
+        seconds.append(time.perf_counter() - start)
+    return 2 * _COPY_BYTES * len(devices) / statistics.median(seconds[1:])
 
 
 def _cpu_copy() -> float:
     cores = cpu_cores()
-    source, target = (np.ones(_COPIED // 4, np.float32) for _ in range(2))
+    source, target = (np.ones(_COPY_BYTES // 4, np.float32) for _ in range(2))
     parts = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
     seconds = []
     with ThreadPoolExecutor(cores) as pool:
         for _ in range(6):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             list(pool.map(partial(_copy), parts))
-            seconds.append(time.perf_counter() - begun)
-    return 2 * _COPIED / statistics.median(seconds[1:])
+            seconds.append(time.perf_counter() - start)
+    return 2 * _COPY_BYTES / statistics.median(seconds[1:])
 
 
 def _copy(part: tuple[np.ndarray, np.ndarray]) -> None:

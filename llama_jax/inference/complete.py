@@ -1,4 +1,4 @@
-"""A text in, its continuation out."""
+"""Completes a text: from a prompt as text to its continuation as text."""
 
 from collections.abc import Sequence
 
@@ -22,25 +22,26 @@ def complete(
     stops: Sequence[str] = (),
     seed: int = 0,
 ) -> str:
-    """Returns the text that follows a prompt, up to the end of text, a stop string or a length.
+    """Returns the continuation of a prompt, up to an end token, a stop string or a length.
 
     >>> prompt = "The capital of France is"
     >>> lj.complete(config, model, tokenizer, prompt, max_new_tokens=16, stops=["."])
     ' Paris'
 
     Args:
-        config: of the model.
+        config: the model's config.
         model: weights of that config.
-        tokenizer: of the model.
-        prompt: a text; or a chat, `[{"role": "user", "content": "…"}, …]`, which the model is to
-            answer, in its own format.
-        max_new_tokens: at most so many; default: 200, or fewer where the context ends.
-        sampling: how tokens are drawn; the default is greedy.
-        stops: the text ends before the first of these.
-        seed: of the draws.
+        tokenizer: the model's tokenizer.
+        prompt: a text; or a chat, `[{"role": "user", "content": "…"}, …]`, in which the model
+            writes the next answer. The chat is formatted as the model's tokenizer specifies.
+        max_new_tokens: the most tokens to generate; default: 200, or fewer if the context is full.
+        sampling: the sampling settings; the default is greedy.
+        stops: stop strings; the text ends before the first of them.
+        seed: seed of the draws.
 
     Raises:
-        InputError: the prompt doesn't fit the model's context, or is no chat that its format knows.
+        InputError: the prompt doesn't fit the model's context, or the model's chat format doesn't
+            accept the chat.
     """
     ids = prompt_ids(tokenizer, prompt)
     tokens = stream(
@@ -62,22 +63,22 @@ def complete(
 def prompt_ids(
     tokenizer: Tokenizer, prompt: str | Sequence[Message], *, parse_special: bool = False
 ) -> list[int]:
-    """Returns the ids of a text as a model's prompt, or of a chat that it is to answer.
+    """Returns the token ids of a prompt: a text, or a chat that the model answers.
 
-    With `parse_special` the text of a special token, written in a prompt, gives that token; one
-    that begins with the begin token gets no second one. Messages of a chat are never parsed so.
+    With `parse_special`, the text of a special token in a prompt becomes that token, and a prompt
+    that starts with the begin token gets no second one. Messages of a chat are never parsed.
 
     Raises:
-        InputError: it is no chat that the model's format knows.
+        InputError: the model's chat format doesn't accept the chat.
     """
     if not isinstance(prompt, str):
         return tokenizer.encode_chat(prompt)
     ids = tokenizer.parse(prompt) if parse_special else tokenizer.encode(prompt)
-    # An empty text begins somewhere too.
+    # An empty prompt gets the begin token always: the model needs at least one token.
     bos = (tokenizer.add_bos or not prompt) and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id] * bos + ids
 
 
 def default_max_new_tokens(config: ModelConfig, prompt: Sequence[int]) -> int:
-    """Returns how many tokens to make where nothing is said: 200, or as many as fit, at least 1."""
+    """Returns 200, or as many tokens as still fit into the context, but at least 1."""
     return max(1, min(200, config.context - len(prompt)))

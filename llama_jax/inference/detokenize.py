@@ -1,129 +1,131 @@
-"""From token ids to text as it is made: whole characters, and what stops a text."""
+"""From token ids to streamed text: complete characters, and stop strings."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-# How a character begins whose tokens are not all there: bytes decode to U+FFFD, and U+FDD0 opens an
-# escape of our own tokenizers.
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}\ufdd0"
-# So many characters of the text so far can still become another one: three of four bytes.
-_OPEN = 3
-# After so many tokens that end no character, bytes are no text (an escape takes at most six).
-_MANY = 32
+# An incomplete character at the end of a text decodes to these: its first bytes to U+FFFD, and
+# U+FDD0 opens an escape of our own tokenizers.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}\ufdd0"
+# At most this many characters at the end of the text can still change: three bytes of four, one
+# U+FFFD each.
+_MAX_INCOMPLETE_CHARACTERS = 3
+# More tokens than this that complete no character are no text (an escape takes at most six).
+_MAX_PENDING_TOKENS = 32
 
 
 class Detokenizer:
-    """Gives the text of tokens as they come, never cutting a character in two.
+    """Decodes tokens one at a time and returns only complete characters.
 
-    Each token is decoded behind a letter that is known, and behind the tokens of the character
-    that is not finished yet: the text before is not decoded again.
+    Each token is decoded after a known letter and after the tokens of a character that is still
+    incomplete, so the cost of a token doesn't grow with the text.
 
     Args:
-        tokenizer: of the model.
-        prompt: the tokens before. Its text is not given, but for the beginning of a character that
-            the first tokens finish.
+        tokenizer: the model's tokenizer.
+        prompt: the earlier tokens. Their text is not returned, except for the first bytes of a
+            character that the next tokens complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._letter = tokenizer.encode("a")
         self._letter_text = tokenizer.decode(self._letter)
-        self._open = list(prompt)  # what is decoded again with the next token
-        text = tokenizer.decode(self._open)
-        self._given = len(text.rstrip(_UNFINISHED))  # characters of it that were given
-        self._settle(text)
+        self._pending = list(prompt)  # tokens that are decoded again with the next token
+        text = tokenizer.decode(self._pending)
+        self._returned = len(text.rstrip(_INCOMPLETE))  # characters of `text` already returned
+        self._drop_finished(text)
 
     def add(self, token: int) -> str:
-        """Returns the text that `token` finishes; end tokens have none."""
+        """Returns the text that `token` completes; end tokens have no text."""
         if token in self._tokenizer.end_ids:
             return ""
-        self._open.append(token)
-        text = self._tokenizer.decode(self._open)
-        finished = len(text.rstrip(_UNFINISHED))
-        if len(self._open) > _MANY:
-            finished = max(finished, len(text) - _OPEN)
-        given = text[self._given : finished]
-        self._given = max(self._given, finished)
-        self._settle(text)
-        return given
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        complete = len(text.rstrip(_INCOMPLETE))
+        if len(self._pending) > _MAX_PENDING_TOKENS:
+            complete = max(complete, len(text) - _MAX_INCOMPLETE_CHARACTERS)
+        new = text[self._returned : complete]
+        self._returned = max(self._returned, complete)
+        self._drop_finished(text)
+        return new
 
     def token_text(self, token: int) -> str:
-        """Returns the text that `token` would add here, or its part of a character."""
-        if self._begun:
+        """Returns the text that `token` would add here, U+FFFD for a part of a character."""
+        if self._has_text:
             return self._tokenizer.decode([*self._letter, token])[len(self._letter_text) :]
-        return self._tokenizer.decode([*self._open, token])  # the first drops its space
+        return self._tokenizer.decode([*self._pending, token])  # a text's first token has no space
 
     def flush(self) -> str:
-        """Returns the text of tokens that make no whole character. No token may follow."""
-        return self._tokenizer.decode(self._open)[self._given :]
+        """Returns the text of an incomplete character. No token may follow."""
+        return self._tokenizer.decode(self._pending)[self._returned :]
 
-    def _settle(self, text: str) -> None:
-        """Forgets the tokens whose text, all of `text`, can't change any more."""
-        self._begun = bool(text)
-        if text and not text.endswith(tuple(_UNFINISHED)):
-            self._open, self._given = list(self._letter), len(self._letter_text)
-        elif len(self._open) > _MANY:
-            held = len(text) - self._given
-            # Where there is no text yet, the next token begins it: no letter stands before.
-            self._open = (self._letter if text else []) + self._open[-_MANY // 2 :]
-            self._given = max(0, len(self._tokenizer.decode(self._open)) - held)
+    def _drop_finished(self, text: str) -> None:
+        """Drops pending tokens whose text can't change any more; `text` is the text of all."""
+        self._has_text = bool(text)
+        if text and not text.endswith(tuple(_INCOMPLETE)):
+            self._pending, self._returned = list(self._letter), len(self._letter_text)
+        elif len(self._pending) > _MAX_PENDING_TOKENS:
+            held_back = len(text) - self._returned
+            # If there is no text yet, the next token starts it: then no letter comes before.
+            recent = self._pending[-_MAX_PENDING_TOKENS // 2 :]
+            self._pending = (self._letter if text else []) + recent
+            self._returned = max(0, len(self._tokenizer.decode(self._pending)) - held_back)
 
 
 class StopStrings:
-    """Lets a text through, piece by piece, up to the first of some strings.
+    """Passes a text on, piece by piece, up to the first stop string.
 
-    What could be the beginning of one is held back. The string that is whole first counts, in
-    whatever pieces the text comes; of two that end together, the longer.
+    Text that could be the start of a stop string is held back. The stop string that is complete
+    first counts, however the text is cut into pieces; of two that end together, the longer.
     """
 
     def __init__(self, strings: Iterable[str] = ()):
         self._strings = tuple(strings)
         self._longest = max(map(len, self._strings), default=0)
-        self._held = ""
+        self._held_back = ""
         self.stopped = False
 
     def add(self, piece: str) -> str:
-        """Returns what may be shown now; nothing more once `stopped` is True."""
+        """Returns the text that can be shown now; "" once `stopped` is True."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        found = [(at + len(s), at) for s in self._strings if (at := text.find(s)) >= 0]
+        text = self._held_back + piece
+        found = [(start + len(s), start) for s in self._strings if (start := text.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._held_back = True, ""
             return text[: min(found)[1]]
-        last = text[max(0, len(text) - self._longest + 1) :]
-        begun = (n for n in range(len(last), 0, -1) if self._begins(last[-n:]))
-        shown = len(text) - next(begun, 0)
-        self._held = text[shown:]
+        tail = text[max(0, len(text) - self._longest + 1) :]
+        starts = (n for n in range(len(tail), 0, -1) if self._starts_a_stop(tail[-n:]))
+        shown = len(text) - next(starts, 0)
+        self._held_back = text[shown:]
         return text[:shown]
 
     def flush(self) -> str:
-        """Returns what was held back, when the text ends without a stop."""
-        held, self._held = self._held, ""
-        return held
+        """Returns the text that was held back, when the text ends without a stop string."""
+        text, self._held_back = self._held_back, ""
+        return text
 
-    def _begins(self, text: str) -> bool:
+    def _starts_a_stop(self, text: str) -> bool:
         return any(string.startswith(text) for string in self._strings)
 
 
 def cut_at_stop(stops: Iterable[str], pieces: Iterable[str]) -> Iterator[str]:
-    """Yields the pieces of a text up to the first of the strings `stops`."""
-    shown = StopStrings(stops)
+    """Yields the pieces of a text up to the first of the stop strings."""
+    stop_strings = StopStrings(stops)
     for piece in pieces:
-        yield shown.add(piece)
-        if shown.stopped:
+        yield stop_strings.add(piece)
+        if stop_strings.stopped:
             return
-    yield shown.flush()
+    yield stop_strings.flush()
 
 
 def stream_text(
     tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]
 ) -> Iterator[str]:
-    """Yields the text of prompt and tokens in pieces, none of which cuts a character in two."""
-    made = Detokenizer(tokenizer, prompt)
-    yield tokenizer.decode(prompt).rstrip(_UNFINISHED)
+    """Yields the text of the prompt, then of the tokens, in pieces of complete characters."""
+    detokenizer = Detokenizer(tokenizer, prompt)
+    yield tokenizer.decode(prompt).rstrip(_INCOMPLETE)
     for token in tokens:
-        if piece := made.add(token):
+        if piece := detokenizer.add(token):
             yield piece
-    yield made.flush()
+    yield detokenizer.flush()

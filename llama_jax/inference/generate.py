@@ -1,4 +1,4 @@
-"""Continuing texts: reading the prompts, then making token after token, as pure functions."""
+"""Generation as pure functions: prefill the prompts, then decode token by token."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,37 +24,37 @@ from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 from llama_jax.parallel.sharding import activation_spec
 
-NO_TOKEN = -1  # fills a row after its end
+NO_TOKEN = -1  # fills the columns after a row's last token
 
 
 class Rows(NamedTuple):
-    """What is asked for each row of a batch, and how far it has come."""
+    """The settings and the progress of each row of a batch."""
 
-    remaining_B: jax.Array  # int32: tokens that may still be made; 0: the row has ended
-    generated_B: jax.Array  # int32: tokens made so far
-    ends_BE: jax.Array  # int32: ids that end the row; NO_TOKEN fills
+    remaining_B: jax.Array  # int32: tokens that the row may still generate; 0: the row has ended
+    generated_B: jax.Array  # int32: tokens generated so far
+    ends_BE: jax.Array  # int32: ids that end the row, padded with NO_TOKEN
     keys_B: jax.Array  # random keys; token number i is drawn with fold_in(key, i)
     sampling: SamplingArrays
     counts: TokenCounts
 
 
 class DecodeState(NamedTuple):
-    """A batch in the middle of being continued."""
+    """The state of a batch between two decode steps."""
 
     cache: KVCache
-    logits_BV: jax.Array  # float32, of each row's next token
+    logits_BV: jax.Array  # float32 logits of each row's next token
     rows: Rows
 
 
 class GeneratedTokens(NamedTuple):
-    """Tokens that were made, NO_TOKEN after a row's end, and their logarithms of probability.
+    """Generated tokens, NO_TOKEN after a row's end, and their log-probabilities.
 
-    These are of the model's own distribution, before temperature and penalties [nats].
+    The log-probabilities are those of the model, before temperature and penalties [nats].
     """
 
     tokens_Bn: jax.Array
     logprobs_Bn: jax.Array
-    top_tokens_BnA: jax.Array  # the A most likely alternatives of each
+    top_tokens_BnA: jax.Array  # the A most likely tokens at each position
     top_logprobs_BnA: jax.Array
 
 
@@ -65,24 +65,24 @@ def init_rows(
     end_ids: Sequence[Sequence[int]],
     prompts_BV: np.ndarray,
 ) -> Rows:
-    """Returns rows that have not begun; all arguments hold one entry a row.
+    """Returns rows with no generated tokens; each argument has one entry per row.
 
     Args:
-        samplings: how each row's tokens are drawn.
-        seeds: of the draws; a row draws the same alone and in company.
-        max_new_tokens: after which a row ends.
-        end_ids: any of these ends its row, and stands as its last token.
+        samplings: the sampling settings of each row.
+        seeds: the seed of each row's draws; a row draws the same tokens in any batch.
+        max_new_tokens: the number of tokens after which each row ends.
+        end_ids: ids that end the row; the end id is the row's last token.
         prompts_BV: bool, the tokens of each row's prompt, for penalties.
     """
-    widest = max([1, *map(len, end_ids)])
-    ends = [[*ids, *[NO_TOKEN] * (widest - len(ids))] for ids in end_ids]
+    E = max([1, *map(len, end_ids)])
+    ends = [[*ids, *[NO_TOKEN] * (E - len(ids))] for ids in end_ids]
     keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     return Rows(
         shard_array(np.array(max_new_tokens, np.int32), "B"),
         shard_array(np.zeros(len(seeds), np.int32), "B"),
         shard_array(np.array(ends, np.int32), "BS"),
         jax.reshard(keys_B, activation_spec("B")),
-        SamplingArrays(*(shard_array(np.asarray(knob), "B") for knob in stack_sampling(samplings))),
+        SamplingArrays(*(shard_array(np.asarray(x_B), "B") for x_B in stack_sampling(samplings))),
         TokenCounts(
             shard_array(prompts_BV, "BS"), shard_array(np.zeros(prompts_BV.shape, np.int32), "BS")
         ),
@@ -98,14 +98,14 @@ def prefill(
     *,
     slots: int,
 ) -> tuple[KVCache, jax.Array]:
-    """Returns a cache of `slots` (T at least) with the prompts, and the logits [B, V] after them.
+    """Returns a KV cache with the prompts, and the logits [B, V] after each prompt's last token.
 
     Args:
         config: static.
         model: weights of that config.
         tokens_BT: prompts, padded on the right to one length.
-        lengths_B: tokens of each, 1 … T.
-        slots: of each row, for prompt and continuation.
+        lengths_B: tokens of each prompt, 1 … T.
+        slots: slots of each row, for prompt and continuation; at least T.
     """
     cache = init_cache(config, len(tokens_BT), slots)
     return extend_cache(config, model, cache, tokens_BT, lengths_B)
@@ -118,7 +118,7 @@ def extend_cache(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
-    """Returns the cache with more tokens, and the logits [B, V] after each row's last one."""
+    """Returns the cache with T more tokens, and the logits [B, V] after each row's last token."""
     x_BTD, cache = forward_cached(config, model, cache, tokens_BT, lengths_B)
     return cache, last_logits(config, model, x_BTD, lengths_B)
 
@@ -126,7 +126,7 @@ def extend_cache(
 def last_logits(
     config: ModelConfig, model: Llama | UnstackedLlama, x_BTD: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
-    """Returns the logits [B, V] after the last token of each row, by `hidden_states`."""
+    """Returns the logits [B, V] of each row's last token, from the hidden states of all T."""
     is_last_BT = jnp.arange(x_BTD.shape[1]) == lengths_B[:, None] - 1
     x_BTD = jax.reshard(x_BTD, activation_spec("BSD"))
     last_BTD = jnp.sum(jnp.where(is_last_BT[..., None], x_BTD, 0), axis=1, keepdims=True)
@@ -144,82 +144,85 @@ def decode(
     capacity: int,
     top: int = 0,
 ) -> tuple[GeneratedTokens, DecodeState]:
-    """Returns the next `n` tokens of each row that goes on, and the state after them.
+    """Generates up to `n` tokens in each row that has not ended; returns them and the new state.
 
     The loop stops when all rows have ended. The result has `capacity` columns, of which at most `n`
-    are used, so that one program serves any `n`. Each row needs one free slot more than tokens.
-    Without `with_logprobs` the log-probabilities, and those of the `top` alternatives, are 0.
+    are used, so that one program serves any `n`. Each row needs one free slot more than it
+    generates tokens, because each step writes a slot of every row, also of those that have ended.
+    Without `with_logprobs` all log-probabilities are 0 and the `top` alternatives are NO_TOKEN.
     """
     B = len(state.rows.remaining_B)
 
-    def ask(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
+    def compute_logprobs(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
         chosen_B, top_logprobs_BA, top_tokens_BA = logprobs_from_logits(logits_BV, token_B, top)
-        return placed((chosen_B, top_tokens_BA, top_logprobs_BA))
+        return reshard_all((chosen_B, top_tokens_BA, top_logprobs_BA))
 
-    def placed(told: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jax.reshard(x_B_, activation_spec("BS"[: x_B_.ndim])) for x_B_ in told)
+    def reshard_all(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(jax.reshard(x_B_, activation_spec("BS"[: x_B_.ndim])) for x_B_ in arrays)
 
-    def leave(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
-        return placed(tuple(x_Bn[:, 0] for x_Bn in nothing[1:]))
+    def skip_logprobs(logits_BV: jax.Array, token_B: jax.Array) -> tuple[jax.Array, ...]:
+        return reshard_all(tuple(x_Bn[:, 0] for x_Bn in blank[1:]))
 
-    def going_on(carry: tuple[jax.Array, GeneratedTokens, DecodeState]) -> jax.Array:
+    def is_unfinished(carry: tuple[jax.Array, GeneratedTokens, DecodeState]) -> jax.Array:
         i, _, state = carry
         return (i < n) & jnp.any(state.rows.remaining_B > 0)
 
-    def one(carry: tuple[jax.Array, GeneratedTokens, DecodeState]):
-        i, made, (cache, logits_BV, rows) = carry
-        going_B = rows.remaining_B > 0
+    def step(carry: tuple[jax.Array, GeneratedTokens, DecodeState]):
+        i, generated, (cache, logits_BV, rows) = carry
+        active_B = rows.remaining_B > 0
         keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.generated_B)
         token_B = sample(rows.sampling, rows.counts, logits_BV, keys_B)
-        new = (token_B, *jax.lax.cond(with_logprobs, ask, leave, logits_BV, token_B))
-        made = GeneratedTokens(
-            *(_column(all_, i, one, going_B) for all_, one in zip(made, new, strict=True))
+        branches = compute_logprobs, skip_logprobs
+        new = token_B, *jax.lax.cond(with_logprobs, *branches, logits_BV, token_B)
+        columns = zip(generated, new, strict=True)
+        generated = GeneratedTokens(
+            *(_write_column(x_Bn_, i, x_B_, active_B) for x_Bn_, x_B_ in columns)
         )
         rows = advance_rows(rows, token_B)
         cache, logits_BV = extend_cache(
-            config, model, cache, token_B[:, None], going_B.astype(jnp.int32)
+            config, model, cache, token_B[:, None], active_B.astype(jnp.int32)
         )
-        return i + 1, made, DecodeState(cache, jax.reshard(logits_BV, activation_spec("BV")), rows)
+        logits_BV = jax.reshard(logits_BV, activation_spec("BV"))
+        return i + 1, generated, DecodeState(cache, logits_BV, rows)
 
-    def empty(value: float, dtype: type, *more: int) -> jax.Array:
-        return jnp.full(
-            (B, capacity, *more), value, dtype, out_sharding=activation_spec("BSS"[: 2 + len(more)])
-        )
+    def full(value: float, dtype: type, *more: int) -> jax.Array:
+        spec = activation_spec("BSS"[: 2 + len(more)])
+        return jnp.full((B, capacity, *more), value, dtype, out_sharding=spec)
 
-    nothing = GeneratedTokens(
-        empty(NO_TOKEN, jnp.int32),
-        empty(0.0, jnp.float32),
-        empty(NO_TOKEN, jnp.int32, top),
-        empty(0.0, jnp.float32, top),
+    blank = GeneratedTokens(
+        full(NO_TOKEN, jnp.int32),
+        full(0.0, jnp.float32),
+        full(NO_TOKEN, jnp.int32, top),
+        full(0.0, jnp.float32, top),
     )
-    _, made, state = jax.lax.while_loop(going_on, one, (jnp.int32(0), nothing, state))
-    return made, state
+    _, generated, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), blank, state))
+    return generated, state
 
 
 def advance_rows(rows: Rows, token_B: jax.Array) -> Rows:
-    """Returns the rows after one more token of each that goes on."""
-    going_B = rows.remaining_B > 0
+    """Returns the rows after one more token in each row that has not ended."""
+    active_B = rows.remaining_B > 0
     ended_B = jnp.any(token_B[:, None] == rows.ends_BE, axis=1)
     chosen_BV = jnp.arange(rows.counts.generated_BV.shape[1]) == token_B[:, None]
-    generated_BV = rows.counts.generated_BV + (chosen_BV & going_B[:, None])
+    generated_BV = rows.counts.generated_BV + (chosen_BV & active_B[:, None])
     return rows._replace(
-        remaining_B=jnp.where(going_B & ~ended_B, rows.remaining_B - 1, 0),
-        generated_B=rows.generated_B + going_B,
+        remaining_B=jnp.where(active_B & ~ended_B, rows.remaining_B - 1, 0),
+        generated_B=rows.generated_B + active_B,
         counts=rows.counts._replace(generated_BV=generated_BV),
     )
 
 
-def _column(
-    generated_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, going_B: jax.Array
+def _write_column(
+    generated_Bn_: jax.Array, i: jax.Array, new_B_: jax.Array, active_B: jax.Array
 ) -> jax.Array:
-    """Returns what was made with column `i` of the rows that go on."""
-    # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
+    """Returns the array with column `i` replaced in the active rows."""
+    # JAX 0.12 may drop the sharding of a batch of one row over axes of one device: restore it.
     dims = "BSS"[: generated_Bn_.ndim]
     old_B_ = jax.lax.dynamic_index_in_dim(generated_Bn_, i, axis=1, keepdims=False)
     old_B_, new_B_ = (jax.reshard(x, activation_spec(dims[:-1])) for x in (old_B_, new_B_))
-    going_B_ = going_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
-    kept_B_ = jnp.where(going_B_, new_B_.astype(old_B_.dtype), old_B_)
-    generated_Bn_ = jax.lax.dynamic_update_index_in_dim(generated_Bn_, kept_B_, i, axis=1)
+    active_B_ = active_B.reshape(-1, *(1 for _ in new_B_.shape[1:]))
+    column_B_ = jnp.where(active_B_, new_B_.astype(old_B_.dtype), old_B_)
+    generated_Bn_ = jax.lax.dynamic_update_index_in_dim(generated_Bn_, column_B_, i, axis=1)
     return jax.reshard(generated_Bn_, activation_spec(dims))
 
 
@@ -241,36 +244,36 @@ def generate(
     top: int = 0,
     left_padded: bool = False,
 ) -> GeneratedTokens:
-    """Returns what follows the prompts, up to `max_new_tokens` of each; stops when all have ended.
+    """Generates up to `max_new_tokens` after each prompt; stops when all rows have ended.
 
     >>> prompt = tokenizer.encode("The capital of France", bos=True)
     >>> rows, lengths, seeds = np.array([prompt] * 2), np.array([len(prompt)] * 2), np.arange(2)
-    >>> made = lj.generate(config, model, rows, lengths, lj.Sampling(), seeds, max_new_tokens=5)
-    >>> made.tokens_Bn.shape
+    >>> found = lj.generate(config, model, rows, lengths, lj.Sampling(), seeds, max_new_tokens=5)
+    >>> found.tokens_Bn.shape
     (2, 5)
-    >>> bool((made.logprobs_Bn > -0.5).all())  # it is sure of what it says
+    >>> bool((found.logprobs_Bn > -0.5).all())  # each token has a probability above 0.6
     True
 
     Args:
         config: static.
         model: weights of that config.
         tokens_BT: int32 prompts, padded to one length.
-        lengths_B: int32 tokens of each, 1 … T.
-        sampling: static; how tokens are drawn, in all rows or in each.
-        seeds_B: uint32 seed of each row's draws; a row draws the same alone and in company.
-        max_new_tokens: at most so many tokens are added to each row.
-        end_ids: any of these ends its row, and stands as its last token.
-        top: alternatives that are told of each token.
-        left_padded: the padding stands before the prompts, not behind them.
+        lengths_B: int32 tokens of each prompt, 1 … T.
+        sampling: static; the sampling settings, one for all rows or one per row.
+        seeds_B: uint32 seed of each row's draws; a row draws the same tokens in any batch.
+        max_new_tokens: the most tokens that a row generates.
+        end_ids: ids that end a row; the end id is the row's last token.
+        top: the number of most likely tokens to return at each position.
+        left_padded: the padding is on the left of the prompts instead of the right.
     """
     tokens_BT = as_token_array(config, tokens_BT)
     lengths_B, seeds_B = jnp.asarray(lengths_B), jnp.asarray(seeds_B)
     B, T = tokens_BT.shape
     if left_padded:
-        rows_B1, all_B = jnp.arange(B)[:, None], jax.reshard(lengths_B, P(None))
-        moved_BT = (jnp.arange(T) - all_B[:, None]) % T
-        all_BT = jax.reshard(tokens_BT, P(None, None))
-        tokens_BT = all_BT.at[rows_B1, moved_BT].get(out_sharding=activation_spec("BT"))
+        rows_B1, replicated_B = jnp.arange(B)[:, None], jax.reshard(lengths_B, P(None))
+        source_BT = (jnp.arange(T) - replicated_B[:, None]) % T
+        replicated_BT = jax.reshard(tokens_BT, P(None, None))
+        tokens_BT = replicated_BT.at[rows_B1, source_BT].get(out_sharding=activation_spec("BT"))
     ends_E = jnp.array([*end_ids, NO_TOKEN], jnp.int32)
     samplings = (sampling,) * B if isinstance(sampling, Sampling) else sampling
     rows = Rows(
@@ -280,8 +283,8 @@ def generate(
         jax.reshard(jax.vmap(jax.random.key)(seeds_B), activation_spec("B")),
         SamplingArrays(
             *(
-                jax.reshard(jnp.asarray(knob), activation_spec("B"))
-                for knob in stack_sampling(samplings)
+                jax.reshard(jnp.asarray(x_B), activation_spec("B"))
+                for x_B in stack_sampling(samplings)
             )
         ),
         _counts(config, tokens_BT, lengths_B),
@@ -289,20 +292,22 @@ def generate(
     slots = T + max_new_tokens + 1
     cache, logits_BV = prefill(config, model, tokens_BT, lengths_B, slots=slots)
     state = DecodeState(cache, logits_BV, rows)
-    made, _ = decode(config, model, state, max_new_tokens, True, capacity=max_new_tokens, top=top)
-    return made
+    generated, _ = decode(
+        config, model, state, max_new_tokens, True, capacity=max_new_tokens, top=top
+    )
+    return generated
 
 
 def _counts(config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array) -> TokenCounts:
-    """Returns the counts of rows that have made nothing yet."""
+    """Returns the counts of rows with no generated tokens."""
     shape = len(tokens_BT), config.vocab_size
-    none_BV = jnp.zeros(shape, jnp.int32, out_sharding=activation_spec("BS"))
+    zeros_BV = jnp.zeros(shape, jnp.int32, out_sharding=activation_spec("BS"))
 
-    def add(seen_BV: jax.Array, column: tuple[jax.Array, jax.Array]):
-        token_B, there_B = column
-        return seen_BV | ((jnp.arange(shape[1]) == token_B[:, None]) & there_B[:, None]), None
+    def add_column(in_prompt_BV: jax.Array, column: tuple[jax.Array, jax.Array]):
+        token_B, valid_B = column
+        return in_prompt_BV | ((jnp.arange(shape[1]) == token_B[:, None]) & valid_B[:, None]), None
 
-    there_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
-    columns = (jax.reshard(x, activation_spec("BS")).T for x in (tokens_BT, there_BT))
-    prompt_BV, _ = jax.lax.scan(add, none_BV.astype(bool), tuple(columns))
-    return TokenCounts(prompt_BV, none_BV)
+    valid_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    columns = (jax.reshard(x, activation_spec("BS")).T for x in (tokens_BT, valid_BT))
+    prompt_BV, _ = jax.lax.scan(add_column, zeros_BV.astype(bool), tuple(columns))
+    return TokenCounts(prompt_BV, zeros_BV)

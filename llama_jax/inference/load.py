@@ -1,4 +1,4 @@
-"""Models as inference wants them: layer by layer, on the current mesh."""
+"""Loads models for inference: layers unstacked, sharded over the current mesh."""
 
 import os
 from dataclasses import replace
@@ -24,7 +24,7 @@ from llama_jax.runtime.cpu import cpu_has_bfloat16
 def load(
     folder: str | Path, config: ModelConfig | None = None, quantize: str | None = None
 ) -> tuple[ModelConfig, UnstackedLlama]:
-    """Returns a model from a model folder or a run folder, straight onto the current mesh.
+    """Loads a model from a model folder or a run folder, directly onto the current mesh.
 
     >>> config, model = lj.load("models/tiny")
     >>> config.n_layers, config.vocab_size
@@ -32,54 +32,54 @@ def load(
     >>> len(model.layers), model.tok_embeddings.shape  # V, D
     (2, (320, 32))
 
-    Where no mesh is set, it sets one: all local devices that divide the model. The next model that
-    is loaded so sets its own, and this one is then used under `jax.set_mesh(its mesh)`. For another
-    mesh, call `jax.set_mesh` before.
+    If no mesh is set, `load` sets one of all local devices that divide the model. The next model
+    that is loaded this way sets its own mesh; use the first one under `jax.set_mesh(its mesh)` from
+    then on. For another mesh, call `jax.set_mesh` before `load`.
 
-    Over more devices than it has key/value heads, each device holds the one that its query heads
-    want: the configuration that is returned counts these copies as heads of their own, and gives
-    the same results.
+    If the mesh has more devices than the model has key/value heads, each device has a copy of the
+    head that its query heads read. The returned config counts these copies as separate heads; the
+    results are the same.
 
     Args:
         folder: a model folder, or a run folder (its newest checkpoint).
         config: how to compute it; default: the folder's, through `choose_compute_dtype`.
-        quantize: 'int8' keeps its matrices so; None as they are.
+        quantize: 'int8' quantizes the matrices; None leaves them as they are.
 
     Raises:
-        InputError: as `checkpoint.load_model`, it is quantized already, or the mesh that the
-            caller set does not divide it.
+        InputError: as `orbax.load_model`; or `quantize` is set and the model is already quantized;
+            or the mesh that the caller set doesn't divide the model.
     """
     config = config or choose_compute_dtype(read_model_config(folder))
     set_default_mesh(partial(tensor_mesh, config))
     copies = max(1, head_shards() // config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
-    copied = head_shards() % config.n_kv_heads == 0  # then key/value heads need not divide
-    check_divides(jax.sharding.get_mesh(), all_heads if copied else config)
+    # Copies of the key/value heads divide by the shards if the shards divide by the heads.
+    can_copy = head_shards() % config.n_kv_heads == 0
+    check_divides(jax.sharding.get_mesh(), all_heads if can_copy else config)
     if copies == 1:
         config, model = orbax.load_model(folder, config)
         config, model = quantize_model(config, model) if quantize else (config, model)
         return config, unstack_layers(model)
-    wide = replace(config, n_kv_heads=copies * config.n_kv_heads)
-    like = abstract_model(wide)
+    expanded = replace(config, n_kv_heads=copies * config.n_kv_heads)
+    like = abstract_model(expanded)
     for name in ("wk", "wv"):
-        setattr(
-            like.layers, name, jax.tree.map(partial(_stored, config), getattr(like.layers, name))
-        )
+        leaves = jax.tree.map(partial(_stored_leaf, config), getattr(like.layers, name))
+        setattr(like.layers, name, leaves)
     _, model = orbax.load_model(folder, config, like=like)
     for name in ("wk", "wv"):
-        copied = jax.tree.map(partial(_copied, copies), getattr(model.layers, name))
-        setattr(model.layers, name, copied)
-    wide, model = quantize_model(wide, model) if quantize else (wide, model)
-    return wide, unstack_layers(model)
+        weight = jax.tree.map(partial(_copy_heads, copies), getattr(model.layers, name))
+        setattr(model.layers, name, weight)
+    expanded, model = quantize_model(expanded, model) if quantize else (expanded, model)
+    return expanded, unstack_layers(model)
 
 
 def choose_compute_dtype(config: ModelConfig) -> ModelConfig:
-    """Returns the configuration with the compute type that is fastest on this machine.
+    """Returns the config with the compute dtype that is fastest on this machine.
 
-    That is the model's own, but float32 instead of bfloat16 on a CPU without instructions for
-    bfloat16: XLA converts there what it multiplies, and makes half as many tokens a second. The
-    numbers are the same or nearer to exact; the weights take twice the memory. Where they would
-    take more than half of the machine's, the type stays.
+    This is the model's dtype, except on a CPU without bfloat16 instructions, where float32 replaces
+    bfloat16: XLA converts the operands of each bfloat16 product there, which halves the tokens/s.
+    The results are the same or more exact; the weights take twice the memory. If they would take
+    more than half of the machine's memory, the dtype stays bfloat16.
     """
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if (
@@ -92,8 +92,8 @@ def choose_compute_dtype(config: ModelConfig) -> ModelConfig:
     return replace(config, dtype="float32", param_dtype="float32")
 
 
-def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns a leaf [L, …, K, H] with the heads that are stored, all of them on every device."""
+def _stored_leaf(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns an abstract leaf [L, …, K, H] with the heads of the checkpoint, replicated."""
     *before, _, H = leaf.shape
     sharding: Any = leaf.sharding
     spec = P(*sharding.spec[: len(before)], None, None)
@@ -102,7 +102,7 @@ def _stored(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeSt
 
 
 @partial(jax.jit, static_argnums=0)
-def _copied(copies: int, w_L_KH: jax.Array) -> jax.Array:
-    """Returns each head `copies` times, as the query heads that read it lie on the devices."""
-    dims = "LDKH" if w_L_KH.ndim == 4 else "LKH"  # a weight, or the scales of one in int8
+def _copy_heads(copies: int, w_L_KH: jax.Array) -> jax.Array:
+    """Repeats each head `copies` times, so that each is on the devices of its query heads."""
+    dims = "LDKH" if w_L_KH.ndim == 4 else "LKH"  # a weight, or the scales of an int8 weight
     return jax.reshard(jnp.repeat(w_L_KH, copies, axis=-2), weight_spec(dims))

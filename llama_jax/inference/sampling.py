@@ -1,7 +1,7 @@
-"""From logits to the next token: every row of a batch with settings of its own.
+"""From logits to the next token, with separate settings for each row of a batch.
 
-The settings are arrays, so that none of them is compiled in. What is done, and in what order, is
-what transformers does: penalties, temperature, top-k, top-p, min-p.
+The settings are arrays, so one compiled program serves all settings. The steps and their order are
+those of transformers: penalties, temperature, top-k, top-p, min-p.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,14 @@ from llama_jax.parallel.sharding import activation_spec
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn. The default takes the most likely one.
+    """Settings for the choice of the next token. The default takes the most likely token.
 
     >>> lj.Sampling(temperature=0.8, top_p=0.95).top_k
     0
     """
 
-    # Temperature and repetition penalty end where float32 logits could overflow or vanish.
+    # Beyond the bounds of temperature and repetition penalty, float32 logits could overflow or
+    # underflow.
     temperature: float = Field(
         default=0.0,
         ge=0,
@@ -44,42 +45,42 @@ class Sampling:
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="draw from the most likely tokens that make up this mass",
+        description="draw from the fewest most likely tokens whose probabilities reach this sum",
     )
     min_p: float = Field(
         default=0.0,
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="draw from tokens at least this times as likely as the most likely one",
+        description="draw from tokens with at least this share of the largest probability",
     )
     repetition_penalty: float = Field(
         default=1.0,
         ge=1e-6,
         le=1e6,
         allow_inf_nan=False,
-        description="above 1, tokens of the prompt and of what was made become less likely",
+        description="above 1, tokens of the prompt and generated tokens become less likely",
     )
     presence_penalty: float = Field(
         default=0.0,
         ge=-2,
         le=2,
         allow_inf_nan=False,
-        description="taken from the logit of a token that was made",
+        description="subtracted from the logit of each token that was generated",
     )
     frequency_penalty: float = Field(
         default=0.0,
         ge=-2,
         le=2,
         allow_inf_nan=False,
-        description="taken from the logit of a token each time that it was made",
+        description="subtracted from the logit of a token once for each time it was generated",
     )
 
 
 class SamplingArrays(NamedTuple):
-    """The settings of each row: float32 [B], `top_k_B` int32 [B]. Split as `activation_spec("B")`.
+    """The settings of all rows, float32 [B] and `top_k_B` int32 [B], sharded as "B".
 
-    `tail_p_B` is 1 - top_p: float32 has 2^-24 between numbers near 1, but any number near 0.
+    `tail_p_B` is 1 - top_p: float32 numbers near 1 are 2^-24 apart, those near 0 are far closer.
     """
 
     temperature_B: jax.Array | np.ndarray
@@ -92,14 +93,14 @@ class SamplingArrays(NamedTuple):
 
 
 class TokenCounts(NamedTuple):
-    """The tokens that penalties count, sharded as `activation_spec("BS")`: V is not split."""
+    """The tokens that penalties count, sharded as "BS": the vocabulary is not split."""
 
     prompt_BV: jax.Array  # bool: tokens of the prompt
-    generated_BV: jax.Array  # int32: how often each token was made
+    generated_BV: jax.Array  # int32: how often the row generated each token
 
 
 def stack_sampling(samplings: Sequence[Sampling]) -> SamplingArrays:
-    """Returns the settings of rows as NumPy arrays, for the caller to place."""
+    """Returns the settings of all rows as NumPy arrays, which the caller shards."""
 
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(sampling, name) for sampling in samplings], dtype)
@@ -118,14 +119,14 @@ def stack_sampling(samplings: Sequence[Sampling]) -> SamplingArrays:
 def process_logits(
     sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array
 ) -> jax.Array:
-    """Returns the logits that rows draw from, float32 [B, V], with tokens left out at -inf.
+    """Returns the logits that rows draw from, float32 [B, V], with excluded tokens at -inf.
 
-    A greedy row's are penalised and no more. Other rows are shifted, the most likely token to 0.
+    In greedy rows only the penalties apply. Other rows are shifted so that their maximum is 0.
 
     Args:
         sampling: settings of the rows.
-        counts: may be None where no row has penalties.
-        logits_BV: of the next token, of any float type, split in any way.
+        counts: token counts; may be None if no row has penalties.
+        logits_BV: logits of the next token, any float dtype, any sharding.
     """
     logits_BV = _apply_penalties(sampling, counts, logits_BV)
     drawn_B = sampling.temperature_B > 0
@@ -139,12 +140,12 @@ def process_logits(
 def sample(
     sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array, keys_B: jax.Array
 ) -> jax.Array:
-    """Returns a token for each row, int32 [B]. Greedy rows alone cost one argmax.
+    """Returns a token for each row, int32 [B]. A batch of only greedy rows costs one argmax.
 
     Args:
-        sampling, counts, logits_BV: as of `process_logits`.
-        keys_B: typed random keys. A row's draw depends on its own key, logits and settings alone;
-            a greedy row's not on the key.
+        sampling, counts, logits_BV: as in `process_logits`.
+        keys_B: typed random keys. A row's token depends only on the row's own key, logits and
+            settings; in a greedy row it doesn't depend on the key.
     """
     logits_BV = _apply_penalties(sampling, counts, logits_BV)
     likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -161,23 +162,23 @@ def sample(
 def logprobs_from_logits(
     logits_BV: jax.Array, tokens_B: jax.Array, top: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the model's own log-probabilities of tokens: before temperature and penalties.
+    """Returns the model's log-probabilities of tokens, before temperature and penalties.
 
     Args:
-        logits_BV: of any float type, split in any way; or of several positions, [B, S, V].
+        logits_BV: any float dtype, any sharding; or logits of several positions, [B, S, V].
         tokens_B: tokens of the vocabulary; or [B, S].
-        top: how many of the most likely tokens to return; static, at most V.
+        top: the number of most likely tokens to return; static, at most V.
 
     Returns:
         The tokens' log-probabilities, float32 [B] (nats), and the most likely tokens, best first:
         log-probabilities, float32 [B, top], and tokens, int32 [B, top]; or [B, S] and [B, S, top].
-        A token among the most likely has the same number in both.
+        A token that is also among the most likely has bitwise the same number in both.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     is_token_BV = jnp.arange(logits_BV.shape[-1]) == tokens_B[..., None]
     chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0), axis=-1)
     total_B = jax.nn.logsumexp(logits_BV, axis=-1)
-    # The logits stay split but for this sort, which needs all of a position's.
+    # Only this sort needs all logits of a position on one device: elsewhere they stay sharded.
     top_BA, top_tokens_BA = jax.lax.top_k(
         jax.reshard(logits_BV, activation_spec("BSS"[: logits_BV.ndim])), top
     )
@@ -187,7 +188,7 @@ def logprobs_from_logits(
 def _apply_penalties(
     sampling: SamplingArrays, counts: TokenCounts | None, logits_BV: jax.Array
 ) -> jax.Array:
-    """Returns float32 logits after penalties, split as `activation_spec("BS")`.
+    """Returns float32 logits after penalties, sharded as "BS".
 
     Repetition: CTRL (arXiv 1909.05858, section 4.1), with the signs of transformers. Presence and
     frequency: OpenAI's API reference, logit - frequency · count - presence · (count > 0).
@@ -196,27 +197,27 @@ def _apply_penalties(
     if counts is None:
         return logits_BV
 
-    def penalise() -> jax.Array:
+    def penalize() -> jax.Array:
         repetition_B1 = sampling.repetition_B[:, None]
         was_generated_BV = counts.generated_BV > 0
-        less_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
-        left_BV = jnp.where(counts.prompt_BV | was_generated_BV, less_BV, logits_BV)
-        left_BV -= sampling.frequency_B[:, None] * counts.generated_BV
-        return left_BV - sampling.presence_B[:, None] * was_generated_BV
+        repeated_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
+        penalized_BV = jnp.where(counts.prompt_BV | was_generated_BV, repeated_BV, logits_BV)
+        penalized_BV -= sampling.frequency_B[:, None] * counts.generated_BV
+        return penalized_BV - sampling.presence_B[:, None] * was_generated_BV
 
     any_B = (sampling.repetition_B != 1) | (sampling.presence_B != 0) | (sampling.frequency_B != 0)
-    return jax.lax.cond(jnp.any(any_B), penalise, lambda: logits_BV)
+    return jax.lax.cond(jnp.any(any_B), penalize, lambda: logits_BV)
 
 
 def _filter_logits(sampling: SamplingArrays, logits_BV: jax.Array) -> jax.Array:
-    """Returns logits over temperature, the best at 0, those that are left out at -inf.
+    """Returns logits divided by temperature, their maximum shifted to 0, excluded tokens at -inf.
 
-    Tokens that tie with the last one kept stay (transformers leaves some of them out by top-p, as
-    its sort happens to put them). Rows of temperature 0 hold nothing of use.
+    Tokens that tie with the last included token are included as well (with top-p, transformers
+    excludes some of them, by the order of its sort). Rows with temperature 0 have no meaning.
     """
     drawn_B = sampling.temperature_B > 0
     best_B = jnp.max(logits_BV, axis=-1)
-    # Before the division, lest it make ties.
+    # Top-k comes before the division, which may round different logits to a tie.
     in_top_k_BV = _top_k_mask(jnp.where(drawn_B, sampling.top_k_B, 0), logits_BV, best_B)
     temperature_B = jnp.maximum(sampling.temperature_B, jnp.finfo(jnp.float32).tiny)
     scaled_BV = (logits_BV - best_B[:, None]) / temperature_B[:, None]
@@ -227,68 +228,69 @@ def _filter_logits(sampling: SamplingArrays, logits_BV: jax.Array) -> jax.Array:
 
 
 def _top_k_mask(k_B: jax.Array, logits_BV: jax.Array, best_B: jax.Array) -> jax.Array:
-    """Returns whether a token is among the k most likely; all are where k is 0."""
+    """Returns which tokens are among the k most likely, bool [B, V]; all of them if k is 0."""
     V = logits_BV.shape[-1]
     k_B = jnp.where(k_B > 0, k_B, V)
 
-    def enough(least_B: jax.Array) -> jax.Array:
+    def reaches_k(least_B: jax.Array) -> jax.Array:
         return jnp.sum(logits_BV >= least_B[:, None], axis=-1) >= k_B
 
     return jax.lax.cond(
         jnp.any(k_B < V),
-        lambda: logits_BV >= _highest_threshold(enough, best_B)[:, None],
+        lambda: logits_BV >= _highest_threshold(reaches_k, best_B)[:, None],
         lambda: jnp.ones_like(logits_BV, bool),
     )
 
 
 def _top_p_mask(tail_p_B: jax.Array, scaled_BV: jax.Array) -> jax.Array:
-    """Returns whether a token is among the fewest most likely whose mass reaches 1 - `tail_p_B`.
+    """Returns which tokens are among the fewest most likely whose mass reaches 1 - `tail_p_B`.
 
-    arXiv 1904.09751, section 3.1. As in transformers the tail is summed, which loses nothing when
-    p is near 1: at most `tail_p_B` of the mass is left out. All tokens are in where that is 0.
+    Bool [B, V]. arXiv 1904.09751, section 3.1. As in transformers, the sum is over the excluded
+    tail, which loses no precision when p is near 1: the tail has at most `tail_p_B` of the mass.
+    If `tail_p_B` is 0, all tokens are included.
     """
 
-    def keeps() -> jax.Array:
+    def compute_mask() -> jax.Array:
         mass_BV = jnp.exp(scaled_BV)
-        # Nothing is left out where p is 1, not even tokens of no mass.
+        # -1: with p = 1 nothing is excluded, not even tokens whose mass underflows to 0.
         tail_B = jnp.where(tail_p_B > 0, tail_p_B, -1) * jnp.sum(mass_BV, axis=-1)
 
-        def few_below(least_B: jax.Array) -> jax.Array:
+        def tail_is_small(least_B: jax.Array) -> jax.Array:
             below_BV = scaled_BV < least_B[:, None]
             return jnp.sum(jnp.where(below_BV, mass_BV, 0), axis=-1) <= tail_B
 
-        return scaled_BV >= _highest_threshold(few_below, jnp.zeros_like(tail_B))[:, None]
+        return scaled_BV >= _highest_threshold(tail_is_small, jnp.zeros_like(tail_B))[:, None]
 
-    return jax.lax.cond(jnp.any(tail_p_B > 0), keeps, lambda: jnp.ones_like(scaled_BV, bool))
+    return jax.lax.cond(jnp.any(tail_p_B > 0), compute_mask, lambda: jnp.ones_like(scaled_BV, bool))
 
 
-def _highest_threshold(holds: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:
-    """Returns the highest float32 up to `most_B` of which `holds` is true, -inf where of none.
+def _highest_threshold(condition: Callable[[jax.Array], jax.Array], most_B: jax.Array) -> jax.Array:
+    """Returns the highest float32 up to `most_B` that meets `condition`, or -inf if none does.
 
-    `holds` must be true below some number and false above it. All 32 bits are bisected, which reads
-    a vocabulary 32 times and still costs a tenth of sorting it.
+    `condition` must be true below some number and false above it. The bisection covers all 32 bits:
+    it reads the vocabulary 32 times and still costs a tenth of sorting it.
     """
 
-    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = ends
+    def bisect(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
         middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # rounded up, without overflow
-        holds_B = holds(_from_ordered_int(middle_B))
-        return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B - 1)
+        is_met_B = condition(_from_ordered_int(middle_B))
+        return jnp.where(is_met_B, middle_B, low_B), jnp.where(is_met_B, high_B, middle_B - 1)
 
-    ends = _to_ordered_int(jnp.full_like(most_B, -jnp.inf)), _to_ordered_int(most_B)
-    return _from_ordered_int(jax.lax.fori_loop(0, 32, halve, ends)[0])
+    bounds = _to_ordered_int(jnp.full_like(most_B, -jnp.inf)), _to_ordered_int(most_B)
+    return _from_ordered_int(jax.lax.fori_loop(0, 32, bisect, bounds)[0])
 
 
 def _to_ordered_int(x: jax.Array) -> jax.Array:
-    """Returns integers in the order of float32 numbers."""
+    """Returns int32 numbers that compare like the float32 numbers `x`."""
     return _flip_negative(jax.lax.bitcast_convert_type(x, jnp.int32))
 
 
-def _from_ordered_int(rank: jax.Array) -> jax.Array:
-    """Returns the float32 numbers of these ranks."""
-    return jax.lax.bitcast_convert_type(_flip_negative(rank), jnp.float32)
+def _from_ordered_int(ordered: jax.Array) -> jax.Array:
+    """Inverts `_to_ordered_int`."""
+    return jax.lax.bitcast_convert_type(_flip_negative(ordered), jnp.float32)
 
 
 def _flip_negative(bits: jax.Array) -> jax.Array:
-    """Turns the order of negative floats' bits, which count away from zero, around; and back."""
+    """Makes the bits of negative floats, which count away from 0, ascend; its own inverse."""
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,4 +1,4 @@
-"""One text, continued token by token for whoever reads along."""
+"""Streams the continuation of one prompt, token by token."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,17 +13,17 @@ from llama_jax.parallel.mesh import shard_array
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Checks that a prompt can be continued.
+    """Checks that the model can continue a prompt.
 
     Raises:
-        InputError: it is empty, holds unknown ids, or doesn't fit the model's context.
+        InputError: the prompt is empty, contains an unknown id, or doesn't fit the model's context.
     """
     if not prompt:
         raise InputError("the prompt is empty: give at least the begin-of-text token")
-    strange = [i for i in prompt if not 0 <= i < config.vocab_size]
-    if strange:
+    unknown = [i for i in prompt if not 0 <= i < config.vocab_size]
+    if unknown:
         raise InputError(
-            f"token {strange[0]} of the prompt is outside the model's vocabulary of"
+            f"token {unknown[0]} of the prompt is outside the model's vocabulary of"
             f" {config.vocab_size}: the tokenizer is not this model's"
         )
     if len(prompt) + max_new_tokens > config.context:
@@ -44,41 +44,45 @@ def stream(
     seed: int = 0,
     block: int = 16,
 ) -> Iterator[int]:
-    """Yields the tokens that follow one prompt, as they are made; an end id is the last.
+    """Yields the tokens that follow one prompt as the model generates them; an end id is the last.
 
     Args:
-        config: of the model.
+        config: the model's config.
         model: weights of that config.
         prompt: token ids, at least one.
-        max_new_tokens: at most so many.
-        sampling: how tokens are drawn; the default is greedy.
-        end_ids: any of these ends the text.
-        seed: of the draws.
-        block: tokens made in one dispatch.
+        max_new_tokens: the most tokens to generate.
+        sampling: the sampling settings; the default is greedy.
+        end_ids: ids that end the text.
+        seed: seed of the draws.
+        block: tokens generated in one dispatch.
 
     Raises:
-        InputError: the prompt is empty, holds unknown ids, or doesn't fit the model's context.
+        InputError: the prompt is empty, contains an unknown id, or doesn't fit the model's context.
     """
     check_prompt(config, prompt, max_new_tokens)
     tokens = np.zeros((1, _round_up(len(prompt))), np.int32)
     tokens[0, : len(prompt)] = prompt
-    seen = np.zeros((1, config.vocab_size), bool)
-    seen[0, list(prompt)] = True
+    in_prompt = np.zeros((1, config.vocab_size), bool)
+    in_prompt[0, list(prompt)] = True
+    # One slot more than tokens, as `decode` asks.
     slots = _round_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + 1)
     lengths = shard_array(np.array([len(prompt)], np.int32), "B")
     cache, logits = prefill(config, model, shard_array(tokens, "BT"), lengths, slots=slots)
-    rows = init_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], seen)
+    rows = init_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], in_prompt)
     state = DecodeState(cache, logits, rows)
-    left, n = max_new_tokens, 1  # the first token is not kept waiting
-    while left > 0:
-        made, state = decode(config, model, state, n, capacity=block)
+    remaining, n = (
+        max_new_tokens,
+        1,
+    )  # a first dispatch of one token, for a short time to first token
+    while remaining > 0:
+        generated, state = decode(config, model, state, n, capacity=block)
         n = block
-        tokens = np.asarray(made.tokens_Bn)[0]
+        tokens = np.asarray(generated.tokens_Bn)[0]
         tokens = tokens[tokens != NO_TOKEN].tolist()
         yield from tokens
-        left = 0 if {*tokens} & end_ids else left - len(tokens)
+        remaining = 0 if {*tokens} & end_ids else remaining - len(tokens)
 
 
 def _round_up(number: int) -> int:
-    """Returns the next power of two, at least 32, so that few programs serve all lengths."""
+    """Returns the next power of two, at least 32, so that a few programs serve all lengths."""
     return 1 << max(5, (number - 1).bit_length())
