@@ -1,1 +1,1 @@
-"""How good a model is."""
+"""Measures the quality of a model."""

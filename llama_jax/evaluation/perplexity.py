@@ -1,5 +1,6 @@
-"""How well a model foretells a text."""
+"""The perplexity of a model on a text."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from llama_jax.inference.logprobs import POSITIONS_PER_CHUNK, token_logprobs
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 
-_ROWS = 4  # windows computed together
+_ROWS = 4  # windows per batch
 
 
 def nats_per_token(
@@ -22,36 +23,40 @@ def nats_per_token(
 ) -> float:
     """Returns the mean cross-entropy of all tokens but the first [nats]; its exp is perplexity.
 
-    The text is cut into windows, and a token is foretold from those before it in its window.
+    The text is cut into windows; the model predicts each token from the earlier tokens of its
+    window.
 
     Args:
-        config: of the model, which may be quantized.
-        model: on the current mesh.
+        config: the model's config; the model may be quantized.
+        model: weights of that config, on the current mesh.
         tokens: ids of one text, at least two.
-        window: tokens that are foretold in a window; no more than the model's context.
+        window: tokens to predict in one window; at most the model's context is used.
 
     Raises:
-        InputError: there are fewer than two tokens, or one is none of the model's.
+        InputError: there are fewer than two tokens, or a token is outside the vocabulary.
     """
     if len(tokens) < 2:
         raise InputError("the text is shorter than two tokens: give a longer one")
-    if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
+    unknown = [i for i in tokens if not 0 <= i < config.vocab_size]
+    if unknown:
         raise InputError(
-            f"token {max(tokens)} of the text is outside the model's vocabulary of"
+            f"token {unknown[0]} of the text is outside the model's vocabulary of"
             f" {config.vocab_size}: the tokenizer is not this model's"
         )
-    foretold = len(tokens) - 1
-    window = min(window, config.context, -(-foretold // POSITIONS_PER_CHUNK) * POSITIONS_PER_CHUNK)
-    windows = -(-foretold // window)
-    rows = min(_ROWS, windows)
-    text = np.full(-(-windows // rows) * rows * window + 1, -1, np.int32)
-    text[: len(tokens)] = tokens
-    inputs, targets = (part.reshape(-1, rows, window) for part in (text[:-1], text[1:]))
-    told = [
+    n_predicted = len(tokens) - 1
+    needed = math.ceil(n_predicted / POSITIONS_PER_CHUNK) * POSITIONS_PER_CHUNK
+    window = min(window, config.context, needed)
+    n_windows = math.ceil(n_predicted / window)
+    rows = min(_ROWS, n_windows)
+    padded = np.full(math.ceil(n_windows / rows) * rows * window + 1, -1, np.int32)
+    padded[: len(tokens)] = tokens
+    inputs, targets = (part.reshape(-1, rows, window) for part in (padded[:-1], padded[1:]))
+    logprobs = [
         token_logprobs(config, model, shard_array(np.maximum(a, 0), "BS"), shard_array(b, "BS"))
         for a, b in zip(inputs, targets, strict=True)
     ]
     sums = [
-        np.sum(np.asarray(a)[b >= 0], dtype=np.float64) for a, b in zip(told, targets, strict=True)
+        np.sum(np.asarray(a)[b >= 0], dtype=np.float64)
+        for a, b in zip(logprobs, targets, strict=True)
     ]
-    return -float(sum(sums)) / foretold
+    return -float(sum(sums)) / n_predicted

@@ -1,1 +1,1 @@
-"""Sampling and generation."""
+"""Loads models, samples tokens, generates text."""

@@ -1,1 +1,1 @@
-"""Continuous batching: many requests in one running batch."""
+"""Continuous batching: one running batch serves many requests."""

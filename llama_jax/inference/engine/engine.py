@@ -1,9 +1,9 @@
-"""Many requests at a time: they join and leave one running batch.
+"""Continuous batching: requests join and leave one running batch.
 
-A thread of its own goes round: it gives free rows to waiting requests, reads one chunk of one
-prompt, and makes a few tokens in every row that is ready. So no running request waits longer than a
-chunk for another's prompt. What a row has read stays in its slots when its request ends; a later
-prompt that begins alike starts from there.
+The engine's thread repeats one iteration: assign free rows to waiting requests, prefill one chunk
+of one prompt, and decode a few tokens in every row whose prompt is prefilled. So a running request
+waits at most one chunk for another request's prompt. The keys and values of a row stay in its slots
+when its request ends; a later prompt with a common prefix reuses them.
 """
 
 import logging
@@ -42,32 +42,30 @@ from llama_jax.runtime.compile_cache import compile_statistics
 
 _log = logging.getLogger(__name__)
 
-DECODE_STEPS_DURING_PREFILL = 2  # when a prompt is to be read
+DECODE_STEPS_DURING_PREFILL = 2  # of one dispatch, while a prompt waits for its prefill
 
 
 class _Row:
-    """A row of the batch: the tokens that its slots hold, and whose it is."""
+    """A row of the batch: its request, and the tokens whose keys and values are in its slots."""
 
     def __init__(self):
         self.tokens: list[int] = []
-        self.ticket: Ticket | None = None
-        self.ready = False  # its prompt has been read
-        self.scores: list[
-            GeneratedToken
-        ] = []  # the prompt's but the first, where they are asked for
-        self.since = 0.0  # when it was last given away
+        self.ticket: Ticket | None = None  # None: the row is free
+        self.ready = False  # the prompt is prefilled
+        self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
+        self.assigned_at = 0.0  # when it was last assigned to a request [s]
 
 
 class Engine:
-    """Continues many texts with one model.
+    """Continues many texts at the same time with one model.
 
     Args:
-        config: of the model.
+        config: the model's config.
         model: weights of that config, on the current mesh.
-        rows: texts that are continued at a time.
-        context: longest prompt with its continuation [tokens]; default: the model's.
+        rows: texts that the engine continues at the same time.
+        context: longest prompt with its continuation [tokens]; default: the model's context.
         queue: requests that may wait.
-        progress: is called before each program is compiled, as `warm_up` says.
+        progress: called before each compilation, see `warm_up`.
 
     Raises:
         InputError: a number is out of range.
@@ -97,33 +95,34 @@ class Engine:
         self._sizes = row_programs.cache_sizes(context)
         self._rows = [_Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
-        self._changed = threading.Condition()  # its lock is reentrant
+        self._changed = threading.Condition()  # with a reentrant lock
         self._closing = False
         self._failure: str | None = None
-        self._numbers = Statistics()
-        begun = compile_statistics().seconds
+        self._statistics = Statistics()
+        before = compile_statistics().seconds
         self._state = warm_up(config, model, rows, context, progress)
-        self._numbers = self._numbers._replace(compile_seconds=compile_statistics().seconds - begun)
+        seconds = compile_statistics().seconds - before
+        self._statistics = self._statistics._replace(compile_seconds=seconds)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(
         self, requests: Sequence[Request], deliver: Callable[[int, Event], None]
     ) -> list[Ticket]:
-        """Puts all requests into the queue, or none.
+        """Puts all requests into the queue, or none of them.
 
-        They are taken as long as the queue is not full, however many they are: so a group may
-        be larger than the queue.
+        A queue that is not full takes any number of requests, so that a group may be larger than
+        the queue.
 
         Args:
-            requests: what is to be continued.
-            deliver: is called with a request's index and each of its events, mostly from the
+            requests: the requests.
+            deliver: called with the index of a request and each of its events, mostly from the
                 engine's thread; it must not block.
 
         Raises:
-            QueueFull: too many wait already.
+            QueueFull: too many requests are waiting.
             EngineStopped: the engine has failed, or is closed.
-            InputError: a request can't be served; the message says why.
+            InputError: the engine can't serve a request; the message gives the reason.
         """
         for request in requests:
             check_request(self._config, self.context, request)
@@ -148,18 +147,18 @@ class Engine:
         ticket.deliver(RequestEnded("cancelled"))
 
     def statistics(self) -> Statistics:
-        """Returns what it has done so far."""
+        """Returns the counts so far and the current load."""
         with self._changed:
             running = sum(row.ticket is not None for row in self._rows)
-            return self._numbers._replace(waiting=len(self._waiting), running=running)
+            return self._statistics._replace(waiting=len(self._waiting), running=running)
 
     @property
     def failure(self) -> str | None:
-        """Why the engine has stopped by itself; None while it runs."""
+        """The error that ended the engine; None if there was none."""
         return self._failure
 
     def close(self) -> None:
-        """Ends all requests, and the thread."""
+        """Ends all requests and the engine's thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -170,80 +169,80 @@ class Engine:
             with jax.set_mesh(self._mesh):
                 while self._wait_for_work():
                     self._iterate()
-        except BaseException as error:  # not only Exception: whatever ends the thread, all are told
+        except BaseException as error:  # also SystemExit: every request must get its last event
             self._failure = f"{type(error).__name__}: {str(error)[:200]}"
             _log.critical("the engine has failed", exc_info=True)
         with self._changed:
             self._closing = True
-            left = [*self._waiting, *(row.ticket for row in self._rows if row.ticket)]
+            unfinished = [*self._waiting, *(row.ticket for row in self._rows if row.ticket)]
             self._waiting.clear()
-        for ticket in left:
-            ticket.deliver(
-                RequestEnded("error", self._failure) if self._failure else RequestEnded("cancelled")
-            )
+        ended = RequestEnded("error", self._failure) if self._failure else RequestEnded("cancelled")
+        for ticket in unfinished:
+            ticket.deliver(ended)
 
     def _wait_for_work(self) -> bool:
-        """Returns when there is something to do; False when it is to end."""
+        """Waits until there is a request; returns False if the engine is closing."""
         with self._changed:
             while not (self._closing or self._waiting or any(row.ticket for row in self._rows)):
                 self._changed.wait()
             return not self._closing
 
     def _iterate(self) -> None:
+        """Assigns rows, prefills one chunk of the oldest prompt, and decodes the ready rows."""
         for row in self._rows:
             if row.ticket is not None and row.ticket.cancelled:
                 self._release(row, RequestEnded("cancelled"))
         self._admit()
-        reading = [row for row in self._rows if row.ticket is not None and not row.ready]
-        if reading:
-            self._prefill_next_chunk(min(reading, key=lambda row: row.since))
+        prefilling = [row for row in self._rows if row.ticket is not None and not row.ready]
+        if prefilling:
+            self._prefill_next_chunk(min(prefilling, key=lambda row: row.assigned_at))
         ready = [row for row in self._rows if row.ready]
         if ready:
-            self._decode(
-                ready, DECODE_STEPS_DURING_PREFILL if reading else row_programs.DECODE_STEPS
-            )
+            n = DECODE_STEPS_DURING_PREFILL if prefilling else row_programs.DECODE_STEPS
+            self._decode(ready, n)
 
     def _admit(self) -> None:
-        """Gives free rows to those who wait, in their order."""
+        """Assigns free rows to waiting requests, first in, first out."""
         while free := [row for row in self._rows if row.ticket is None]:
             with self._changed:
                 if not self._waiting:
                     return
                 ticket = self._waiting[0]
-            # What is not read anew has no log-probabilities.
-            known = () if ticket.request.prompt_logprobs else ticket.request.prompt
-            row, source, common = self._choose_row(free, known)
+            # Prompt log-probabilities exist only for tokens that are prefilled: reuse none then.
+            reusable = () if ticket.request.prompt_logprobs else ticket.request.prompt
+            row, source, common = self._choose_row(free, reusable)
             with self._changed:
-                if ticket.cancelled:  # it has left the queue
+                if ticket.cancelled:  # it has already left the queue
                     continue
-                # Always in the queue or in a row: a failure finds it there.
+                # Under one lock, so that after a failure each ticket is in the queue or in a row.
                 self._waiting.popleft()
-                row.ticket, row.ready, row.since = ticket, False, time.monotonic()
+                row.ticket, row.ready, row.assigned_at = ticket, False, time.monotonic()
             if source is not row:
-                numbers = self._rows.index(source), self._rows.index(row)
-                cache = copy_row(self._state.cache, *numbers, common)
+                indices = self._rows.index(source), self._rows.index(row)
+                cache = copy_row(self._state.cache, *indices, common)
                 self._state = self._state._replace(cache=cache)
             row.tokens = list(ticket.request.prompt[:common])
-            row.scores = []
+            row.prompt_logprobs = []
             self._count(reused_tokens=common)
             self._resize_cache()
 
     def _choose_row(self, free: list[_Row], prompt: Sequence[int]) -> tuple[_Row, _Row, int]:
-        """Returns the row to give, the row that has read most of the prompt, and how much.
+        """Returns the row to assign, the row with the longest common prefix, and that length.
 
-        One token at least is left to read: the first new one follows from it.
+        The prefix leaves out the prompt's last token: its prefill gives the first new token.
         """
         common = {
             row: row_programs.common_prefix_length(row.tokens, prompt[:-1]) for row in self._rows
         }
         source = max(self._rows, key=lambda row: (common[row], row in free))
-        row = source if source in free and common[source] else min(free, key=lambda r: r.since)
+        oldest = min(free, key=lambda row: row.assigned_at)
+        row = source if source in free and common[source] else oldest
         return row, source if common[source] else row, common[source]
 
     def _resize_cache(self) -> None:
-        """Gives the cache the slots that the texts need, and no more than the next size."""
-        tickets = [row.ticket.request for row in self._rows if row.ticket is not None]
-        needed = max(row_programs.slots_needed(request) for request in tickets)
+        """Resizes the cache to the smallest size that has the slots that all requests need."""
+        requests = [row.ticket.request for row in self._rows if row.ticket is not None]
+        needed = max(row_programs.slots_needed(request) for request in requests)
         slots = next(size for size in self._sizes if size >= needed)
         if slots == self._state.cache.slots:
             return
@@ -254,55 +253,54 @@ class Engine:
             row.tokens = row.tokens[: slots - 1]
 
     def _prefill_next_chunk(self, row: _Row) -> None:
-        """Reads one chunk of a prompt; with the last one the row is ready."""
+        """Prefills one chunk of a prompt; after the last chunk the row is ready."""
         assert row.ticket is not None
-        request, begun = row.ticket.request, time.perf_counter()
+        request, start = row.ticket.request, time.perf_counter()
         used = len(row.tokens)
         rest = request.prompt[used:]
-        size = next(
-            (size for size in row_programs.CHUNK_SIZES if size >= len(rest)),
-            row_programs.CHUNK_SIZES[-1],
-        )
-        chunk = np.zeros((2, size), np.int32)
+        sizes = row_programs.CHUNK_SIZES
+        size = next((size for size in sizes if size >= len(rest)), sizes[-1])
         length = min(size, len(rest))
-        for part, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
-            part[: len(tokens)] = tokens
-        number, with_logprobs = self._rows.index(row), request.prompt_logprobs
-        tokens, targets = (shard_array(part[None], "BT") for part in chunk)
-        self._state, scores = row_programs.prefill_chunk(
-            self._config, self._model, self._state, number, tokens, length, used, targets,
+        chunk = np.zeros((2, size), np.int32)  # the tokens, and the token after each as its target
+        for padded, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
+            padded[: len(tokens)] = tokens
+        index, with_logprobs = self._rows.index(row), request.prompt_logprobs
+        tokens, targets = (shard_array(padded[None], "BT") for padded in chunk)
+        self._state, logprobs = row_programs.prefill_chunk(
+            self._config, self._model, self._state, index, tokens, length, used, targets,
             with_logprobs,
         )  # fmt: skip
         row.tokens += rest[:length]
-        if with_logprobs:  # the token after the prompt's last one is not known yet
-            scores_T = (np.asarray(x_1T)[0] for x_1T in scores)
-            row.scores += row_programs.attach_logprobs(
-                rest[1 : length + 1], *scores_T, top=request.top_logprobs
+        if with_logprobs:  # the prompt's last token has no target yet
+            logprobs_T = (np.asarray(x_1T)[0] for x_1T in logprobs)
+            row.prompt_logprobs += row_programs.attach_logprobs(
+                rest[1 : length + 1], *logprobs_T, top=request.top_logprobs
             )
         if length == len(rest):
             settings = row_programs.init_row(self._config, request)
-            self._state = row_programs.start_row(self._state, number, settings)
+            self._state = row_programs.start_row(self._state, index, settings)
             row.ready = True
-            row.ticket.deliver(PromptDone(tuple(row.scores)))
+            row.ticket.deliver(PromptDone(tuple(row.prompt_logprobs)))
         jax.block_until_ready(self._state.logits_BV)
-        self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - begun)
+        self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - start)
 
     def _decode(self, ready: list[_Row], n: int) -> None:
-        begun = time.perf_counter()
+        """Decodes up to `n` tokens in the ready rows and delivers them."""
+        start = time.perf_counter()
         requests = [row.ticket.request for row in ready if row.ticket is not None]
-        told = any(request.logprobs for request in requests)
-        made, self._state = row_programs.decode_rows(
-            self._config, self._model, self._state, n, told
+        with_logprobs = any(request.logprobs for request in requests)
+        generated, self._state = row_programs.decode_rows(
+            self._config, self._model, self._state, n, with_logprobs
         )
-        made = jax.tree.map(np.asarray, made)
-        seconds = time.perf_counter() - begun
+        generated = jax.tree.map(np.asarray, generated)
+        seconds = time.perf_counter() - start
         total = steps = 0
         for row in ready:
-            number = self._rows.index(row)
-            ids = made.tokens_Bn[number]
+            index = self._rows.index(row)
+            ids = generated.tokens_Bn[index]
             ids = ids[ids != NO_TOKEN].tolist()
             total, steps = total + len(ids), max(steps, len(ids))
-            self._deliver(row, ids, [x[number] for x in made[1:]])
+            self._deliver(row, ids, [x_Bn_[index] for x_Bn_ in generated[1:]])
         self._count(
             made_tokens=total,
             decode_seconds=seconds,
@@ -313,12 +311,13 @@ class Engine:
     def _step_bytes(self) -> int:
         return step_bytes(self._config, self._model, self.rows, self._state.cache.slots)
 
-    def _deliver(self, row: _Row, ids: list[int], told: list[np.ndarray]) -> None:
+    def _deliver(self, row: _Row, ids: list[int], logprobs: list[np.ndarray]) -> None:
+        """Delivers new tokens of a row; after the last one the row is free."""
         ticket = row.ticket
         assert ticket is not None
         request = ticket.request
         row.tokens += ids
-        for token in row_programs.attach_logprobs(ids, *told, top=request.top_logprobs):
+        for token in row_programs.attach_logprobs(ids, *logprobs, top=request.top_logprobs):
             ticket.deliver(token)
         if ids and ids[-1] in request.end_ids:
             self._release(row, RequestEnded("stop"))
@@ -326,7 +325,7 @@ class Engine:
             self._release(row, RequestEnded("length"))
 
     def _release(self, row: _Row, ended: RequestEnded) -> None:
-        """Ends a row's request; what its slots hold stays."""
+        """Ends a row's request and frees the row; its keys and values stay in the cache."""
         ticket = row.ticket
         assert ticket is not None
         if ended.reason == "cancelled":
@@ -336,8 +335,9 @@ class Engine:
         self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})
         ticket.deliver(ended)
 
-    def _count(self, **more: float) -> None:
+    def _count(self, **increments: float) -> None:
+        """Adds to the statistics."""
         with self._changed:
-            old = self._numbers._asdict()
-            sums = {name: old[name] + value for name, value in more.items()}
-            self._numbers = self._numbers._replace(**sums)
+            old = self._statistics._asdict()
+            sums = {name: old[name] + value for name, value in increments.items()}
+            self._statistics = self._statistics._replace(**sums)

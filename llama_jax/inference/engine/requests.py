@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers."""
+"""The requests that an engine takes, and the events that it delivers."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -8,22 +8,23 @@ from llama_jax.errors import InputError
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import check_prompt
 
-MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for
-MAX_END_IDS = 16  # end ids that it may have
+MAX_TOP_LOGPROBS = 20  # most likely tokens that a request may ask for at each position
+MAX_END_IDS = 16  # end ids that a request may have
 
 
 class Request(NamedTuple):
-    """A prompt, and how it is to be continued.
+    """A prompt, and the settings of its continuation.
 
     Attributes:
         prompt: token ids.
-        max_new_tokens: at most so many are made.
-        sampling: how they are drawn.
-        seed: of the draws; the same request makes the same tokens alone and in company.
-        end_ids: any of these ends the text, and is its last token.
-        top_logprobs: how many alternatives each token carries, up to 20.
-        logprobs: whether tokens carry their log-probabilities (0 otherwise).
-        prompt_logprobs: whether `PromptDone` carries those of the prompt's tokens but the first.
+        max_new_tokens: the most tokens to generate.
+        sampling: the sampling settings.
+        seed: seed of the draws; a request gets the same tokens in any batch.
+        end_ids: ids that end the text; the end id is its last token.
+        top_logprobs: the number of most likely tokens that come with each token, up to 20.
+        logprobs: whether tokens come with their log-probabilities (0 otherwise).
+        prompt_logprobs: whether `PromptDone` has the log-probabilities of the prompt's tokens,
+            all but the first.
     """
 
     prompt: tuple[int, ...]
@@ -37,10 +38,10 @@ class Request(NamedTuple):
 
 
 def check_request(config: ModelConfig, context: int, request: Request) -> None:
-    """Checks that a request can be served in a context of so many tokens.
+    """Checks that an engine with a context of `context` tokens can serve a request.
 
     Raises:
-        InputError: says what it asks too much of.
+        InputError: the prompt is invalid, or a number is out of range.
     """
     check_prompt(config, request.prompt, 0)
     if request.max_new_tokens < 1:
@@ -57,7 +58,7 @@ def check_request(config: ModelConfig, context: int, request: Request) -> None:
 
 
 class GeneratedToken(NamedTuple):
-    """A token, its log-probability [nats] and the most likely ones with theirs."""
+    """A token, its log-probability [nats], and the most likely tokens with theirs, best first."""
 
     id: int
     logprob: float
@@ -65,13 +66,13 @@ class GeneratedToken(NamedTuple):
 
 
 class PromptDone(NamedTuple):
-    """The prompt has been read: the first event of a request."""
+    """The prompt is prefilled: the first event of a request."""
 
     prompt_logprobs: tuple[GeneratedToken, ...] = ()
 
 
 class RequestEnded(NamedTuple):
-    """The last event of a request; with the reason `stop` an end id was made."""
+    """The last event of a request; the reason `stop` means that the last token is an end id."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""
@@ -88,7 +89,7 @@ class EngineStopped(Exception):
     """The engine takes no more requests.
 
     Attributes:
-        failure: why it has failed; None: it was closed.
+        failure: the error that ended the engine; None if it was closed.
     """
 
     def __init__(self, failure: str | None):
@@ -97,24 +98,27 @@ class EngineStopped(Exception):
 
 
 class Statistics(NamedTuple):
-    """What an engine has done since it began, and what it is doing."""
+    """Counts since the engine started, and its current load.
 
-    waiting: int = 0
-    running: int = 0
+    The server reports each field at `/metrics` under the field's name.
+    """
+
+    waiting: int = 0  # requests in the queue
+    running: int = 0  # requests in a row
     finished: int = 0
     cancelled: int = 0
-    prompt_tokens: int = 0  # read
-    reused_tokens: int = 0  # of prompts, found in the slots of an earlier text
-    made_tokens: int = 0
+    prompt_tokens: int = 0  # prefilled
+    reused_tokens: int = 0  # prompt tokens whose keys and values were still in the cache
+    made_tokens: int = 0  # generated
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
-    bytes_read: int = 0  # by these steps
+    bytes_read: int = 0  # by the decode steps: weights and cache
     compile_seconds: float = 0.0
 
 
 class Ticket:
-    """A request that was accepted: in the queue, in a row, or ended."""
+    """An accepted request: in the queue, in a row, or ended."""
 
     def __init__(
         self,
@@ -128,8 +132,8 @@ class Ticket:
         self._cancel = cancel
 
     def cancel(self) -> None:
-        """Ends the request: `RequestEnded("cancelled")` follows, if it has not ended yet.
+        """Ends the request; `RequestEnded("cancelled")` follows, unless it has ended already.
 
-        A request in the queue leaves it at once, one in a row before the next step.
+        A request in the queue leaves it at once, a request in a row before the next dispatch.
         """
         self._cancel(self)

@@ -1,4 +1,4 @@
-"""What an engine does with one row of its batch: it reads a prompt in parts, begins, and stops."""
+"""The programs that an engine runs on one row of its batch: prefill a chunk, start, stop."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -30,30 +30,32 @@ from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 from llama_jax.parallel.sharding import activation_spec
 
-DECODE_STEPS = 8  # tokens made in one dispatch when nobody waits
+DECODE_STEPS = 8  # decode steps of one dispatch while no prompt waits for its prefill
 
-CHUNK_SIZES = (32, 256)  # tokens of a prompt that are read at a time: a program for each
+CHUNK_SIZES = (32, 256)  # prompt tokens of one prefill dispatch; one program per size
 
-# The next tokens of all rows: one program for any number of them up to DECODE_STEPS.
+# Decodes all rows: one program for any number of steps up to DECODE_STEPS.
 decode_rows = partial(decode, capacity=DECODE_STEPS, top=MAX_TOP_LOGPROBS)
 
 
 def init_state(config: ModelConfig, rows: int, slots: int) -> DecodeState:
-    """Returns the state of `rows` rows with `slots` slots each, none of which has begun."""
+    """Returns a state of `rows` empty rows with `slots` slots each."""
     ends, V = [[NO_TOKEN] * MAX_END_IDS] * rows, config.vocab_size
     prompts_BV = np.zeros((rows, V), bool)
-    none = init_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
+    empty_rows = init_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
     cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
-    return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), none)
+    return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), empty_rows)
 
 
 def init_row(config: ModelConfig, request: Request) -> Rows:
-    """Returns the row of a request whose prompt has been read."""
-    seen = np.zeros((1, config.vocab_size), bool)
-    seen[0, list(request.prompt)] = True
+    """Returns the row of a request whose prompt is prefilled, as a batch of one."""
+    in_prompt = np.zeros((1, config.vocab_size), bool)
+    in_prompt[0, list(request.prompt)] = True
     ends = sorted(request.end_ids)
     ends += [NO_TOKEN] * (MAX_END_IDS - len(ends))
-    return init_rows([request.sampling], [request.seed], [request.max_new_tokens], [ends], seen)
+    return init_rows(
+        [request.sampling], [request.seed], [request.max_new_tokens], [ends], in_prompt
+    )
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -68,30 +70,34 @@ def prefill_chunk(
     targets_1T: jax.Array,
     with_logprobs: jax.Array | bool,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the state with `length` more tokens in a row that holds `used`.
+    """Prefills `length` tokens into a row that has `used` tokens; returns the state and logprobs.
 
-    And the log-probabilities [1, T] of the targets, each after its token, with the ids and the
-    log-probabilities [1, T, MAX_TOP_LOGPROBS] of the most likely tokens there; all 0 without
-    `with_logprobs`.
+    The latter are, for each position, the log-probability [1, T] of the target after this token,
+    and the ids and log-probabilities [1, T, MAX_TOP_LOGPROBS] of the most likely tokens. Without
+    `with_logprobs` all of them are 0.
     """
 
-    def taken(x_B_: jax.Array) -> jax.Array:
+    def take_row(x_B_: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x_B_, row, 1, axis=0)
 
-    def put(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
+    def put_row(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
 
     cache, logits_BV, rows = state
-    alone = jax.tree.map(taken, cache)._replace(used_B=_one(used))
-    x_1TD, alone = forward_cached(config, model, alone, tokens_1T, _one(length))
-    logits_1V = last_logits(config, model, x_1TD, _one(length))
+    row_cache = jax.tree.map(take_row, cache)._replace(used_B=_as_batch(used))
+    x_1TD, row_cache = forward_cached(config, model, row_cache, tokens_1T, _as_batch(length))
+    logits_1V = last_logits(config, model, x_1TD, _as_batch(length))
 
-    def ask(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def compute_logprobs(
+        x_1TD: jax.Array, targets_1T: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         scores = logprobs_from_hidden(config, model, x_1TD, targets_1T, MAX_TOP_LOGPROBS)
         logprobs_1T, top_logprobs_1TA, top_tokens_1TA = scores
         return logprobs_1T, top_tokens_1TA, top_logprobs_1TA
 
-    def leave(x_1TD: jax.Array, targets_1T: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def skip_logprobs(
+        x_1TD: jax.Array, targets_1T: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         def zeros(dtype: type, *more: int) -> jax.Array:
             dims = "BSS"[: 2 + len(more)]
             return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=activation_spec(dims))
@@ -102,28 +108,28 @@ def prefill_chunk(
             zeros(jnp.float32, MAX_TOP_LOGPROBS),
         )
 
-    scores = jax.lax.cond(with_logprobs, ask, leave, x_1TD, targets_1T)
-    state = DecodeState(jax.tree.map(put, cache, alone), put(logits_BV, logits_1V), rows)
-    return state, scores
+    scores = jax.lax.cond(with_logprobs, compute_logprobs, skip_logprobs, x_1TD, targets_1T)
+    cache = jax.tree.map(put_row, cache, row_cache)
+    return DecodeState(cache, put_row(logits_BV, logits_1V), rows), scores
 
 
-def _one(number: jax.Array) -> jax.Array:
+def _as_batch(number: jax.Array) -> jax.Array:
     return jnp.full((1,), number, jnp.int32, out_sharding=activation_spec("B"))
 
 
 @partial(jax.jit, donate_argnums=0)
 def start_row(state: DecodeState, row: jax.Array, settings: Rows) -> DecodeState:
-    """Returns the state with a row that begins to make tokens."""
+    """Returns the state with `settings` in a row, which generates tokens from now on."""
 
-    def put(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
+    def put_row(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
 
-    return state._replace(rows=jax.tree.map(put, state.rows, settings))
+    return state._replace(rows=jax.tree.map(put_row, state.rows, settings))
 
 
 @partial(jax.jit, donate_argnums=0)
 def stop_row(state: DecodeState, row: jax.Array) -> DecodeState:
-    """Returns the state with a row that makes no more tokens."""
+    """Returns the state with a row that generates no more tokens."""
     remaining_B = jnp.where(
         jnp.arange(len(state.rows.remaining_B)) == row, 0, state.rows.remaining_B
     )
@@ -137,7 +143,7 @@ def attach_logprobs(
     top_logprobs_TA: np.ndarray,
     top: int,
 ) -> list[GeneratedToken]:
-    """Returns tokens with their log-probabilities and those of the `top` most likely ones."""
+    """Returns the tokens `ids` with their log-probabilities and the `top` most likely tokens."""
     logprobs = logprobs_T[: len(ids)].tolist()
     rows = (x_TA[: len(ids), :top].tolist() for x_TA in (top_tokens_TA, top_logprobs_TA))
     return [
@@ -147,10 +153,11 @@ def attach_logprobs(
 
 
 def cache_sizes(context: int) -> list[int]:
-    """Returns the numbers of slots that a cache may have, ascending.
+    """Returns the numbers of slots that the cache may have, ascending.
 
-    A chunk is written whole, so there is room for one behind the longest text. Four times as many
-    each, and none near the largest: few programs, each of which costs a start some seconds.
+    The largest has room for a chunk after the longest text, because prefill writes a full chunk,
+    padding included. Each size is four times the one before, and none is near the largest: each
+    size needs its own programs, which take seconds to compile at the start.
     """
     largest, size = context + CHUNK_SIZES[-1], 2 * CHUNK_SIZES[-1]
     smaller = []
@@ -161,11 +168,11 @@ def cache_sizes(context: int) -> list[int]:
 
 
 def slots_needed(request: Request) -> int:
-    """Returns the slots that a request needs."""
+    """Returns the slots that a request needs: a full chunk, or a slot more than its tokens."""
     return len(request.prompt) + max(CHUNK_SIZES[-1], request.max_new_tokens + 1)
 
 
 def common_prefix_length(tokens: Sequence[int], prompt: Sequence[int]) -> int:
-    """Returns how many tokens two texts begin with alike."""
+    """Returns the length of the longest common prefix of two texts [tokens]."""
     pairs = zip(tokens, prompt, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompt)))

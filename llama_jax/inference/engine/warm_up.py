@@ -1,4 +1,4 @@
-"""Compiles the programs that serving needs before the first request comes."""
+"""Compiles all programs of an engine before its first request."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from llama_jax.parallel.mesh import shard_array
 
 
 def n_programs(context: int) -> int:
-    """Returns how many programs `warm_up` compiles for a context of so many tokens."""
+    """Returns how many programs `warm_up` compiles for a context of `context` tokens."""
     return len(row_programs.cache_sizes(context)) * (len(row_programs.CHUNK_SIZES) + 2)
 
 
@@ -26,40 +26,40 @@ def warm_up(
     context: int,
     progress: Callable[[float, str], None],
 ) -> DecodeState:
-    """Returns an empty state of the smallest size, after running every program of serving once.
+    """Runs every program of the engine once; returns an empty state of the smallest size.
 
     Args:
-        config: of the model.
+        config: the model's config.
         model: weights of that config, on the current mesh.
-        rows: of the state.
+        rows: rows of the state.
         context: longest prompt with its continuation [tokens].
-        progress: is called before each program is compiled: with the share of the programs that
-            are compiled [0 … 1), and the one that comes now ('5 of 12: decode, 2,048 slots').
+        progress: called before each compilation with the share of the programs that are compiled
+            [0 … 1) and the next program ('5 of 12: decode, 2,048 slots').
     """
     sizes, total, done = row_programs.cache_sizes(context), n_programs(context), 0
 
-    def compiling(program: str, slots: int) -> None:
+    def report(program: str, slots: int) -> None:
         nonlocal done
         progress(done / total, f"{done + 1} of {total}: {program}, {slots:,} slots")
         done += 1
 
-    def warmed(slots: int) -> DecodeState:
+    def warm_up_size(slots: int) -> DecodeState:
         state = row_programs.init_state(config, rows, slots)
         for size in row_programs.CHUNK_SIZES:
-            compiling(f"prefill of {size} tokens", slots)
+            report(f"prefill of {size} tokens", slots)
             tokens_1T = shard_array(np.zeros((1, size), np.int32), "BT")
-            last = 0, tokens_1T, 1, 0, tokens_1T, False
-            state, _ = row_programs.prefill_chunk(config, model, state, *last)
-        compiling("decode", slots)
+            args = 0, tokens_1T, 1, 0, tokens_1T, False
+            state, _ = row_programs.prefill_chunk(config, model, state, *args)
+        report("decode", slots)
         state = row_programs.start_row(state, 0, row_programs.init_row(config, Request((0,), 1)))
-        made, state = row_programs.decode_rows(config, model, state, 1, False)
-        jax.block_until_ready(made)
-        compiling("changes of the cache", slots)
+        generated, state = row_programs.decode_rows(config, model, state, 1, False)
+        jax.block_until_ready(generated)
+        report("cache resize and copy", slots)
         for other in sizes:
             if other != slots:
                 resize_cache(state.cache, slots=other)
         return row_programs.stop_row(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
 
     for slots in sizes[:0:-1]:
-        warmed(slots)
-    return warmed(sizes[0])
+        warm_up_size(slots)
+    return warm_up_size(sizes[0])

@@ -47,7 +47,7 @@ def engine(model):
         engine = Engine(
             CONFIG, model, rows=3, context=700, queue=4, progress=lambda *of: told.append(of)
         )
-        names = "prefill of 32 tokens", "prefill of 256 tokens", "decode", "changes of the cache"
+        names = "prefill of 32 tokens", "prefill of 256 tokens", "decode", "cache resize and copy"
         assert told == [(i / 4, f"{i + 1} of 4: {name}, 956 slots") for i, name in enumerate(names)]
         yield engine
         engine.close()
