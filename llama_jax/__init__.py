@@ -1,13 +1,14 @@
-"""LLaMA in JAX and Flax for TPU pods and GPUs: train it, run it, bring weights in and out.
+"""LLaMA in JAX and Flax for TPU pods and GPUs: training, inference, checkpoint conversion.
 
-What a notebook needs is here, under `import llama_jax as lj`:
+The names that a notebook needs, under `import llama_jax as lj`:
 
-- bring in: `convert_checkpoint`, `load`, `load_tokenizer`, `save_model`
-- use: `complete` (text), `forward` (logits), `generate` (batches of tokens), `Sampling`
-- train: `load_config`, `train` (a whole run), `initial_state`, `train_step`, `Batch` (by hand)
-- know: `FAMILY`, `Config`, `Tokenizer`
+- models: `convert_checkpoint`, `load`, `load_tokenizer`, `save_model`
+- inference: `complete` (text), `forward` (logits), `generate` (batches of tokens), `Sampling`
+- training: `load_config`, `train` (a complete run); `initial_state`, `train_step`, `Batch` (a loop
+  of your own)
+- `FAMILY`, `Config`, `Tokenizer`
 
-All else is imported from its module. docs/notebook.py shows these at work.
+Import all other names from their modules. docs/notebook.py is an example.
 """
 
 import importlib
@@ -38,8 +39,8 @@ __all__ = [
     "train", "train_step",
 ]  # fmt: skip
 
-# Imported when it is asked for: `llama-jax --help` must not wait for JAX.
-_HOMES = {
+# Imported on first use, because `llama-jax --help` must not wait for JAX.
+_MODULES = {
     "FAMILY": "config.family.FAMILY",
     "Batch": "data.windows.Batch",
     "Config": "config.run.Config",
@@ -60,9 +61,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, own_name = _HOMES[name].rpartition(".")
+    module, _, own_name = _MODULES[name].rpartition(".")
     return getattr(importlib.import_module(f"{__name__}.{module}"), own_name)
 
 

@@ -1,4 +1,4 @@
-"""`python -m llama_jax` is the command line."""
+"""Runs the command line as `python -m llama_jax`."""
 
 import sys
 

@@ -1,35 +1,36 @@
-"""The exceptions whose message is all that a user needs."""
+"""Exceptions whose message is complete: the command line prints it without a traceback."""
 
 
 class InputError(ValueError):
-    """Something given to the program is wrong: its message is one sentence for the user.
+    """An input is wrong: a file, a flag, a configuration, a request.
 
-    The message says what is wrong, where, and what to do. The command line prints it without a
-    traceback and exits with code 2.
+    The message is one sentence that says what is wrong, where, and what to do. The command line
+    exits with code 2.
     """
 
 
 class Fault(RuntimeError):
-    """The machine has failed, not what it was given: a full disk, a permission, memory, a network.
+    """The machine has failed, not the input: a full disk, a permission, memory, the network.
 
-    The message is one sentence that holds the system's own words. It never says that a file is
-    damaged, and never advises to remove one. The command line prints it without a traceback and
-    exits with code 1.
+    The message is one sentence that contains the message of the system. It never calls a file
+    damaged and never advises to remove one. The command line exits with code 1.
     """
 
 
-def missing_extra(what: str, extra: str) -> InputError:
-    """Returns the error about a package of an optional extra of ours that is not installed.
-
-    pip adds an extra's packages to an installed llama_jax, from a wheel and from a checkout alike.
+def missing_extra(problem: str, extra: str) -> InputError:
+    """Returns the error about a package of an optional extra that is not installed.
 
     Args:
-        what: what lacks the package, and its name: 'the server needs uvicorn'.
-        extra: as in pyproject.toml.
+        problem: which package is missing, and for what: 'the server needs uvicorn'.
+        extra: name of the extra in pyproject.toml.
     """
-    return InputError(f"{what}: install it with {install(extra)}")
+    return InputError(f"{problem}: install it with {install_command(extra)}")
 
 
-def install(extra: str) -> str:
-    """Returns the command that installs an optional extra."""
+def install_command(extra: str) -> str:
+    """Returns the command that installs an optional extra.
+
+    pip adds the packages of the extra to an installed llama_jax, whether that came from a wheel or
+    from a checkout.
+    """
     return f"pip install 'llama_jax[{extra}]'"

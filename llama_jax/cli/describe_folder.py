@@ -1,4 +1,4 @@
-"""What a folder holds, in one screen. Imports no JAX: it answers at once."""
+"""Describes a folder on one screen. Imports no JAX, so that `llama-jax info` answers at once."""
 
 from pathlib import Path
 
@@ -18,28 +18,28 @@ def describe(folder: Path) -> str:
     """Returns lines about a run folder, a model folder or a folder of token shards.
 
     Raises:
-        InputError: it is none of them, or what it holds is damaged.
+        InputError: the folder is none of them, or its contents are damaged.
     """
     if not folder.exists():
         raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
     if is_token_folder(folder):
-        lines = _tokens(folder)
+        lines = _describe_tokens(folder)
     elif folders.is_run_folder(folder):
-        lines = _run(folder)
+        lines = _describe_run(folder)
     else:
-        lines = _model_folder(folder)
+        lines = _describe_model_folder(folder)
     return "\n".join(lines)
 
 
-def _model(config: ModelConfig) -> list[str]:
+def _describe_model(config: ModelConfig) -> list[str]:
     names = [name for name, member in FAMILY.items() if member.n_params == config.n_params]
     like = f" (the size of {', '.join(names)})" if names else ""
     scaling = config.rope_scaling
-    kept = config.param_dtype
+    storage = config.param_dtype
     if config.quantized != "none":
-        kept = f"{config.quantized} with a scale for each output channel, norms {kept}"
+        storage = f"{config.quantized} with a scale for each output channel, norms {storage}"
     return [
-        f"model       {config.n_params:,} parameters{like}, {kept}",
+        f"model       {config.n_params:,} parameters{like}, {storage}",
         f"            {config.n_layers} layers, width {config.dim}, FFN {config.hidden_dim},"
         f" {config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value heads",
         f"            vocabulary {config.vocab_size:,},"
@@ -49,19 +49,20 @@ def _model(config: ModelConfig) -> list[str]:
     ]
 
 
-def _model_folder(folder: Path) -> list[str]:
+def _describe_model_folder(folder: Path) -> list[str]:
     config = folders.read_model_config(folder)
-    lines = [f"model folder {folder}", *_model(config)]
+    lines = [f"model folder {folder}", *_describe_model(config)]
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    lines += [_tokenizer(tokenizer)] if tokenizer else []
+    if tokenizer:
+        lines.append(_describe_tokenizer(tokenizer))
     if (folder / RECEIPT).is_file():
-        lines.append(_receipt(folder))
-    lines += [f"looks wrong {warning}" for warning in sanity_warnings(config, tokenizer)]
+        lines.append(_describe_receipt(folder))
+    lines += [f"warning     {warning}" for warning in sanity_warnings(config, tokenizer)]
     return lines
 
 
-def _receipt(folder: Path) -> str:
+def _describe_receipt(folder: Path) -> str:
     match read_receipt(folder):
         case {
             "source": {"kind": str(kind), "name": str(name)},
@@ -74,13 +75,15 @@ def _receipt(folder: Path) -> str:
     raise InputError(f"{folder / RECEIPT} is damaged: convert the model again")
 
 
-def _tokenizer(tokenizer: Tokenizer) -> str:
+def _describe_tokenizer(tokenizer: Tokenizer) -> str:
     ends = ", ".join(map(str, sorted(tokenizer.end_ids)))
-    about = f"{tokenizer.n_vocab:,} tokens, begin {tokenizer.bos_id}, end {ends}"
-    return f"tokenizer   {tokenizer.path.name}: {about}"
+    return (
+        f"tokenizer   {tokenizer.path.name}: {tokenizer.n_vocab:,} tokens,"
+        f" begin {tokenizer.bos_id}, end {ends}"
+    )
 
 
-def _run(folder: Path) -> list[str]:
+def _describe_run(folder: Path) -> list[str]:
     config = folders.read_run_config(folder)
     records = read_metrics(folder / "metrics.jsonl")
     steps = folders.saved_steps(folder)
@@ -88,10 +91,10 @@ def _run(folder: Path) -> list[str]:
     state = "finished" if done >= config.training.steps else "not finished: train resumes it"
     lines = [
         f"run folder {folder}",
-        *_model(config.model),
-        _tokenizer(load_tokenizer(folder)),
+        *_describe_model(config.model),
+        _describe_tokenizer(load_tokenizer(folder)),
         f"data        {', '.join(config.data.mixture)}; {config.data.batch_size} windows of"
-        f" {config.data.seq_len} tokens a step",
+        f" {config.data.seq_len} tokens per step",
         f"progress    {done} of {config.training.steps} steps saved ({state})",
         f"checkpoints {', '.join(map(str, steps)) or 'none'}",
     ]
@@ -105,15 +108,15 @@ def _run(folder: Path) -> list[str]:
     return lines
 
 
-def _tokens(folder: Path) -> list[str]:
+def _describe_tokens(folder: Path) -> list[str]:
     meta = read_meta(folder)
     lines = [f"token shards {folder}", f"sources     {', '.join(meta['sources'])}"]
-    lines.append(_tokenizer(load_tokenizer(folder)))
-    for split, about in meta["splits"].items():
-        TokenStream(folder, split)  # opens every file and checks its length
+    lines.append(_describe_tokenizer(load_tokenizer(folder)))
+    for name, split in meta["splits"].items():
+        TokenStream(folder, name)  # opens every file and checks its length
         lines.append(
-            f"{split:11} {about['tokens']:,} tokens in {about['documents']:,} documents"
-            f" ({about['bytes']:,} bytes), {len(about['shards'])} file(s), unigram entropy"
-            f" {about['unigram_entropy']:.3f} nats per token"
+            f"{name:11} {split['tokens']:,} tokens in {split['documents']:,} documents"
+            f" ({split['bytes']:,} bytes), {len(split['shards'])} file(s), unigram entropy"
+            f" {split['unigram_entropy']:.3f} nats per token"
         )
     return lines

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.cli.arguments import add_config
-from llama_jax.errors import InputError, install
+from llama_jax.errors import InputError, install_command
 
 MANUAL = f"""\
 Estimate the memory, step time and MFU of a training run on a TPU pod, without the pod.
 
 XLA's TPU compiler, which needs no TPU, compiles the training step itself. Install it:
-  {install("plan")}
+  {install_command("plan")}
 
 It compiles the step three times: complete, for its memory and schedule, and unrolled with one layer
 and with two, for the cost of a layer and of the rest, because its cost model counts the body of a

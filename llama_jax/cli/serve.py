@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_jax.cli.arguments import add_folder, add_int8
-from llama_jax.errors import InputError, install, missing_extra
+from llama_jax.errors import InputError, install_command, missing_extra
 
 MANUAL = f"""\
 Serve the model in a run folder or model folder over HTTP, with OpenAI's API.
@@ -16,7 +16,7 @@ OpenAI clients use http://HOST:PORT/v1 (completions, chat/completions, models). 
 the model, /metrics has metrics for Prometheus. Up to --rows texts are generated in one batch; up to
 --queue more wait, and further requests get status 429. SIGTERM and Ctrl-C end the server: running
 requests have 20 s to finish. docs/serve.md has the details. Install it:
-  {install("serve")}
+  {install_command("serve")}
 
 Without a key, everyone who can connect to HOST can use the model, by address, by localhost, by HOST
 or by a name in --allow-host. Other names are refused, because any web site can let its name resolve

@@ -1,1 +1,1 @@
-"""What a run is configured with: the model, the run, and the YAML file."""
+"""Configuration: of a model, of a run, and the YAML file that contains both."""

@@ -1,4 +1,4 @@
-"""The LLaMA family as a table: `FAMILY[name]` is the exact shape of a released model.
+"""The LLaMA family: `FAMILY[name]` is the configuration of a released model.
 
 >>> lj.FAMILY["llama2-7b"].n_params
 6738415616
@@ -6,7 +6,7 @@
 8.0
 
 Sources: LLaMA (arXiv 2302.13971, table 2), Llama 2 (2307.09288), Code Llama (2308.12950) and
-The Llama 3 Herd of Models (2407.21783), with the `params.json` that was released with each.
+The Llama 3 Herd of Models (2407.21783), with the `params.json` of each release.
 """
 
 from typing import Any

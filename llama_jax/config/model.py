@@ -1,4 +1,4 @@
-"""ModelConfig: the shape of a model, and how it is computed."""
+"""ModelConfig: the architecture of a model, and how it is computed."""
 
 from dataclasses import fields
 from typing import Annotated, Literal
@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-# Every configuration class is frozen and hashable (it is a static argument of jitted functions)
-# and refuses keys that it does not know.
+# Every configuration class is frozen and hashable, because it is a static argument of jitted
+# functions, and refuses unknown keys.
 STRICT = ConfigDict(extra="forbid")
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -15,19 +15,21 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RopeScaling:
-    """How Llama 3.1 and later stretch the rotary wavelengths to reach a longer context."""
+    """Scaling of the rotary wavelengths for a longer context, as in Llama 3.1 and later."""
 
     factor: PositiveFloat = Field(
-        default=8.0, description="by how much the longest wavelengths are stretched"
+        default=8.0, description="factor by which the longest wavelengths are stretched"
     )
     low_freq_factor: PositiveFloat = Field(
-        default=1.0, description="wavelengths above original_context / this are stretched in full"
+        default=1.0,
+        description="wavelengths above original_context / low_freq_factor are stretched by factor",
     )
     high_freq_factor: PositiveFloat = Field(
-        default=4.0, description="wavelengths below original_context / this are left alone"
+        default=4.0,
+        description="wavelengths below original_context / high_freq_factor don't change",
     )
     original_context: PositiveInt = Field(
-        default=8192, description="context before stretching [tokens]"
+        default=8192, description="context of the model without scaling [tokens]"
     )
 
     @model_validator(mode="after")
@@ -39,10 +41,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Architecture:
-    """The shape of a model and the storage of its weights: another value is another model.
+    """The fields that define a model: with another value of any of them it is another model.
 
     One letter names a dimension everywhere: B batch, T query positions, S key positions, L layers,
-    V vocabulary, D width, N query heads, K key/value heads, H head size, F feed-forward size.
+    V vocabulary, D width, N query heads, K key/value heads, H head size, F FFN hidden.
     """
 
     dim: PositiveInt = Field(description="D, width of the residual stream")
@@ -53,22 +55,22 @@ class Architecture:
     hidden_dim: PositiveInt = Field(description="F, hidden size of the feed-forward block")
     vocab_size: PositiveInt = Field(description="V, rows of the embedding [tokens]")
     context: PositiveInt = Field(
-        default=2048, description="longest sequence the model is meant for [tokens]"
+        default=2048, description="longest sequence that the model supports [tokens]"
     )
     norm_eps: PositiveFloat = Field(default=1e-5, description="epsilon of RMSNorm")
     rope_theta: PositiveFloat = Field(
         default=10_000.0, description="base of the rotary wavelengths"
     )
     rope_scaling: RopeScaling | None = Field(
-        default=None, description="Llama 3.1 stretching of the wavelengths; null for none"
+        default=None, description="scaling of the wavelengths as in Llama 3.1; null: none"
     )
     tied_head: bool = Field(
-        default=False, description="the output head is the embedding, transposed"
+        default=False, description="the output head is the transposed embedding"
     )
     quantized: Literal["none", "int8"] = Field(
         default="none",
-        description="how matrices are kept; int8 (with a scale for each output) is for inference"
-        " alone, and param_dtype is then that of the norms",
+        description="storage of the matrices: none (as param_dtype), or int8 with a scale for each"
+        " output channel, for inference only; param_dtype is then the type of the norms",
     )
 
     @model_validator(mode="after")
@@ -108,8 +110,9 @@ class Architecture:
     def flops_per_token(self, seq_len: int) -> float:
         """Returns the model FLOPs of training on one token: forward and backward, no recompute.
 
-        6 for each weight of a matrix product (the embedding look-up is none), and the causal half
-        of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures count so.
+        6 for each weight of a matrix product (the embedding look-up is not one), and the causal
+        half of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures use
+        this count.
         """
         weights = self.n_params - (0 if self.tied_head else self.vocab_size * self.dim)
         attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
@@ -118,40 +121,44 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ComputeConfig:
-    """How a model is computed: any value gives the same model."""
+    """The fields that define how a model is computed: no value makes it another model."""
 
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="type of activations and matrix products"
+        default="bfloat16", description="type of activations and of matrix products"
     )
     param_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="type the weights are kept in; float16 (LLaMA as released) is not for training",
+        description="type of the stored weights; training needs float32 (released LLaMA weights are"
+        " float16 or bfloat16)",
     )
     cache_dtype: Literal["same", "int8"] = Field(
         default="same",
-        description="type of cached keys and values in generation: same (as dtype) or int8",
+        description="type of the KV cache in generation: same (as dtype) or int8",
     )
     reduce_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="type in which gradients are summed over devices"
+        default="float32", description="type in which gradients are accumulated over devices"
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto",
-        description="kernel; auto takes splash on TPU, cudnn on NVIDIA where a window is one text,"
-        " else xla",
+        description="attention kernel; auto selects splash on TPU, cudnn on NVIDIA if"
+        " data.isolate_documents is false, and xla otherwise",
     )
     remat: Literal["none", "products", "projections", "attention", "full", "offload"] = Field(
         default="full",
-        description="what of a layer is kept for the backward pass, from most memory to least: none"
-        " (all is kept), products (of matrices), projections (q, k, v and attention), attention,"
-        " full (nothing but its input), offload (its input, in the host's memory)",
+        description="activations of a layer that are saved for the backward pass, from most memory"
+        " to least: none (no rematerialization: all are saved), products (outputs of matrix"
+        " products), projections (q, k, v and the output of attention), attention (its output),"
+        " full (full rematerialization: only the input of the layer is saved), offload (as full,"
+        " but the input is saved in host memory)",
     )
     scan: bool = Field(
         default=True,
-        description="loop over layers in the program; false unrolls them (long compilation)",
+        description="compute the layers in a loop (lax.scan); false unrolls the loop, which takes"
+        " long to compile",
     )
 
 
-# The bases are listed in reverse: the fields of the last one come first.
+# Dataclasses collect fields from the last base to the first: the architecture comes first.
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig(ComputeConfig, Architecture):
     """A model and how it is computed."""

@@ -1,4 +1,4 @@
-"""A run's whole configuration: frozen dataclasses whose fields carry their own manual."""
+"""The configuration of a run: frozen dataclasses whose fields have descriptions."""
 
 import dataclasses
 from typing import Annotated
@@ -18,140 +18,152 @@ LocalPath = Annotated[str, AfterValidator(check_local)]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshConfig:
-    """How many devices along each axis of the mesh; -1 for one axis that takes the rest."""
+    """Number of devices along each axis of the mesh; one axis may be -1: all other devices."""
 
-    data: AxisSize = Field(default=1, description="replicas of the weights, across slices or nodes")
-    fsdp: AxisSize = Field(default=-1, description="parts that weights and batch are split into")
-    context: AxisSize = Field(default=1, description="parts that each window is split into")
-    tensor: AxisSize = Field(
-        default=1, description="parts that heads, FFN and vocabulary are split into"
+    data: AxisSize = Field(
+        default=1, description="number of replicas of the weights, across slices or nodes"
     )
+    fsdp: AxisSize = Field(default=-1, description="number of shards of weights and batch")
+    context: AxisSize = Field(default=1, description="number of shards of each window")
+    tensor: AxisSize = Field(default=1, description="number of shards of heads, FFN and vocabulary")
 
     @model_validator(mode="after")
     def _check(self) -> "MeshConfig":
         if 0 in (self.data, self.fsdp, self.context, self.tensor):
-            raise ValueError("the size of an axis is at least 1, or -1 to fill")
+            raise ValueError("the size of an axis is at least 1, or -1 for all other devices")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """What is trained on: folders of token shards, and the corpus to make one from."""
+    """The training data: folders of token shards, and the corpus that one is created from."""
 
     mixture: Annotated[
         dict[LocalPath, PositiveFloat],
-        Field(description="folder of token shards (made by `llama-jax tokenize`): sampling weight"),
-    ] = dataclasses.field(hash=False)  # a dict has no hash; a Config needs one
+        Field(
+            description="map from a folder of token shards (created by `llama-jax tokenize`) to its"
+            " sampling weight"
+        ),
+    ] = dataclasses.field(hash=False)  # a dict has no hash, and Config needs one
     corpus: tuple[LocalPath, ...] = Field(
         default=(),
-        description="files, folders or globs of text and JSONL (.gz, .zst) to fill the one folder"
-        " of `mixture` from when it is not there yet; python-stdlib is Python's own sources",
+        description="files, folders or globs of text and JSONL (.gz, .zst) from which the only"
+        " folder of `mixture` is created if it is missing; python-stdlib is the source code of"
+        " Python's standard library",
     )
     tokenizer: LocalPath | None = Field(
         default=None,
-        description="tokenizer (file or folder) to use for `corpus`; null takes that of"
-        " training.init_from, or trains one on it",
+        description="tokenizer (file or folder) for `corpus`; null: the tokenizer of"
+        " training.init_from, or else a tokenizer that is trained on `corpus`",
     )
     validation_fraction: Fraction = Field(
-        default=0.05, description="share of the documents of `corpus` that is held out"
+        default=0.05, description="fraction of the documents of `corpus` that is held out"
     )
     seq_len: PositiveInt = Field(
         default=2048, description="T, length of a training window [tokens]"
     )
-    batch_size: PositiveInt = Field(description="windows in one optimizer step, over all devices")
+    batch_size: PositiveInt = Field(description="windows per optimizer step, over all devices")
     isolate_documents: StrictBool = Field(
         default=True,
-        description="documents in a window don't see each other, and no loss is taken on the"
-        " first token of one; false reads a window as one text",
+        description="mask attention between the documents of a window, and compute no loss on the"
+        " first token of a document; false: a window is one text",
     )
-    seed: NonNegativeInt = Field(default=0, description="seed of the order of the windows")
+    seed: NonNegativeInt = Field(default=0, description="seed of the random order of the windows")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults are the paper's (arXiv 2302.13971, section 2.3)."""
+    """AdamW and its schedule. The defaults are LLaMA's (arXiv 2302.13971, section 2.3)."""
 
     peak_lr: PositiveFloat = Field(default=3e-4, description="learning rate after warm-up")
     warmup_steps: NonNegativeInt = Field(default=2000, description="steps of linear warm-up")
     final_lr_fraction: Fraction = Field(
-        default=0.1, description="learning rate of the last step, over the peak (cosine in between)"
+        default=0.1,
+        description="learning rate of the last step divided by peak_lr (cosine decay in between)",
     )
-    b1: Fraction = Field(default=0.9, description="decay of the first moment")
-    b2: Fraction = Field(default=0.95, description="decay of the second moment")
+    b1: Fraction = Field(default=0.9, description="decay rate of the first moment")
+    b2: Fraction = Field(default=0.95, description="decay rate of the second moment")
     eps: PositiveFloat = Field(
-        default=1e-8, description="Adam's epsilon (the paper doesn't state its own)"
+        default=1e-8, description="epsilon of Adam (LLaMA's paper doesn't state it)"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        default=0.1, description="decay of the matrices; norm scales are exempt"
+        default=0.1, description="weight decay of the matrices; norm scales have none"
     )
     clip_norm: PositiveFloat = Field(default=1.0, description="largest global norm of the gradient")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingConfig:
-    """How long, from where, and in what pieces."""
+    """Length of the run, initial weights, micro-batches, validation."""
 
     out: LocalPath = Field(
-        description="run folder, made if missing, resumed if it holds checkpoints"
+        description="run folder; it is created if it is missing, and resumed if it has checkpoints"
     )
     init_from: LocalPath | None = Field(
         default=None,
-        description="model folder (or run folder) whose weights the run starts from while it has no"
-        " checkpoint of its own; null draws fresh weights",
+        description="model folder or run folder with the initial weights, used until the run has a"
+        " checkpoint; null: random weights",
     )
-    steps: PositiveInt = Field(description="optimizer steps of the whole run")
+    steps: PositiveInt = Field(description="optimizer steps of the complete run")
     micro_batches: PositiveInt = Field(
-        default=1, description="pieces a batch is computed in, one after another, to save memory"
+        default=1,
+        description="parts of a batch that are computed one after another, to save memory",
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="weight of log² Z in the objective (1e-4 is usual; 0 is off)"
+        default=0.0, description="weight of log² Z in the loss (1e-4 is common; 0: off)"
     )
-    seed: NonNegativeInt = Field(default=0, description="seed of the fresh weights")
+    seed: NonNegativeInt = Field(default=0, description="seed of the random weights")
     max_skipped: PositiveInt = Field(
         default=10,
-        description="steps in a row with a non-finite gradient after which the run stops",
+        description="number of consecutive steps with a non-finite gradient after which the run"
+        " stops",
     )
     eval_every: NonNegativeInt = Field(
-        default=1000, description="steps between validations (0: at the end only)"
+        default=1000, description="steps between validations (0: only at the end)"
     )
     eval_batches: PositiveInt = Field(
-        default=20, description="largest number of batches in a validation"
+        default=20, description="maximum number of batches per validation"
     )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """When the run is saved, and what is kept."""
+    """When checkpoints are saved, and which are retained."""
 
     every: PositiveInt = Field(
-        default=1000, description="steps between checkpoints (the last is always saved)"
+        default=1000, description="steps between checkpoints (the last step is always saved)"
     )
-    keep: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
+    keep: PositiveInt = Field(
+        default=3, description="number of newest checkpoints that are retained"
+    )
     keep_every: PositiveInt | None = Field(
         default=None,
-        description="steps: checkpoints at multiples of this are kept for ever; null for none",
+        description="also retain every checkpoint whose step is a multiple of this; null: none",
     )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoggingConfig:
-    """What the run tells, and where."""
+    """Logs, progress and samples of a run."""
 
     every: PositiveInt = Field(default=1, description="steps between lines of metrics.jsonl")
-    progress: StrictBool = Field(default=True, description="a progress bar on standard error")
-    tensorboard: StrictBool = Field(default=True, description="TensorBoard files in the run folder")
-    wandb: str | None = Field(default=None, description="Weights & Biases project; null for none")
+    progress: StrictBool = Field(default=True, description="show a progress bar on standard error")
+    tensorboard: StrictBool = Field(
+        default=True, description="write TensorBoard files into the run folder"
+    )
+    wandb: str | None = Field(default=None, description="project of Weights & Biases; null: none")
     peak_tflops: PositiveFloat | None = Field(
-        default=None, description="peak of one device, for MFU [TFLOP/s]; null looks the device up"
+        default=None,
+        description="peak of one device, for MFU [TFLOP/s]; null: from the table of known devices",
     )
     samples: tuple[str, ...] = Field(
-        default=(), description="prompts that are continued at the end"
+        default=(), description="prompts that the trained model continues at the end of the run"
     )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """One run's whole configuration. Sections may be given as dicts.
+    """The configuration of a run. Sections may be dicts.
 
     >>> small = lj.Config(
     ...     model=config,
@@ -184,19 +196,19 @@ class Config:
             )
         if self.model.param_dtype != "float32":
             raise ValueError(
-                f"model.param_dtype {self.model.param_dtype} is for inference alone (small updates"
-                " vanish in it): take float32; what is computed with follows model.dtype"
+                f"model.param_dtype {self.model.param_dtype} is for inference only (small updates"
+                " round to zero): set float32; model.dtype sets the type of the computation"
             )
         if self.model.quantized != "none":
             raise ValueError(
-                f"model.quantized {self.model.quantized} is for inference alone (no gradient"
-                " reaches whole numbers): leave it out"
+                f"model.quantized {self.model.quantized} is for inference only (integers have no"
+                " gradient): omit it"
             )
         if not self.data.mixture:
             raise ValueError("data.mixture must name at least one folder of token shards")
         if self.data.corpus and len(self.data.mixture) != 1:
             raise ValueError(
-                "data.corpus fills one folder, but data.mixture names"
-                f" {len(self.data.mixture)}: tokenize each with `llama-jax tokenize` instead"
+                "one folder is created from data.corpus, but data.mixture names"
+                f" {len(self.data.mixture)}: create each with `llama-jax tokenize` instead"
             )
         return self

@@ -1,7 +1,7 @@
-"""Reads and writes a run's configuration as YAML, and explains its keys.
+"""Reads and writes the configuration of a run as YAML, and lists its keys with descriptions.
 
-pydantic checks the types and says where something is wrong; this module adds the line of the
-file and the nearest valid name, and makes the manual of all keys out of the same fields.
+pydantic checks the types and reports the path of a wrong value; this module adds the line of the
+file and the nearest valid name. The manual of all keys is generated from the fields of `Config`.
 """
 
 import dataclasses
@@ -29,10 +29,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     3
 
     Args:
-        path: a YAML file with the sections of `Config`, or the name of one that comes with
-            llama_jax. `model.family` names a member of the family whose numbers are the defaults
-            of the section.
-        overrides: `section.key=value` each, the value read as YAML.
+        path: a YAML file with the sections of `Config`, or the name of an included file.
+            `model.family` names a member of the family that gives the defaults of `model`.
+        overrides: each is `section.key=value`, with a YAML value.
 
     Raises:
         InputError: names file, line and key, and the nearest valid name of an unknown key.
@@ -43,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         if isinstance(error, FileNotFoundError):
-            reason += f"; llama_jax comes with {', '.join(_included())}"
+            reason += f"; llama_jax includes {', '.join(_included())}"
         raise InputError(f"can't read the configuration {path}: {reason}") from error
     document = _Document(str(path))
     document.add_file(text)
@@ -53,10 +52,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def find(path: str | Path) -> Path:
-    """Returns the configuration file that `path` names.
+    """Returns the path of the configuration file that `path` names.
 
-    A file of that path comes first; else `quickstart` and `configs/quickstart.yaml` name the one
-    that comes with llama_jax, and so on.
+    If there is no such file, `quickstart` and `configs/quickstart.yaml` name the file that is
+    included in llama_jax; likewise for the other included files.
     """
     if not Path(path).is_file():
         for name, included in _included().items():
@@ -66,26 +65,26 @@ def find(path: str | Path) -> Path:
 
 
 def _included() -> dict[str, Path]:
-    """Returns the configuration files that come with llama_jax, by name."""
-    here = Path(__file__).parents[1]
-    installed = here / "configs"  # in a wheel; a checkout has them beside the package
-    folder = installed if installed.is_dir() else here.parent / "configs"
+    """Returns the included configuration files by name."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"  # in a wheel; in a checkout, configs/ is next to the package
+    folder = installed if installed.is_dir() else package.parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def dump(config: Config) -> str:
-    """Returns the resolved configuration as YAML that `load` reads back to an equal one."""
+    """Returns the complete configuration as YAML; `load` reads an equal configuration from it."""
     plain = TypeAdapter(Config).dump_python(config, mode="json")
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 class _Document:
-    """Values on their way to a Config, with the place each came from."""
+    """The values of a file and of overrides, and the location of each, for error messages."""
 
     def __init__(self, path: str):
         self.path = path
         self.values: dict[str, Any] = {}
-        self.places: dict[tuple[str, ...], str] = {}
+        self.locations: dict[tuple[str, ...], str] = {}
 
     def add_file(self, text: str) -> None:
         try:
@@ -95,76 +94,78 @@ class _Document:
             line = f":{mark.line + 1}" if mark else ""
             problem = getattr(error, "problem", None) or "it can't be parsed"
             raise InputError(f"{self.path}{line}: not valid YAML: {problem}") from error
-        self._note_places(node, ())
+        self._record_locations(node, ())
         values = yaml.safe_load(text)
         if not isinstance(values, dict):
-            raise InputError(f"{self.path}: the file must hold sections: {', '.join(SECTIONS)}")
+            raise InputError(f"{self.path}: the file must contain sections: {', '.join(SECTIONS)}")
         self.values = values
 
-    def _note_places(self, node: yaml.Node | None, key: tuple[str, ...]) -> None:
+    def _record_locations(self, node: yaml.Node | None, key: tuple[str, ...]) -> None:
         if not isinstance(node, yaml.MappingNode):
             return
         for key_node, value_node in node.value:
             child = (*key, str(key_node.value))
-            place = f"{self.path}:{key_node.start_mark.line + 1}"
-            if child in self.places:
-                first = self.places[child].rsplit(":", 1)[1]
-                raise InputError(f"{place}: {'.'.join(child)} was already given in line {first}")
-            self.places[child] = place
-            self._note_places(value_node, child)
+            location = f"{self.path}:{key_node.start_mark.line + 1}"
+            if child in self.locations:
+                first = self.locations[child].rsplit(":", 1)[1]
+                raise InputError(f"{location}: {'.'.join(child)} is already set in line {first}")
+            self.locations[child] = location
+            self._record_locations(value_node, child)
 
     def add_override(self, override: str) -> None:
         name, equals, text = override.partition("=")
         key = tuple(name.split("."))
-        place = f"command line, '{override}'"
+        location = f"command line, '{override}'"
         if not equals or not all(key):
-            raise InputError(f"{place}: an override is written section.key=value")
+            raise InputError(f"{location}: an override has the form section.key=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise InputError(f"{place}: the value is not valid YAML") from error
+            raise InputError(f"{location}: the value is not valid YAML") from error
         target = self.values
         for part in key[:-1]:
             if not isinstance(target.get(part), dict):
                 target[part] = {}
             target = target[part]
         target[key[-1]] = value
-        # What stood under this key in the file is gone, and so are its places.
-        self.places = {k: p for k, p in self.places.items() if k[: len(key)] != key}
-        self.places[key] = place
+        # The override replaces the value in the file with all keys below it.
+        self.locations = {k: v for k, v in self.locations.items() if k[: len(key)] != key}
+        self.locations[key] = location
 
     def config(self) -> Config:
         values = self.values
         model = values.get("model")
         if isinstance(model, dict) and "family" in model:
-            values = values | {"model": self._member(model)}
+            values = values | {"model": self._with_family_defaults(model)}
         try:
             return TypeAdapter(Config).validate_python(values)
         except ValidationError as error:
             raise InputError(self._sentence(first_problem(error))) from error
 
-    def _member(self, model: dict[str, Any]) -> dict[str, Any]:
+    def _with_family_defaults(self, model: dict[str, Any]) -> dict[str, Any]:
         name = model["family"]
         if name not in FAMILY:
-            near = _nearest(str(name), FAMILY)
+            near = _suggest_nearest(str(name), FAMILY)
             raise InputError(
-                f"{self._location(('model', 'family'))}: model.family: there is no {name!r};"
+                f"{self._location(('model', 'family'))}: model.family: {name!r} is not a member;"
                 f" {near or 'known are ' + ', '.join(FAMILY)}"
             )
         defaults = dataclasses.asdict(FAMILY[name])
         return defaults | {key: value for key, value in model.items() if key != "family"}
 
     def _location(self, key: tuple[str, ...]) -> str:
-        while key and key not in self.places:
+        while key and key not in self.locations:
             key = key[:-1]
-        return self.places.get(key, self.path)
+        return self.locations.get(key, self.path)
 
     def _sentence(self, problem: Problem) -> str:
         sentence = f"{self._location(problem.path)}: {problem.sentence()}"
         if problem.is_unknown:
             section = ".".join(problem.path[:-1])
             siblings = [key for key in KEYS if key.rpartition(".")[0] == section]
-            hint = _same_name(problem.path[-1]) or _nearest(problem.key, siblings or SECTIONS)
+            hint = _suggest_section(problem.path[-1]) or _suggest_nearest(
+                problem.key, siblings or SECTIONS
+            )
             return f"{sentence}; {hint or 'known are ' + ', '.join(siblings or SECTIONS)}"
         if problem.is_missing:
             known = KEYS.get(problem.key)
@@ -172,20 +173,20 @@ class _Document:
         return sentence
 
 
-def _nearest(name: str, valid: Sequence[str] | dict[str, Any]) -> str | None:
+def _suggest_nearest(name: str, valid: Sequence[str] | dict[str, Any]) -> str | None:
     close = difflib.get_close_matches(name.lower(), list(valid), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else None
 
 
-def _same_name(name: str) -> str | None:
-    """Finds a key that was put into the wrong section."""
-    close = [key for key in KEYS if key.rpartition(".")[2] == name]
-    return f"did you mean {close[0]}?" if close else None
+def _suggest_section(name: str) -> str | None:
+    """Returns a hint to the key of this name in another section."""
+    keys = [key for key in KEYS if key.rpartition(".")[2] == name]
+    return f"did you mean {keys[0]}?" if keys else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What the manual says about one key."""
+    """The entry of a key in the manual."""
 
     name: str
     type: str
@@ -193,9 +194,9 @@ class Key:
     description: str
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[Key]:
+def _list_keys(cls: type, prefix: str = "") -> Iterator[Key]:
     hints = typing.get_type_hints(cls, include_extras=False)
-    # The type checker does not see the attribute that pydantic adds to the class.
+    # pydantic adds the attribute; the type checker does not know it.
     for name, field in getattr(cls, "__pydantic_fields__").items():  # noqa: B009
         hint = hints[name]
         nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
@@ -203,7 +204,7 @@ def _keys(cls: type, prefix: str = "") -> Iterator[Key]:
             default = "required" if field.is_required() else _yaml_value(field.default)
             yield Key(prefix + name, _type_name(hint), default, field.description)
         for cls_below in nested:
-            yield from _keys(typing.cast(type, cls_below), f"{prefix}{name}.")
+            yield from _list_keys(typing.cast(type, cls_below), f"{prefix}{name}.")
 
 
 def _yaml_value(value: Any) -> str:
@@ -230,20 +231,24 @@ def _type_name(hint: Any) -> str:
 
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config))
 _FAMILY_KEY = Key(
-    "model.family", "text", "null", "member whose numbers are the defaults of this section"
+    "model.family",
+    "text",
+    "null",
+    "member of the LLaMA family, such as llama2-7b, that gives the defaults of this section",
 )
-KEYS = {key.name: key for key in [_FAMILY_KEY, *_keys(Config)]}
+KEYS = {key.name: key for key in [_FAMILY_KEY, *_list_keys(Config)]}
 
 
 def manual() -> str:
-    """Returns the page that explains every key: name, type, default, meaning [unit]."""
+    """Returns the manual of all keys: name, type, default, description [unit]."""
     lines: list[str] = []
     section = ""
     for key in KEYS.values():
         if key.name.split(".")[0] != section:
             section = key.name.split(".")[0]
             lines.append(f"\n{section}:")
-        lines.append(f"  {key.name}  ({key.type}, default {key.default})")
+        default = "required" if key.default == "required" else f"default {key.default}"
+        lines.append(f"  {key.name}  ({key.type}, {default})")
         lines += textwrap.wrap(
             key.description, 88, initial_indent=6 * " ", subsequent_indent=6 * " "
         )

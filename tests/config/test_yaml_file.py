@@ -56,7 +56,7 @@ def test_the_files_of_configs_are_found_by_name_from_any_folder(tmp_path, monkey
         assert yaml_file.load(path) == yaml_file.load(ROOT / "configs" / "quickstart.yaml")
     (tmp_path / "llama-7b").write_text(MINIMAL)
     assert yaml_file.load("llama-7b").training.steps == 10  # a file of one's own comes first
-    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax comes with llama-13b, "):
+    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax includes llama-13b, "):
         yaml_file.load("no-such")
 
 
@@ -89,8 +89,8 @@ BAD_OVERRIDES = [
     ("data.corpus=books", "data.corpus must be a list, not 'books'"),
     ("data.mixture={a: heavy}", "data.mixture.a must be a valid number, not 'heavy'"),
     ("mesh=3", "mesh must be a section of keys, not 3"),
-    ("mesh.fsdp=0", "mesh: the size of an axis is at least 1, or -1 to fill"),
-    ("model.family=llama-9b", "model.family: there is no 'llama-9b'; did you mean llama-7b?"),
+    ("mesh.fsdp=0", "mesh: the size of an axis is at least 1, or -1 for all other devices"),
+    ("model.family=llama-9b", "model.family: 'llama-9b' is not a member; did you mean llama-7b?"),
     ("model.dtype=float8", "model.dtype must be 'float32' or 'bfloat16', not 'float8'"),
     ("model.n_kv_heads=5", "model: n_kv_heads (5) must divide n_heads (32)"),
     ("model.head_dim=7", "model: head_dim (7) must be even for rotary embeddings"),
@@ -100,15 +100,14 @@ BAD_OVERRIDES = [
     ("data.mixture={}", "data.mixture must name at least one folder of token shards"),
     (
         "model.param_dtype=bfloat16",
-        "model.param_dtype bfloat16 is for inference alone (small updates vanish in it):"
-        " take float32; what is computed with follows model.dtype",
+        "model.param_dtype bfloat16 is for inference only (small updates round to zero):"
+        " set float32; model.dtype sets the type of the computation",
     ),
     (
         "model.quantized=int8",
-        "model.quantized int8 is for inference alone (no gradient reaches whole numbers): leave it"
-        " out",
+        "model.quantized int8 is for inference only (integers have no gradient): omit it",
     ),
-    ("zzz", "an override is written section.key=value"),
+    ("zzz", "an override has the form section.key=value"),
     ("training.steps=[", "the value is not valid YAML"),
 ]
 
@@ -128,11 +127,11 @@ def test_bad_overrides_get_one_sentence(minimal, override, sentence):
     [
         (("  peak_lr: 1e-4", "  peak_lrr: 1e-4"), "run.yaml:7: optimizer.peak_lrr is not a known"),
         (("  batch_size: 8", "  batch_size: eight"), "run.yaml:4: data.batch_size must be a valid"),
-        (("  batch_size: 8\n", ""), "run.yaml:2: data.batch_size is missing (windows in one"),
-        (("steps: 10", "steps: 10, steps: 20"), "training.steps was already given in line 5"),
+        (("  batch_size: 8\n", ""), "run.yaml:2: data.batch_size is missing (windows per"),
+        (("steps: 10", "steps: 10, steps: 20"), "training.steps is already set in line 5"),
         (("steps: 10", "steps: [10"), "not valid YAML"),
-        ((MINIMAL, "- a\n"), "the file must hold sections: model, mesh, data"),
-        ((MINIMAL, ""), "the file must hold sections: model, mesh, data"),
+        ((MINIMAL, "- a\n"), "the file must contain sections: model, mesh, data"),
+        ((MINIMAL, ""), "the file must contain sections: model, mesh, data"),
     ],
 )
 def test_mistakes_in_a_file_are_named_with_their_line(tmp_path, change, sentence):
