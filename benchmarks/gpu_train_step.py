@@ -1,17 +1,18 @@
-"""MFU of one training step (forward, backward, AdamW) on a GPU, beside transformers and PyTorch.
+"""MFU of one training step (forward, backward, AdamW) on a GPU, compared with PyTorch.
 
     pip install torch transformers        # the peer; without them take --no-peer
     python benchmarks/gpu_train_step.py [--shape llama3.2-1b] [--batch 4] [--seq-len 4096]
     python benchmarks/gpu_train_step.py --gate            # is packing safe with this kernel?
-    python benchmarks/gpu_train_step.py --shape tiny      # both sides on whatever there is
+    python benchmarks/gpu_train_step.py --shape tiny      # both sides, on a GPU or a CPU
 
-Both compute in bfloat16, residual stream included, and keep float32 weights, gradients and moments.
-Ours has cuDNN's attention; the peer has PyTorch's flash attention, torch.compile around model and
-loss, and fused AdamW. Rows are plain texts without documents. Each round starts each side in turn
-in a process of its own, which has all of the GPU's memory; later rounds find programs compiled.
+Both sides compute in bfloat16, residual stream included, with float32 weights, gradients and
+moments. llama_jax uses cuDNN's attention. The peer is transformers' model with PyTorch's flash
+attention, torch.compile around model and loss, and fused AdamW. Rows are single texts. Each round
+starts a new process for each side, which has all of the GPU's memory; later rounds reuse the
+compiled programs.
 
-MFU is by the causal count (attention's lower half, `ModelConfig.flops_per_token`) and by the full
-one (all of attention), over the GPU's dense bfloat16 peak (`llama_jax.runtime.chips`).
+MFU is relative to the GPU's dense bfloat16 peak (`llama_jax.runtime.chips`), with the causal count
+(attention's lower half, `ModelConfig.flops_per_token`) and with the full one (all of attention).
 """
 
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
@@ -32,8 +33,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from result import Result, add_argument, keep
-from train_step import stepper
+from result import Result, add_json_option, append_result
+from train_step import build_step
 
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig
@@ -48,14 +49,14 @@ TINY = ModelConfig(
 SHAPES = FAMILY | {"tiny": TINY}
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns what `function` returns in a fresh process, which has ended by then."""
+def run_in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Runs `function` in a new process and returns its result after the process has ended."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def device() -> tuple[str, str]:
-    """Returns the platform that JAX computes on, and the kind of its device."""
+    """Returns JAX's platform and the kind of its first device."""
     import jax
 
     return jax.default_backend(), jax.devices()[0].device_kind
@@ -67,14 +68,14 @@ def random_tokens(args: argparse.Namespace) -> np.ndarray:
 
 
 def llama_jax(args: argparse.Namespace) -> Callable[[], Any]:
-    """Returns a function that begins one step of llama_jax and returns its loss."""
-    computed = {"attention": args.kernel, "remat": args.remat, "scan": args.scan}
-    model = replace(SHAPES[args.shape], dtype=args.dtype, **computed)
-    return stepper(model, random_tokens(args), segments=args.packed)
+    """Returns a function that dispatches one step of llama_jax and returns its loss."""
+    compute = {"attention": args.kernel, "remat": args.remat, "scan": args.scan}
+    model = replace(SHAPES[args.shape], dtype=args.dtype, **compute)
+    return build_step(model, random_tokens(args), segments=args.packed)
 
 
 def transformers(args: argparse.Namespace) -> Callable[[], Any]:
-    """Returns a function that begins one step of transformers and returns its loss."""
+    """Returns a function that dispatches one step of transformers and returns its loss."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,29 +84,29 @@ def transformers(args: argparse.Namespace) -> Callable[[], Any]:
     on_gpu = args.platform == "gpu"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("PyTorch sees no GPU where JAX does: install its CUDA build, or take --no-peer")
-    where = "cuda" if on_gpu else "cpu"
-    # Compiled, transformers makes a causal mask (before PyTorch 2.14), which flash attention
-    # refuses; without one it asks for plain causal attention.
+    platform = "cuda" if on_gpu else "cpu"
+    # Under torch.compile before PyTorch 2.14, transformers creates a causal mask, which flash
+    # attention rejects; without a mask transformers requests causal attention.
     modeling_llama.create_causal_mask = lambda *args, **kwargs: None
     shape = config_json(SHAPES[args.shape], None, ()) | {"use_cache": False}
     config = LlamaConfig.from_dict(shape, attn_implementation="sdpa")
     torch.manual_seed(0)
-    with torch.device(where):
+    with torch.device(platform):
         model = LlamaForCausalLM(config).float()
     settings = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
     adamw = torch.optim.AdamW(model.parameters(), **settings)
-    tokens = torch.from_numpy(random_tokens(args)).to(where)
+    tokens = torch.from_numpy(random_tokens(args)).to(platform)
 
     @torch.compile
     def mean_loss(inputs: Any, targets: Any) -> Any:
-        # Autocast leaves embeddings in float32, and with them all of the residual stream.
+        # Autocast leaves the embeddings, and so the complete residual stream, in float32.
         embedded = model.get_input_embeddings()(inputs).to(getattr(torch, args.dtype))
         logits = model(inputs_embeds=embedded).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def step() -> Any:
         flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if on_gpu else nullcontext()
-        with flash, torch.autocast(where, torch.bfloat16, enabled=on_gpu):
+        with flash, torch.autocast(platform, torch.bfloat16, enabled=on_gpu):
             loss = mean_loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,31 +118,31 @@ def transformers(args: argparse.Namespace) -> Callable[[], Any]:
 
 
 def measure(side: Callable[..., Any], args: argparse.Namespace) -> tuple[float, float]:
-    """Returns the seconds of a step and the last loss; the steps are waited for once."""
+    """Returns the seconds of a step and the last loss; synchronizes once, after the last step."""
     step = side(args)
     for _ in range(3):  # the first compiles
         float(step())
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(args.steps - 1):
         step()
     loss = float(step())
-    return (time.perf_counter() - begun) / args.steps, loss
+    return (time.perf_counter() - start) / args.steps, loss
 
 
 def compare(args: argparse.Namespace, kind: str) -> None:
-    """Prints rounds, medians, and the ratio, pair by pair."""
+    """Prints each round, the medians, and the median ratio of the pairs."""
     shape, peak = SHAPES[args.shape], peak_flops(LoggingConfig(), kind)
-    known = f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "peak unknown: no MFU"
+    peak_text = f"peak {peak / 1e12:.0f} TFLOP/s" if peak else "peak unknown: no MFU"
     print(f"{args.shape}, {shape.n_params:,} weights, {args.batch}×{args.seq_len} tokens a step")
-    print(f"{kind}, {known}; {args.dtype}, attention {args.kernel}, remat {args.remat}")
+    print(f"{kind}, {peak_text}; {args.dtype}, attention {args.kernel}, remat {args.remat}")
     sides = [llama_jax] if args.no_peer else [llama_jax, transformers]
     seconds: dict[str, list[float]] = {side.__name__: [] for side in sides}
     for number in range(1, args.rounds + 1):
         for side in sides:
-            one, loss = alone(measure, side, args)
-            seconds[side.__name__].append(one)
-            told = f"{side.__name__:12} {1e3 * one:8.1f} ms, loss {loss:.3f}"
-            print(f"round {number}: {told}", flush=True)
+            step_seconds, loss = run_in_new_process(measure, side, args)
+            seconds[side.__name__].append(step_seconds)
+            line = f"{side.__name__:12} {1e3 * step_seconds:8.1f} ms, loss {loss:.3f}"
+            print(f"round {number}: {line}", flush=True)
     rates: dict[str, float] = {}
     mfu = ""
     for name, times in seconds.items():
@@ -156,12 +157,19 @@ def compare(args: argparse.Namespace, kind: str) -> None:
         ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
         ratio = statistics.median(ratios)
         print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
-        what, ours, theirs = f"a training step, {args.shape}, {kind}", *rates.values()
-        keep(args.json, Result(what, "tokens/s", ours, "torch.compile", theirs, ratio, mfu.strip()))
+        result = Result(
+            what=f"a training step, {args.shape}, {kind}", unit="tokens/s",
+            ours=rates["llama_jax"], against="torch.compile", theirs=rates["transformers"],
+            ratio=ratio, note=mfu.strip(),
+        )  # fmt: skip
+        append_result(args.json, result)
 
 
 def gate(args: argparse.Namespace) -> str:
-    """Returns a sentence that says that the kernel passed; exits with one that says where not."""
+    """Checks that the kernel isolates documents; returns the message that it passed.
+
+    Exits with a message that names the first output that fails.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -171,52 +179,59 @@ def gate(args: argparse.Namespace) -> str:
     (N, K, H), T = SHAPES[args.shape].shape("NKH"), args.seq_len
     names = ("values", "gradient of q", "gradient of k", "gradient of v")
     draw = np.random.default_rng(0).standard_normal
-    # Scores of deviation 2: few keys share a query's weight, so that each counts.
-    drawn = (2 * H**-0.5 * draw((2, T, N, H)), *(draw((2, T, n, H)) for n in (K, K, N)))
-    *operands, d_out = (x.astype(jnp.bfloat16) for x in drawn)
+    # Scores with a standard deviation of 2: few keys share a query's weight, so that an error in
+    # each is visible.
+    arrays = (2 * H**-0.5 * draw((2, T, N, H)), *(draw((2, T, n, H)) for n in (K, K, N)))
+    *operands, d_out = (x.astype(jnp.bfloat16) for x in arrays)
     packed = np.where(np.arange(T) < np.array([[T // 3], [T // 2 + 1]]), 1, 2).astype(np.int32)
 
     @partial(jax.jit, static_argnums=0)
-    def pulled(kernel: str, q: Any, k: Any, v: Any, d_out: Any, segments: Any) -> Any:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, kernel), q, k, v)
-        return out, *pull(d_out)
+    def forward_and_gradients(
+        kernel: str, q: Any, k: Any, v: Any, d_out: Any, segments: Any
+    ) -> Any:
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, segments, kernel), q, k, v)
+        return out, *vjp(d_out)
 
     def run(kernel: str, operands: Any, d_out: Any, segments: Any, dtype: Any = jnp.bfloat16):
-        arrays = (shard_array(x.astype(dtype), "BTNH") for x in (*operands, d_out))
+        sharded = (shard_array(x.astype(dtype), "BTNH") for x in (*operands, d_out))
         ids = segments if segments is None else shard_array(segments, "BT")
-        return [np.asarray(x, np.float32) for x in pulled(kernel, *arrays, ids)]
+        return [np.asarray(x, np.float32) for x in forward_and_gradients(kernel, *sharded, ids)]
 
-    def isolated(case: str, mine: np.ndarray, segments: Any) -> None:
-        """Refuses a kernel in which the others reach the outputs of `mine`."""
+    def check_isolation(case: str, mine: np.ndarray, segments: Any) -> None:
+        """Exits if positions outside `mine` affect outputs in it, or receive gradient from it."""
         out, *grads = run(args.kernel, operands, d_out * mine[..., None, None], segments)
         for name, grad in zip(names[1:], grads, strict=True):
             if not grad[mine].any() or grad[~mine].any():
-                sys.exit(f"gate: {args.kernel} gives a {name} that crosses {case}")
+                sys.exit(f"gate: the {name} of {args.kernel} leaks {case}")
         changed = [np.where(mine[..., None, None], x, x.dtype.type(1e3)) for x in operands]
         if not np.array_equal(run(args.kernel, changed, d_out, segments)[0][mine], out[mine]):
-            sys.exit(f"gate: {args.kernel} gives values that cross {case}")
+            sys.exit(f"gate: the values of {args.kernel} leak {case}")
 
     worst = 0.0
     with jax.set_mesh(one_device_mesh()):
         for number in (1, 2):
-            isolated(f"the border of document {number}", packed == number, packed)
-        isolated("from the future into the past", packed == 1, None)
+            check_isolation(f"across the border of document {number}", packed == number, packed)
+        check_isolation("from the future into the past", packed == 1, None)
         for case, segments in (("two documents", packed), ("no segments", None)):
             found = run(args.kernel, operands, d_out, segments)
             plain = run("xla", operands, d_out, segments)
             with jax.default_matmul_precision("highest"):
                 exact = run("xla", operands, d_out, segments, jnp.float32)
             for name, a, b, c in zip(names, found, plain, exact, strict=True):
-                # What bfloat16 costs xla is the unit. A kernel may err twice as much (as in
-                # FlashAttention's own tests), and so be 3 units from xla. The unit itself is at
+                # The unit is xla's error from bfloat16. The kernel's error may be twice as large
+                # (as in FlashAttention's own tests), so 3 units from xla. The unit itself is at
                 # most 16 roundings of 2^-8: of weights, their gradients, sums, results.
-                unit, apart = np.abs(b - c).max(), np.abs(a - b).max()
-                if not (apart <= 3 * unit and unit <= np.abs(c).max() / 16):
-                    where = f"{name} of {args.kernel} and xla, {case}, are {apart:.2e} apart"
-                    sys.exit(f"gate: {where}; 3 × {unit:.2e}, what bfloat16 costs xla, is allowed")
-                worst = max(worst, float(apart / unit))
-    passed = f"gate: {args.kernel} passes at T={T}: nothing crosses documents or comes from later,"
-    return f"{passed} and it is at most {worst:.2f} (of 3) errors of bfloat16 from xla"
+                unit, error = np.abs(b - c).max(), np.abs(a - b).max()
+                if not (error <= 3 * unit and unit <= np.abs(c).max() / 16):
+                    sys.exit(
+                        f"gate: {name} of {args.kernel} and xla, {case}, differ by {error:.2e};"
+                        f" allowed are 3 × {unit:.2e}, xla's own error from bfloat16"
+                    )
+                worst = max(worst, float(error / unit))
+    return (
+        f"gate: {args.kernel} passes at T={T}: nothing leaks across documents or from the future;"
+        f" the largest difference from xla is {worst:.2f} (of 3) times xla's error from bfloat16"
+    )
 
 
 def main() -> None:
@@ -233,24 +248,24 @@ def main() -> None:
     parser.add_argument("--scan", action="store_true", help="model.scan of llama_jax (unrolled)")
     parser.add_argument("--packed", action="store_true", help="with segment ids, as in training")
     parser.add_argument("--gate", action="store_true", help="check the attention kernel instead")
-    add_argument(parser)
+    add_json_option(parser)
     args = parser.parse_args()
     args.seq_len = args.seq_len or min(4096, SHAPES[args.shape].context)
-    # A side is alone on the GPU, so XLA may take nearly all of it, not three quarters.
+    # Only one side uses the GPU at a time, so XLA may take nearly all memory, not three quarters.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    args.platform, kind = alone(device)
+    args.platform, kind = run_in_new_process(device)
     if not (on_gpu := args.platform == "gpu") and args.shape != "tiny":
         sys.exit(f"{args.shape} needs an NVIDIA GPU, and JAX finds none here; take --shape tiny")
-    # XLA's CPU back end lacks some bfloat16 products; there both sides compute in float32.
+    # XLA's CPU backend lacks some bfloat16 products: on a CPU both sides compute in float32.
     args.kernel, args.dtype = ("cudnn", "bfloat16") if on_gpu else ("xla", "float32")
     peers = [importlib.util.find_spec(name) for name in ("torch", "transformers")]
     if not (args.no_peer or args.gate or all(peers)):
         sys.exit("the peer needs torch and transformers: install them, or take --no-peer")
     if args.gate:
-        print(alone(gate, args))
+        print(run_in_new_process(gate, args))
         return
-    with tempfile.TemporaryDirectory() as compiled:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compiled)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
         compare(args, kind)
 
 

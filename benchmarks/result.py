@@ -1,4 +1,4 @@
-"""What a benchmark found, for people and for `python -m benchmarks`."""
+"""The result of a benchmark, as a line of JSON for `python -m benchmarks`."""
 
 import argparse
 import json
@@ -7,24 +7,35 @@ from typing import NamedTuple
 
 
 class Result(NamedTuple):
-    """Ours beside a peer's or a physical limit's in the same run; more is better."""
+    """Our rate and that of a peer, or of a physical limit, in the same run. More is better.
+
+    Attributes:
+        what: the benchmark and its settings.
+        unit: of both rates.
+        ours: our rate.
+        against: name of the peer or of the limit.
+        theirs: its rate.
+        ratio: ours / theirs. Sides that alternate report the median over the pairs of rounds, which
+            differs from the ratio of the medians.
+        note: details for the last column of the table.
+    """
 
     what: str
     unit: str
     ours: float
     against: str
     theirs: float
-    ratio: float  # of pairs where sides worked in turn: not always that of the two medians
+    ratio: float
     note: str = ""
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that `keep` wants."""
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --json FILE, whose value is passed to `append_result`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the result to FILE too")
 
 
-def keep(file: Path | None, result: Result) -> None:
-    """Appends a result to the file that was asked for."""
+def append_result(file: Path | None, result: Result) -> None:
+    """Appends a result to `file` as a line of JSON; does nothing where `file` is None."""
     if file is not None:
         with file.open("a") as lines:
             lines.write(json.dumps(result._asdict()) + "\n")

