@@ -22,7 +22,7 @@ def model():
         return jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0))
 
 
-def test_stories260k_foretells_as_in_transformers(shared_data):
+def test_stories260k_has_the_cross_entropy_of_transformers(shared_data):
     folder = shared_data / "stories260K"
     expected = json.loads((folder / "stories260K_reference.json").read_text())["text_mean_nll"]
     ids = np.load(folder / "stories260K_reference.npz")["text_ids"].tolist()
@@ -31,8 +31,8 @@ def test_stories260k_foretells_as_in_transformers(shared_data):
         assert nats_per_token(config, model, ids) == pytest.approx(expected, abs=5e-6)
 
 
-def test_windows_are_foretold_each_by_itself_and_padding_does_not_count(model):
-    # 149 tokens in windows of 32: four whole ones and one of 21, in two batches of 4 rows.
+def test_windows_are_independent_and_padding_does_not_count(model):
+    # 149 tokens in windows of 32: four full ones and one of 21, in two batches of 4 rows.
     nats = []
     with jax.set_mesh(one_device_mesh()):
         full = jax.jit(forward, static_argnums=0)
@@ -47,21 +47,21 @@ def test_windows_are_foretold_each_by_itself_and_padding_does_not_count(model):
     assert found == pytest.approx(np.mean(nats), abs=1e-5)
 
 
-def test_a_split_model_foretells_the_same(model):
+def test_a_sharded_model_has_the_same_cross_entropy(model):
     with jax.set_mesh(one_device_mesh()):
         expected = nats_per_token(CONFIG, model, TOKENS)
     with jax.set_mesh(mesh_of((1, 1, 4))):
-        there = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(CONFIG)))
-        assert nats_per_token(CONFIG, there, TOKENS) == pytest.approx(expected, abs=1e-5)
+        sharded = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(CONFIG)))
+        assert nats_per_token(CONFIG, sharded, TOKENS) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sentence"),
+    ("tokens", "message"),
     [
         ([1], "the text is shorter than two tokens"),
         ([1, 320], "token 320 of the text is outside the model's vocabulary of 320"),
     ],
 )
-def test_texts_that_can_not_be_foretold_are_refused(model, tokens, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_invalid_texts_are_refused_with_a_reason(model, tokens, message):
+    with pytest.raises(InputError, match=message):
         nats_per_token(CONFIG, model, tokens)

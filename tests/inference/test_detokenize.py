@@ -44,7 +44,7 @@ def texts(tokenizer, shared_data):
     return [*(case["text"] for case in cases), ODD]
 
 
-def test_pieces_make_up_the_text_wherever_the_prompt_ends(tokenizer, texts):
+def test_the_pieces_join_to_the_text_wherever_the_prompt_ends(tokenizer, texts):
     assert len(texts) > 50
     for text in texts:
         for ids in (tokenizer.encode(text), tokenizer.encode(text, bos=True, eos=True)):
@@ -53,39 +53,39 @@ def test_pieces_make_up_the_text_wherever_the_prompt_ends(tokenizer, texts):
                 assert "".join(pieces) == tokenizer.decode(ids)
 
 
-def test_no_piece_cuts_a_character(tokenizer, texts):
+def test_no_piece_ends_inside_a_character(tokenizer, texts):
     for text in texts:
         if "\N{REPLACEMENT CHARACTER}" not in text:
             pieces = list(stream_text(tokenizer, [], iter(tokenizer.encode(text))))
             assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_a_text_comes_as_soon_as_its_characters_are_whole(tokenizer):
+def test_text_is_returned_as_soon_as_its_characters_are_complete(tokenizer):
     ids = tokenizer.encode("Once upon a time")
-    made = Detokenizer(tokenizer, ids[:1])
-    assert all(made.add(token) for token in ids[1:])
-    assert made.flush() == ""
+    detokenizer = Detokenizer(tokenizer, ids[:1])
+    assert all(detokenizer.add(token) for token in ids[1:])
+    assert detokenizer.flush() == ""
 
 
-def test_tokens_that_are_no_text_come_as_they_are_decoded(tokenizer):
-    def known(text):
-        # ByteFallback in a tokenizer.json spoils the whole characters beside a broken one.
-        spoils = tokenizer.path.name == "tokenizer.json"
-        return re.sub("[^a ]", "", text) if spoils else text
+def test_invalid_bytes_are_streamed_as_the_tokenizer_decodes_them(tokenizer):
+    def comparable(text):
+        # ByteFallback in a tokenizer.json also replaces complete characters next to a broken one.
+        replaces = tokenizer.path.name == "tokenizer.json"
+        return re.sub("[^a ]", "", text) if replaces else text
 
     rng = random.Random(0)
-    usual = [i for c in "aé🦙\ufdd0▁ " for i in tokenizer.encode(c)]
-    several = [i for i in range(tokenizer.n_vocab) if "\ufffd" in tokenizer.decode([i])]
-    assert len(several) >= 128
+    common = [i for c in "aé🦙\ufdd0▁ " for i in tokenizer.encode(c)]
+    partial = [i for i in range(tokenizer.n_vocab) if "\ufffd" in tokenizer.decode([i])]
+    assert len(partial) >= 128
     for length in (3, 10, 40, 200):
         for _ in range(20):
-            ids = rng.choices(usual, k=length) + rng.choices(several, k=length)
+            ids = rng.choices(common, k=length) + rng.choices(partial, k=length)
             rng.shuffle(ids)
             text = "".join(stream_text(tokenizer, [], iter(ids)))
-            assert known(text) == known(tokenizer.decode(ids))
+            assert comparable(text) == comparable(tokenizer.decode(ids))
 
 
-def test_no_token_costs_more_than_the_one_before(tokenizer, monkeypatch):
+def test_the_cost_of_a_token_does_not_grow_with_the_text(tokenizer, monkeypatch):
     lengths = []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
@@ -95,15 +95,15 @@ def test_no_token_costs_more_than_the_one_before(tokenizer, monkeypatch):
         assert max(lengths) < 40
 
 
-def test_a_token_alone_has_the_text_that_it_adds(tokenizer):
-    made = Detokenizer(tokenizer, [tokenizer.bos_id])
+def test_the_text_of_a_token_is_the_text_that_it_adds(tokenizer):
+    detokenizer = Detokenizer(tokenizer, [tokenizer.bos_id])
     for token in tokenizer.encode("one two three"):
-        assert made.token_text(token) == made.add(token)
+        assert detokenizer.token_text(token) == detokenizer.add(token)
     *_, last = tokenizer.encode("é🦙")
-    assert made.token_text(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
+    assert detokenizer.token_text(last) in ("🦙", "\N{REPLACEMENT CHARACTER}")
 
 
-def pieces_of(rng, text):
+def random_pieces(rng, text):
     while text:
         n = rng.randrange(1, 5)
         yield text[:n]
@@ -116,8 +116,8 @@ def pieces_of(rng, text):
         ([], "abc", "abc"),
         (["b"], "abc", "a"),
         (["bc", "abd"], "ababcab", "aba"),
-        (["abcd", "bc"], "xabcd", "xa"),  # "bc" is whole first
-        (["bc", "abc"], "xabc", "x"),  # both are whole at once
+        (["abcd", "bc"], "xabcd", "xa"),  # "bc" is complete first
+        (["bc", "abc"], "xabc", "x"),  # both are complete at once
         (["aab"], "aaab", "a"),
         (["abab"], "abaabab", "aba"),
         (["END"], "the EN", "the EN"),
@@ -125,16 +125,16 @@ def pieces_of(rng, text):
         (["a"], "a", ""),
     ],
 )
-def test_a_text_ends_before_the_stop_string_that_is_whole_first(strings, text, shown):
+def test_a_text_ends_before_the_stop_string_that_is_complete_first(strings, text, shown):
     rng = random.Random(0)
     for _ in range(50):
         stops = StopStrings(strings)
-        made = "".join(stops.add(piece) for piece in pieces_of(rng, text))
-        assert made + stops.flush() == shown
+        output = "".join(stops.add(piece) for piece in random_pieces(rng, text))
+        assert output + stops.flush() == shown
         assert stops.stopped == (shown != text)
 
 
-def test_only_what_could_become_a_stop_string_is_held_back():
+def test_only_the_possible_start_of_a_stop_string_is_held_back():
     stops = StopStrings(["\n\nUser:", "###"])
     shown = [stops.add(piece) for piece in ("Hi", "\n", "\nUs", "ers: #", "#1 ##", "# no")]
     assert shown == ["Hi", "", "", "\n\nUsers: ", "##1 ", ""]
@@ -143,12 +143,12 @@ def test_only_what_could_become_a_stop_string_is_held_back():
     assert stops.flush() == ""
 
 
-def test_stop_strings_agree_with_a_search_of_the_whole_text():
+def test_stop_strings_agree_with_a_search_of_the_complete_text():
     rng = random.Random(1)
     for _ in range(2000):
         strings = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(3)]
         text = "".join(rng.choices("abc", k=30))
         ends = [(text.find(s) + len(s), text.find(s)) for s in strings if s in text]
         stops = StopStrings(strings)
-        made = "".join(stops.add(piece) for piece in pieces_of(rng, text)) + stops.flush()
-        assert made == (text[: min(ends)[1]] if ends else text)
+        output = "".join(stops.add(piece) for piece in random_pieces(rng, text)) + stops.flush()
+        assert output == (text[: min(ends)[1]] if ends else text)

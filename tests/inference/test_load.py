@@ -1,4 +1,4 @@
-"""Models on the mesh and in the compute type that suit them and the machine."""
+"""Models load onto a fitting mesh, in the compute dtype that is fastest on the machine."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,20 +26,20 @@ forward = jax.jit(lj.forward, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = []
+    paths = []
     for i, shape in enumerate(SHAPES):
         config = tiny_model(**shape, param_dtype=shape.get("dtype", "float32"))
-        made.append(tmp_path_factory.mktemp("models") / str(i))
+        paths.append(tmp_path_factory.mktemp("models") / str(i))
         with jax.set_mesh(one_device_mesh()):
             model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-            save_model(made[-1], config, model, None)
-    return made
+            save_model(paths[-1], config, model, None)
+    return paths
 
 
 def test_each_model_loads_onto_its_own_mesh(folders):
     tokens_BT = np.array([[1, 2, 3]])
 
-    def loaded():  # the mesh is the thread's own
+    def load_both():  # in a thread, which has its own current mesh
         wide = load(folders[0])
         assert jax.sharding.get_mesh().size == 8
         narrow = load(folders[1])
@@ -53,10 +53,10 @@ def test_each_model_loads_onto_its_own_mesh(folders):
         assert jax.sharding.get_mesh().size == 6
 
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(loaded).result()
+        thread.submit(load_both).result()
 
 
-def test_a_mesh_that_the_caller_set_stays_or_is_refused(folders):
+def test_a_mesh_that_the_caller_set_is_used_or_refused(folders):
     with jax.set_mesh(mesh_of((1, 1, 4))):
         load(folders[0])
         assert jax.sharding.get_mesh().size == 4
@@ -88,7 +88,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(folders, monkeypatch):
         (None, False),  # neither Linux nor macOS
     ],
 )
-def test_what_the_cpu_says_of_itself(cpuinfo, has, tmp_path, monkeypatch):
+def test_bfloat16_support_is_read_from_the_cpus_flags(cpuinfo, has, tmp_path, monkeypatch):
     path = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
@@ -108,7 +108,7 @@ BAD_TOKENS = [
 ]
 
 
-def test_tokens_come_as_lists_or_arrays_and_bad_ones_get_a_sentence(folders):
+def test_tokens_are_lists_or_arrays_and_invalid_ones_are_refused_with_a_reason(folders):
     with jax.set_mesh(mesh_of((1, 1, 2))):
         config, model = load(folders[0])
         expected = forward(config, model, np.array([[1, 2, 3]], np.int32))
@@ -119,18 +119,18 @@ def test_tokens_come_as_lists_or_arrays_and_bad_ones_get_a_sentence(folders):
         ]:
             found = function(config, model, tokens, [[0, 1, 2]], [[1, 1, 1]])
             np.testing.assert_allclose(found, expected, atol=1e-5)
-        for tokens, sentence in BAD_TOKENS:
+        for tokens, message in BAD_TOKENS:
             with pytest.raises(InputError) as raised:
                 lj.forward(config, model, tokens)
-            assert sentence in str(raised.value)
+            assert message in str(raised.value)
         with pytest.raises(InputError, match="must be whole numbers"):
             forward(config, model, [1, 2, 3])
         options = {"max_new_tokens": 2}
-        made = [
+        tokens = [
             lj.generate(config, model, rows, lengths, lj.Sampling(), seeds, **options).tokens_Bn
             for rows, lengths, seeds in (
                 ([[1, 2, 3]], [3], [0]),
                 (np.array([[1, 2, 3]]), np.array([3]), np.array([0])),
             )
         ]
-        np.testing.assert_array_equal(*made)
+        np.testing.assert_array_equal(*tokens)

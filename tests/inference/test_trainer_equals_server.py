@@ -1,4 +1,4 @@
-"""The log-probabilities of `forward` are those of the engine, however it came to a token."""
+"""The engine's log-probabilities equal those of `forward`, also after a reused prefix."""
 
 import queue
 from contextlib import closing
@@ -21,7 +21,7 @@ from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CONTEXT = 700
-# The shape of stories260K, so that random weights of it need no other programs.
+# The shape of stories260K, so that random weights share its compiled programs.
 SHAPE = {
     "dim": 64, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 172, "vocab_size": 512,
     "tied_head": True, "context": 2048, "remat": "full",
@@ -29,7 +29,7 @@ SHAPE = {
 DRAWN = Sampling(temperature=1.0)
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     prompt: tuple[int, ...]
     prompt_logprobs: tuple[GeneratedToken, ...]
     tokens: list[GeneratedToken]
@@ -39,21 +39,21 @@ class Answer(NamedTuple):
         return [*self.prompt, *(token.id for token in self.tokens)]
 
 
-def answers(engine: Engine, *requests: Request) -> list[Answer]:
-    """Returns the answers to requests that are in the engine together."""
+def run_together(engine: Engine, *requests: Request) -> list[Response]:
+    """Returns the responses to requests that are in the engine at the same time."""
     queues: list[queue.Queue] = [queue.Queue() for _ in requests]
     engine.submit(requests, lambda number, event: queues[number].put(event))
-    found = []
+    responses = []
     for request, events in zip(requests, queues, strict=True):
-        begun, tokens = PromptDone(), []
+        prompt_done, tokens = PromptDone(), []
         while not isinstance(event := events.get(timeout=60), RequestEnded):
             if isinstance(event, PromptDone):
-                begun = event
+                prompt_done = event
             else:
                 tokens.append(event)
         assert (event.reason, len(tokens)) == ("length", request.max_new_tokens)
-        found.append(Answer(request.prompt, begun.prompt_logprobs, tokens))
-    return found
+        responses.append(Response(request.prompt, prompt_done.prompt_logprobs, tokens))
+    return responses
 
 
 def stories260k(folder):
@@ -71,13 +71,14 @@ def random_weights():
 
 
 def rounding(model, logits_BTV: np.ndarray, text: list[int]) -> float:
-    """Returns how far two float32 computations of a log-probability may be apart.
+    """Returns the largest expected difference of two float32 computations of a log-probability.
 
-    Each rounds a score of attention about four times in each layer (projection, rotation, products,
-    sum), and a logit at the end; a rounding has a deviation of 2^-24 / √3 of its number. 4.4
-    deviations of the sum of 2 · 4 · 5 layers of them are 16 · 2^-24, and so the largest of 40,000
-    numbers is not beyond it. The scores are what counts: those of stories260K reach 350 in a long
-    text. Most of that is common to all keys, so softmax drops it, but its rounding stays.
+    Each computation rounds an attention score about four times in each layer (projection, rotation,
+    products, sum), and a logit at the end; the standard deviation of a rounding error is
+    2^-24 / √3 of the number. The sum has 2 · 4 · 5 of them, for 5 layers: 4.4 standard deviations
+    of the sum are 16 · 2^-24, which also bounds the largest of 40,000 numbers. The scores dominate:
+    those of stories260K reach 350 in a long text. Most of a score is common to all keys, so softmax
+    cancels it, but its rounding error stays.
     """
     weights = {".".join(path_names(p)): np.asarray(w) for p, w in jax.tree.leaves_with_path(model)}
     positions = np.arange(len(text))[None]
@@ -98,30 +99,30 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
         with closing(Engine(config, served, rows=3, context=CONTEXT)) as engine:
             ask = {"sampling": DRAWN, "logprobs": True, "top_logprobs": 20}
             long = Request(text, 40, prompt_logprobs=True, **ask)  # in chunks of 256, 256 and 88
-            found = answers(engine, long)
-            # The first starts in the slots of `long`, the second in a copy of them.
+            responses = run_together(engine, long)
+            # The first branch reuses the slots of `long`, the second a copy of them.
             branches = [Request(text[:300] + other[i : i + 45], 40, seed=i, **ask) for i in (0, 50)]
-            found += answers(engine, *branches)
+            responses += run_together(engine, *branches)
             assert engine.statistics().reused_tokens == 600
             short = [Request(other[i : 9 * i], 90, seed=i, **ask) for i in (5, 20)]
-            found += answers(engine, *short, long)  # one is read while the others make tokens
+            responses += run_together(engine, *short, long)  # `long` prefills while others decode
 
-        texts = np.zeros((len(found), CONTEXT), np.int32)
-        for row, answer in zip(texts, found, strict=True):
-            row[: len(answer.text)] = answer.text
-        trained = jax.jit(partial(forward, config), compiler_options=quick_compilation())
-        logits_BTV = np.asarray(trained(model, texts))
-    bound = rounding(model, logits_BTV, found[0].text)
+        texts = np.zeros((len(responses), CONTEXT), np.int32)
+        for row, response in zip(texts, responses, strict=True):
+            row[: len(response.text)] = response.text
+        full_pass = jax.jit(partial(forward, config), compiler_options=quick_compilation())
+        logits_BTV = np.asarray(full_pass(model, texts))
+    bound = rounding(model, logits_BTV, responses[0].text)
     shifted = logits_BTV.astype(np.float64) - logits_BTV.max(-1, keepdims=True)
     logprobs_BTV = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    for answer, logprobs_TV in zip(found, logprobs_BTV, strict=True):
+    for response, logprobs_TV in zip(responses, logprobs_BTV, strict=True):
         pairs = [
             (token.logprob, logprobs_TV[i, token.id])
-            for i, token in enumerate(answer.prompt_logprobs)
+            for i, token in enumerate(response.prompt_logprobs)
         ]
-        for i, token in enumerate(answer.tokens, len(answer.prompt) - 1):
+        for i, token in enumerate(response.tokens, len(response.prompt) - 1):
             pairs += [(token.logprob, logprobs_TV[i, token.id])]
             pairs += [(logprob, logprobs_TV[i, id_]) for id_, logprob in token.top]
-        assert len(pairs) == len(answer.prompt_logprobs) + 21 * len(answer.tokens)
+        assert len(pairs) == len(response.prompt_logprobs) + 21 * len(response.tokens)
         np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=bound)
-    assert [len(answer.prompt_logprobs) for answer in found] == [599, 0, 0, 0, 0, 599]
+    assert [len(response.prompt_logprobs) for response in responses] == [599, 0, 0, 0, 0, 599]

@@ -52,7 +52,7 @@ def check_request(config: ModelConfig, context: int, request: Request) -> None:
             f" fit a context of {context}: shorten the prompt or ask for fewer"
         )
     if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
-        raise InputError(f"{request.top_logprobs} alternatives: ask for 0 … {MAX_TOP_LOGPROBS}")
+        raise InputError(f"top_logprobs is {request.top_logprobs}: ask for 0 … {MAX_TOP_LOGPROBS}")
     if len(request.end_ids) > MAX_END_IDS:
         raise InputError(f"{len(request.end_ids)} end ids: at most {MAX_END_IDS} can be given")
 

@@ -30,7 +30,7 @@ RANDOM = np.random.default_rng(0)
 DRAWN = Sampling(temperature=0.9, top_p=0.95)
 
 
-def some(n):
+def random_prompt(n):
     return tuple(RANDOM.integers(3, 320, n).tolist())
 
 
@@ -43,37 +43,39 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     with jax.set_mesh(one_device_mesh()):
-        told = []
+        calls = []
         engine = Engine(
-            CONFIG, model, rows=3, context=700, queue=4, progress=lambda *of: told.append(of)
+            CONFIG, model, rows=3, context=700, queue=4, progress=lambda *args: calls.append(args)
         )
         names = "prefill of 32 tokens", "prefill of 256 tokens", "decode", "cache resize and copy"
-        assert told == [(i / 4, f"{i + 1} of 4: {name}, 956 slots") for i, name in enumerate(names)]
+        expected = [(i / 4, f"{i + 1} of 4: {name}, 956 slots") for i, name in enumerate(names)]
+        assert calls == expected
         yield engine
         engine.close()
 
 
-class Answer:
-    """Collects the events of a request."""
+class Response:
+    """Submits a request and collects its events."""
 
     def __init__(self, engine, request, pause=0.0):
         self.events, self.pause = queue.Queue(), pause
-        (self.ticket,) = engine.submit([request], lambda _, event: self.take(event))
-        self.tokens, self.reason, self.begun = [], None, None
+        (self.ticket,) = engine.submit([request], lambda _, event: self.deliver(event))
+        self.tokens, self.reason, self.prompt_done = [], None, None
 
-    def take(self, event):
-        time.sleep(self.pause)  # holds the engine up, so that a tiny model is not done too soon
+    def deliver(self, event):
+        time.sleep(self.pause)  # slows the engine, so that a tiny model doesn't finish too soon
         self.events.put(event)
 
-    def wait(self, enough=None):
-        while self.reason is None and (enough is None or len(self.tokens) < enough):
+    def wait(self, n=None):
+        """Waits for the last event, or for `n` tokens."""
+        while self.reason is None and (n is None or len(self.tokens) < n):
             event = self.events.get(timeout=60)
             if isinstance(event, GeneratedToken):
                 self.tokens.append(event)
             elif isinstance(event, RequestEnded):
                 self.reason = event.reason
             else:
-                self.begun = event
+                self.prompt_done = event
         return self
 
     @property
@@ -81,7 +83,8 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
-def alone(model, request):
+def tokens_alone(model, request):
+    """Returns the tokens of a request that runs alone, without the engine."""
     with jax.set_mesh(one_device_mesh()):
         return list(
             stream(
@@ -91,155 +94,160 @@ def alone(model, request):
         )  # fmt: skip
 
 
-def asked(engine, *requests):
-    return [Answer(engine, request) for request in requests]
+def submit(engine, *requests):
+    return [Response(engine, request) for request in requests]
 
 
-def test_tokens_are_the_same_alone_and_in_company(engine, model):
+def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(engine, model):
     requests = [
-        Request(some(5), 20),
-        Request(some(300), 12, DRAWN, seed=7),
-        Request(some(40), 30, DRAWN, seed=8),
-        Request(some(1), 9),
-        Request(some(257), 5, Sampling(repetition_penalty=1.5)),
-        Request(some(600), 20, DRAWN, seed=9),
+        Request(random_prompt(5), 20),
+        Request(random_prompt(300), 12, DRAWN, seed=7),
+        Request(random_prompt(40), 30, DRAWN, seed=8),
+        Request(random_prompt(1), 9),
+        Request(random_prompt(257), 5, Sampling(repetition_penalty=1.5)),
+        Request(random_prompt(600), 20, DRAWN, seed=9),
     ]
-    answers = asked(engine, *requests)
-    for answer, request in zip(answers, requests, strict=True):
-        assert answer.wait().ids == alone(model, request)
-        assert answer.reason == "length"
-        assert answer.begun == PromptDone()
+    responses = submit(engine, *requests)
+    for response, request in zip(responses, requests, strict=True):
+        assert response.wait().ids == tokens_alone(model, request)
+        assert response.reason == "length"
+        assert response.prompt_done == PromptDone()
 
 
-def test_nothing_is_compiled_while_requests_come_and_go(engine):
-    asked(engine, Request(some(3), 2))[0].wait()
+def test_nothing_is_compiled_while_requests_join_and_leave(engine):
+    submit(engine, Request(random_prompt(3), 2))[0].wait()
     before = compile_statistics().programs
-    requests = [Request(some(n), m, DRAWN, n) for n, m in ((1, 1), (33, 9), (256, 3), (500, 150))]
-    for answer in asked(
-        engine, *requests, Request(some(9), 3, logprobs=True, prompt_logprobs=True)
+    requests = [
+        Request(random_prompt(n), m, DRAWN, n) for n, m in ((1, 1), (33, 9), (256, 3), (500, 150))
+    ]
+    for response in submit(
+        engine, *requests, Request(random_prompt(9), 3, logprobs=True, prompt_logprobs=True)
     ):
-        answer.wait()
+        response.wait()
     assert compile_statistics().programs == before
 
 
-def test_a_prompt_that_begins_like_another_is_not_read_again(engine, model):
-    shared = some(100)
-    first, second = Request(shared + some(10), 4), Request(shared + some(20), 4)
-    asked(engine, first)[0].wait()
+def test_a_common_prefix_is_not_prefilled_again(engine, model):
+    prefix = random_prompt(100)
+    first, second = Request(prefix + random_prompt(10), 4), Request(prefix + random_prompt(20), 4)
+    submit(engine, first)[0].wait()
     before = engine.statistics()
-    together = asked(engine, second, second)
-    expected = alone(model, second)
-    assert [answer.wait().ids for answer in together] == [expected, expected]
+    together = submit(engine, second, second)
+    expected = tokens_alone(model, second)
+    assert [response.wait().ids for response in together] == [expected, expected]
     after = engine.statistics()
     assert after.reused_tokens - before.reused_tokens >= 200
     assert after.prompt_tokens - before.prompt_tokens <= 40
 
 
 def test_an_end_id_ends_the_text(engine, model):
-    request = Request(some(6), 20)
-    ids = alone(model, request)
+    request = Request(random_prompt(6), 20)
+    ids = tokens_alone(model, request)
     ends = frozenset({ids[4], 300})
-    (answer,) = asked(engine, request._replace(end_ids=ends))
-    assert answer.wait().ids == ids[: ids.index(ids[4]) + 1]
-    assert answer.reason == "stop"
+    (response,) = submit(engine, request._replace(end_ids=ends))
+    assert response.wait().ids == ids[: ids.index(ids[4]) + 1]
+    assert response.reason == "stop"
 
 
 def test_logprobs_come_with_the_tokens(engine, model):
-    request = Request(some(300), 3, logprobs=True, top_logprobs=4, prompt_logprobs=True)
-    asked(engine, Request(request.prompt, 1))[0].wait()  # it would be found in the slots of this
-    (answer,) = asked(engine, request)
-    answer.wait()
-    whole = [*request.prompt, *answer.ids]
+    request = Request(random_prompt(300), 3, logprobs=True, top_logprobs=4, prompt_logprobs=True)
+    # The slots of this request have the same prompt: prompt log-probabilities must not reuse it.
+    submit(engine, Request(request.prompt, 1))[0].wait()
+    (response,) = submit(engine, request)
+    response.wait()
+    text = [*request.prompt, *response.ids]
     with jax.set_mesh(one_device_mesh()):
-        expected = prompt_logprobs(CONFIG, model, np.array([whole], np.int32))[0]
-    told = [*answer.begun.prompt_logprobs, *answer.tokens]
-    np.testing.assert_allclose([token.logprob for token in told], expected, atol=1e-5)
-    assert [token.id for token in told] == whole[1:]
-    # The alternatives are those of an independent pass over the whole text.
+        expected = prompt_logprobs(CONFIG, model, np.array([text], np.int32))[0]
+    tokens = [*response.prompt_done.prompt_logprobs, *response.tokens]
+    np.testing.assert_allclose([token.logprob for token in tokens], expected, atol=1e-5)
+    assert [token.id for token in tokens] == text[1:]
+    # The most likely tokens are those of one forward pass over the complete text.
     with jax.set_mesh(one_device_mesh()):
         logits = np.asarray(
-            forward(CONFIG, model, shard_array(np.array([whole], np.int32), "BT"))[0]
+            forward(CONFIG, model, shard_array(np.array([text], np.int32), "BT"))[0]
         )
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
     greedy = 0
-    for token, at in zip(told, exact, strict=False):
-        best = np.argsort(-at)[:4]
+    for token, exact_V in zip(tokens, exact, strict=False):
+        best = np.argsort(-exact_V)[:4]
         assert [i for i, _ in token.top] == best.tolist()
-        np.testing.assert_allclose([logprob for _, logprob in token.top], at[best], atol=1e-5)
-        # Clients compare a token with the most likely one by these very numbers.
+        np.testing.assert_allclose([logprob for _, logprob in token.top], exact_V[best], atol=1e-5)
+        # Clients compare a token with the most likely one: the numbers must be bitwise equal.
         assert dict(token.top).get(token.id, token.logprob) == token.logprob
         greedy += token.top[0][0] == token.id
     assert 3 <= greedy < 100
 
 
-def test_a_request_can_be_given_up_while_it_waits_reads_or_makes(engine, model):
-    running = [Answer(engine, Request(some(4), 690), pause=0.005) for _ in range(3)]
-    for answer in running:
-        answer.wait(1)
-    waiting = asked(engine, Request(some(600), 5), Request(some(7), 5))
+def test_a_request_can_be_cancelled_in_the_queue_in_prefill_and_in_decode(engine, model):
+    running = [Response(engine, Request(random_prompt(4), 690), pause=0.005) for _ in range(3)]
+    for response in running:
+        response.wait(1)
+    waiting = submit(engine, Request(random_prompt(600), 5), Request(random_prompt(7), 5))
     waiting[0].ticket.cancel()
     running[1].ticket.cancel()
     assert running[1].wait().reason == "cancelled"
     assert waiting[0].wait().reason == "cancelled"
     waiting[1].wait()
-    for answer in (running[0], running[2]):
-        answer.ticket.cancel()
-        assert answer.wait().reason == "cancelled"
-    assert waiting[1].ids == alone(model, waiting[1].ticket.request)
-    for answer in running:
-        assert 0 < len(answer.ids) < 690
-        expected = alone(model, answer.ticket.request._replace(max_new_tokens=len(answer.ids)))
-        assert answer.ids == expected
+    for response in (running[0], running[2]):
+        response.ticket.cancel()
+        assert response.wait().reason == "cancelled"
+    assert waiting[1].ids == tokens_alone(model, waiting[1].ticket.request)
+    for response in running:
+        assert 0 < len(response.ids) < 690
+        expected = tokens_alone(
+            model, response.ticket.request._replace(max_new_tokens=len(response.ids))
+        )
+        assert response.ids == expected
     assert engine.statistics().running == 0
 
 
-def test_a_full_queue_refuses(engine):
-    answers = []
+def test_a_full_queue_refuses_requests(engine):
+    responses = []
 
-    def too_many():
+    def submit_too_many():
         for _ in range(20):
-            answers.append(Answer(engine, Request(some(4), 600), pause=0.005))
+            responses.append(Response(engine, Request(random_prompt(4), 600), pause=0.005))
 
     with pytest.raises(QueueFull, match="requests are waiting: try again later"):
-        too_many()
-    assert 4 <= len(answers) <= 3 + 4
-    for answer in answers:
-        answer.ticket.cancel()
-    assert {answer.wait().reason for answer in answers} == {"cancelled"}
+        submit_too_many()
+    assert 4 <= len(responses) <= 3 + 4
+    for response in responses:
+        response.ticket.cancel()
+    assert {response.wait().reason for response in responses} == {"cancelled"}
 
 
 @pytest.mark.parametrize(
-    ("request_", "sentence"),
+    ("request_", "message"),
     [
         (Request((), 5), "the prompt is empty"),
         (Request((320,), 5), "token 320 of the prompt is outside the model's vocabulary of 320"),
         (Request((5,), 0), "0 new tokens: ask for at least 1"),
         (Request((5,) * 600, 101), "600 tokens and 101 new ones don't fit a context of 700"),
-        (Request((5,), 1, top_logprobs=21), "21 alternatives: ask for 0 … 20"),
+        (Request((5,), 1, top_logprobs=21), "top_logprobs is 21: ask for 0 … 20"),
         (Request((5,), 1, end_ids=frozenset(range(17))), "17 end ids: at most 16 can be given"),
     ],
 )
-def test_what_can_not_be_served_is_refused_in_a_sentence(engine, request_, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_invalid_requests_are_refused_with_a_reason(engine, request_, message):
+    with pytest.raises(InputError, match=message):
         engine.submit([Request((5,), 1), request_], lambda *_: None)
     assert engine.statistics().waiting == 0
 
 
-def test_many_requests_from_many_threads_are_not_mixed_up(engine, model):
-    requests = [Request(some(n % 30 + 1), n % 7 + 1, DRAWN, seed=n) for n in range(24)]
+def test_requests_from_many_threads_get_their_own_tokens(engine, model):
+    requests = [Request(random_prompt(n % 30 + 1), n % 7 + 1, DRAWN, seed=n) for n in range(24)]
     wrong = []
 
-    def ask(request):
+    def check(request):
         while True:
             try:
-                (answer,) = asked(engine, request)
+                (response,) = submit(engine, request)
                 break
             except QueueFull:
                 time.sleep(0.01)
-        wrong.extend([request] if answer.wait().ids != alone(model, request) else [])
+        wrong.extend([request] if response.wait().ids != tokens_alone(model, request) else [])
 
-    threads = [threading.Thread(target=ask, args=(request,)) for request in requests]
+    threads = [threading.Thread(target=check, args=(request,)) for request in requests]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -247,13 +255,13 @@ def test_many_requests_from_many_threads_are_not_mixed_up(engine, model):
     assert wrong == []
 
 
-def test_closing_ends_what_runs_and_refuses_what_comes(model):
+def test_closing_ends_running_requests_and_refuses_new_ones(model):
     with jax.set_mesh(one_device_mesh()):
         engine = Engine(CONFIG, model, rows=3, context=700)
-    answer = Answer(engine, Request(some(4), 690), pause=0.005)
-    answer.wait(1)
+    response = Response(engine, Request(random_prompt(4), 690), pause=0.005)
+    response.wait(1)
     engine.close()
-    assert answer.wait().reason == "cancelled"
+    assert response.wait().reason == "cancelled"
     with pytest.raises(EngineStopped, match="the engine is closed"):
         engine.submit([Request((5,), 1)], lambda *_: None)
 
@@ -262,11 +270,13 @@ PROGRAMS = ["engine.copy_row", "row_programs.prefill_chunk", "row_programs.decod
 
 
 @pytest.mark.parametrize("failure", [MemoryError, SystemExit])
-@pytest.mark.parametrize("place", PROGRAMS)
-def test_a_failure_ends_all_requests_and_is_logged_once(model, failure, place, monkeypatch, caplog):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_failure_ends_all_requests_and_is_logged_once(
+    model, failure, program, monkeypatch, caplog
+):
     with jax.set_mesh(one_device_mesh()):
         engine = Engine(CONFIG, model, rows=3, context=700)
-    first = Answer(engine, Request((5,) * 40, 690 - 40), pause=0.005)
+    first = Response(engine, Request((5,) * 40, 690 - 40), pause=0.005)
     first.wait(1)
     submitted = threading.Event()
 
@@ -274,64 +284,66 @@ def test_a_failure_ends_all_requests_and_is_logged_once(model, failure, place, m
         submitted.wait(60)
         raise failure("no room")
 
-    monkeypatch.setattr(f"llama_jax.inference.engine.{place}", fail)
+    monkeypatch.setattr(f"llama_jax.inference.engine.{program}", fail)
     deliveries = queue.Queue()
     engine.submit([Request((5,) * 60, 9)] * 8, lambda *event: deliveries.put(event))
     submitted.set()
-    said = f"{failure.__name__}: no room"
+    message = f"{failure.__name__}: no room"
     assert first.wait().reason == "error"
     ended = set()
     while len(ended) < 8:
         index, event = deliveries.get(timeout=60)
         ended |= {(index, event)} if isinstance(event, RequestEnded) else set()
-    assert ended == {(i, RequestEnded("error", said)) for i in range(8)}
-    assert engine.failure == said
-    with pytest.raises(EngineStopped, match=f"the engine has failed: {said}"):
+    assert ended == {(i, RequestEnded("error", message)) for i in range(8)}
+    assert engine.failure == message
+    with pytest.raises(EngineStopped, match=f"the engine has failed: {message}"):
         engine.submit([Request((5,), 1)], lambda *_: None)
     assert [record.message for record in caplog.records] == ["the engine has failed"]
     assert caplog.text.count("Traceback") == 1
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(message) == 1
 
 
-def test_a_request_that_is_given_up_leaves_the_queue_at_once(model):
+def test_a_cancelled_request_leaves_the_queue_at_once(model):
     with jax.set_mesh(one_device_mesh()):
         engine = Engine(CONFIG, model, rows=3, context=700, queue=4)
-    held, reached = threading.Event(), threading.Event()
+    released, reached = threading.Event(), threading.Event()
 
-    def hold(index, event):  # the engine stands still, as while it makes one long step
+    def hold(index, event):  # blocks the engine, as one long step would
         reached.set()
-        held.wait(60)
+        released.wait(60)
 
-    engine.submit([Request(some(4), 9)], hold)
+    engine.submit([Request(random_prompt(4), 9)], hold)
     assert reached.wait(60)
     events = queue.Queue()
     for _ in range(16):
-        tickets = engine.submit([Request(some(4), 9)] * 20, lambda *event: events.put(event))
+        tickets = engine.submit(
+            [Request(random_prompt(4), 9)] * 20, lambda *event: events.put(event)
+        )
         with pytest.raises(QueueFull):
-            engine.submit([Request(some(4), 9)], lambda *_: None)
+            engine.submit([Request(random_prompt(4), 9)], lambda *_: None)
         for ticket in tickets:
             ticket.cancel()
         assert sorted(events.get_nowait() for _ in range(20)) == [
             (i, RequestEnded("cancelled")) for i in range(20)
         ]
     assert engine.statistics().waiting == 0
-    held.set()
+    released.set()
     engine.close()
 
 
-def test_more_texts_than_the_queue_has_room_for_are_taken_together(engine, model):
-    request = Request(some(5), 3)
+def test_a_group_may_be_larger_than_the_queue(engine, model):
+    request = Request(random_prompt(5), 3)
     events = queue.Queue()
     engine.submit([request] * 100, lambda *event: events.put(event))
     with pytest.raises(QueueFull):
         engine.submit([request], lambda *_: None)
-    made = {i: [] for i in range(100)}
+    generated = {i: [] for i in range(100)}
     ended = []
     while len(ended) < 100:
         index, event = events.get(timeout=60)
         if isinstance(event, GeneratedToken):
-            made[index].append(event.id)
+            generated[index].append(event.id)
         elif isinstance(event, RequestEnded):
             ended.append((index, event.reason))
     assert sorted(ended) == [(i, "length") for i in range(100)]
-    assert list(made.values()) == [alone(model, request)] * 100
+    assert list(generated.values()) == [tokens_alone(model, request)] * 100

@@ -1,4 +1,4 @@
-"""Generation by several processes, each with a part of the model: real ones, over the loopback."""
+"""Generation by several real processes over the loopback, each with a part of the model."""
 
 import json
 
@@ -30,12 +30,12 @@ with hosts.join(coordinator, int(processes), int(process)):
     with jax.set_mesh(mesh):
         config, model = load(folder)
         own = model.layers[0].wq[...].addressable_shards
-        made = list(stream(config, model, json.loads(prompt), max_new_tokens=20))
-    print(json.dumps({"tokens": made, "devices": mesh.size, "own": len(own)}))
+        tokens = list(stream(config, model, json.loads(prompt), max_new_tokens=20))
+    print(json.dumps({"tokens": tokens, "devices": mesh.size, "own": len(own)}))
 """
 
 
-def test_two_processes_make_the_tokens_of_one(tmp_path):
+def test_two_processes_generate_the_tokens_of_one(tmp_path):
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0))
         save_model(tmp_path / "model", CONFIG, model, tokenizer=None)
