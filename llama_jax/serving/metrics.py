@@ -13,7 +13,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600)  # [s]
 
-# Fields of the engine's statistics. Gauges may decrease, counters never do.
+# Documentation of the engine's statistics. Gauges may decrease, counters never do.
 _GAUGES = {
     "waiting": "Requests in the queue.",
     "running": "Requests in the batch.",
@@ -22,7 +22,7 @@ _COUNTERS = {
     "finished": "Requests that finished.",
     "cancelled": "Requests that were cancelled.",
     "prompt_tokens": "Prompt tokens that were prefilled.",
-    "made_tokens": "Generated tokens.",
+    "generated_tokens": "Generated tokens.",
     "reused_tokens": "Prompt tokens whose keys and values were already in the KV cache.",
     "prefill_seconds": "Time spent on prefill.",
     "decode_seconds": "Time spent on decoding.",
@@ -30,6 +30,7 @@ _COUNTERS = {
     "bytes_read": "Bytes of weights and KV cache that decoding has read.",
     "compile_seconds": "Time spent on compilation.",
 }
+_METRIC_NAMES = {"generated_tokens": "made_tokens"}  # where they differ from the field's name
 
 
 class _EngineCollector(Collector):
@@ -43,7 +44,8 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"llama_jax_{name}", documentation, value)
         for name, documentation in _COUNTERS.items():
             value = getattr(statistics, name)
-            yield CounterMetricFamily(f"llama_jax_{name}", documentation, value)
+            metric = f"llama_jax_{_METRIC_NAMES.get(name, name)}"
+            yield CounterMetricFamily(metric, documentation, value)
         if self._copy_bandwidth is not None:
             yield GaugeMetricFamily(
                 "llama_jax_copy_bandwidth_bytes_per_second",

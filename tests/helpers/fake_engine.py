@@ -1,4 +1,4 @@
-"""An engine that makes scripted texts: what the server asks of one, without a model."""
+"""An engine without a model that generates scripted texts, with the interface of the real one."""
 
 import threading
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from llama_jax.inference.engine.requests import (
 from llama_jax.serving.server import ServerSettings, bind_socket, build_app, create_server
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-# What the engine makes of the prompt `hello`, and where it is asked.
+# The text that the engine generates for the prompt `hello` with the seed 7.
 ANSWER = " hello: é🦙, said with the seed 7.\nThat is all."
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -35,9 +35,16 @@ class Ticket:
 
 
 class FakeEngine:
-    """Says what it was asked, and with which seed. Texts in `hold` wait until it is set.
+    """Generates a text that repeats the prompt and the seed, without a model.
 
-    Tokens have the log-probability -1/4; each is followed by its neighbours in the vocabulary.
+    Every token has the log-probability -1/4; its alternatives are the next ids of the vocabulary.
+
+    Attributes:
+        requests: all requests in the order of their arrival.
+        reasons: why each finished request ended, in the order of their ends.
+        hold: while it is not set, requests generate nothing.
+        failing: whether requests end with an error.
+        seconds: time that each token takes.
     """
 
     rows, context, queue = 2, 200, 6
@@ -50,7 +57,7 @@ class FakeEngine:
         self.hold = threading.Event()
         self.hold.set()
         self.failing = self.closed = False
-        self.seconds = 0.001  # for a token
+        self.seconds = 0.001
         self._changed = threading.Condition()
         self._running = 0
 
@@ -79,32 +86,32 @@ class FakeEngine:
         return tickets
 
     def _run(self, request, ticket, deliver):
-        reason = self._make(request, ticket, deliver)
+        reason = self._generate(request, ticket, deliver)
         with self._changed:
             self._running -= 1
             self.reasons.append(reason)
             self._changed.notify_all()
         deliver(RequestEnded(reason, "out of memory" if reason == "error" else ""))
 
-    def _make(self, request, ticket, deliver) -> str:
+    def _generate(self, request, ticket, deliver) -> str:
         while not self.hold.wait(0.002):
             if ticket.cancelled.is_set():
                 return "cancelled"
         if self.failing:
             return "error"
-        score = (self._scored(request, token) for token in request.prompt[1:])
-        deliver(PromptDone(list(score) if request.prompt_logprobs else []))
+        logprobs = [self._with_logprobs(request, token) for token in request.prompt[1:]]
+        deliver(PromptDone(tuple(logprobs) if request.prompt_logprobs else ()))
         script = self.tokenizer.encode(self.script(request))
         ends = sorted(request.end_ids)[:1] or script * 20
         for token in [*script, *ends][: request.max_new_tokens]:
             if ticket.cancelled.wait(self.seconds):
                 return "cancelled"
-            deliver(self._scored(request, token))
+            deliver(self._with_logprobs(request, token))
             if token in request.end_ids:
                 return "stop"
         return "length"
 
-    def _scored(self, request: Request, token: int) -> GeneratedToken:
+    def _with_logprobs(self, request: Request, token: int) -> GeneratedToken:
         top = tuple((token + i, -0.25 - i) for i in range(request.top_logprobs))
         return GeneratedToken(token, -0.25, top)
 
@@ -113,9 +120,10 @@ class FakeEngine:
             assert self._changed.wait_for(lambda: not self._running, timeout=10)
 
     def statistics(self) -> Statistics:
-        n = len(self.reasons)
-        running = self._running
-        return Statistics(running=running, finished=n, made_tokens=22, decode_seconds=1.5)
+        running, finished = self._running, len(self.reasons)
+        return Statistics(
+            running=running, finished=finished, generated_tokens=22, decode_seconds=1.5
+        )
 
     def close(self):
         self.closed = True
@@ -123,15 +131,11 @@ class FakeEngine:
 
 @contextmanager
 def serving(tokenizer, engine=None, **settings):
-    """Runs a server on a free port of the loopback; yields its engine and its URL."""
+    """Runs a server on a free port of the loopback interface; yields its engine and its URL."""
     engine = engine or FakeEngine(tokenizer)
-    made = ServerSettings(
-        **(
-            {"name": "stories", "copy_bandwidth": 1e10, "max_tokens": 150, "max_body": 20_000}
-            | settings
-        )
-    )
-    with running(build_app(engine, tokenizer, made)) as url:
+    defaults = {"name": "stories", "copy_bandwidth": 1e10, "max_tokens": 150, "max_body": 20_000}
+    server_settings = ServerSettings(**(defaults | settings))
+    with running(build_app(engine, tokenizer, server_settings)) as url:
         yield engine, url
 
 

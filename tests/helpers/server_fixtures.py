@@ -1,4 +1,4 @@
-"""Fixtures: a server of the fake engine, asked by OpenAI's client or plainly over HTTP."""
+"""Fixtures: a server with the fake engine, and clients for it: OpenAI's, and plain HTTP."""
 
 import httpx
 import pytest

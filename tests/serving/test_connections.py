@@ -1,4 +1,4 @@
-"""Clients that are silent, slow, many or malformed: none of them keeps others out."""
+"""Clients that are silent, slow, numerous or send invalid HTTP do not block other clients."""
 
 import json
 import os
@@ -36,22 +36,22 @@ def connect(url, sent=b""):
 
 
 def received(connection):
-    """Returns what comes until the server closes."""
+    """Returns the bytes that the server sends until it closes the connection."""
     parts = []
     while part := connection.recv(1 << 20):
         parts.append(part)
     return b"".join(parts)
 
 
-def answer_of(connection):
-    """Returns status and error of the one answer on a connection, which the server closes."""
+def read_error(connection):
+    """Returns status and error of the only response on a connection that the server closes."""
     head, _, body = received(connection).partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head
     assert b"connection: close" in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]
 
 
-def send_for_ever(connection, part, seconds=0.0):
+def send_until_closed(connection, part, seconds=0.0):
     """Sends until the server closes."""
     with suppress(ConnectionError):
         while True:
@@ -59,25 +59,25 @@ def send_for_ever(connection, part, seconds=0.0):
             time.sleep(seconds)
 
 
-def ask(url):
+def post(url):
     return httpx.post(url + COMPLETION, content=BODY, timeout=20)
 
 
 @contextmanager
-def limited(monkeypatch, tokenizer, most):
-    monkeypatch.setattr(connections, "connection_limit", lambda: most)
+def limited(monkeypatch, tokenizer, limit):
+    monkeypatch.setattr(connections, "connection_limit", lambda: limit)
     with serving(tokenizer) as (engine, url):
         yield engine, url
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_those_that_wait_for_their_clients_keep_nobody_out(monkeypatch, tokenizer, part, caplog):
+def test_waiting_connections_do_not_block_other_clients(monkeypatch, tokenizer, part, caplog):
     with limited(monkeypatch, tokenizer, 8) as (_, url), ExitStack() as stack:
-        storm = [stack.enter_context(connect(url, PARTS[part])) for _ in range(40)]
+        waiting = [stack.enter_context(connect(url, PARTS[part])) for _ in range(40)]
         for _ in range(3):
-            assert ask(url).status_code == 200
-        # Closed are those that came first. A silent one gets no answer: none was asked for.
-        for connection in storm[:30]:
+            assert post(url).status_code == 200
+        # The server has closed the oldest ones. A silent one gets no response: it sent no request.
+        for connection in waiting[:30]:
             if sent := received(connection):
                 assert b"503 Service Unavailable" in sent
                 assert TOO_MANY.encode() in sent
@@ -85,32 +85,32 @@ def test_those_that_wait_for_their_clients_keep_nobody_out(monkeypatch, tokenize
         assert caplog.text.count("closes those that wait longest") == 1
 
 
-def test_where_all_are_being_answered_one_more_is_refused(monkeypatch, tokenizer):
+def test_one_more_connection_is_refused_if_all_are_being_answered(monkeypatch, tokenizer):
     with limited(monkeypatch, tokenizer, 2) as (engine, url):
         engine.hold.clear()
         with connect(url, REQUEST) as first, connect(url, REQUEST) as second:
             while len(engine.requests) < 2:
                 time.sleep(0.002)
-            refused = ask(url)
+            refused = post(url)
             assert refused.status_code == 503
             assert refused.json()["error"]["message"] == TOO_MANY
             assert int(refused.headers["retry-after"]) > 0
             engine.hold.set()
             assert b"200 OK" in first.recv(100)
             assert b"200 OK" in second.recv(100)
-        assert ask(url).status_code == 200
+        assert post(url).status_code == 200
 
 
-def test_accepting_goes_on_after_file_descriptors_ran_out(tokenizer, caplog):
+def test_the_server_accepts_again_after_file_descriptors_ran_out(tokenizer, caplog):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with serving(tokenizer) as (_, url), ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(connect(url))
-        assert ask(url).status_code == 200  # so they are accepted
+        assert post(url).status_code == 200  # so the server has accepted them
         client = stack.enter_context(socket.socket())
         client.settimeout(20)
         highest = max(map(int, os.listdir("/dev/fd")))
-        for _ in range(highest):  # so that no number below is free
+        for _ in range(highest):  # so that no lower number is free
             stack.enter_context(open(os.devnull))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest, before[1]))
         try:
@@ -123,7 +123,7 @@ def test_accepting_goes_on_after_file_descriptors_ran_out(tokenizer, caplog):
 
 
 @pytest.mark.parametrize(("allowed", "limit"), [(100, 3), (10, 1), (2**20, 4096), (-1, 4096)])
-def test_there_are_as_many_connections_as_file_descriptors(monkeypatch, allowed, limit):
+def test_the_connection_limit_follows_from_the_file_descriptors(monkeypatch, allowed, limit):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (allowed, allowed))
     monkeypatch.setattr(os, "listdir", lambda _: ["0"] * 65)
     assert connections.connection_limit() == limit
@@ -135,13 +135,13 @@ class TestTimeLimits:
         with serving(tokenizer) as (_, url):
             with connect(url) as connection:
                 assert received(connection) == b""
-            # Also while the body of an answered request trickles on.
+            # Also while the body of an answered request still arrives slowly.
             head = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
             with connect(url, head) as connection:
                 assert b"404 Not Found" in connection.recv(1000)
-                send_for_ever(connection, b"a", 0.01)
+                send_until_closed(connection, b"a", 0.01)
 
-    def test_headers_that_trickle_are_refused(self, monkeypatch, tokenizer):
+    def test_headers_that_arrive_slowly_are_refused(self, monkeypatch, tokenizer):
         monkeypatch.setattr(connections, "_HEADERS_SECONDS", 0.1)
         with serving(tokenizer) as (_, url), connect(url, PARTS["half the headers"]) as connection:
             connection.settimeout(0.01)
@@ -154,17 +154,19 @@ class TestTimeLimits:
                     continue
             connection.shutdown(socket.SHUT_WR)
             connection.settimeout(20)
-            status, error = answer_of(connection)
+            status, error = read_error(connection)
         assert status == 408
         assert error["message"] == "the headers of the request did not arrive within 0.1 s"
 
-    def test_the_body_is_waited_for_once(self, monkeypatch, tokenizer):
+    def test_a_body_that_arrives_slowly_is_refused(self, monkeypatch, tokenizer):
         monkeypatch.setattr("llama_jax.serving.middleware._BODY_SECONDS", 0.1)
         with serving(tokenizer) as (_, url), connect(url, PARTS["half the body"]) as connection:
-            status, error = answer_of(connection)
+            status, error = read_error(connection)
         assert (status, error["message"]) == (408, "the body did not arrive within 0.1 s")
 
-    def test_a_client_that_takes_nothing_is_cut_off_and_a_slow_one_is_not(self, monkeypatch):
+    def test_a_client_that_receives_nothing_is_disconnected_and_a_slow_one_is_not(
+        self, monkeypatch
+    ):
         parts, part, done = 64, b"a" * (1 << 20), threading.Event()
 
         async def app(scope, receive, send):
@@ -183,33 +185,33 @@ class TestTimeLimits:
             monkeypatch.setattr(connections, "_STALL_SECONDS", 1)
             n = 0
             with connect(url, request) as connection:
-                while got := connection.recv(len(part), socket.MSG_WAITALL):
-                    n += len(got)
+                while received_part := connection.recv(len(part), socket.MSG_WAITALL):
+                    n += len(received_part)
                     time.sleep(0.025)
         assert n > parts * len(part)
 
 
-class TestTheClientReadsTheAnswer:
+class TestTheClientReadsTheErrorResponse:
     @pytest.mark.parametrize("chunked", [False, True])
-    def test_of_a_body_that_is_too_long(self, tokenizer, chunked):
+    def test_to_a_body_that_is_too_long(self, tokenizer, chunked):
         size = 30_000_000
         sent = (HEAD % size).encode() + b"a" * size
         if chunked:
             sent = CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"a" * size)
         with serving(tokenizer) as (_, url), connect(url, sent) as connection:
-            status, error = answer_of(connection)
+            status, error = read_error(connection)
         assert (status, error["message"]) == (413, "the body is longer than 20000 bytes")
         assert error["code"] == "request_too_large"
 
-    def test_unless_it_sends_without_an_end(self, monkeypatch, tokenizer):
+    def test_unless_it_never_stops_sending(self, monkeypatch, tokenizer):
         for limit, value in [("_LINGER_BYTES", 10_000_000), ("_LINGER_SECONDS", 0.1)]:
             with monkeypatch.context() as patch, serving(tokenizer) as (_, url):
                 patch.setattr(connections, limit, value)
                 with connect(url, (HEAD % 10**12).encode()) as connection:
-                    send_for_ever(connection, b"a" * 100_000)
+                    send_until_closed(connection, b"a" * 100_000)
 
     @pytest.mark.parametrize(
-        ("sent", "status", "sentence"),
+        ("sent", "status", "reason"),
         [
             (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, "illegal request line"),
             (b"GET / HTTP/1.1\r\n\r\n", 400, "Missing mandatory Host: header"),
@@ -219,9 +221,9 @@ class TestTheClientReadsTheAnswer:
             (CHUNKED + b"z\r\n", 400, "illegal chunk header"),
         ],
     )
-    def test_of_what_is_not_http(self, served, sent, status, sentence):
+    def test_to_invalid_http(self, served, sent, status, reason):
         with connect(served[1], sent) as connection:
-            answer, error = answer_of(connection)
-        assert (answer, error["type"]) == (status, "invalid_request_error")
+            received_status, error = read_error(connection)
+        assert (received_status, error["type"]) == (status, "invalid_request_error")
         assert error["message"].startswith("this is not a valid HTTP request: ")
-        assert sentence.lower() in error["message"].lower()
+        assert reason.lower() in error["message"].lower()

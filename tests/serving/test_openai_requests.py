@@ -1,4 +1,4 @@
-"""Requests that are wrong get a sentence; what asks for nothing is taken."""
+"""Invalid requests get an error message; neutral values of unsupported fields are accepted."""
 
 import json
 
@@ -9,7 +9,7 @@ from fake_engine import CHAT, COMPLETION, HELLO, chat, complete
 pytest_plugins = ["server_fixtures"]
 
 
-# Where, what is sent, the status, and a part of the sentence.
+# Path, body, status, and a part of the error message.
 BAD = [
     (COMPLETION, b"", 400, "the body is not valid JSON"),
     (COMPLETION, b'{"prompt": "a"', 400, "the body is not valid JSON"),
@@ -105,13 +105,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "sentence"), BAD)
-def test_a_wrong_request_gets_its_sentence(http, engine, path, body, status, sentence):
+@pytest.mark.parametrize(("path", "body", "status", "message"), BAD)
+def test_an_invalid_request_gets_an_error_message(http, engine, path, body, status, message):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = http.post(path, content=content)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert sentence in error["message"]
+    assert message in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]
     assert engine.requests == []
@@ -129,8 +129,8 @@ def test_errors_name_the_field(client):
     assert raised.value.code == "model_not_found"
 
 
-def test_fields_that_ask_for_nothing_are_taken(client):
-    nothing = {"tools": [], "tool_choice": "none", "logit_bias": {}, "store": False}
-    nothing |= {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stop": None}
-    made = chat(client, max_tokens=2, extra_body=nothing)
-    assert made.usage.completion_tokens == 2
+def test_neutral_values_of_unsupported_fields_are_accepted(client):
+    neutral = {"tools": [], "tool_choice": "none", "logit_bias": {}, "store": False}
+    neutral |= {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stop": None}
+    response = chat(client, max_tokens=2, extra_body=neutral)
+    assert response.usage.completion_tokens == 2

@@ -1,4 +1,4 @@
-"""The server as others meet it: limits, keys, clients that leave, failures, metrics."""
+"""The server over HTTP: limits, API keys, disconnects, failures, metrics."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ from llama_jax.serving.server import ServerSettings, bind_socket, startup_messag
 pytest_plugins = ["server_fixtures"]
 
 
-def test_bodies_over_the_limit_are_refused(http):
+def test_a_body_over_the_limit_is_rejected(http):
     body = json.dumps({"prompt": "a" * 20_000}).encode()
     for content in (body, iter([body[:9_000], body[9_000:], b" " * 9_000])):
         answer = http.post(COMPLETION, content=content)
@@ -26,15 +26,15 @@ def test_bodies_over_the_limit_are_refused(http):
         assert answer.json()["error"]["message"] == "the body is longer than 20000 bytes"
 
 
-def test_a_key_is_asked_for(tokenizer):
+def test_all_routes_except_health_and_the_page_require_the_key(tokenizer):
     with serving(tokenizer, api_key="correct horse") as (_, url):
-        for key, sentence in [("", "is missing"), ("wrong", "is wrong"), ("é", "is wrong")]:
+        for key, problem in [("", "is missing"), ("wrong", "is wrong"), ("é", "is wrong")]:
             headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
             for path in ("/v1/models", "/metrics", "/nowhere"):
                 answer = httpx.get(url + path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.headers["www-authenticate"] == "Bearer"
-                assert sentence in answer.json()["error"]["message"]
+                assert problem in answer.json()["error"]["message"]
         with new_client(url, "wrong") as client, pytest.raises(openai.AuthenticationError):
             complete(client)
         with new_client(url, "correct horse") as client:
@@ -43,7 +43,7 @@ def test_a_key_is_asked_for(tokenizer):
         assert "llama_jax" in httpx.get(url).text
 
 
-def test_a_full_queue_says_when_to_come_again(client, engine):
+def test_a_full_queue_returns_429_with_retry_after(client, engine):
     engine.hold.clear()
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -62,7 +62,7 @@ def test_a_full_queue_says_when_to_come_again(client, engine):
         engine.hold.set()
 
 
-def test_more_texts_than_the_queue_has_room_for_are_made(client):
+def test_one_request_may_have_more_texts_than_the_queue(client):
     assert len(complete(client, n=100, max_tokens=1).choices) == 100
 
 
@@ -74,7 +74,7 @@ def short(tokenizer):
 
 class TestTimeLimit:
     @pytest.mark.parametrize("stream", [False, True])
-    def test_nothing_in_time_is_an_error(self, short, stream):
+    def test_a_request_without_a_token_in_time_fails(self, short, stream):
         engine, client = short
         engine.hold.clear()
         with pytest.raises(openai.InternalServerError) as raised:
@@ -83,21 +83,21 @@ class TestTimeLimit:
         engine.wait_until_idle()
         engine.hold.set()
 
-    def test_what_is_there_in_time_is_given(self, short):
+    def test_a_text_ends_at_the_time_limit(self, short):
         engine, client = short
         engine.script = lambda request: "x" * 150
         engine.seconds = 0.03
-        made = complete(client)
-        assert made.choices[0].finish_reason == "length"
-        assert 0 < made.usage.completion_tokens < 100
-        assert made.choices[0].text.strip("x ") == ""
+        completion = complete(client)
+        assert completion.choices[0].finish_reason == "length"
+        assert 0 < completion.usage.completion_tokens < 100
+        assert completion.choices[0].text.strip("x ") == ""
         chunks = list(complete(client, stream=True))
         assert chunks[-1].choices[0].finish_reason == "length"
         engine.wait_until_idle()
         assert set(engine.reasons[-2:]) == {"cancelled"}
 
 
-def test_an_engine_that_fails_is_told(client, engine):
+def test_an_engine_failure_is_reported(client, engine):
     engine.failing = True
     try:
         with pytest.raises(openai.InternalServerError, match="the engine has failed: out of mem"):
@@ -116,7 +116,7 @@ def test_an_engine_that_fails_is_told(client, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_texts(served, engine, stream):
+def test_a_disconnect_cancels_the_texts_of_the_request(served, engine, stream):
     port = int(served[1].rpartition(":")[2])
     body = json.dumps(
         {"prompt": "hello", "n": 3, "max_tokens": 150, "ignore_eos": True, "stream": stream}
@@ -140,7 +140,7 @@ def test_a_client_that_leaves_cancels_its_texts(served, engine, stream):
         engine.hold.set()
 
 
-def test_those_who_wait_are_told_that_the_server_ends(tokenizer, monkeypatch):
+def test_waiting_requests_get_503_when_the_server_shuts_down(tokenizer, monkeypatch):
     monkeypatch.setattr("llama_jax.serving.server._SHUTDOWN_GRACE_SECONDS", 0.2)
     with ThreadPoolExecutor(2) as pool:
         with serving(tokenizer) as (engine, url):
@@ -158,21 +158,21 @@ def test_those_who_wait_are_told_that_the_server_ends(tokenizer, monkeypatch):
     assert engine.reasons == ["cancelled"] * 2
 
 
-def test_requests_at_once_are_not_mixed_up(client, engine):
-    def ask(i):
+def test_concurrent_requests_get_their_own_texts(client, engine):
+    def generate(i):
         stream = i % 2 == 0
-        made = complete(client, f"number {i}", seed=i, stream=stream)
+        completion = complete(client, f"number {i}", seed=i, stream=stream)
         if stream:
-            return "".join(chunk.choices[0].text for chunk in made)
-        return made.choices[0].text
+            return "".join(chunk.choices[0].text for chunk in completion)
+        return completion.choices[0].text
 
     numbers = range(24)
     with ThreadPoolExecutor(engine.rows + engine.queue) as pool:
-        texts = list(pool.map(ask, numbers))
+        texts = list(pool.map(generate, numbers))
     assert texts == [ANSWER.replace("7", str(i)).replace("hello", f"number {i}") for i in numbers]
 
 
-def test_metrics_count_what_was_answered(tokenizer):
+def test_metrics_count_requests_and_tokens(tokenizer):
     with serving(tokenizer) as (engine, url), httpx.Client(base_url=url) as http:
         for path, body in [(COMPLETION, {"prompt": "a"}), (COMPLETION, {}), (CHAT, HELLO)]:
             http.post(path, json=body | {"max_tokens": 3})
@@ -198,7 +198,7 @@ def test_metrics_count_what_was_answered(tokenizer):
     assert samples["llama_jax_running", None] == 0
 
 
-def test_pages_of_other_sites_are_refused(http):
+def test_requests_from_pages_of_other_sites_are_rejected(http):
     for site, status in [("cross-site", 403), ("same-site", 403), ("same-origin", 200)]:
         body = {"prompt": "a", "max_tokens": 1}
         answer = http.post(COMPLETION, json=body, headers={"sec-fetch-site": site})
@@ -206,39 +206,49 @@ def test_pages_of_other_sites_are_refused(http):
     assert http.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200  # a link
 
 
-def page(**headers):
-    """Returns the headers of a request by a page that a browser took from somewhere."""
+def page_headers(**headers):
+    """Returns the headers that a browser sends for a page."""
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        # DNS rebinding: the browser takes the server for a part of evil.example.
-        (page(host="evil.example:8000", sec_fetch_site="same-origin"), 403),
-        (page(host="evil.example", origin="http://evil.example"), 403),
-        (page(host="127.0.0.1.evil.example"), 403),
-        (page(host="localhost.evil.example:80"), 403),
-        (page(host="[::1"), 403),
-        (page(host="llm:8000"), 403),
-        (page(host="localhost:8000"), 200),
-        (page(host="LocalHost."), 200),
-        (page(host="llama.localhost"), 200),
-        (page(host="127.0.0.1:1"), 200),
-        (page(host="[::1]:8000"), 200),
-        (page(host="192.168.1.5:8000"), 200),  # no name: nobody can make it another's
-        # Where browsers send no sec-fetch-site: plain HTTP to an address that is no loopback.
-        (page(host="192.168.1.5:8000", origin="http://192.168.1.5:8000"), 200),
-        (page(host="192.168.1.5:8000", origin="http://192.168.1.5:9000"), 403),
-        (page(host="192.168.1.5:8000", origin="http://evil.example"), 403),
-        (page(host="192.168.1.5:8000", origin="null"), 403),
-        (page(host="192.168.1.5:8000", origin="http://["), 403),
-        # A proxy with TLS that changes the host: the browser says where the page came from.
-        (page(host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="same-origin"), 200),
-        (page(host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="cross-site"), 403),
+        # DNS rebinding: the browser treats the server as a part of evil.example.
+        (page_headers(host="evil.example:8000", sec_fetch_site="same-origin"), 403),
+        (page_headers(host="evil.example", origin="http://evil.example"), 403),
+        (page_headers(host="127.0.0.1.evil.example"), 403),
+        (page_headers(host="localhost.evil.example:80"), 403),
+        (page_headers(host="[::1"), 403),
+        (page_headers(host="llm:8000"), 403),
+        (page_headers(host="localhost:8000"), 200),
+        (page_headers(host="LocalHost."), 200),
+        (page_headers(host="llama.localhost"), 200),
+        (page_headers(host="127.0.0.1:1"), 200),
+        (page_headers(host="[::1]:8000"), 200),
+        (page_headers(host="192.168.1.5:8000"), 200),  # an address, which DNS rebinding can't fake
+        # Browsers send no sec-fetch-site over plain HTTP to an address that is not loopback.
+        (page_headers(host="192.168.1.5:8000", origin="http://192.168.1.5:8000"), 200),
+        (page_headers(host="192.168.1.5:8000", origin="http://192.168.1.5:9000"), 403),
+        (page_headers(host="192.168.1.5:8000", origin="http://evil.example"), 403),
+        (page_headers(host="192.168.1.5:8000", origin="null"), 403),
+        (page_headers(host="192.168.1.5:8000", origin="http://["), 403),
+        # A proxy with TLS changes the host: sec-fetch-site shows the page's origin.
+        (
+            page_headers(
+                host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="same-origin"
+            ),
+            200,
+        ),
+        (
+            page_headers(
+                host="127.0.0.1:8000", origin="https://x.org", sec_fetch_site="cross-site"
+            ),
+            403,
+        ),
     ],
 )
-def test_only_the_own_page_is_served(http, headers, status):
+def test_only_pages_of_the_server_itself_may_send_requests(http, headers, status):
     answer = http.post(COMPLETION, json={"prompt": "a", "max_tokens": 1}, headers=headers)
     assert answer.status_code == status, answer.text
     if "evil" in headers["host"]:
@@ -247,7 +257,7 @@ def test_only_the_own_page_is_served(http, headers, status):
         assert "start the server with --allow-host " in answer.json()["error"]["message"]
 
 
-def test_hosts_that_are_allowed(tokenizer):
+def test_allowed_hosts(tokenizer):
     here = allowed_hosts("box.lan", ["Models.example.org"], "127.0.0.1")
     names = ("models.example.org", "box.lan", "llm", "evil.example")
     assert [here.allow(f"{name}:80") for name in names] == [True, True, False, False]
@@ -266,13 +276,13 @@ def test_hosts_that_are_allowed(tokenizer):
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
             connection.sendall(no_host)
             assert b"200 OK" in connection.recv(100)
-    with serving(tokenizer, api_key="k") as (_, url):  # the key is what a strange page lacks
+    with serving(tokenizer, api_key="k") as (_, url):  # a page of another site lacks the key
         key = evil | {"authorization": "Bearer k"}
         assert httpx.post(url + COMPLETION, json=body, headers=key).status_code == 200
         assert httpx.post(url + COMPLETION, json=body, headers=evil).status_code == 401
 
 
-def test_an_error_of_the_server_is_told_and_logged_without_the_request(http, engine, caplog):
+def test_an_internal_error_is_reported_and_logged_without_the_request(http, engine, caplog):
     def broken(request):
         raise RuntimeError(f"secret {request.prompt}")
 

@@ -1,4 +1,4 @@
-"""The server with a real engine and a really trained model behind it."""
+"""The server with the real engine and a trained model."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,17 +34,17 @@ def client(served):
         yield client
 
 
-def test_the_story_is_the_one_that_is_known(client, shared_data):
+def test_the_greedy_story_equals_the_reference(client, shared_data):
     expected = (shared_data / "stories260K" / "greedy_200_expected.txt").read_text()
-    told = client.completions.create(
+    completion = client.completions.create(
         model="stories", prompt="", max_tokens=200, temperature=0, extra_body={"ignore_eos": True}
     )
-    assert told.choices[0].text == expected
-    assert told.usage.completion_tokens == 200
+    assert completion.choices[0].text == expected
+    assert completion.usage.completion_tokens == 200
 
 
-def test_continuations_are_scored_as_by_transformers(client, shared_data):
-    """In lm-eval's way, `is_greedy` included (openai_completions.py and huggingface.py, 0.4.13)."""
+def test_log_probabilities_of_continuations_equal_those_of_transformers(client, shared_data):
+    """As lm-eval 0.4.13 requests them, with `is_greedy` (openai_completions.py, huggingface.py)."""
     torch, transformers = peer("torch"), peer("transformers")
     folder = shared_data / "stories260K"
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
@@ -60,24 +60,24 @@ def test_continuations_are_scored_as_by_transformers(client, shared_data):
     for _ in range(5):
         for ids, logprobs_TV in zip(likely, logprobs(likely), strict=True):
             ids.append(int(logprobs_TV[len(ids) - 1].argmax()))
-    # 1 to 5 tokens: every other time those that follow in another text.
-    asked = [
+    # 1 to 5 tokens: greedy ones in every other request, otherwise unrelated ones.
+    pairs = [
         (context, ids[: len(context) + 1 + i % 5] if i % 2 else context + text[i : i + 1 + i % 5])
         for i, (context, ids) in enumerate(zip(contexts, likely, strict=True))
     ]
     agree = greedy = 0
-    for (context, ids), logprobs_TV in zip(asked, logprobs([ids for _, ids in asked]), strict=True):
-        at = range(len(context) - 1, len(ids) - 1)
-        expected = sum(float(logprobs_TV[p, ids[p + 1]]) for p in at)
-        is_greedy = all(int(logprobs_TV[p].argmax()) == ids[p + 1] for p in at)
+    for (context, ids), logprobs_TV in zip(pairs, logprobs([ids for _, ids in pairs]), strict=True):
+        positions = range(len(context) - 1, len(ids) - 1)
+        expected = sum(float(logprobs_TV[p, ids[p + 1]]) for p in positions)
+        is_greedy = all(int(logprobs_TV[p].argmax()) == ids[p + 1] for p in positions)
         scores = client.completions.create(
             model="stories", prompt=ids, max_tokens=1, temperature=0, logprobs=1, echo=True
         ).choices[0].logprobs  # fmt: skip
         new = slice(len(context), -1)
-        pairs = list(zip(scores.token_logprobs[new], scores.top_logprobs[new], strict=True))
-        assert len(pairs) == len(at) > 0
-        assert sum(logprob for logprob, _ in pairs) == pytest.approx(expected, abs=2e-4)
-        agree += is_greedy == all(logprob == max(top.values()) for logprob, top in pairs)
+        returned = list(zip(scores.token_logprobs[new], scores.top_logprobs[new], strict=True))
+        assert len(returned) == len(positions) > 0
+        assert sum(logprob for logprob, _ in returned) == pytest.approx(expected, abs=2e-4)
+        agree += is_greedy == all(logprob == max(top.values()) for logprob, top in returned)
         greedy += is_greedy
     assert agree == 80
     assert 40 <= greedy < 70
@@ -93,27 +93,27 @@ def metrics(served):
     }
 
 
-def test_requests_in_company_get_what_they_get_alone(client, served):
-    def ask(i):
-        told = client.completions.create(
+def test_concurrent_requests_get_the_same_text_as_alone(client, served):
+    def generate(i):
+        completion = client.completions.create(
             model="stories", prompt="Once upon a time" * (i % 3 + 1), max_tokens=10 + i,
             temperature=i % 2, seed=i, logprobs=2,
         )  # fmt: skip
-        return told.choices[0].text, told.choices[0].logprobs.tokens
+        return completion.choices[0].text, completion.choices[0].logprobs.tokens
 
     before = metrics(served)
-    alone = [ask(i) for i in range(12)]
+    alone = [generate(i) for i in range(12)]
     with ThreadPoolExecutor(12) as pool:
-        assert list(pool.map(ask, range(12))) == alone
+        assert list(pool.map(generate, range(12))) == alone
     samples = metrics(served)
     assert samples["llama_jax_running"] == samples["llama_jax_waiting"] == 0
-    # Common prefixes are prefilled once; at least one token of each prompt is prefilled anew.
+    # Common prefixes are prefilled once; at least one token of each prompt is always prefilled.
     reused, prefilled = (
         samples[name] - before[name]
         for name in ("llama_jax_reused_tokens_total", "llama_jax_prompt_tokens_total")
     )
     assert reused > prefilled
     assert samples["llama_jax_bytes_read_total"] > samples["llama_jax_decode_steps_total"] * 1e6
-    reached = samples["llama_jax_bytes_read_total"] / samples["llama_jax_decode_seconds_total"]
-    share = reached / samples["llama_jax_copy_bandwidth_bytes_per_second"]
+    bandwidth = samples["llama_jax_bytes_read_total"] / samples["llama_jax_decode_seconds_total"]
+    share = bandwidth / samples["llama_jax_copy_bandwidth_bytes_per_second"]
     assert samples["llama_jax_bandwidth_share"] == pytest.approx(share)

@@ -12,7 +12,7 @@ from llama_jax.serving import start_progress
 from llama_jax.serving.start_progress import loading_progress, stage_progress
 
 
-def test_a_line_comes_every_ten_seconds(capsys, monkeypatch):
+def test_a_line_appears_every_ten_seconds(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with stage_progress("compiling 12 programs", "compiled 12 programs") as progress:
@@ -40,7 +40,7 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
     assert re.search(r"compiled 12 programs in \d+\.\d s\n$", err)
 
 
-def test_a_stage_that_fails_is_not_called_done(capsys):
+def test_a_stage_that_fails_is_not_reported_as_done(capsys):
     with pytest.raises(MemoryError), stage_progress("compiling", "compiled"):
         raise MemoryError
     assert capsys.readouterr().err == "compiling …\n"
@@ -60,5 +60,5 @@ def test_loading_counts_the_bytes_on_the_devices(capsys, monkeypatch):
         n = len(shown)
         while len(shown) < n + 3:
             pass
-    assert shown[-1] == (0.5, "loading weights: 0.02 of 0.04 GB")  # it never falls
+    assert shown[-1] == (0.5, "loading weights: 0.02 of 0.04 GB")  # it never decreases
     assert capsys.readouterr().err.startswith("loaded 0.04 GB of weights in ")

@@ -302,7 +302,7 @@ class Engine:
             total, steps = total + len(ids), max(steps, len(ids))
             self._deliver(row, ids, [x_Bn_[index] for x_Bn_ in generated[1:]])
         self._count(
-            made_tokens=total,
+            generated_tokens=total,
             decode_seconds=seconds,
             decode_steps=steps,
             bytes_read=steps * self._step_bytes(),

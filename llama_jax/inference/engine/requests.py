@@ -98,10 +98,7 @@ class EngineStopped(Exception):
 
 
 class Statistics(NamedTuple):
-    """Counts since the engine started, and its current load.
-
-    The server reports each field at `/metrics` under the field's name.
-    """
+    """Counts since the engine started, and its current load; the server exports them at `/metrics`."""
 
     waiting: int = 0  # requests in the queue
     running: int = 0  # requests in a row
@@ -109,7 +106,7 @@ class Statistics(NamedTuple):
     cancelled: int = 0
     prompt_tokens: int = 0  # prefilled
     reused_tokens: int = 0  # prompt tokens whose keys and values were still in the cache
-    made_tokens: int = 0  # generated
+    generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
