@@ -38,8 +38,8 @@ class AllowedHosts(NamedTuple):
     Attributes:
         names: allowed in addition to localhost and IP addresses; '*' allows all.
         network: whether other machines reach the server. They may use a name without a dot, as
-            containers do: only a machine of the same network can make up such a name, and it
-            reaches the server anyway.
+            containers do: only machines of the same network can define such a name, and they
+            reach the server anyway.
     """
 
     names: frozenset[str] = frozenset()

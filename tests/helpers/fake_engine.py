@@ -42,7 +42,7 @@ class FakeEngine:
     Attributes:
         requests: all requests in the order of their arrival.
         reasons: why each finished request ended, in the order of their ends.
-        hold: while it is not set, requests generate nothing.
+        may_generate: while it is not set, requests generate nothing.
         failing: whether requests end with an error.
         seconds: time that each token takes.
     """
@@ -54,8 +54,8 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.requests: list[Request] = []
         self.reasons: list[str] = []
-        self.hold = threading.Event()
-        self.hold.set()
+        self.may_generate = threading.Event()
+        self.may_generate.set()
         self.failing = self.closed = False
         self.seconds = 0.001
         self._changed = threading.Condition()
@@ -94,7 +94,7 @@ class FakeEngine:
         deliver(RequestEnded(reason, "out of memory" if reason == "error" else ""))
 
     def _generate(self, request, ticket, deliver) -> str:
-        while not self.hold.wait(0.002):
+        while not self.may_generate.wait(0.002):
             if ticket.cancelled.is_set():
                 return "cancelled"
         if self.failing:

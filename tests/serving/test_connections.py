@@ -87,7 +87,7 @@ def test_waiting_connections_do_not_block_other_clients(monkeypatch, tokenizer, 
 
 def test_one_more_connection_is_refused_if_all_are_being_answered(monkeypatch, tokenizer):
     with limited(monkeypatch, tokenizer, 2) as (engine, url):
-        engine.hold.clear()
+        engine.may_generate.clear()
         with connect(url, REQUEST) as first, connect(url, REQUEST) as second:
             while len(engine.requests) < 2:
                 time.sleep(0.002)
@@ -95,7 +95,7 @@ def test_one_more_connection_is_refused_if_all_are_being_answered(monkeypatch, t
             assert refused.status_code == 503
             assert refused.json()["error"]["message"] == TOO_MANY
             assert int(refused.headers["retry-after"]) > 0
-            engine.hold.set()
+            engine.may_generate.set()
             assert b"200 OK" in first.recv(100)
             assert b"200 OK" in second.recv(100)
         assert post(url).status_code == 200

@@ -188,11 +188,11 @@ class TestChat:
         assert chat(client).choices == response.choices
 
     def test_a_stream_begins_with_the_role_and_ends_with_the_reason(self, client, engine):
-        whole = chat(client).choices[0].message.content
+        text = chat(client).choices[0].message.content
         *chunks, last = chat(client, stream=True, stream_options={"include_usage": True})
         deltas = [chunk.choices[0].delta for chunk in chunks]
         assert (deltas[0].role, deltas[0].content) == ("assistant", "")
-        assert "".join(delta.content or "" for delta in deltas) == whole
+        assert "".join(delta.content or "" for delta in deltas) == text
         assert all(delta.role is None for delta in deltas[1:])
         assert deltas[-1].content is None
         reasons = [chunk.choices[0].finish_reason for chunk in chunks]

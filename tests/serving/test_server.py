@@ -44,7 +44,7 @@ def test_all_routes_except_health_and_the_page_require_the_key(tokenizer):
 
 
 def test_a_full_queue_returns_429_with_retry_after(client, engine):
-    engine.hold.clear()
+    engine.may_generate.clear()
     try:
         with ThreadPoolExecutor(1) as pool:
             n = FakeEngine.rows + FakeEngine.queue
@@ -56,10 +56,10 @@ def test_a_full_queue_returns_429_with_retry_after(client, engine):
             assert int(raised.value.response.headers["retry-after"]) > 0
             assert raised.value.code == "queue_full"
             assert len(engine.requests) == n
-            engine.hold.set()
+            engine.may_generate.set()
             assert len(first.result().choices) == n
     finally:
-        engine.hold.set()
+        engine.may_generate.set()
 
 
 def test_one_request_may_have_more_texts_than_the_queue(client):
@@ -76,12 +76,12 @@ class TestTimeLimit:
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_request_without_a_token_in_time_fails(self, short, stream):
         engine, client = short
-        engine.hold.clear()
+        engine.may_generate.clear()
         with pytest.raises(openai.InternalServerError) as raised:
             complete(client, stream=stream)
         assert raised.value.status_code == 504
         engine.wait_until_idle()
-        engine.hold.set()
+        engine.may_generate.set()
 
     def test_a_text_ends_at_the_time_limit(self, short):
         engine, client = short
@@ -124,7 +124,7 @@ def test_a_disconnect_cancels_the_texts_of_the_request(served, engine, stream):
     engine.script = lambda request: "a" * 100
     try:
         if not stream:
-            engine.hold.clear()
+            engine.may_generate.clear()
         with socket.create_connection(("127.0.0.1", port)) as connection:
             head = f"POST {COMPLETION} HTTP/1.1\r\nhost: localhost\r\n"
             connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
@@ -137,14 +137,14 @@ def test_a_disconnect_cancels_the_texts_of_the_request(served, engine, stream):
         assert engine.reasons == ["cancelled"] * 3
     finally:
         del engine.script
-        engine.hold.set()
+        engine.may_generate.set()
 
 
 def test_waiting_requests_get_503_when_the_server_shuts_down(tokenizer, monkeypatch):
     monkeypatch.setattr("llama_jax.serving.server._SHUTDOWN_GRACE_SECONDS", 0.2)
     with ThreadPoolExecutor(2) as pool:
         with serving(tokenizer) as (engine, url):
-            engine.hold.clear()
+            engine.may_generate.clear()
             bodies = ({"prompt": "hello", "stream": stream} for stream in (False, True))
             waiting = [pool.submit(httpx.post, url + COMPLETION, json=body) for body in bodies]
             while len(engine.requests) < 2:
