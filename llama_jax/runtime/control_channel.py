@@ -1,15 +1,16 @@
 """The control channel: one TCP connection from each host of a run to host 0, the coordinator.
 
-It carries what JAX's collectives can't: the coordinator's decisions, the step to stop before, and
-the first error, which ends all hosts. `handshake` opens it before JAX joins the hosts.
+It carries the messages for which JAX has no collective: the coordinator's decisions, the step to
+stop before, and the first error, which ends all hosts. `handshake` opens it before JAX joins the
+hosts.
 
-The end of a connection tells of a dead host. The kernel closes the connections of a killed process
-at once, and keepalive probes find a host without power or network. No thread has to run in time
-for that: a host that compiles or tokenizes for minutes on a busy machine never looks dead. A hung
-process keeps its connection; JAX's heartbeat finds it.
+A closed connection means a dead host. The kernel closes the connections of a killed process at
+once, and keepalive probes detect a host without power or network. Neither needs a thread to run in
+time: a host that compiles or tokenizes for minutes on a busy machine never counts as dead. A hung
+process keeps its connection open; JAX's heartbeat detects it.
 
-Only hosts that passed the handshake are connected. Still, each message is bounded in size and its
-shape is checked; a broken one is ignored with one line on standard error.
+Only hosts that passed the handshake are connected. Still, each message is bounded in size, and its
+structure is checked; a malformed one is ignored with one line on standard error.
 """
 
 import contextlib
@@ -26,25 +27,25 @@ from collections import deque
 from typing import Any, NoReturn
 
 MESSAGE_BYTES = 1 << 20  # the largest message; names of 10,000 hosts take 0.7 MB
-SEND_SECONDS = 5.0  # a host that reads nothing for so long counts as dead
-SHUTDOWN_SECONDS = 5.0  # in which all processes end after an error
-# Keepalive: a host that answers nothing for 10 + 4 × 5 seconds is gone. Longer than a network
-# takes to find another way, and short beside the start of a run.
+SEND_SECONDS = 5.0  # a host that reads nothing for this long counts as dead
+SHUTDOWN_SECONDS = 5.0  # after an error, for all processes to end
+# Keepalive: a host that answers no probe for 10 + 4 × 5 seconds counts as dead. A network reroutes
+# in less time, and the start of a run takes longer.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
 
-def log(sentence: str) -> None:
-    """Prints a line on standard error; where that is closed, nothing happens."""
+def log(message: str) -> None:
+    """Prints a line on standard error, unless that is closed."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"llama-jax: {sentence}", file=sys.stderr, flush=True)
+        print(f"llama-jax: {message}", file=sys.stderr, flush=True)
 
 
 class Connection:
     """A TCP connection that carries messages: a kind and plain JSON, one line each.
 
     Attributes:
-        limit: longest line in bytes; longer ones count as broken and take no more memory.
-        received: messages that have arrived, in order; None stands for a broken one.
+        limit: longest line in bytes; longer ones are malformed and use no more memory.
+        received: messages that have arrived, in order; None for a malformed one.
     """
 
     def __init__(self, connection: socket.socket, limit: int = MESSAGE_BYTES):
@@ -60,7 +61,7 @@ class Connection:
         self._rest = b""
 
     def send(self, kind: str, content: Any = None) -> None:
-        """Sends a message. A broken connection is closed, which its reader notices.
+        """Sends a message. On a failure it closes the connection, which the reader detects.
 
         Raises:
             ValueError: the message is larger than MESSAGE_BYTES.
@@ -71,11 +72,11 @@ class Connection:
         with self._sending:
             try:
                 self.socket.sendall(line + b"\n")
-            except OSError:  # half a line may be sent: the connection can't be used any more
+            except OSError:  # part of a line may be sent: the connection is unusable
                 self.shut_down()
 
     def read(self) -> bool:
-        """Adds the messages that have arrived to `received`; False: the other end is gone."""
+        """Appends arrived messages to `received`; returns False if the other end has closed."""
         try:
             data = self.socket.recv(1 << 16)
         except (BlockingIOError, TimeoutError):
@@ -83,35 +84,38 @@ class Connection:
         except OSError:
             return False
         *lines, rest = (self._rest + data).split(b"\n")
-        self.received += [self._parsed(line) for line in lines]
+        self.received += [self._parse(line) for line in lines]
         if len(rest) > self.limit:
             self.received.append(None)
-        self._rest = rest[: self.limit + 1]  # the byte too many marks the line as broken
+        self._rest = rest[: self.limit + 1]  # one byte too many marks the line as malformed
         return bool(data)
 
-    def _parsed(self, line: bytes) -> tuple[str, Any] | None:
+    def _parse(self, line: bytes) -> tuple[str, Any] | None:
         if len(line) > self.limit:
             return None
         try:
             match json.loads(line):
                 case [str(kind), content]:
                     return kind, content
-        except (ValueError, RecursionError):  # no JSON; deeper than Python reads
+        except (ValueError, RecursionError):  # not JSON, or nested too deeply for Python
             pass
         return None
 
     def wait(self, deadline: float) -> tuple[str, Any] | None:
-        """Waits for the next message, or None for a broken one, until `deadline` [monotonic].
+        """Returns the next message, or None for a malformed one.
+
+        Args:
+            deadline: when to stop waiting, on the clock `time.monotonic` [s].
 
         Raises:
-            TimeoutError: no message came.
-            ConnectionError: the other end is gone.
+            TimeoutError: no message arrived.
+            ConnectionError: the other end has closed.
         """
         while not self.received:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 raise TimeoutError
-            self.socket.settimeout(left)
+            self.socket.settimeout(remaining)
             alive = self.read()
             self.socket.settimeout(SEND_SECONDS)
             if not alive and not self.received:
@@ -119,21 +123,21 @@ class Connection:
         return self.received.popleft()
 
     def shut_down(self) -> None:
-        """Ends the connection for both ends; the socket stays to be closed."""
-        with contextlib.suppress(OSError):  # the other end was faster
+        """Shuts the connection down for both ends, without closing the socket."""
+        with contextlib.suppress(OSError):  # the other end has closed it
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class ControlChannel:
-    """The hosts of a run, as one of them sees them.
+    """The connections of one host to the other hosts of the run.
 
     Attributes:
         process: number of this host.
         names: names of all hosts.
-        connections: on host 0 one to each other host, elsewhere one to host 0.
-        decisions: what host 0 has decided, in order.
-        values: on host 0, what each other host has sent to be compared, in order.
-        leaving: the run is over, and connections may end.
+        connections: by number of host; on host 0 one to each other host, elsewhere one to host 0.
+        decisions: results of `hosts.broadcast_decision` from host 0, in order.
+        values: on host 0, the values to compare from each other host, in order.
+        leaving: True once the run is over, and connections may close.
     """
 
     def __init__(self, process: int, names: list[str], connections: dict[int, Connection]):
@@ -144,13 +148,13 @@ class ControlChannel:
         }
         self.leaving = False
         self._shutting_down = threading.Lock()
-        self._broken: set[int] = set()  # hosts that sent a broken message
+        self._malformed: set[int] = set()  # hosts that sent a malformed message
         self._steps = threading.Condition()
-        self._asked_before = -1  # the newest step that the main thread asked about
-        self._requested = self._choosing = False
-        self._answers: dict[int, int] | None = None
+        self._newest_step = -1  # the newest one that the main thread passed to `stop_before`
+        self._stop_requested = self._choosing_step = False
+        self._newest_steps: dict[int, int] | None = None  # on host 0, by host, once it has asked
         self._reason = ""
-        self._stop: tuple[int, str] | None = None
+        self._stop: tuple[int, str] | None = None  # the chosen step, and the reason
         self._reader = threading.Thread(target=self._read, daemon=True, name="control channel")
         self._reader.start()
 
@@ -159,7 +163,7 @@ class ControlChannel:
         return f"host {process} ({self.names[process]})"
 
     def to_coordinator(self, kind: str, content: Any) -> None:
-        """Sends a message to host 0, which may be this one."""
+        """Sends a message to host 0, which may be this host."""
         if self.process == 0:
             self._handle(0, kind, content)
         else:
@@ -178,7 +182,7 @@ class ControlChannel:
         try:
             self._read_until_closed()
         except Exception as error:
-            # Without this thread nobody would notice a dead host.
+            # Without this thread, no host would detect a dead one.
             traceback.print_exception(error)
             self.fail(f"{type(error).__name__}: {error}", 1)
 
@@ -186,7 +190,9 @@ class ControlChannel:
         selector = selectors.DefaultSelector()
         for process, connection in self.connections.items():
             selector.register(connection.socket, selectors.EVENT_READ, process)
-            self._handle_received(process)  # messages that arrived together with the handshake's
+            self._handle_received(
+                process
+            )  # messages that arrived with the last one of the handshake
         while selector.get_map():
             for key, _ in selector.select():
                 alive = self.connections[key.data].read()
@@ -198,18 +204,18 @@ class ControlChannel:
                     self.connections[key.data].socket.close()
                 else:
                     self._shut_down_all(
-                        f"{self.name(key.data)} has died or can't be reached: look at its own"
-                        " output, and start all again to go on from the last checkpoint",
+                        f"{self.name(key.data)} has died or can't be reached: see its output, and"
+                        " start all hosts again to resume from the last checkpoint",
                         1,
                     )
 
     def _handle_received(self, process: int) -> None:
         received = self.connections[process].received
         while received:
-            self._handle(process, *(received.popleft() or ("broken", None)))
+            self._handle(process, *(received.popleft() or ("malformed", None)))
 
     def _handle(self, sender: int, kind: str, content: Any) -> None:
-        """Does what a message from the host `sender` asks for."""
+        """Handles a message from the host `sender`."""
         match kind, content:
             case "decision", _ if sender == 0:
                 self.decisions.put(content)
@@ -221,65 +227,68 @@ class ControlChannel:
                 self._exit(message, code)
             case "stop request", str(reason):
                 with self._steps:
-                    if self._answers is None:
-                        self._answers, self._reason = {}, reason
+                    if self._newest_steps is None:
+                        self._newest_steps, self._reason = {}, reason
                         self._to_all("which step", None)
             case "which step", None if sender == 0:
                 with self._steps:
-                    self._choosing = True
-                    self.to_coordinator("step", self._asked_before)
+                    self._choosing_step = True
+                    self.to_coordinator("step", self._newest_step)
             case "step", int(step):
                 with self._steps:
-                    self._answer(sender, step)
+                    self._collect_newest_step(sender, step)
             case "stop before", [int(step), str(reason)] if sender == 0:
                 with self._steps:
-                    self._stop, self._choosing = (step, reason), False
+                    self._stop, self._choosing_step = (step, reason), False
                     self._steps.notify_all()
             case _:
-                if sender not in self._broken:
-                    self._broken.add(sender)
+                if sender not in self._malformed:
+                    self._malformed.add(sender)
                     log(
-                        f"ignored a message of {self.name(sender)} that can't be read: do all hosts"
-                        " run the same version?"
+                        f"ignored a malformed message from {self.name(sender)}: do all hosts run"
+                        " the same version?"
                     )
 
     # All hosts must stop before the same step: a host that has already dispatched a later step
-    # would deadlock in its collectives. So host 0 asks each for its newest step. A host that has
-    # answered dispatches nothing until the choice is known. The reader thread answers, so that a
-    # host whose main thread waits for its device keeps nobody waiting.
+    # would deadlock in its collectives. So host 0 asks each for its newest step, and chooses the
+    # one after the newest of all. A host that has answered dispatches no step until it knows the
+    # choice. The reader thread answers, so that a host whose main thread waits for its device
+    # doesn't delay the others.
 
-    def stop_before(self, step: int, wanted: str | None) -> str | None:
-        """Returns why to stop before `step`, the same step on all hosts; None: go on.
+    def stop_before(self, step: int, reason: str | None) -> str | None:
+        """Returns the reason to stop before `step`, the same step on all hosts; None: continue.
 
-        `wanted` is this host's reason to stop.
+        Args:
+            step: the step that this host dispatches next.
+            reason: of this host to stop, or None.
         """
-        if wanted and not self._requested:
-            self._requested = True
-            self.to_coordinator("stop request", f"{wanted} on {self.name(self.process)}")
+        if reason and not self._stop_requested:
+            self._stop_requested = True
+            self.to_coordinator("stop request", f"{reason} on {self.name(self.process)}")
         with self._steps:
-            self._steps.wait_for(lambda: not self._choosing)
-            self._asked_before = max(step, self._asked_before)
+            self._steps.wait_for(lambda: not self._choosing_step)
+            self._newest_step = max(step, self._newest_step)
             return self._stop[1] if self._stop and step >= self._stop[0] else None
 
-    def _answer(self, sender: int, step: int) -> None:
-        if self._answers is not None and self._stop is None:
-            self._answers[sender] = step
-            if len(self._answers) == len(self.names):
-                self._to_all("stop before", [max(self._answers.values()) + 1, self._reason])
+    def _collect_newest_step(self, sender: int, step: int) -> None:
+        if self._newest_steps is not None and self._stop is None:
+            self._newest_steps[sender] = step
+            if len(self._newest_steps) == len(self.names):
+                self._to_all("stop before", [max(self._newest_steps.values()) + 1, self._reason])
 
     def fail(self, message: str, code: int) -> NoReturn:
-        """Ends all hosts with the first error of any, which need not be this one."""
+        """Ends all hosts with the first error of any, which may be another one than this."""
         message = f"{self.name(self.process)}: {message}"
         self.to_coordinator("error", [message, code])
-        time.sleep(SHUTDOWN_SECONDS)  # host 0 says which error was the first
+        time.sleep(SHUTDOWN_SECONDS)  # host 0 broadcasts the error that was first
         self._exit(message, code)
 
     def _shut_down_all(self, message: str, code: int) -> NoReturn:
-        self._shutting_down.acquire()  # never released: the first error is the one that all print
+        self._shutting_down.acquire()  # never released: all hosts print the first error only
         try:
             if self.process == 0:
                 self.to_others("shutdown", [message, code])
-                # When this process exits, JAX aborts in all that are still there. Wait for them.
+                # When this process exits, JAX aborts in all others that still run. Wait for them.
                 deadline = time.monotonic() + SHUTDOWN_SECONDS
                 for connection in self.connections.values():
                     with contextlib.suppress(TimeoutError, ConnectionError):
@@ -292,12 +301,12 @@ class ControlChannel:
         log(message)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-        # The main thread may wait in a collective that never ends, and JAX's own exit waits for
-        # all hosts.
+        # sys.exit would not do: the main thread may wait in a collective that never ends, and JAX
+        # waits for all hosts at exit.
         os._exit(code)
 
     def close(self) -> None:
-        """Ends the connections, once all hosts are `leaving`."""
+        """Closes the connections, once all hosts are `leaving`."""
         for connection in self.connections.values():
             connection.shut_down()
         self._reader.join()

@@ -1,4 +1,4 @@
-"""Joins the hosts of a pod or cluster for one training run, and ends them together."""
+"""Joins the hosts of a pod or cluster for one run, and ends them together."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` itself asks
+from jax._src.clusters import ClusterEnv  # `jax.distributed.initialize` uses it too
 
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import handshake, stop_signal
@@ -18,8 +18,8 @@ from llama_jax.runtime.control_channel import ControlChannel
 # An unexpected exception is usually caused by another host dying, when a collective breaks. Wait
 # this long so that the root cause is reported first.
 ROOT_CAUSE_SECONDS = 2.0
-# A process without a heartbeat for so long is hung; JAX then ends the others. Its heartbeats come
-# from a thread that a busy machine may not run for a while.
+# JAX counts a process without a heartbeat for this long as hung, and ends the others. Heartbeats
+# come from a thread that may not run for a while on a busy machine.
 HEARTBEAT_SECONDS = 100
 JOB_TOKEN = "LLAMA_JAX_JOB_TOKEN"
 
@@ -32,43 +32,43 @@ _channel: ControlChannel | None = None
 def join(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Iterator[None]:
-    """Joins all processes of a run for the time of the block. A single process has none to join.
+    """Joins all processes of a run during the block; does nothing for a single process.
 
-    TPU pods, SLURM, Open MPI and indexed Jobs of Kubernetes tell which processes belong together;
-    elsewhere the three arguments do. When one process dies or raises in the block, all print the
-    root cause and exit: with 2 after an InputError, else with 1.
+    On TPU pods, SLURM, Open MPI and indexed Jobs of Kubernetes the environment states which
+    processes belong together; elsewhere the three arguments do. When one process dies or raises in
+    the block, all print the root cause and exit: with 2 after an InputError, else with 1.
 
-    Processes join only those that have the same job token: LLAMA_JAX_JOB_TOKEN, or else what the
-    scheduler calls the job.
+    Only processes with the same job token join each other: LLAMA_JAX_JOB_TOKEN, or the scheduler's
+    name of the job.
 
     Args:
         coordinator: 'host:port' of process 0, as the others reach it.
         processes: number of processes in all.
-        process: number of this one, from 0.
+        process: number of this process, from 0.
 
     Raises:
-        InputError: the processes can't meet, or disagree about their number or the job token.
+        InputError: the processes can't connect, or disagree about their number or the job token.
     """
     global _channel
-    place = _named(coordinator, processes, process) or _detected()
-    if place is None or place[1] == 1:
+    cluster = _cluster_from_flags(coordinator, processes, process) or _detect_cluster()
+    if cluster is None or cluster[1] == 1:
         yield
         return
-    address, processes, process = place
+    address, processes, process = cluster
     token = _job_token(address, detected=coordinator is None)
-    _channel, port = handshake.meet(*_split(address), processes, process, token)
+    _channel, port = handshake.connect_hosts(*_split_address(address), processes, process, token)
     channel = _channel
     stop_signal.exit_run = lambda message: channel.fail(message, 0)
     try:
         _join_jax(f"{address.rpartition(':')[0]}:{port}", processes, process, coordinator is None)
         yield
-        check_equal_on_hosts({})  # no host leaves before all are done
+        check_equal_on_hosts({})  # a barrier: no host leaves before all are done
         _channel.leaving = True
         jax.distributed.shutdown()
     except InputError as error:
         _channel.fail(str(error), 2)
-    except stop_signal.SigtermReceived as stopped:
-        _channel.fail(str(stopped), 0)
+    except stop_signal.SigtermReceived as received:
+        _channel.fail(str(received), 0)
     except KeyboardInterrupt:
         _channel.fail("interrupted", 130)
     except BaseException as error:
@@ -82,19 +82,19 @@ def join(
 
 
 def is_multi_host() -> bool:
-    """Tells whether this process is one of several."""
+    """Returns whether this process is one of several."""
     return _channel is not None
 
 
 def is_host_zero() -> bool:
-    """Tells whether this process is host 0, which alone prints and writes files."""
+    """Returns whether this process is host 0, the only one that prints and writes files."""
     return _channel is None or _channel.process == 0
 
 
 def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
-    """Returns what `decide` returns on host 0 (plain JSON); the others wait for it.
+    """Calls `decide` on host 0 and returns its result (plain JSON) on all hosts.
 
-    Its error ends all hosts.
+    An error in `decide` ends all hosts.
     """
     if _channel is None:
         return decide()
@@ -106,10 +106,10 @@ def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
 
 
 def check_equal_on_hosts(values: dict[str, Any]) -> None:
-    """Waits for all hosts, which must hold the same `values` (plain JSON).
+    """Waits for all hosts, and checks that all pass the same `values` (plain JSON).
 
     Raises:
-        InputError: names the first value that differs, and where.
+        InputError: a value differs; the message names the first one, and the host.
     """
     if _channel is None:
         return
@@ -121,49 +121,55 @@ def check_equal_on_hosts(values: dict[str, Any]) -> None:
             if theirs.get(name) != ours[name]:
                 raise InputError(
                     f"{name} is {ours[name]} on host 0, but {theirs.get(name)} on"
-                    f" {_channel.name(host)}: start all hosts with the same"
+                    f" {_channel.name(host)}: start all hosts with the same value"
                 )
     broadcast_decision(lambda: None)
 
 
-def stop_before(step: int, wanted: str | None) -> str | None:
-    """Returns why to stop before `step`, the same step on all hosts; None: dispatch it.
+def stop_before(step: int, reason: str | None) -> str | None:
+    """Returns the reason to stop before `step`, the same step on all hosts, or None to dispatch it.
 
-    All hosts call this before they dispatch a step. `wanted` is this host's reason to stop; when
-    any host has one, all stop before the next step or the one after that. It costs a lock, no
-    collective. JAX's `reached_preemption_sync_point` does the same for SIGTERM alone, and can't
-    say which host wants to stop and why.
+    All hosts call this before they dispatch a step. When any host passes a reason, all stop before
+    the next step or the one after that. The call costs a lock and no collective. JAX's
+    `reached_preemption_sync_point` does the same for SIGTERM only, and can't report which host
+    stops and why.
+
+    Args:
+        step: the step that this host dispatches next.
+        reason: of this host to stop, or None.
     """
-    return wanted if _channel is None else _channel.stop_before(step, wanted)
+    return reason if _channel is None else _channel.stop_before(step, reason)
 
 
-def _named(
+def _cluster_from_flags(
     coordinator: str | None, processes: int | None, process: int | None
 ) -> tuple[str, int, int] | None:
-    """Returns what the three flags say: address, processes, process."""
+    """Returns address, processes and process of the three flags, or None without flags."""
     if (coordinator, processes, process) == (None, None, None):
         return None
     if coordinator is None or processes is None or process is None:
         raise InputError("--coordinator, --processes and --process go together: give all three")
     if not 0 <= process < processes:
         raise InputError(
-            f"--process {process} with --processes {processes}: the numbers go from 0 to one less"
-            " than there are processes"
+            f"--process {process} with --processes {processes}: number the processes from 0 to"
+            f" {processes - 1}"
         )
-    _split(coordinator)
+    _split_address(coordinator)
     return coordinator, processes, process
 
 
-def _split(address: str) -> tuple[str, int]:
+def _split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise InputError(f"--coordinator {address}: write HOST:PORT, as in 10.0.0.2:8476")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _detected() -> tuple[str, int, int] | None:
-    """Returns what the environment says of a cluster: address, processes, process."""
-    indexed = "JOB_COMPLETION_INDEX" in os.environ  # any other pod of Kubernetes is alone
+def _detect_cluster() -> tuple[str, int, int] | None:
+    """Returns address, processes and process of the cluster that the environment describes."""
+    indexed = (
+        "JOB_COMPLETION_INDEX" in os.environ
+    )  # any other pod of Kubernetes is a single process
     try:
         for kind in ClusterEnv._cluster_types:
             if kind.opt_in_only_method or (kind.__name__ == "K8sCluster" and not indexed):
@@ -177,13 +183,13 @@ def _detected() -> tuple[str, int, int] | None:
                 return address, processes, kind.get_process_id()
     except Exception as error:  # of a metadata server, of Kubernetes, of missing variables
         raise InputError(
-            f"can't learn from this cluster who belongs together ({_first_line(error)}): say it"
-            " with --coordinator, --processes and --process"
+            f"can't detect the processes of this cluster ({_first_line(error)}): give"
+            " --coordinator, --processes and --process"
         ) from error
     size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":
         raise InputError(
-            f"this Open MPI started {size} processes, but doesn't say where the first is: add"
+            f"this Open MPI started {size} processes, but gives no address of the first: add"
             " --coordinator HOST:PORT --processes $OMPI_COMM_WORLD_SIZE"
             " --process $OMPI_COMM_WORLD_RANK"
         )
@@ -191,36 +197,36 @@ def _detected() -> tuple[str, int, int] | None:
 
 
 def _job_token(address: str, detected: bool) -> bytes:
-    """Returns what all processes of this run have in common, and others should not have.
+    """Returns the token that all processes of this run share, and others should not have.
 
-    Only LLAMA_JAX_JOB_TOKEN is a secret. The scheduler's name of the job keeps out hosts of other
-    jobs that connect by accident; anybody can guess it. Flags name only host 0, perhaps differently
-    on each host: they give no token.
+    Only LLAMA_JAX_JOB_TOKEN is a secret. The scheduler's name of the job can be guessed: it only
+    rejects hosts of other jobs that connect by accident. Flags give no token: they name host 0, and
+    its name may differ from host to host.
     """
     token = os.environ.get(JOB_TOKEN)
     if token is not None and len(token) < 16:
         raise InputError(
             f"{JOB_TOKEN} has {len(token)} characters: set it on all hosts to the same secret of 16"
-            " or more (`openssl rand -hex 32` makes one), or unset it"
+            " or more (`openssl rand -hex 32` generates one), or unset it"
         )
     if token is not None:
         return token.encode()
     if not detected:
         return b""
-    # `mpirun` starts some processes in a step of SLURM and some outside.
+    # `mpirun` starts some processes inside a step of SLURM and some outside.
     slurm = () if "OMPI_MCA_orte_hnp_uri" in os.environ else ("SLURM_JOB_ID", "SLURM_STEP_ID")
     return " ".join([address, *(os.environ.get(name, "") for name in slurm)]).encode()
 
 
 def _join_jax(address: str, processes: int, process: int, detected: bool) -> None:
-    # JAX's preemption service would take SIGTERM from the training loop, which saves and stops on
-    # it (see `stop_before`).
+    # JAX's preemption service would handle SIGTERM instead of the training loop, which saves and
+    # stops (see `stop_before`).
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         address,
         processes,
         process,
-        # SLURM and Open MPI start a process for each GPU; JAX then learns which one is its own.
+        # SLURM and Open MPI start one process for each GPU: detection tells JAX which GPU to use.
         cluster_detection_method=None if detected else "deactivate",
         initialization_timeout=int(handshake.JOIN_SECONDS),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,

@@ -159,10 +159,10 @@ def test_an_unstacked_model_is_saved_with_stacked_layers(state, model_folder, tm
 def test_several_hosts_save_one_model(model_folder, state, tmp_path):
     target = tmp_path / "target"
     group = Group(tmp_path / "output", 2, model_folder, target, program=("-c", SAVES_TWICE))
-    assert group.wait() == [2, 2], group.said("err")
+    assert group.wait() == [2, 2], group.outputs("err")
     # Gloo writes to standard output as well.
-    assert ["saved" in output for output in group.said("out")] == [True, True]
-    for output in group.said("err"):
+    assert ["saved" in output for output in group.outputs("out")] == [True, True]
+    for output in group.outputs("err"):
         assert f"{target} already exists" in output.splitlines()[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"output", "target"}
     with jax.set_mesh(mesh_of((1, 1, 1))):

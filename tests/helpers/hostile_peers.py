@@ -1,4 +1,4 @@
-"""Peers that connect to a port and break every rule of the protocol there."""
+"""Peers that connect to a port and break every rule of its protocol."""
 
 import contextlib
 import itertools
@@ -15,18 +15,18 @@ OPENINGS = {
     "no end": b'["hello","' + b"x" * 65_536,
     "silent": b"",
     "binary": os.urandom(512) + b"\n",
-    "impostor": b'["hello","00"]\n',  # the right shape, and then a proof that is none
+    "impostor": b'["hello","00"]\n',  # well-formed, but then a false proof
     "web": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 _CLAIM = b'["join",[1,2,"impostor","' + b"0" * 64 + b'"]]\n'
 
 
 class HostilePeers:
-    """Threads that connect to a port of this machine again and again, until the block ends.
+    """Threads that connect to a port of this machine repeatedly, until the block ends.
 
     Attributes:
-        connections: how many there have been.
-        all_connected: set once each peer has had one, and each impostor has been dropped.
+        connections: number of connections so far.
+        all_connected: set once each peer has connected, and host 0 has dropped each impostor.
     """
 
     def __init__(self, port, peers=30):
@@ -35,7 +35,7 @@ class HostilePeers:
         self.all_connected = threading.Event()
         self._peers = peers
         self._connected = set()
-        self._over = threading.Event()
+        self._ended = threading.Event()
         kinds = itertools.islice(itertools.cycle(OPENINGS), peers)
         self._threads = [
             threading.Thread(target=self._attack, args=peer) for peer in enumerate(kinds)
@@ -47,12 +47,12 @@ class HostilePeers:
         return self
 
     def __exit__(self, *_):
-        self._over.set()
+        self._ended.set()
         for thread in self._threads:
             thread.join()
 
     def _attack(self, peer, kind):
-        while not self._over.wait(0.1):
+        while not self._ended.wait(0.1):
             with (
                 contextlib.suppress(OSError),
                 socket.create_connection(("127.0.0.1", self.port), timeout=0.2) as connection,
@@ -70,9 +70,9 @@ class HostilePeers:
             self.all_connected.set()
 
     def _stay(self, kind, connection):
-        """Holds the connection until the other end closes it."""
+        """Keeps the connection open until the other end closes it."""
         silences = 0
-        while not self._over.is_set():
+        while not self._ended.is_set():
             try:
                 if kind == "no end":
                     connection.sendall(b"x" * 65_536)

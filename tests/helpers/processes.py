@@ -1,4 +1,4 @@
-"""Real processes that train as one, over the loopback."""
+"""Starts several processes of one run on this machine, connected over the loopback interface."""
 
 import os
 import socket
@@ -18,24 +18,24 @@ def free_port():
         return server.getsockname()[1]
 
 
-def gather(processes, **changes):
-    """Lets threads meet as hosts; returns a control channel or an error of each.
+def connect_threads(processes, **changes):
+    """Connects threads as hosts; returns a control channel or an error of each.
 
-    `changes` are other numbers than the right ones: n2 is host 2's number of hosts, i2 its own.
+    `changes` are wrong numbers: n2 is host 2's number of hosts, i2 its own number.
     """
     port = free_port()
 
-    def meet(i):
+    def connect(i):
         counts = changes.get(f"n{i}", processes), changes.get(f"i{i}", i)
-        return handshake.meet("127.0.0.1", port, *counts, b"")[0]
+        return handshake.connect_hosts("127.0.0.1", port, *counts, b"")[0]
 
     with ThreadPoolExecutor(processes) as pool:
-        waiting = [pool.submit(meet, i) for i in range(processes)]
+        waiting = [pool.submit(connect, i) for i in range(processes)]
         return [w.exception() or w.result() for w in waiting]
 
 
 def close(channels):
-    """Ends the connections of hosts that are threads."""
+    """Closes the connections of hosts that are threads."""
     for channel in channels:
         channel.leaving = True
     for channel in channels:
@@ -43,16 +43,24 @@ def close(channels):
 
 
 class Group:
-    """Processes that train together, each with an equal part of 8 simulated devices."""
+    """Processes of one run, each with an equal share of 8 simulated devices.
 
-    def __init__(self, folder, processes, *argv, program=("-m", "llama_jax"), apart=()):
+    Args:
+        folder: for their outputs.
+        processes: how many.
+        argv: arguments of all.
+        program: arguments of Python that name the program.
+        own_arguments: further arguments, one list for each process.
+    """
+
+    def __init__(self, folder, processes, *argv, program=("-m", "llama_jax"), own_arguments=()):
         folder.mkdir()
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(8 // processes)}
         self.folder = folder
         self.processes = []
         self.port = free_port()
         for i in range(processes):
-            own = apart[i] if apart else ()
+            own = own_arguments[i] if own_arguments else ()
             flags = ["--coordinator", f"127.0.0.1:{self.port}"]
             flags += ["--processes", str(processes), "--process", str(i)]
             with open(folder / f"out{i}", "w") as out, open(folder / f"err{i}", "w") as err:
@@ -61,18 +69,19 @@ class Group:
                     subprocess.Popen(command, env=environment, stdout=out, stderr=err)
                 )
 
-    def said(self, name):
+    def outputs(self, name):
+        """Returns the outputs so far, 'out' or 'err', one of each process."""
         return [(self.folder / f"{name}{i}").read_text() for i in range(len(self.processes))]
 
     def wait(self, seconds=150):
-        """Returns the exit codes; kills what still runs after `seconds`."""
+        """Returns the exit codes. After `seconds`, kills all processes and fails."""
         deadline = time.monotonic() + seconds
         try:
             return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
         except subprocess.TimeoutExpired:
             for process in self.processes:
                 process.kill()
-            pytest.fail(f"still running after {seconds} s: {self.said('err')}")
+            pytest.fail(f"still running after {seconds} s: {self.outputs('err')}")
 
     def wait_for_step(self, run, step):
         self.wait_until(lambda: any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")))
@@ -83,5 +92,5 @@ class Group:
             codes = [process.poll() for process in self.processes]
             if any(code is not None for code in codes) or time.monotonic() > deadline:
                 self.wait(0)
-                pytest.fail(f"{codes}: {self.said('err')}")
+                pytest.fail(f"{codes}: {self.outputs('err')}")
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The control channel: where all hosts stop, and what broken messages do."""
+"""The control channel: the step at which all hosts stop, and malformed messages."""
 
 import queue
 import random
@@ -7,26 +7,30 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from processes import close, gather
+from processes import close, connect_threads
 
 from llama_jax.runtime import handshake
 from llama_jax.runtime.control_channel import MESSAGE_BYTES, Connection, ControlChannel
 
 
-def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
+def test_all_hosts_stop_before_the_same_step():
     rng = random.Random(0)
     for _ in range(10):
-        channels = gather(4)
-        wanting, wanted_at = rng.randrange(4), rng.randrange(1, 20)
+        channels = connect_threads(4)
+        stopping, request_step = rng.randrange(4), rng.randrange(1, 20)
         sleeps = [random.Random(rng.random()) for _ in channels]
         # Like a device: a step ends when all hosts have dispatched it.
         device = threading.Barrier(4, timeout=60)
 
-        def run(i, channels=channels, sleeps=sleeps, device=device, wanting=wanting, at=wanted_at):
-            for step in range(100_000):  # how many pass meanwhile depends on the machine's load
-                wish = "SIGTERM" if i == wanting and step >= at else None
-                if why := channels[i].stop_before(step, wish):
-                    assert why.startswith(f"SIGTERM on host {wanting} ")
+        def run(
+            i, channels=channels, sleeps=sleeps, device=device, stopping=stopping, at=request_step
+        ):
+            for step in range(
+                100_000
+            ):  # the number of steps until the stop depends on the machine's load
+                own = "SIGTERM" if i == stopping and step >= at else None
+                if reason := channels[i].stop_before(step, own):
+                    assert reason.startswith(f"SIGTERM on host {stopping} ")
                     return step
                 time.sleep(sleeps[i].uniform(0, 0.002))
                 device.wait()
@@ -35,11 +39,11 @@ def test_all_stop_before_the_same_step_whoever_wants_it_and_when():
         with ThreadPoolExecutor(4) as pool:
             stopped = set(pool.map(run, range(4)))
         (step,) = stopped
-        assert step >= wanted_at
+        assert step >= request_step
         close(channels)
 
 
-BROKEN = [
+MALFORMED = [
     b"\xff\x00 no JSON", b"", b"null", b"[]", b'["decision"]', b"[" * 100_000, b"9" * 10_000,
     b'["hello","00"]', b'["error",null]', b'["error",["x",256]]', b'["shutdown",["x"]]',
     b'["values",[1]]', b'["which step",1]', b'["step","x"]', b'["stop before",[1]]',
@@ -49,9 +53,9 @@ BROKEN = [
 COMMANDS = [b'["decision",1]', b'["shutdown",["x",0]]', b'["stop before",[0,"x"]]']
 
 
-def test_broken_messages_change_nothing(capsys):
-    channels = gather(2)
-    for i, lines in [(1, BROKEN + COMMANDS), (0, BROKEN)]:
+def test_malformed_messages_change_nothing(capsys):
+    channels = connect_threads(2)
+    for i, lines in [(1, MALFORMED + COMMANDS), (0, MALFORMED)]:
         (connection,) = channels[i].connections.values()
         for line in lines:
             connection.socket.sendall(line + b"\n")
@@ -66,8 +70,8 @@ def test_broken_messages_change_nothing(capsys):
     )
     close(channels)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2  # one for each host, of 37
-    assert all("ignored a message of host" in line for line in lines)
+    assert len(lines) == 2  # one for each host, for 37 messages
+    assert all("ignored a malformed message from host" in line for line in lines)
 
 
 def test_a_message_that_arrives_with_the_start_is_not_lost():
@@ -83,18 +87,18 @@ def test_a_message_that_arrives_with_the_start_is_not_lost():
 
 
 def test_a_bug_in_the_reader_ends_the_run(monkeypatch, capsys):
-    channels, exits = gather(2), queue.SimpleQueue()
+    channels, exits = connect_threads(2), queue.SimpleQueue()
 
-    def leave(message, code):
+    def exit_later(message, code):
         exits.put((message, code))
-        threading.Event().wait()  # in place of the end of the process
+        threading.Event().wait()  # instead of the end of the process
 
     for channel in channels:
-        monkeypatch.setattr(channel, "_exit", leave)
+        monkeypatch.setattr(channel, "_exit", exit_later)
     monkeypatch.setattr(channels[0].connections[1], "read", lambda: 1 / 0)
     channels[1].to_coordinator("step", 1)
-    wanted = f"{channels[0].name(0)}: ZeroDivisionError: division by zero", 1
-    assert [exits.get(timeout=60) for _ in channels] == [wanted] * 2
+    expected = f"{channels[0].name(0)}: ZeroDivisionError: division by zero", 1
+    assert [exits.get(timeout=60) for _ in channels] == [expected] * 2
     assert "in _read_until_closed" in capsys.readouterr().err
     for channel in channels:
         for connection in channel.connections.values():

@@ -1,4 +1,4 @@
-"""Hosts find each other, and end as one with one sentence."""
+"""Hosts detect their cluster, join each other, and end together with one message."""
 
 import re
 import signal
@@ -18,63 +18,63 @@ from llama_jax.config import yaml_file
 from llama_jax.errors import InputError
 from llama_jax.runtime import hosts
 
-# A program in place of the training: who has joined does what its argument says.
+# A program instead of the training: after joining, it fails or waits as its argument states.
 PROGRAM = """
 import sys, time
 from llama_jax.runtime import hosts
 from llama_jax.errors import InputError
 
-does, (_, where, _, processes, _, process) = sys.argv[1], sys.argv[2:]
-with hosts.join(where, int(processes), int(process)):
+action, (_, address, _, processes, _, process) = sys.argv[1], sys.argv[2:]
+with hosts.join(address, int(processes), int(process)):
     hosts.check_equal_on_hosts({})
     print("joined", flush=True)
-    if does == "input":
+    if action == "input":
         raise InputError("this is wrong")
-    if does == "bug":
-        raise RuntimeError("nobody thought of this")
+    if action == "bug":
+        raise RuntimeError("a bug")
     time.sleep(100)
 """
 
 
 @pytest.mark.parametrize(
-    ("does", "code", "sentence"),
+    ("action", "code", "message"),
     [
         ("input", 2, "host 1 ({name}): this is wrong"),
-        ("bug", 1, "host 1 ({name}): RuntimeError: nobody thought of this"),
+        ("bug", 1, "host 1 ({name}): RuntimeError: a bug"),
     ],
 )
-def test_an_error_on_one_host_ends_all_with_its_sentence(
-    does, code, sentence, tmp_path, monkeypatch
+def test_an_error_on_one_host_ends_all_with_its_message(
+    action, code, message, tmp_path, monkeypatch
 ):
     monkeypatch.setenv(hosts.JOB_TOKEN, "known to all three")
-    apart = [["wait"], [does], ["wait"]]
-    group = Group(tmp_path / "said", 3, program=("-c", PROGRAM), apart=apart)
+    actions = [["wait"], [action], ["wait"]]
+    group = Group(tmp_path / "output", 3, program=("-c", PROGRAM), own_arguments=actions)
     with HostilePeers(group.port, 10):
         assert group.wait(60) == [code] * 3
-    wanted = "llama-jax: " + sentence.format(name=socket.gethostname())
-    for i, said in enumerate(group.said("err")):
-        assert said.splitlines()[-1] == wanted
-        assert ("Traceback" in said) == (does == "bug" and i == 1)
+    expected = "llama-jax: " + message.format(name=socket.gethostname())
+    for i, err in enumerate(group.outputs("err")):
+        assert err.splitlines()[-1] == expected
+        assert ("Traceback" in err) == (action == "bug" and i == 1)
 
 
-def test_the_death_of_host_0_is_told_too(tmp_path):
-    group = Group(tmp_path / "said", 3, "wait", program=("-c", PROGRAM))
+def test_the_death_of_host_0_is_reported_too(tmp_path):
+    group = Group(tmp_path / "output", 3, "wait", program=("-c", PROGRAM))
     deadline = time.monotonic() + 60
-    while "joined\n" * 3 not in "".join(group.said("out")):
-        assert time.monotonic() < deadline, group.said("err")
+    while "joined\n" * 3 not in "".join(group.outputs("out")):
+        assert time.monotonic() < deadline, group.outputs("err")
         time.sleep(0.05)
     group.processes[0].kill()
     codes = group.wait(60)
-    for code, said in zip(codes[1:], group.said("err")[1:], strict=True):
-        assert f"llama-jax: host 0 ({socket.gethostname()}) has died" in said, said
-        assert code in (1, -signal.SIGABRT)  # JAX may abort before the process has gone
+    for code, err in zip(codes[1:], group.outputs("err")[1:], strict=True):
+        assert f"llama-jax: host 0 ({socket.gethostname()}) has died" in err, err
+        assert code in (1, -signal.SIGABRT)  # JAX may abort before the process exits
 
 
 SLURM = {"JOB_ID": "9", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "3", "LOCALID": "0"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "cluster"),
     [
         ({}, None),
         ({f"SLURM_{k}": v for k, v in SLURM.items()}, ("n1:61449", 4, 3)),
@@ -87,16 +87,16 @@ SLURM = {"JOB_ID": "9", "STEP_NODELIST": "n[1-4]", "NTASKS": "4", "PROCID": "3",
             },
             ("10.96.0.1:62880", 2, 1),
         ),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is alone
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is a single process
     ],
 )
-def test_only_an_environment_of_several_processes_is_joined(monkeypatch, environment, place):
+def test_only_an_environment_of_several_processes_is_joined(monkeypatch, environment, cluster):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hosts._detected() == place
+    assert hosts._detect_cluster() == cluster
 
 
-def test_tpu_slices_are_numbered_through(monkeypatch):
+def test_processes_are_numbered_across_tpu_slices(monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
@@ -108,16 +108,16 @@ def test_tpu_slices_are_numbered_through(monkeypatch):
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
     }.items():
         monkeypatch.setenv(name, value)
-    assert hosts._detected() == ("localhost:8482", 4, 3)
+    assert hosts._detect_cluster() == ("localhost:8482", 4, 3)
 
 
-def test_an_open_mpi_that_tells_no_address_is_no_single_process(monkeypatch):
+def test_an_open_mpi_without_an_address_is_an_error(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="Open MPI started 2 processes, but doesn't say where"):
-        hosts._detected()
+    with pytest.raises(InputError, match="Open MPI started 2 processes, but gives no address"):
+        hosts._detect_cluster()
 
 
-def test_a_job_token_is_the_secret_or_else_the_schedulers_name_of_the_job(monkeypatch):
+def test_the_job_token_is_the_secret_or_the_schedulers_name_of_the_job(monkeypatch):
     assert hosts._job_token("n1:61449", detected=False) == b""  # flags may name host 0 differently
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("SLURM_STEP_ID", "1")
@@ -130,7 +130,7 @@ def test_a_job_token_is_the_secret_or_else_the_schedulers_name_of_the_job(monkey
 
 
 def test_a_job_token_that_can_be_guessed_is_refused(monkeypatch, capsys):
-    monkeypatch.setenv(hosts.JOB_TOKEN, "")  # as after a command that failed
+    monkeypatch.setenv(hosts.JOB_TOKEN, "")  # as after a failed command
     flags = ["--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"]
     assert main(["train", "no.yaml", *flags]) == 2
     assert "LLAMA_JAX_JOB_TOKEN has 0 characters: set it on all" in capsys.readouterr().err

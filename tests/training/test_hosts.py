@@ -117,7 +117,7 @@ def two(alone, runs, token_folder):
     """Two processes, from the first step to the last."""
     path = written(runs / "two.yaml", config(runs / "two", token_folder))
     group = Group(runs / "two-said", 2, "train", path, program=("-c", RECORDING))
-    assert group.wait() == [0, 0], group.said("err")
+    assert group.wait() == [0, 0], group.outputs("err")
     return group
 
 
@@ -128,7 +128,7 @@ def four(alone, runs, token_folder):
     group = Group(runs / "four-said", 4, "train", path)
     group.wait_for_step(runs / "four", 2)
     group.processes[3].send_signal(signal.SIGTERM)
-    assert group.wait() == [0, 0, 0, 0], group.said("err")
+    assert group.wait() == [0, 0, 0, 0], group.outputs("err")
     return group
 
 
@@ -146,7 +146,7 @@ def test_two_processes_have_the_losses_of_one(two, alone, runs):
 def test_each_host_reads_its_own_rows_alone(two):
     read = [
         {int(line.split()[1]) for line in said.splitlines() if line.startswith("window ")}
-        for said in two.said("out")
+        for said in two.outputs("out")
     ]
     assert [len(windows) for windows in read] == [STEPS * ROWS // 2] * 2
     assert read[0].isdisjoint(read[1])
@@ -154,7 +154,7 @@ def test_each_host_reads_its_own_rows_alone(two):
 
 @pytest.mark.slow
 def test_host_0_alone_speaks_and_writes(two, alone, runs):
-    (out, quiet_out), (err, quiet) = two.said("out"), two.said("err")
+    (out, quiet_out), (err, quiet) = two.outputs("out"), two.outputs("err")
     assert "on 8 cpu device(s) of 2 hosts (data 2 × fsdp 2 × " in err
     assert f"step {STEPS}/{STEPS}" in err
     assert "validation loss" in out
@@ -169,7 +169,7 @@ def test_sigterm_on_any_host_saves_one_step_on_all(four, alone, runs):
     step = len(losses(runs / "four"))
     assert 2 <= step < STEPS
     assert TrainingCheckpoints(runs / "four" / "checkpoints").steps[-1] == step
-    err = four.said("err")[0]
+    err = four.outputs("err")[0]
     assert "stopping on SIGTERM on host 3" in err
     assert f"saved after step {step}; continue with: llama-jax train" in err
     np.testing.assert_allclose(losses(runs / "four"), losses(alone)[:step], rtol=1e-5)
@@ -193,12 +193,12 @@ def test_what_four_saved_two_continue_also_when_one_is_killed(four, alone, runs,
     begun = time.monotonic()
     assert group.wait(60) == [1, -signal.SIGKILL]
     assert time.monotonic() - begun < 20
-    last = group.said("err")[0].splitlines()[-1]
+    last = group.outputs("err")[0].splitlines()[-1]
     assert last.startswith("llama-jax: host 1 (")
     assert "has died or can't be reached" in last
     before = losses(run)
     again = Group(runs / "again-said", 2, "train", path)
-    assert again.wait() == [0, 0], again.said("err")
+    assert again.wait() == [0, 0], again.outputs("err")
     resumed = losses(run)
     np.testing.assert_array_equal(resumed[: len(before)], before)  # bit for bit
     np.testing.assert_allclose(resumed, losses(alone), rtol=1e-5)
@@ -208,10 +208,10 @@ def test_what_four_saved_two_continue_also_when_one_is_killed(four, alone, runs,
 def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
     path = written(runs / "early.yaml", config(runs / "early", token_folder))
     group = Group(runs / "early-said", 2, "train", path, program=("-c", COMPILING))
-    group.wait_until(lambda: "compiles" in group.said("out")[1])
+    group.wait_until(lambda: "compiles" in group.outputs("out")[1])
     group.processes[1].send_signal(signal.SIGTERM)
-    assert group.wait(60) == [0, 0], group.said("err")
-    for said in group.said("err"):
+    assert group.wait(60) == [0, 0], group.outputs("err")
+    for said in group.outputs("err"):
         last = said.splitlines()[-1]
         assert last.startswith("llama-jax: host 1 (")
         assert "stopped on SIGTERM: there was nothing to save; start again with: " in last
@@ -224,25 +224,25 @@ def test_a_save_that_fails_on_one_host_ends_all_with_its_sentence(alone, runs, t
     run = runs / "full"
     path = written(runs / "full.yaml", config(run, token_folder))
     group = Group(runs / "full-said", 2, "train", path, program=("-c", FULL))
-    assert group.wait(120) == [1, 1], group.said("err")
-    for said in group.said("err"):
+    assert group.wait(120) == [1, 1], group.outputs("err")
+    for said in group.outputs("err"):
         last = [line for line in said.splitlines() if line.startswith("llama-jax: ")][-1]
         assert last.startswith("llama-jax: host 1 (")
         assert f"can't save step 8 in {run / 'checkpoints'} (" in last
         assert "File too large): the checkpoints of steps 4 are unchanged; fix the cause" in last
         assert "Traceback" not in said
     again = Group(runs / "full-again-said", 2, "train", path)
-    assert again.wait() == [0, 0], again.said("err")
-    assert "resumes after step 4 of 12" in again.said("err")[0]
+    assert again.wait() == [0, 0], again.outputs("err")
+    assert "resumes after step 4 of 12" in again.outputs("err")[0]
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
 def test_hosts_that_disagree_on_the_configuration_are_told_the_key(runs, token_folder):
     path = written(runs / "apart.yaml", config(runs / "apart", token_folder))
     apart = [["training.steps=5"], ["training.steps=6"]]
-    group = Group(runs / "apart-said", 2, "train", path, apart=apart)
+    group = Group(runs / "apart-said", 2, "train", path, own_arguments=apart)
     assert group.wait() == [2, 2]
-    for said in group.said("err"):
+    for said in group.outputs("err"):
         assert "training.steps is 5 on host 0, but 6 on host 1 (" in said
         assert "Traceback" not in said
     assert not (runs / "apart").exists()
