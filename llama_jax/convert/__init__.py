@@ -1,1 +1,1 @@
-"""Foreign checkpoints in and out."""
+"""Converts checkpoints between formats."""

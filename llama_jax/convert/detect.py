@@ -1,4 +1,4 @@
-"""Finding out what a path holds."""
+"""Detects the format of a checkpoint and opens it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,14 @@ _WEIGHTS = (".pth", ".safetensors", ".bin")
 
 
 def open_source(path: Path, model: str | None = None) -> Source:
-    """Returns the checkpoint at `path`, of whatever format, looked over.
+    """Opens the checkpoint at `path`, of any format, and validates its names, shapes and types.
 
     Args:
         path: a folder or file.
-        model: member of the family that it is, where its own configuration is not to be followed.
+        model: member of the family whose shape replaces the checkpoint's own configuration.
 
     Raises:
-        InputError: there is none, or it is damaged, incomplete or not a LLaMA.
+        InputError: there is no checkpoint, or it is damaged, incomplete or not a LLaMA.
     """
     try:
         source = _open(path)
@@ -51,7 +51,7 @@ def _open(path: Path) -> Source:
     if kind == "gguf" and path.is_dir():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
-            raise InputError(f"{path} holds {len(files)} .gguf files: give one of them")
+            raise InputError(f"{path} contains {len(files)} .gguf files: give one of them")
         return gguf.read(files[0])
     if kind is not None:
         return _READERS[kind](path)
@@ -59,7 +59,7 @@ def _open(path: Path) -> Source:
     weights = next((file for file in files if file.suffix in _WEIGHTS), None)
     if weights:
         raise InputError(
-            f"{weights} holds weights, but not what model they are of: give a folder that holds it"
-            " beside params.json or config.json"
+            f"{weights} contains weights without the configuration of their model: give a folder"
+            " that also contains params.json or config.json"
         )
-    raise InputError(f"{path} is no checkpoint: give {_KINDS}")
+    raise InputError(f"{path} is not a checkpoint: give {_KINDS}")

@@ -1,4 +1,4 @@
-"""What a conversion did, tensor by tensor, and the proof that it can be undone."""
+"""The receipt of a conversion: names, shapes, types and hashes of each tensor on both sides."""
 
 import dataclasses
 import hashlib
@@ -21,37 +21,46 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     """Returns the receipt in a folder that a conversion wrote.
 
     Raises:
-        InputError: there is none, or it is damaged.
+        InputError: there is no receipt, or it is damaged.
     """
     if not (folder / FILE).exists():
-        raise InputError(f"{folder} has no {FILE}: only what llama-jax convert wrote has one")
+        raise InputError(
+            f"{folder} has no {FILE}: give a folder that `llama-jax convert` has written"
+        )
     return read_json(folder / FILE)
 
 
 def tensor_hash(array: np.ndarray) -> str:
-    """Returns the SHA-256 of an array's bytes in order of its axes, in hexadecimal."""
+    """Returns the SHA-256 of an array's bytes in row-major order, in hexadecimal."""
     return bytes_hash(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def bytes_hash(data: bytes | memoryview) -> str:
-    """Returns the SHA-256 in hexadecimal."""
+    """Returns the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
-    """Returns a line about a tensor; the hash is of the numbers, computed or not."""
-    about: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
-    about |= ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
-    return about | {"sha256": tensor_hash(array)}
+    """Returns the record of a tensor: its name, shape, type, shard and hash.
+
+    Args:
+        name: its name in the file.
+        shard: the index of its file.
+        array: its numbers.
+        exact: whether they are stored in the file; False if computed from quantized blocks.
+    """
+    record: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
+    record |= ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
+    return record | {"sha256": tensor_hash(array)}
 
 
 def rotary_order(layout: Layout) -> str:
-    """Names the order of the numbers that turn together."""
+    """Returns the name of a layout's order of rotary pairs."""
     return "interleaved" if layout.interleaved else "half-split"
 
 
 def layout_record(layout: Layout) -> dict[str, Any]:
-    """Returns what is needed to bring weights back into a layout."""
+    """Returns the fields of a layout, with which `source_layout` restores it."""
     record = dataclasses.asdict(layout)
     del record["names"]
     record["head_kept"] = record.pop("stores_tied_head")
@@ -59,7 +68,7 @@ def layout_record(layout: Layout) -> dict[str, Any]:
 
 
 def source_layout(receipt: Mapping[str, Any]) -> Layout:
-    """Returns the layout of the source that a receipt describes: `layout_record` undone.
+    """Returns the layout of the source that a receipt describes: `layout_record` inverted.
 
     Raises:
         AttributeError, KeyError or TypeError: the receipt is damaged.
@@ -78,7 +87,17 @@ def make_receipt(
     weights: Sequence[dict[str, Any]],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns the receipt of a conversion that is not verified yet."""
+    """Returns the receipt of a conversion, without the result of its verification.
+
+    Args:
+        source: the source.
+        layout: layout of the output.
+        config: configuration of the output.
+        end_ids: tokens that end a text.
+        files: the small files of the output by name.
+        weights: for each weight its name and the `tensor_record`s of source and output.
+        notes: warnings.
+    """
     return {
         "converter": f"llama_jax {__version__}",
         "source": {
@@ -99,7 +118,7 @@ def make_receipt(
 
 
 def is_identical(record: Mapping[str, Any]) -> bool:
-    """Tells whether a weight was written with the very numbers that the source holds."""
+    """Returns whether a weight was written with exactly the numbers stored in the source."""
     types = {tensor["dtype"] for side in ("source", "written") for tensor in record[side]}
     return len(types) == 1 and not any("quantized" in tensor for tensor in record["source"])
 
@@ -111,15 +130,22 @@ def check_restores_source(
     weight: Weight,
     ours: np.ndarray,
 ) -> None:
-    """Turns a weight that was read back into the source's tensors again, whose bits must be equal.
+    """Checks that a weight, as read from the output, restores the bits of the source's tensors.
+
+    Args:
+        record: the weight's record in the receipt.
+        layout: layout of the source.
+        config: configuration of the model.
+        weight: the weight.
+        ours: its numbers, as read from the output, in our layout.
 
     Raises:
-        InputError: they are not.
+        InputError: a tensor differs from the source's.
     """
-    back = layout.from_ours(config, weight, ours)
-    for piece, tensor in zip(back, record["source"], strict=True):
-        if tensor_hash(piece) != tensor["sha256"]:
+    restored = layout.from_ours(config, weight, ours)
+    for array, tensor in zip(restored, record["source"], strict=True):
+        if tensor_hash(array) != tensor["sha256"]:
             raise InputError(
-                f"{weight}: what was written does not give back the source's {tensor['name']}: the"
-                " output is damaged, convert again"
+                f"{weight}: the output does not restore the source's {tensor['name']}: it is"
+                " damaged, convert again"
             )

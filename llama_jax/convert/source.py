@@ -1,4 +1,4 @@
-"""A checkpoint to read, whatever its format: its shape, its layout, its tensors."""
+"""A checkpoint of any format as a source: its configuration, its layout and its tensors."""
 
 import json
 import re
@@ -18,31 +18,31 @@ from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import read_regular
 
-# What other programs keep beside the weights and what follows from the configuration.
-_NO_WEIGHTS = re.compile(r"rope\.freqs|.*\.rope\.freqs|.*\.inv_freq")
+# Tensors that other programs store in addition to the weights: the configuration determines them.
+_DERIVED = re.compile(r"rope\.freqs|.*\.rope\.freqs|.*\.inv_freq")
 
 FLOATS = ("float32", "float16", "bfloat16")
-_BEYOND = 1 << 24  # no size of a model comes near it; the longest context is 10 million
+_SIZE_LIMIT = 1 << 24  # exceeds all dimensions of models; the longest context is 10 million
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint whose tensors are read one by one."""
+    """A checkpoint whose tensors are read one at a time."""
 
     kind: str  # meta, huggingface, gguf, llama2c or orbax
     path: Path
     config: ModelConfig
     layout: Layout
-    shards: tuple[Mapping[str, StoredTensor], ...]  # of each shard: their name -> tensor
-    dropped: Mapping[str, str] = field(default_factory=dict)  # their name -> why
+    shards: tuple[Mapping[str, StoredTensor], ...]  # of each shard: name in the file -> tensor
+    dropped: Mapping[str, str] = field(default_factory=dict)  # name in the file -> reason
 
     def stored_tensors(self, weight: Weight) -> list[StoredTensor]:
         """Returns the tensors that make up `weight`, in the order of `Layout.tensor_specs`."""
-        pieces = self.layout.tensor_specs(self.config, weight)
-        return [self.shards[shard][name] for shard, name, _ in pieces]
+        specs = self.layout.tensor_specs(self.config, weight)
+        return [self.shards[shard][name] for shard, name, _ in specs]
 
     def dtype(self, weight: Weight) -> np.dtype:
-        """Returns the type that `weight` is stored in."""
+        """Returns the type in which `weight` is stored."""
         return self.stored_tensors(weight)[0].dtype
 
     def nbytes(self, weight: Weight) -> int:
@@ -51,16 +51,17 @@ class Source:
 
 
 def validate_source(source: Source) -> Source:
-    """Returns `source` without what is no weight, after a look at every name, shape and type.
+    """Checks the name, shape and type of every tensor; returns `source` with the dropped tensors.
 
     Raises:
-        InputError: a tensor is missing, unknown, misshapen, or not of floating-point numbers.
+        InputError: a tensor is missing, unknown, of a wrong shape or not of floating-point type.
     """
-    if max(source.config.shape("LVDNKHF")) >= _BEYOND:
+    if max(source.config.shape("LVDNKHF")) >= _SIZE_LIMIT:
         raise InputError(
-            f"{source.path} has a size beyond all models in its configuration: correct the file"
+            f"{source.path}: a size in the configuration exceeds that of all models: correct the"
+            " file"
         )
-    left = [set(shard) for shard in source.shards]
+    unused = [set(shard) for shard in source.shards]
     for weight in weights(source.config):
         types = set[str]()
         for shard, name, shape in source.layout.tensor_specs(source.config, weight):
@@ -72,30 +73,30 @@ def validate_source(source: Source) -> Source:
                 )
             if tensor.shape != shape:
                 raise InputError(
-                    f"{where}: {name} is {tensor.shape}, but the configuration asks for {shape}:"
+                    f"{where}: {name} is {tensor.shape}, but the configuration requires {shape}:"
                     " the files and the configuration are not of one model, fetch both again"
                 )
             if tensor.dtype.name not in (*FLOATS, *(["int8"] if source.layout.quantized else [])):
                 raise InputError(
-                    f"{where}: {name} holds {tensor.dtype.name} numbers: weights must be one of"
+                    f"{where}: {name} is of type {tensor.dtype.name}: weights must be one of"
                     f" {', '.join(FLOATS)}"
                 )
             types.add(tensor.dtype.name)
-            left[shard].discard(name)
+            unused[shard].discard(name)
         if len(types) > 1 and not source.layout.quantized:
             raise InputError(
                 f"{source.path}: {weight} is {' and '.join(sorted(types))} in different shards: the"
                 " files are not of one model, fetch them again"
             )
-    for shard, names in enumerate(left):
-        unknown = sorted(name for name in names if not _NO_WEIGHTS.fullmatch(name))
+    for shard, names in enumerate(unused):
+        unknown = sorted(name for name in names if not _DERIVED.fullmatch(name))
         if unknown:
             name = quote(unknown[0])[1:-1]
             raise InputError(
-                f"{_where(source, shard)} holds {name}, which LLaMA of this configuration"
+                f"{_where(source, shard)} contains {name}, which a LLaMA of this configuration"
                 " doesn't have: correct the configuration, or give a LLaMA checkpoint"
             )
-    dropped = {name: "follows from the configuration" for names in left for name in names}
+    dropped = {name: "follows from the configuration" for names in unused for name in names}
     return replace(source, dropped={**source.dropped, **dropped})
 
 
@@ -103,26 +104,24 @@ def _where(source: Source, shard: int) -> str:
     return f"{source.path}" + (f", shard {shard}" if len(source.shards) > 1 else "")
 
 
-def stored_dtype(shards: tuple[Mapping[str, StoredTensor], ...]) -> dict[str, str]:
-    """Returns `param_dtype`, the type of most numbers stored, and the `dtype` to compute in."""
+def config_dtypes(shards: tuple[Mapping[str, StoredTensor], ...]) -> dict[str, str]:
+    """Returns `param_dtype`, the type of most of the stored bytes, and a `dtype` for computing."""
     counts = Counter[str]()
     for tensor in shards[0].values():
         counts[tensor.dtype.name] += tensor.nbytes
-    kept = max((name for name in FLOATS if name in counts), key=counts.__getitem__, default=None)
-    return {
-        "param_dtype": kept or "float32",
-        "dtype": "float32" if kept in ("float32", None) else "bfloat16",
-    }
+    floats = [name for name in FLOATS if name in counts]
+    stored = max(floats, key=counts.__getitem__, default="float32")
+    return {"param_dtype": stored, "dtype": "float32" if stored == "float32" else "bfloat16"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-        InputError: there is no such file, or it doesn't hold one.
+        InputError: the file is missing, can't be read, or doesn't contain a JSON object.
     """
     try:
-        found = json.loads(read_regular(path).decode("utf-8"))
+        content = json.loads(read_regular(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: the checkpoint needs it, fetch it too") from error
     except (ValueError, RecursionError) as error:
@@ -131,16 +130,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: fetch it again") from error
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): give another one") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} does not hold a JSON object: fetch it again")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not contain a JSON object: fetch it again")
+    return content
 
 
 def model_config(where: Path, **fields: Any) -> ModelConfig:
-    """Returns the shape with these fields, as read from the file `where`.
+    """Returns the configuration with these fields, which the caller has read from `where`.
 
     Raises:
-        InputError: a field is impossible.
+        InputError: a field is invalid.
     """
     try:
         return ModelConfig(**fields)
@@ -148,26 +147,34 @@ def model_config(where: Path, **fields: Any) -> ModelConfig:
         raise InputError(f"{where}: {first_problem(error).sentence()}: correct the file") from error
 
 
-def integer(about: Mapping[str, Any], key: str, where: Path) -> int:
-    """Returns the positive integer under `key`.
+def positive_int(metadata: Mapping[str, Any], key: str, where: Path) -> int:
+    """Returns the positive integer under `key` in the metadata of the file `where`.
 
     Raises:
-        InputError: it is missing or another kind of value.
+        InputError: the value is missing, or not a positive integer.
     """
-    value = about.get(key)
-    if type(value) is not int or not 1 <= value < _BEYOND:
+    value = metadata.get(key)
+    if type(value) is not int or not 1 <= value < _SIZE_LIMIT:
         problem = f"lacks {key!r}" if value is None else f"has {quote(value)} as {key}"
         raise InputError(f"{where} {problem}, which must be a positive integer: correct the file")
     return value
 
 
-def number(about: Mapping[str, Any], key: str, default: float | None, where: Path) -> float:
-    """Returns the positive number under `key`, or the default if there is one.
+def positive_float(
+    metadata: Mapping[str, Any], key: str, default: float | None, where: Path
+) -> float:
+    """Returns the positive number under `key` in the metadata of the file `where`.
+
+    Args:
+        metadata: the values by key.
+        key: the key.
+        default: the number if the key is missing; None if it must not be.
+        where: the file, for messages.
 
     Raises:
-        InputError: it is another kind of value.
+        InputError: the value is missing, or not a positive number.
     """
-    value = about.get(key, default)
+    value = metadata.get(key, default)
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise InputError(
             f"{where} has {quote(value)} as {key}, which must be a positive number: correct the"

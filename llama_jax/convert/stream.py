@@ -1,4 +1,4 @@
-"""Work on many tensors with little memory: some at once, in order, and never more than a budget."""
+"""Processes many tensors concurrently and in order, within a memory budget; syncs them to disk."""
 
 import os
 import threading
@@ -12,56 +12,57 @@ from typing import TypeVar
 _SYNC_SECONDS = 0.5
 _SYNC_THREADS = 8
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def map_in_order(
     items: Iterable[Item],
-    work: Callable[[Item], Made],
+    work: Callable[[Item], Result],
     cost: Callable[[Item], int],
     budget: int,
-) -> Iterator[Made]:
-    """Yields work(item) of every item, in order, made by as many threads as there are cores.
+) -> Iterator[Result]:
+    """Yields work(item) for every item, in order, computed by one thread for each core.
 
     Args:
-        items: what to work on.
-        work: spends its time where Python lets other threads run (NumPy, hashing, files).
-        cost: how much of the budget an item takes until its result is let go [bytes].
-        budget: items are begun while all that are not let go cost no more than this, or alone.
+        items: the items.
+        work: releases Python's lock for most of its time (NumPy, hashing, files).
+        cost: memory of an item from its start until the caller drops its result [bytes].
+        budget: an item starts if the cost of all unfinished items stays within this limit, or if
+            no other item is unfinished [bytes].
     """
-    waiting: deque[tuple[int, Future[Made]]] = deque()
+    pending: deque[tuple[int, Future[Result]]] = deque()
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         try:
-            taken = 0
+            used = 0
             for item in items:
-                price = cost(item)
-                while waiting and (taken + price > budget or len(waiting) > workers):
-                    first, future = waiting.popleft()
+                nbytes = cost(item)
+                while pending and (used + nbytes > budget or len(pending) > workers):
+                    oldest, future = pending.popleft()
                     yield future.result()
-                    taken -= first
-                    del future
-                waiting.append((price, pool.submit(work, item)))
-                taken += price
-            while waiting:
-                yield waiting.popleft()[1].result()
+                    used -= oldest
+                    del future  # otherwise its result would stay in memory
+                pending.append((nbytes, pool.submit(work, item)))
+                used += nbytes
+            while pending:
+                yield pending.popleft()[1].result()
         finally:
-            for _, future in waiting:
+            for _, future in pending:
                 future.cancel()
 
 
 @contextmanager
 def sync_in_background(folder: Path) -> Iterator[None]:
-    """Sends what is written into `folder` to the disk all the while, and waits for it at the end.
+    """Syncs the files in `folder` to the disk during the block, and waits for the rest at its end.
 
-    Left to itself, a system begins to write late, and the work and the disk wait for each other.
+    Without this the system starts to write late, so that the work and the disk take turns.
     """
     ended = threading.Event()
-    seen = dict[Path, tuple[int, int]]()  # what the disk has: size and time of the last change
+    synced = dict[Path, tuple[int, int]]()  # path -> size and time of the last change
 
     def sync() -> None:
         while not ended.wait(_SYNC_SECONDS):
-            _sync_files(folder, seen)
+            _sync_files(folder, synced)
 
     thread = threading.Thread(target=sync, daemon=True)
     thread.start()
@@ -70,20 +71,22 @@ def sync_in_background(folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-    _sync_files(folder, seen)
+    _sync_files(folder, synced)
 
 
-def _sync_files(folder: Path, seen: dict[Path, tuple[int, int]]) -> None:
-    """Waits until the disk has the files in `folder`, except those that have not changed."""
+def _sync_files(folder: Path, synced: dict[Path, tuple[int, int]]) -> None:
+    """Syncs the files in `folder` that changed since they were `synced`."""
 
     def sync(path: Path) -> None:
-        with suppress(FileNotFoundError), open(path, "rb") as file:  # it may get its name just now
-            about = os.fstat(file.fileno())
-            state = (about.st_size, about.st_mtime_ns)
-            if seen.get(path) != state:
+        # Another thread may rename the file at this moment.
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            state = (status.st_size, status.st_mtime_ns)
+            if synced.get(path) != state:
                 os.fsync(file.fileno())
-                seen[path] = state
+                synced[path] = state
 
-    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a disk takes many small files at once
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:  # a disk writes many small files at once
+        # os.walk, unlike Path.rglob, ignores a folder that is removed meanwhile.
         files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-        list(pool.map(sync, files))  # unlike rglob, walk passes over a folder that is just removed
+        list(pool.map(sync, files))

@@ -1,4 +1,4 @@
-"""What comes along with the weights: the tokenizer, the end ids, the chat format."""
+"""Collects the small files of a converted checkpoint: tokenizer, chat template, config.json."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_token
 
 
 class TokenizerFiles(NamedTuple):
-    """Small files to be written beside the weights."""
+    """The small files to write next to the weights, and the tokenizer from which they come."""
 
     files: dict[str, bytes]
     tokenizer: Tokenizer | None
@@ -24,34 +24,35 @@ class TokenizerFiles(NamedTuple):
 
     @property
     def end_ids(self) -> Iterable[int]:
-        """The tokens that end a text."""
+        """The IDs of the tokens that end a text."""
         return self.tokenizer.end_ids if self.tokenizer else ()
 
 
 def collect_tokenizer_files(
     source: Source, config: ModelConfig, to: str, given: str | Path | None
 ) -> TokenizerFiles:
-    """Returns the files that the format `to` wants beside the weights of `source`.
+    """Returns the files that the format `to` requires in addition to the weights.
 
     Args:
         source: the checkpoint.
-        config: of what is written.
+        config: configuration of the output.
         to: orbax, hf or meta.
-        given: file or folder of another tokenizer than the checkpoint's own.
+        given: file or folder of a tokenizer; None: the checkpoint's own.
 
     Raises:
-        InputError: the tokenizer is damaged, or of no known kind.
+        InputError: the tokenizer is damaged, or of an unknown kind.
     """
-    place = _tokenizer_of(source) if given is None else Path(given)
+    path = _find_tokenizer(source) if given is None else Path(given)
     try:
-        tokenizer = place and load_tokenizer(place)
+        tokenizer = path and load_tokenizer(path)
     except OSError as error:
         raise InputError(
-            f"the tokenizer of {place} can't be read ({error.strerror}): give another one"
+            f"the tokenizer of {path} can't be read ({error.strerror}): give another one"
         ) from error
     if tokenizer and {"tokenizer.model", "tokenizer.json"} <= tokenizer.files.keys():
-        beside = tokenizer.path.with_name("tokenizer.json")  # goes along, so it must be whole
-        TokenizerJson(beside, tokenizer.files["tokenizer.json"], tokenizer.files)
+        # load_tokenizer has parsed tokenizer.model alone; tokenizer.json is written too.
+        json_path = tokenizer.path.with_name("tokenizer.json")
+        TokenizerJson(json_path, tokenizer.files["tokenizer.json"], tokenizer.files)
     notes = list[str]()
     files = dict[str, bytes]()
     if to == "hf":
@@ -61,19 +62,22 @@ def collect_tokenizer_files(
     elif tokenizer and to == "orbax":
         files = dict(tokenizer.files)
     elif tokenizer:
-        has = tokenizer.files
-        known = has.get("tokenizer.model") or tiktoken_bytes(has["tokenizer.json"])
-        if known:
-            files = {"tokenizer.model": known}
+        model = tokenizer.files.get("tokenizer.model")
+        model = model or tiktoken_bytes(tokenizer.files["tokenizer.json"])
+        if model:
+            files = {"tokenizer.model": model}
         else:
             notes.append(
-                "Meta's format has no place for this tokenizer.json: its folder has no tokenizer"
+                "Meta's format can't represent this tokenizer.json: the output has no tokenizer"
             )
     return TokenizerFiles(files, tokenizer, notes)
 
 
-def _tokenizer_of(source: Source) -> Path | None:
-    """Returns where the checkpoint's tokenizer is: in it, or beside it as Meta gave LLaMA out."""
+def _find_tokenizer(source: Source) -> Path | None:
+    """Returns the path of the checkpoint's tokenizer: in its folder, or in the parent of Meta's.
+
+    Meta released LLaMA with one tokenizer next to the folders of all sizes.
+    """
     if source.path.is_file():
         return source.path if source.kind == "gguf" and has_tokenizer(source.path) else None
     folders = [source.path, source.path.parent] if source.kind == "meta" else [source.path]

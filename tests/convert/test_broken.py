@@ -1,8 +1,8 @@
-"""Broken checkpoints by the hundred: each refused in a sentence, or converted as if it were whole.
+"""Hundreds of damaged checkpoints: each is refused in a sentence, or converts like the intact one.
 
-A case is a whole tiny checkpoint, a way to break it and a number; the case's name seeds what the
-breaking draws. Bytes of the weights themselves are left alone where the format has no checksum of
-them, and so are values that another whole checkpoint could have.
+A case is a tiny intact checkpoint, a kind of damage and a number; the name of the case is the seed
+of its random choices. Bytes of the weights are not changed if the format has no checksum for them,
+nor values that another intact checkpoint could have.
 """
 
 import errno
@@ -34,9 +34,9 @@ from llama_jax.errors import Fault, InputError
 from llama_jax.runtime.process_memory import peak_resident
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-Way = Callable[[Path, corrupt.Rng], corrupt.Options]
-# After these the checkpoint may still be whole: nothing that matters was hit.
-ENDURED = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
+Corruption = Callable[[Path, corrupt.Rng], corrupt.Options]
+# After these kinds of damage the checkpoint may still be valid: only unused bytes may have changed.
+MAY_BE_HARMLESS = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
 ADVICE = re.compile(
     r"\b(fetch|give|put|move|correct|convert|"
     r"remove|choose|save|write|lay|name|start|make|load|leave|one of"
@@ -45,21 +45,23 @@ ADVICE = re.compile(
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_all(tmp_path_factory.mktemp("whole"))
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Returns the paths of the intact checkpoints by name."""
+    return write_all(tmp_path_factory.mktemp("intact"))
 
 
 class Case(NamedTuple):
     base: str
-    breaking: Way
+    corrupt: Corruption
     number: int
 
     def __str__(self) -> str:
-        return f"{self.base}-{self.breaking.__name__}-{self.number}"
+        return f"{self.base}-{self.corrupt.__name__}-{self.number}"
 
 
 FOLDERS = ("meta1", "meta2", "hf1", "hf3", "bin1", "bin3")
-HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
+# Kind of damage -> the checkpoints it is applied to, and the number of cases for each.
+KINDS: dict[Corruption, tuple[tuple[str, ...], int]] = {
     corrupt.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
     corrupt.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
     corrupt.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
@@ -94,11 +96,12 @@ HOW_MANY: dict[Way, tuple[tuple[str, ...], int]] = {
     corrupt_other.nothing: (("hf1",), 12),
     corrupt_other.receipt: (("model",), 16),
 }
-CASES = [Case(b, how, i) for how, (bs, n) in HOW_MANY.items() for b in bs for i in range(n)]
+CASES = [Case(base, kind, i) for kind, (bases, n) in KINDS.items() for base in bases
+         for i in range(n)]  # fmt: skip
 
 
-class Made(NamedTuple):
-    """What a conversion came to, as far as it can be compared."""
+class Output(NamedTuple):
+    """The parts of a conversion's output that must equal those of the intact checkpoint's."""
 
     config: ModelConfig
     tokenizer: Any
@@ -106,41 +109,43 @@ class Made(NamedTuple):
     notes: set[str]
 
 
-def made(outcome: ConversionResult) -> Made:
-    reader = WeightsReader(outcome.folder)
+def read_output(result: ConversionResult) -> Output:
+    reader = WeightsReader(result.folder)
     bits = {name: reader.read(name, None).tobytes() for name in reader.arrays}
-    told = None
-    if list(outcome.folder.glob("tokenizer.*")):
-        known = load_tokenizer(outcome.folder)
-        told = (
-            known.encode("ab hé", bos=True, eos=True),
-            known.n_vocab,
-            known.end_ids,
-            known.add_bos,
+    summary = None
+    if list(result.folder.glob("tokenizer.*")):
+        tokenizer = load_tokenizer(result.folder)
+        summary = (
+            tokenizer.encode("ab hé", bos=True, eos=True),
+            tokenizer.n_vocab,
+            tokenizer.end_ids,
+            tokenizer.add_bos,
         )
-    config = replace(read_model_config(outcome.folder), remat="none", scan=True)  # no matter here
-    return Made(config, told, bits, set(outcome.notes))
+    # remat and scan don't change the model.
+    config = replace(read_model_config(result.folder), remat="none", scan=True)
+    return Output(config, summary, bits, set(result.notes))
 
 
 @pytest.fixture(scope="session")
-def clean(whole: dict[str, Path]) -> Callable[[str], Made]:
-    """Returns what the whole checkpoint of a name is converted to."""
-    found: dict[str, Made] = {}
+def intact_output(intact: dict[str, Path]) -> Callable[[str], Output]:
+    """Returns a function from the name of a checkpoint to the output of its conversion."""
+    outputs: dict[str, Output] = {}
 
-    def of(name: str) -> Made:
-        if name not in found:
-            found[name] = made(convert(whole[name], whole[name].with_name("clean-" + name)))
-        return found[name]
+    def convert_once(name: str) -> Output:
+        if name not in outputs:
+            folder = intact[name].with_name("converted-" + name)
+            outputs[name] = read_output(convert(intact[name], folder))
+        return outputs[name]
 
-    return of
+    return convert_once
 
 
-def everything(folder: Path) -> Iterator[str]:
+def all_paths(folder: Path) -> Iterator[str]:
     return (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")))
 
 
 def check_sentence(message: str, at: Path) -> None:
-    """A sentence of its own: where, what, and what to do."""
+    """Checks that a message is one sentence: where, what, and what to do."""
     assert len(message) < 600 + 2 * len(str(at)), len(message)
     assert message.isprintable(), message
     assert not re.search(r"Traceback|[A-Za-z]Error", message), message
@@ -162,7 +167,7 @@ def on_command_line(case: Case) -> bool:
 def run(
     options: dict[str, Any], command_line: bool, err: Callable[[], str]
 ) -> ConversionResult | str | None:
-    """Returns what a conversion came to (None for a verification), or why it was refused."""
+    """Returns the result of a conversion (None for a verification), or the error message."""
     verifies = options.pop("verify", False)
     if not command_line:
         try:
@@ -176,45 +181,47 @@ def run(
     pairs = [(f"--{key.replace('_', '-')}", str(value)) for key, value in options.items()]
     target = ["--verify"] if verifies else [str(folder)]
     status = main(["convert", path, *target, *(part for pair in pairs for part in pair)])
-    told = err()
-    assert status == (2 if told.startswith("llama-jax convert: ") else 0)
+    stderr = err()
+    assert status == (2 if stderr.startswith("llama-jax convert: ") else 0)
     if status:
-        return told.removeprefix("llama-jax convert: ").removesuffix("\n")
-    assert all(line.startswith("warning: ") for line in told.splitlines()), told
-    notes = tuple(line.removeprefix("warning: ") for line in told.splitlines())
+        return stderr.removeprefix("llama-jax convert: ").removesuffix("\n")
+    assert all(line.startswith("warning: ") for line in stderr.splitlines()), stderr
+    notes = tuple(line.removeprefix("warning: ") for line in stderr.splitlines())
     return None if verifies else ConversionResult(folder, notes, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_refused_in_a_sentence_or_converted_as_if_whole(case, whole, clean, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_refused_in_a_sentence_or_converts_like_the_intact_one(
+    case, intact, intact_output, tmp_path, capfd
+):
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
-    source, out = whole[case.base], tmp_path / "out"
-    place = tmp_path / "in" / source.name
-    place.parent.mkdir()
+    source, out = intact[case.base], tmp_path / "out"
+    damaged = tmp_path / "in" / source.name
+    damaged.parent.mkdir()
     out.mkdir()
     (tmp_path / "whole").symlink_to(source.parent)
-    (shutil.copytree if source.is_dir() else shutil.copy)(source, place)
-    expected = clean(case.base)
-    options = {"path": place, "folder": out / "model"} | dict(case.breaking(place, rng) or {})
-    before, begun, held = list(everything(place.parent)), time.monotonic(), peak_resident()
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, damaged)
+    expected = intact_output(case.base)
+    options = {"path": damaged, "folder": out / "model"} | dict(case.corrupt(damaged, rng) or {})
+    before, start, memory = list(all_paths(damaged.parent)), time.monotonic(), peak_resident()
     capfd.readouterr()
-    outcome = run(options, on_command_line(case), lambda: capfd.readouterr().err)
-    assert time.monotonic() - begun < 5
-    assert peak_resident() - held < 256 << 20
+    result = run(options, on_command_line(case), lambda: capfd.readouterr().err)
+    assert time.monotonic() - start < 5
+    assert peak_resident() - memory < 256 << 20
     assert not (tmp_path / "in/canary").exists()
-    assert list(everything(place.parent)) == before
-    if isinstance(outcome, ConversionResult):
-        new = set(outcome.notes) - expected.notes
-        assert new or case.breaking.__name__ in ENDURED, "nothing was noticed"
-        assert new or made(outcome) == expected
+    assert list(all_paths(damaged.parent)) == before
+    if isinstance(result, ConversionResult):
+        new = set(result.notes) - expected.notes
+        assert new or case.corrupt.__name__ in MAY_BE_HARMLESS, "the damage was not detected"
+        assert new or read_output(result) == expected
     else:
         assert list(out.iterdir()) == []
-        assert outcome or case.breaking is corrupt_other.receipt
-        check_sentence(outcome or f"{tmp_path} give", tmp_path)
+        assert result or case.corrupt is corrupt_other.receipt
+        check_sentence(result or f"{tmp_path} give", tmp_path)
 
 
-def test_the_pickles_would_run_code_elsewhere(tmp_path):
-    """Python's own reader of pickles does what the converter must not do."""
+def test_pythons_unpickler_runs_the_code_in_the_hostile_pickles(tmp_path):
+    """The pickles are hostile: the converter's refusal of them means something."""
     for seed in range(30):
         canary = tmp_path / f"canary{seed}"
         pickle.loads(corrupt.runs_code(np.random.default_rng(seed), canary))
@@ -222,11 +229,11 @@ def test_the_pickles_would_run_code_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
-def test_a_full_disk_is_told_and_leaves_nothing(whole, tmp_path, monkeypatch, to):
+def test_a_full_disk_is_reported_and_leaves_nothing(intact, tmp_path, monkeypatch, to):
     def full(self, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(Fault, match=r"can't write .*out/model: No space left on device$"):
-        convert(whole["meta1"], tmp_path / "out/model", to=to, progress=False)
+        convert(intact["meta1"], tmp_path / "out/model", to=to, progress=False)
     assert list((tmp_path / "out").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Conversions as a whole: the same weights from every format, and back again bit for bit."""
+"""Complete conversions: the same weights from every format, and back bit for bit."""
 
 import json
 import logging
@@ -42,22 +42,22 @@ def bits(folder: Path) -> dict[str, bytes]:
 
 def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
     """Returns type and bytes of all tensors in a Meta or Hugging Face folder, by file and name."""
-    found = {}
+    content = {}
     for path in sorted([*folder.glob("*.pth"), *folder.glob("*.safetensors")]):
         read = read_torch if path.suffix == ".pth" else read_safetensors
         for name, tensor in read(path).items():
             shard = path.name if path.suffix == ".pth" else ""
             if "freqs" not in name:
-                found[shard + name] = (tensor.dtype.name, tensor.read().tobytes())
-    return found
+                content[shard + name] = (tensor.dtype.name, tensor.read().tobytes())
+    return content
 
 
 def test_stories260k_is_the_same_from_every_format(shared_data, tmp_path):
-    made = [quiet(shared_data / s, tmp_path / str(i)) for i, s in enumerate(STORIES)]
-    first, *others = map(bits, made)
+    folders = [quiet(shared_data / s, tmp_path / str(i)) for i, s in enumerate(STORIES)]
+    first, *others = map(bits, folders)
     assert all(first == other for other in others)
-    assert [read_model_config(folder).tied_head for folder in made] == [True] * 3
-    assert read_model_config(made[1]).differences(read_model_config(made[2])) == []
+    assert [read_model_config(folder).tied_head for folder in folders] == [True] * 3
+    assert read_model_config(folders[1]).differences(read_model_config(folders[2])) == []
 
 
 @pytest.mark.parametrize("name", ["llama2_mha", "llama2_gqa", "llama3_gqa", "llama31_scaled"])
@@ -70,7 +70,7 @@ def test_references_are_the_same_from_every_format(shared_data, tmp_path, name):
 
 class TestRoundTrips:
     @pytest.mark.parametrize("name", [r for r in REFERENCES if "/mp" in r])
-    def test_meta_comes_back_bit_for_bit(self, shared_data, tmp_path, name):
+    def test_metas_format_restores_every_bit(self, shared_data, tmp_path, name):
         source = shared_data / "meta_reference" / name
         shards = len(list(source.glob("*.pth")))
         model = quiet(source, tmp_path / "model")
@@ -84,7 +84,7 @@ class TestRoundTrips:
         assert tensors(last) == tensors(source)
 
     @pytest.mark.parametrize("name", ["llama2_gqa", "llama31_scaled", "stories260K"])
-    def test_hugging_face_comes_back_bit_for_bit(self, shared_data, tmp_path, name):
+    def test_hugging_faces_format_restores_every_bit(self, shared_data, tmp_path, name):
         at = shared_data if name == "stories260K" else shared_data / "meta_reference"
         source = at / name / "hf"
         back = quiet(quiet(source, tmp_path / "m"), tmp_path / "back", to="hf")
@@ -92,40 +92,42 @@ class TestRoundTrips:
         configs = [open_source(folder).config for folder in (source, back)]
         assert configs[0] == configs[1]
 
-    def test_a_tokenizer_goes_along(self, shared_data, tmp_path):
+    def test_the_tokenizer_is_copied(self, shared_data, tmp_path):
         source = shared_data / "stories260K" / "meta"
         back = quiet(quiet(source, tmp_path / "m"), tmp_path / "back", to="meta")
-        wanted = (source / "tokenizer.model").read_bytes()
-        assert (back / "tokenizer.model").read_bytes() == wanted
-        assert (tmp_path / "m" / "tokenizer.model").read_bytes() == wanted
+        expected = (source / "tokenizer.model").read_bytes()
+        assert (back / "tokenizer.model").read_bytes() == expected
+        assert (tmp_path / "m" / "tokenizer.model").read_bytes() == expected
 
-    def test_a_tokenizer_can_be_given(self, shared_data, tmp_path):
+    def test_another_tokenizer_can_be_given(self, shared_data, tmp_path):
         given = shared_data / "tokenizers" / "tok512.model"
         folder = quiet(shared_data / STORIES[2], tmp_path / "m", tokenizer=given)
         assert load_tokenizer(folder).n_vocab == 512
 
-    def test_shards_hold_key_value_heads_twice_where_there_are_more_shards(self, tmp_path):
+    def test_more_shards_than_key_value_heads_store_each_head_twice(self, tmp_path):
         config = tiny_model(n_heads=8, n_kv_heads=2, head_dim=4)
         with jax.set_mesh(one_device_mesh()):
             model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
             save_model(tmp_path / "m", config, model, None)
-        made = quiet(tmp_path / "m", tmp_path / "meta", to="meta", shards=4)
-        parts = [read_torch(made / f"consolidated.{i:02d}.pth") for i in range(4)]
+        folder = quiet(tmp_path / "m", tmp_path / "meta", to="meta", shards=4)
+        parts = [read_torch(folder / f"consolidated.{i:02d}.pth") for i in range(4)]
         keys = [part["layers.0.attention.wk.weight"].read() for part in parts]
         assert [np.array_equal(keys[0], key) for key in keys] == [True, True, False, False]
-        assert bits(quiet(made, tmp_path / "back")) == bits(tmp_path / "m")
-        assert bits(quiet(made, tmp_path / "b", to="orbax")) == bits(tmp_path / "m")
+        assert bits(quiet(folder, tmp_path / "back")) == bits(tmp_path / "m")
+        assert bits(quiet(folder, tmp_path / "b", to="orbax")) == bits(tmp_path / "m")
 
-    def test_chunks_of_a_mesh_load_on_that_mesh_and_any_other(self, shared_data, tmp_path):
+    def test_a_folder_chunked_for_a_mesh_loads_on_that_mesh_and_any_other(
+        self, shared_data, tmp_path
+    ):
         source = shared_data / "meta_reference/llama2_gqa/mp2"
         plain = quiet(source, tmp_path / "plain")
-        cut = quiet(source, tmp_path / "cut", mesh={"fsdp": 4, "tensor": 2})
-        first_layer = (cut / "weights/model/layers.wq/c/0").rglob("*")
+        chunked = quiet(source, tmp_path / "chunked", mesh={"fsdp": 4, "tensor": 2})
+        first_layer = (chunked / "weights/model/layers.wq/c/0").rglob("*")
         assert len([path for path in first_layer if path.is_file()]) == 8
-        assert bits(cut) == bits(plain)
+        assert bits(chunked) == bits(plain)
         for shape in [(1, 4, 2), (1, 8, 1)]:
             with jax.set_mesh(mesh_of(shape)):
-                _, model = load_model(cut)
+                _, model = load_model(chunked)
             assert np.asarray(model.layers.wq[...]).tobytes() == bits(plain)["layers.wq"]
 
 
@@ -154,7 +156,7 @@ class TestTransformers:
             logits = forward(config, model, tokens)
         np.testing.assert_allclose(logits, expected, atol=5e-5)
 
-    def test_reads_files_cut_at_a_size(self, shared_data, tmp_path, monkeypatch):
+    def test_reads_an_export_of_several_files(self, shared_data, tmp_path, monkeypatch):
         transformers = peer("transformers")
         monkeypatch.setattr("llama_jax.convert.formats.huggingface.MAX_FILE_BYTES", 300_000)
         source = shared_data / "stories260K/meta"
@@ -166,7 +168,7 @@ class TestTransformers:
         assert not any(info.values())
         assert bits(quiet(folder, tmp_path / "m")) == bits(quiet(source, tmp_path / "direct"))
 
-    def test_writes_pytorch_files_that_are_read(self, shared_data, tmp_path):
+    def test_pytorch_files_convert_like_safetensors(self, shared_data, tmp_path):
         torch = peer("torch")
         source = shared_data / "meta_reference/llama2_gqa/hf"
         names = {n: torch.from_dlpack(np.array(t.read()).view(np.int16)).view(torch.bfloat16)
@@ -178,8 +180,8 @@ class TestTransformers:
         folder.mkdir()
         for name, part in files.items():
             torch.save(part, folder / name)
-        placed = {"weight_map": {n: file for file, part in files.items() for n in part}}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(placed))
+        index = {"weight_map": {n: file for file, part in files.items() for n in part}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         shutil.copy(source / "config.json", folder)
         assert bits(quiet(folder, tmp_path / "a")) == bits(quiet(source, tmp_path / "b"))
         shutil.rmtree(folder)
@@ -189,44 +191,44 @@ class TestTransformers:
         assert bits(quiet(folder, tmp_path / "c")) == bits(tmp_path / "b")
 
 
-class TestNothingLost:
-    def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(
+class TestInterruptions:
+    def test_an_interrupted_conversion_leaves_nothing_and_can_be_repeated(
         self, shared_data, tmp_path, monkeypatch
     ):
         source = shared_data / "stories260K/meta"
         to_ours = layout.Layout.to_ours
-        seen = []
+        converted = []
 
-        def stops(self, config, weight, pieces):
-            seen.append(weight)
-            if len(seen) == 20:
+        def interrupt_at_20(self, config, weight, tensors):
+            converted.append(weight)
+            if len(converted) == 20:
                 raise KeyboardInterrupt
-            return to_ours(self, config, weight, pieces)
+            return to_ours(self, config, weight, tensors)
 
         for to in ("orbax", "hf", "meta"):
-            seen.clear()
+            converted.clear()
             with monkeypatch.context() as patch:
-                patch.setattr(layout.Layout, "to_ours", stops)
+                patch.setattr(layout.Layout, "to_ours", interrupt_at_20)
                 with pytest.raises(KeyboardInterrupt):
                     quiet(source, tmp_path / to, to=to)
             assert list(tmp_path.iterdir()) == []
             quiet(source, tmp_path / to, to=to)
             shutil.rmtree(tmp_path / to)
 
-    def test_what_a_killed_conversion_left_is_no_obstacle(self, shared_data, tmp_path):
-        left = tmp_path / ".m.partial-0123abcd"
-        left.mkdir()
-        (left / "config.json").write_text("{")
+    def test_a_partial_folder_of_a_killed_conversion_is_removed(self, shared_data, tmp_path):
+        partial = tmp_path / ".m.partial-0123abcd"
+        partial.mkdir()
+        (partial / "config.json").write_text("{")
         folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")
         assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
-    def test_a_folder_that_is_there_is_not_touched(self, shared_data, tmp_path):
+    def test_an_existing_folder_is_not_touched(self, shared_data, tmp_path):
         (tmp_path / "m").mkdir()
         with pytest.raises(InputError, match="already exists"):
             quiet(shared_data / "stories260K/meta", tmp_path / "m")
 
     def test_memory_stays_under_the_limit(self, tmp_path):
-        """200 MB of weights in a process that may hold no more than 450 MB."""
+        """200 MB of weights in a process that may use at most 450 MB."""
         config = tiny_model(dim=512, hidden_dim=8192, n_heads=8, n_kv_heads=8, head_dim=64,
                             vocab_size=1000, n_layers=4)  # fmt: skip
         with jax.set_mesh(one_device_mesh()):
@@ -243,12 +245,12 @@ class TestNothingLost:
             assert done.returncode == 0, done.stderr
             peak = float(done.stdout.split("peak memory ")[1].split()[0])
             assert peak * 2**30 < 450e6
-        refused = subprocess.run(
+        too_little = subprocess.run(
             [*map(str, command[:5]), str(tmp_path / "x"), "--max-ram", "200MB"],
             capture_output=True, text=True,
         )  # fmt: skip
-        assert refused.returncode == 2
-        assert "is too little: the largest weight takes" in refused.stderr
+        assert too_little.returncode == 2
+        assert "is too little: the largest weight takes" in too_little.stderr
 
 
 def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
@@ -266,7 +268,7 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
     assert bits(back)["layers.w1"] == np.asarray(state[0].layers.w1[...]).tobytes()
 
 
-def test_meshes_are_named_by_their_axes():
+def test_mesh_option_gives_the_sizes_of_axes():
     assert parse_mesh("fsdp=8, tensor=4") == {"fsdp": 8, "tensor": 4}
     for text in ("fsdp", "fsdp=0", "rows=2"):
         with pytest.raises(InputError, match="is not a mesh axis"):

@@ -1,4 +1,4 @@
-"""A path in another format than ours is refused with the very command that converts it."""
+"""A checkpoint of another format is refused with a message that contains its conversion command."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ from llama_jax.errors import InputError
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A folder, whose name a shell must have quoted, with a checkpoint of every other format."""
+    """A folder with a checkpoint of every other format; its name needs quoting in a shell."""
     at = tmp_path_factory.mktemp("all") / "it's $here"
     at.mkdir()
     for name, kind in (("Llama/original", meta), ("models--o--n/snapshots/0f3c", huggingface)):
@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
     return at
 
 
-WAYS = {
+CHECKPOINTS = {  # path -> format, and the folder in the suggested command
     "Llama/original": ("Meta", "models/Llama"),
     "Llama/original/consolidated.00.pth": ("Meta", "models/Llama"),
     "models--o--n/snapshots/0f3c": ("Hugging Face", "models/n"),
@@ -48,7 +48,7 @@ WAYS = {
 
 
 def command(path):
-    """Returns the sentence with which a path is refused, and the command in it."""
+    """Returns the message with which a path is refused, and the command in it."""
     with pytest.raises(InputError) as caught:
         read_model_config(path)
     (quoted,) = re.findall("`(.*)`", str(caught.value))
@@ -56,46 +56,49 @@ def command(path):
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("name", WAYS)
-def test_the_command_that_is_named_makes_a_model(sources, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_suggested_command_converts_the_checkpoint(
+    sources, name, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    form, target = WAYS[name]
+    kind, target = CHECKPOINTS[name]
     message, words = command(sources / name)
-    assert f"{sources / name} is a checkpoint in {form}'s format: convert it with `" in message
+    assert f"{sources / name} is a checkpoint in {kind}'s format: convert it with `" in message
     assert message.endswith(f"`, then give {target}")
     assert main(words[1:]) == 0
     assert "warning" not in capsys.readouterr().err
     config, _ = lj.load(target)
     assert config.n_layers == 2
     assert lj.load_tokenizer(target).n_vocab == 288
-    assert command(sources / name)[1][3] == f"{target}-2"  # what is there is not overwritten
+    assert command(sources / name)[1][3] == f"{target}-2"  # the existing folder is not overwritten
 
 
-def test_every_command_that_takes_a_model_names_it(sources, tmp_path, monkeypatch, capsys):
+def test_every_command_that_takes_a_model_suggests_the_conversion(
+    sources, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sources / "Llama/original", "-meta")
     (tmp_path / "text").write_text("ab")
-    ways = [["generate", "--prompt", "a"], ["serve"], ["perplexity", "text"], ["info"]]
-    for way, *rest in ways:
-        folder = "./-meta"
-        assert main([way, folder, *rest]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith(f"llama-jax {way}: -meta is a checkpoint in Meta's format: ")
-        assert "`llama-jax convert ./-meta models/-meta`" in told
+    commands = [["generate", "--prompt", "a"], ["serve"], ["perplexity", "text"], ["info"]]
+    for name, *options in commands:
+        assert main([name, "./-meta", *options]) == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith(f"llama-jax {name}: -meta is a checkpoint in Meta's format: ")
+        assert "`llama-jax convert ./-meta models/-meta`" in stderr
     with pytest.raises(InputError, match=r"convert it with `llama-jax convert \./-meta"):
         lj.load("-meta")
 
 
-def test_what_is_no_checkpoint_has_no_command(tmp_path):
+def test_no_command_is_suggested_if_there_is_no_checkpoint(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"here")
     for path in (tmp_path, tmp_path / "weights.safetensors"):
         with pytest.raises(InputError, match="neither a run folder nor a model folder"):
             read_model_config(path)
-        with pytest.raises(InputError, match="holds weights, but not what model they are of: give"):
+        with pytest.raises(InputError, match="contains weights without the configuration"):
             open_source(path)
     with pytest.raises(InputError, match="does not exist: give a folder"):
         read_model_config(tmp_path / "none")
     for name in "ab":
         write_gguf(tmp_path / f"{name}.gguf", {}, "F32")
-    with pytest.raises(InputError, match=r"holds 2 \.gguf files: give one of them"):
+    with pytest.raises(InputError, match=r"contains 2 \.gguf files: give one of them"):
         open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""convert --quantize int8: what is written, what is proven, what is refused."""
+"""convert --quantize int8: the weights it writes, their verification, and refused options."""
 
 import json
 
@@ -28,7 +28,7 @@ def changed(weight: jax.Array, at: tuple[int, ...], value: float) -> jax.Array:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def folders(request, tmp_path_factory):
-    """A model folder, and it quantized for a mesh, in parts of few channels."""
+    """A model folder, and its int8 folder chunked for a mesh and quantized in small groups."""
     folder = tmp_path_factory.mktemp("quantize")
     config = tiny_model(param_dtype=request.param)
     with jax.set_mesh(one_device_mesh()):
@@ -41,7 +41,7 @@ def folders(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 4)])
-def test_loading_gives_what_quantizing_on_load_gives_bit_for_bit(folders, shape):
+def test_an_int8_folder_loads_the_same_bits_as_quantization_on_load(folders, shape):
     with jax.set_mesh(mesh_of(shape)):
         expected_config, expected = quantize_model(*load_model(folders[0]))
         config, model = load_model(folders[1])
@@ -53,29 +53,29 @@ def test_loading_gives_what_quantizing_on_load_gives_bit_for_bit(folders, shape)
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_weights_of_two_types_become_one_as_on_load(tmp_path):
+def test_weights_of_two_types_are_quantized_from_one_type_as_on_load(tmp_path):
     config = tiny_model(param_dtype="bfloat16")
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
         model.tok_embeddings = nnx.Param(1.001 * model.tok_embeddings[...].astype(np.float32))
         save_model(tmp_path / "m", config, model, None)
         _, expected = quantize_model(*load_model(tmp_path / "m"))
-        _, made = load_model(quiet(tmp_path / "m", tmp_path / "int8", quantize="int8"))
-    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        _, model = load_model(quiet(tmp_path / "m", tmp_path / "int8", quantize="int8"))
+    for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_the_receipt_tells_what_was_quantized_and_the_proof_does_it_again(folders):
+def test_the_receipt_lists_the_int8_arrays_and_verify_quantizes_the_source_again(folders):
     source, folder = folders
-    made = json.loads((folder / "receipt.json").read_text())
-    assert made["verified"] == {"identical": 5, "converted": 16}
-    kinds = {r["weight"]: [t["dtype"] for t in r["written"]] for r in made["weights"]}
+    receipt = json.loads((folder / "receipt.json").read_text())
+    assert receipt["verified"] == {"identical": 5, "converted": 16}
+    kinds = {r["weight"]: [t["dtype"] for t in r["written"]] for r in receipt["weights"]}
     assert kinds["layers.1.wo"] == kinds["output"] == ["int8", "float32"]
     assert len(kinds["norm"]) == len(kinds["layers.0.ffn_norm"]) == 1
-    assert verify(folder, source, progress=False) == made["verified"]
+    assert verify(folder, source, progress=False) == receipt["verified"]
 
 
-def test_a_changed_source_or_value_is_found(folders, tmp_path):
+def test_a_changed_source_and_a_changed_int8_value_are_detected(folders, tmp_path):
     source, folder = folders
     with jax.set_mesh(one_device_mesh()):
         config, model = load_model(source)
@@ -88,14 +88,14 @@ def test_a_changed_source_or_value_is_found(folders, tmp_path):
         model.layers.wk.values[...] = changed(model.layers.wk.values[...], (1, 3, 2, 1), 0)
         save_model(tmp_path / "int8", config, model, None)
     (tmp_path / "int8" / "receipt.json").write_bytes((folder / "receipt.json").read_bytes())
-    sentence = r"layers.wk.values\[1\] is not what the conversion wrote"
+    sentence = r"layers.wk.values\[1\] is not the tensor that the conversion wrote"
     with pytest.raises(InputError, match=sentence):
         verify(tmp_path / "int8", progress=False)
 
 
 class TestRefusals:
     @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
-    def test_an_int8_folder_is_no_source(self, folders, tmp_path, to):
+    def test_an_int8_folder_can_not_be_converted(self, folders, tmp_path, to):
         with pytest.raises(InputError, match="convert the checkpoint from which it was created"):
             quiet(folders[1], tmp_path / "m", to=to)
         with pytest.raises(
@@ -105,18 +105,18 @@ class TestRefusals:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("to", ["hf", "meta"])
-    def test_other_formats_have_no_int8(self, folders, tmp_path, to):
+    def test_only_orbax_folders_can_be_int8(self, folders, tmp_path, to):
         with pytest.raises(InputError, match="--quantize int8 is for --to orbax: remove one"):
             quiet(folders[0], tmp_path / "m", to=to, quantize="int8")
 
-    def test_training_does_not_start_from_int8(self, folders):
+    def test_an_int8_folder_does_not_load_as_float(self, folders):
         with (
             jax.set_mesh(one_device_mesh()),
             pytest.raises(InputError, match=r"are stored as int8: give the folder from which"),
         ):
             load_model(folders[1], read_model_config(folders[0]))
 
-    def test_what_is_not_finite_has_no_scale(self, folders, tmp_path):
+    def test_infinity_can_not_be_quantized(self, folders, tmp_path):
         with jax.set_mesh(one_device_mesh()):
             config, model = load_model(folders[0])
             model.layers.w2[...] = changed(model.layers.w2[...], (1, 3, 2), np.inf)

@@ -23,16 +23,16 @@ def test_the_table_has_the_axes_of_the_model():
     with jax.set_mesh(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))):
         model = tree_to_dict(abstract_model(CONFIG))
     for weight in weights(CONFIG):
-        place = model if weight.layer is None else model["layers"]
-        shape = place[weight.name].shape
-        stacked = shape if weight.layer is None else shape[1:]
-        assert stacked == CONFIG.shape(AXES[weight.name].ours), weight
+        tree = model if weight.layer is None else model["layers"]
+        shape = tree[weight.name].shape
+        unstacked = shape if weight.layer is None else shape[1:]
+        assert unstacked == CONFIG.shape(AXES[weight.name].ours), weight
     stored = {n for n in model if n != "layers"} | set(model["layers"])
     assert stored == {weight.name for weight in weights(CONFIG)}
 
 
 @pytest.mark.parametrize("name", ["wq", "wk"])
-def test_neighbours_that_turn_together_come_to_stand_half_a_head_apart(name):
+def test_interleaved_rotary_pairs_become_half_split(name):
     heads = {"wq": 6, "wk": 3}[name]
     theirs = np.random.default_rng(0).standard_normal((heads * 8, 48), np.float32)
     ours = Layout(meta.NAMES, interleaved=True).to_ours(CONFIG, Weight(name, 0), [theirs])
@@ -47,47 +47,46 @@ def test_neighbours_that_turn_together_come_to_stand_half_a_head_apart(name):
 
 @pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("shards", [1, 3, 6])
-def test_any_number_of_shards_comes_back(shards, split):
+def test_any_number_of_shards_restores_the_weights(shards, split):
     layout = Layout(meta.NAMES, interleaved=True, shards=shards, embedding_split=split)
     for weight in weights(CONFIG):
         ours = random(weight)
-        pieces = layout.from_ours(CONFIG, weight, ours)
-        assert [piece.shape for piece in pieces] == [
+        tensors = layout.from_ours(CONFIG, weight, ours)
+        assert [tensor.shape for tensor in tensors] == [
             p[2] for p in layout.tensor_specs(CONFIG, weight)
         ]
-        assert same_bits(layout.to_ours(CONFIG, weight, pieces), ours)
+        assert same_bits(layout.to_ours(CONFIG, weight, tensors), ours)
 
 
-def test_metas_order_of_ranks_is_that_of_heads_and_columns():
-    """What rank 1 of 2 holds is the second half of what one file holds, cut as Meta cuts it."""
+def test_metas_shards_are_consecutive_slices_of_the_single_files_tensors():
     one = Layout(meta.NAMES, interleaved=True)
-    two = Layout(meta.NAMES, interleaved=True, shards=3, embedding_split=1)
-    cut = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
+    three = Layout(meta.NAMES, interleaved=True, shards=3, embedding_split=1)
+    axes = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
     for weight in weights(CONFIG):
-        (whole,) = one.from_ours(CONFIG, weight, random(weight))
-        parts = two.from_ours(CONFIG, weight, random(weight))
-        axis = 1 if weight.name == "tok_embeddings" else cut.get(weight.name)
-        wanted = [whole] * 3 if axis is None else np.split(whole, 3, axis)
-        assert all(same_bits(a, b) for a, b in zip(parts, wanted, strict=True)), weight
+        (complete,) = one.from_ours(CONFIG, weight, random(weight))
+        shards = three.from_ours(CONFIG, weight, random(weight))
+        axis = 1 if weight.name == "tok_embeddings" else axes.get(weight.name)
+        expected = [complete] * 3 if axis is None else np.split(complete, 3, axis)
+        assert all(same_bits(a, b) for a, b in zip(shards, expected, strict=True)), weight
 
 
-def test_405b_in_16_files_holds_each_key_value_head_twice():
+def test_405b_in_16_files_stores_each_key_value_head_twice():
     layout = meta.writer_layout(FAMILY["llama3.1-405b"], 16)
-    pieces = layout.tensor_specs(FAMILY["llama3.1-405b"], Weight("wk", 0))
-    assert {shape for _, _, shape in pieces} == {(128, 16_384)}
+    specs = layout.tensor_specs(FAMILY["llama3.1-405b"], Weight("wk", 0))
+    assert {shape for _, _, shape in specs} == {(128, 16_384)}
 
 
-def test_a_key_value_head_that_stands_twice_must_be_the_same():
+def test_the_copies_of_a_key_value_head_must_be_equal():
     layout = Layout(meta.NAMES, interleaved=True, shards=6)
-    pieces = layout.from_ours(CONFIG, Weight("wv", 0), random(Weight("wv", 0)))
-    assert same_bits(pieces[0], pieces[1])
-    pieces[1] = pieces[1] + 1
+    tensors = layout.from_ours(CONFIG, Weight("wv", 0), random(Weight("wv", 0)))
+    assert same_bits(tensors[0], tensors[1])
+    tensors[1] = tensors[1] + 1
     with pytest.raises(InputError, match="of shard 1 differs from shard 0's"):
-        layout.to_ours(CONFIG, Weight("wv", 0), pieces)
+        layout.to_ours(CONFIG, Weight("wv", 0), tensors)
 
 
 @pytest.mark.parametrize(("name", "fits"), [("llama-33b", [1, 2, 4]), ("llama-7b", [1, 2, 4, 8])])
-def test_heads_are_not_cut(name, fits):
+def test_a_head_is_not_split_over_two_shards(name, fits):
     for shards in (1, 2, 4, 8):
         if shards in fits:
             assert meta.writer_layout(FAMILY[name], shards).shards == shards
@@ -97,7 +96,7 @@ def test_heads_are_not_cut(name, fits):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_params_json_says_the_shape_of_every_member(name):
+def test_params_json_describes_the_shape_of_every_member(name):
     member = FAMILY[name]
     params = meta.params_json(member)
     multiplier = params.get("ffn_dim_multiplier")
@@ -106,12 +105,12 @@ def test_params_json_says_the_shape_of_every_member(name):
     assert params.get("rope_scaling_factor", 8.0) == getattr(member.rope_scaling, "factor", 8.0)
 
 
-def test_a_format_without_a_head_size_refuses_another():
-    with pytest.raises(InputError, match="Meta's format has heads of dim / n_heads"):
+def test_metas_format_refuses_a_head_size_that_it_can_not_represent():
+    with pytest.raises(InputError, match="Meta's format has heads of size dim / n_heads"):
         meta.writer_layout(tiny_model(head_dim=16), 1)
 
 
-def test_our_own_layout_changes_nothing():
+def test_a_model_folders_layout_does_not_copy_a_weight():
     for weight in weights(CONFIG):
         ours = random(weight)
         assert model_folder.layout(CONFIG).from_ours(CONFIG, weight, ours)[0] is ours

@@ -1,4 +1,4 @@
-"""What memory a conversion may take where nobody says: no more than there is."""
+"""The default memory limit of a conversion: the free memory of the machine and the container."""
 
 import struct
 import sys
@@ -15,8 +15,8 @@ MIB = 1 << 20
 V1 = "5:cpu,cpuacct:/x\n4:memory:/docker/a\n0::/docker/a\n"
 
 
-def system(root, cgroup, files):
-    """Writes what Linux says of a machine with 900 MiB free."""
+def write_system_files(root, cgroup, files):
+    """Writes the files in which Linux reports memory, for a machine with 900 MiB free."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text("MemTotal: 9999999 kB\nMemAvailable:  921600 kB\n")
     (root / "proc/self/cgroup").write_text(cgroup)
@@ -48,17 +48,17 @@ def inside(folder, files):
         ("0::/\n", limits(700 * MIB, 300 * MIB, 50 * MIB), 450),  # in a container
         ("0::/\n", limits(200 * MIB, 300 * MIB), 0),
         ("0::/a/b\n", inside("a/b/", limits("max", MIB)), 900),
-        ("0::/a/b\n", inside("a/", limits(500 * MIB, 100 * MIB)), 400),  # of a group above
+        ("0::/a/b\n", inside("a/", limits(500 * MIB, 100 * MIB)), 400),  # limit of the parent group
         ("0::/a\n", inside("a/", limits(5000 * MIB, MIB)), 900),
         (V1, inside("memory/docker/a/", limits(600 * MIB, 300 * MIB, 9 * MIB, v1=True)), 310),
         (V1, inside("memory/", limits(600 * MIB, 300 * MIB, v1=True)), 301),  # in a container
     ],
 )
-def test_the_least_of_machine_and_cgroups_counts(tmp_path, cgroup, files, free):
-    assert available_memory(system(tmp_path, cgroup, files)) == free * MIB
+def test_available_memory_is_the_minimum_of_machine_and_cgroups(tmp_path, cgroup, files, free):
+    assert available_memory(write_system_files(tmp_path, cgroup, files)) == free * MIB
 
 
-def test_a_hole_that_declares_a_weight_beyond_the_memory_is_refused(tmp_path):
+def test_a_sparse_file_with_weights_larger_than_the_memory_is_refused(tmp_path):
     path = tmp_path / "huge.bin"
     sizes = (1 << 18, 1 << 18, 1, 1, 1, 1 << 18, 8)  # 256 GiB a matrix
     numbers = 3 * 2**18 + 8 * 2**36  # three norms, eight matrices
@@ -71,7 +71,7 @@ def test_a_hole_that_declares_a_weight_beyond_the_memory_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["huge.bin"]
 
 
-def test_a_machine_without_room_is_told(tmp_path, monkeypatch):
+def test_a_conversion_without_enough_free_memory_is_refused(tmp_path, monkeypatch):
     write_llama2c(tmp_path / "m.bin", 1)
     quiet(tmp_path / "m.bin", tmp_path / "m")
     monkeypatch.setattr(process_memory, "available_memory", lambda: 1000)
@@ -79,4 +79,6 @@ def test_a_machine_without_room_is_told(tmp_path, monkeypatch):
         quiet(tmp_path / "m.bin", tmp_path / "other")
     with pytest.raises(InputError, match=r"the largest weight of .* takes 0\.00 GiB of memory"):
         verify(tmp_path / "m", progress=False)
-    assert quiet(tmp_path / "m.bin", tmp_path / "other", max_ram=8 << 30).exists()  # asked for
+    assert quiet(
+        tmp_path / "m.bin", tmp_path / "other", max_ram=8 << 30
+    ).exists()  # explicitly allowed

@@ -1,4 +1,4 @@
-"""What the receipt tells, and what repeating its proof finds."""
+"""The content of the receipt, and the differences that a repeated verification detects."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 
 
 def changed(source: Path, folder: Path) -> Path:
-    """Returns a copy of a Meta folder in which one bit of one weight is another."""
+    """Returns a copy of a Meta folder in which one bit of one weight is flipped."""
     shutil.copytree(source, folder)
     path = folder / "consolidated.00.pth"
     tensors = read(path)
@@ -24,7 +24,7 @@ def changed(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_tells_each_tensor_and_the_proof(shared_data, tmp_path):
+def test_the_receipt_lists_each_tensor_and_the_verification(shared_data, tmp_path):
     folder = quiet(shared_data / "meta_reference/llama2_gqa/mp2", tmp_path / "m")
     receipt = json.loads((folder / "receipt.json").read_text())
     assert receipt["verified"] == {"identical": 21, "converted": 0}
@@ -39,17 +39,17 @@ def test_tells_each_tensor_and_the_proof(shared_data, tmp_path):
     assert wq["written"][0]["shape"] == [64, 8, 8]
 
 
-def test_verify_needs_no_source_but_hashes_it_where_named(shared_data, tmp_path):
+def test_verify_needs_no_source_but_hashes_it_if_given(shared_data, tmp_path):
     source = shared_data / "stories260K/meta"
     folder = quiet(source, tmp_path / "m", to="hf")
-    for named in (None, source):
-        counts = verify(folder, named, progress=False)
+    for given in (None, source):
+        counts = verify(folder, given, progress=False)
         assert counts == {"identical": 47, "converted": 0}
     with pytest.raises(InputError, match="is not the tensor that was converted"):
         verify(folder, changed(source, tmp_path / "other"), progress=False)
 
 
-def test_a_change_of_type_is_proven_against_the_source(shared_data, tmp_path):
+def test_a_change_of_type_is_verified_against_the_source(shared_data, tmp_path):
     source = shared_data / "stories260K/meta"
     folder = quiet(source, tmp_path / "m", dtype="bfloat16")
     assert verify(folder, source, progress=False) == {"identical": 0, "converted": 47}
@@ -58,17 +58,17 @@ def test_a_change_of_type_is_proven_against_the_source(shared_data, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
-def test_a_flipped_bit_is_found(shared_data, tmp_path, to):
+def test_a_flipped_bit_is_detected(shared_data, tmp_path, to):
     folder = quiet(shared_data / "stories260K/meta", tmp_path / "m", to=to)
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
-    with pytest.raises(InputError, match=r"does not give back|damaged|differs"):
+    with pytest.raises(InputError, match=r"does not restore|damaged|differs"):
         verify(folder, progress=False)
 
 
-def test_a_configuration_that_was_changed_is_refused(shared_data, tmp_path):
+def test_a_changed_configuration_is_refused(shared_data, tmp_path):
     folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))

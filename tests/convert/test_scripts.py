@@ -1,4 +1,4 @@
-"""The scripts in convert/, one per direction: the weights come back bit for bit."""
+"""The scripts in convert/, one for each direction, preserve the weights bit for bit."""
 
 import runpy
 import sys
@@ -27,7 +27,7 @@ def weights(folder):
     return {name: reader.read(name, None).tobytes() for name in reader.arrays}
 
 
-def test_each_direction_keeps_the_weights(tmp_path, run):
+def test_each_direction_preserves_the_weights(tmp_path, run):
     meta_folder, gguf_file, at = tmp_path / "from", tmp_path / "f32.gguf", tmp_path / "to"
     write_folder(meta_folder, meta, 1)
     (meta_folder / "tokenizer.model").write_bytes(tokenizer_model())
@@ -43,6 +43,6 @@ def test_each_direction_keeps_the_weights(tmp_path, run):
     assert weights(at / "d") == weights(at / "a")
 
 
-def test_a_bad_input_is_a_sentence(tmp_path, run, capsys):
+def test_a_missing_source_is_reported_in_one_sentence(tmp_path, run, capsys):
     assert run("gguf_to_orbax", tmp_path / "none.gguf", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("llama-jax convert: there is no ")

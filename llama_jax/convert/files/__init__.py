@@ -1,1 +1,1 @@
-"""Readers and writers of the files that checkpoints consist of."""
+"""Reads and writes files of tensors: safetensors and PyTorch's."""

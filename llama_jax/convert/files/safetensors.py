@@ -1,4 +1,4 @@
-"""Safetensors files, read tensor by tensor and written tensor by tensor.
+"""Reads and writes safetensors files one tensor at a time.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -31,18 +31,20 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The format allows 100 MB, which take 2 GB as Python's objects; 1,200 tensors take 150 KB.
+# Bytes. The format allows 100 MB, which take 2 GB as Python objects; the header of 1,200 tensors
+# has 150 KB.
 _MAX_HEADER = 16 << 20
-_AGAIN = "fetch it again"
+_ADVICE = "fetch it again"
 
 
 def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a safetensors file by name, each read when asked.
+    """Returns the tensors of a safetensors file by name; each is read on demand.
 
-    Every byte of the file belongs to one tensor or to the header, as the format demands.
+    Checks that every byte of the file belongs to the header or to exactly one tensor, as the format
+    requires.
 
     Raises:
-        InputError: the file is missing, cut short, damaged, or has a dtype beyond NumPy's.
+        InputError: the file is missing, cut short or damaged, or has a dtype that NumPy lacks.
     """
     path = Path(path)
     try:
@@ -51,9 +53,9 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or (size < 8 + length and length <= _MAX_HEADER):
-                raise InputError(f"{path} is cut short inside its header: {_AGAIN}")
+                raise InputError(f"{path} is cut short inside its header: {_ADVICE}")
             if length > _MAX_HEADER:
-                raise InputError(f"{path} is no safetensors file, or damaged: {_AGAIN}")
+                raise InputError(f"{path} is not a safetensors file, or damaged: {_ADVICE}")
             raw = file.read(length)
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: give a safetensors file") from error
@@ -67,40 +69,53 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
         dtype, shape, begin, end = _entry(path, name, entry)
         tensor = mapped_tensor(path, name, dtype, 8 + length + begin, shape)
         if tensor.nbytes != end - begin:
-            wrong = f"has {end - begin} bytes, not {tensor.nbytes}"
-            raise InputError(f"{path} is damaged: {quote(name)} {wrong}: {_AGAIN}")
+            problem = f"has {end - begin} bytes, not {tensor.nbytes}"
+            raise InputError(f"{path} is damaged: {quote(name)} {problem}: {_ADVICE}")
         tensors[name] = tensor
         spans.append((begin, end, name))
 
     spans.sort()
-    for (_, before, _), (begin, _, name) in itertools.pairwise(spans):
-        if begin != before:
-            raise InputError(f"{path} is damaged: {quote(name)} leaves a gap or overlaps: {_AGAIN}")
+    for (_, previous_end, _), (begin, _, name) in itertools.pairwise(spans):
+        if begin != previous_end:
+            raise InputError(
+                f"{path} is damaged: {quote(name)} leaves a gap or overlaps: {_ADVICE}"
+            )
     expected = 8 + length + spans[-1][1]
     if size != expected:
         state = "cut short" if size < expected else "damaged"
-        raise InputError(f"{path} is {state}: it has {size} bytes, not {expected}: {_AGAIN}")
+        raise InputError(f"{path} is {state}: it has {size} bytes, not {expected}: {_ADVICE}")
     return tensors
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    """Returns the entries of the tensors in a header.
+
+    Raises:
+        InputError: the header is not valid JSON, or a key occurs twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
+        if len(unique_keys := dict(pairs)) < len(pairs):
             raise ValueError("a key occurs twice")
-        return found
+        return unique_keys
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
         if type(header) is not dict:
-            raise ValueError("it is no table of tensors")
-        "".join(header).encode("utf-8")  # JSON can name half of a surrogate pair, UTF-8 can't
+            raise ValueError("it is not a table of tensors")
+        "".join(header).encode("utf-8")  # JSON can contain half of a surrogate pair, UTF-8 can't
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has a damaged header ({error}): {_AGAIN}") from error
+        raise InputError(f"{path} has a damaged header ({error}): {_ADVICE}") from error
     header.pop("__metadata__", None)
     return header
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Returns dtype, shape, begin and end of a tensor; the offsets count from the header's end.
+
+    Raises:
+        InputError: the entry is invalid, or its dtype unknown.
+    """
     match entry:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end]} if all(
             type(n) is int and n >= 0 for n in [*shape, begin, end]
@@ -108,17 +123,17 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
             if kind in _DTYPES:
                 return _DTYPES[kind], tuple(shape), begin, end
             raise InputError(
-                f"{path}: {quote(name)} has the dtype {quote(kind)}, which isn't known here:"
+                f"{path}: {quote(name)} has the dtype {quote(kind)}, which is not supported:"
                 f" convert it to one of {', '.join(_DTYPES)}"
             )
-    raise InputError(f"{path} has a damaged header (its entry for {quote(name)}): {_AGAIN}")
+    raise InputError(f"{path} has a damaged header (its entry for {quote(name)}): {_ADVICE}")
 
 
 class SafetensorsWriter(TensorFileWriter):
-    """Writes a safetensors file, one tensor after the other: see `TensorFileWriter`.
+    """Writes a safetensors file, one tensor at a time: see `TensorFileWriter`.
 
-    The data begin at a multiple of 8 bytes. Tensors follow one another without a gap, so where
-    dtypes are mixed, the wider should come first: PyTorch doesn't map an unaligned tensor.
+    The data begin at a multiple of 8 bytes, and the tensors follow without gaps. If dtypes are
+    mixed, write the wider ones first: PyTorch doesn't memory-map an unaligned tensor.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
@@ -127,7 +142,7 @@ class SafetensorsWriter(TensorFileWriter):
         end = 0
         for name, (shape, dtype) in self._header.items():
             if dtype not in _NAMES or name == "__metadata__":
-                raise ValueError(f"safetensors has no {dtype} tensor {name}")
+                raise ValueError(f"safetensors files can't contain the {dtype} tensor {name}")
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             entries[name] = {
                 "dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end],
@@ -139,7 +154,7 @@ class SafetensorsWriter(TensorFileWriter):
         self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
         self._file.write(len(raw).to_bytes(8, "little") + raw)
 
-    def _put(self, name: str, data: memoryview) -> None:
+    def _write_data(self, name: str, data: memoryview) -> None:
         self._file.write(data)
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""Tensors in a file, read when asked, and files of tensors, written one tensor at a time."""
+"""Tensors in a file, read on demand, and the base class of writers of tensor files."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,13 +19,13 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        shape: its lengths.
-        dtype: bfloat16 is `ml_dtypes.bfloat16`.
+        shape: the shape.
+        dtype: the type; bfloat16 is `ml_dtypes.bfloat16`.
         read: returns it as a read-only array on a memory map of its bytes alone. Each call creates
             a new map, so the pages leave the memory when the array is garbage-collected. Raises
             InputError if the file has changed since it was opened.
-        exact: whether these are the file's own numbers; if not, they are computed from quantized
-            blocks, and can't be turned back.
+        exact: whether `read` returns the numbers stored in the file. False if it computes them from
+            quantized blocks, which can't be restored from the numbers.
     """
 
     shape: tuple[int, ...]
@@ -35,12 +35,12 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of the array, in bytes; an expanded tensor takes less in the file."""
+        """Size of the array [bytes]; a broadcast tensor takes less in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def quote(name: object) -> str:
-    """Returns what a file says as a message can show it: quoted, escaped and not endless."""
+    """Returns a value from a file for a message: quoted, escaped, at most 100 characters."""
     plain = isinstance(name, str | int | float | None)
     text = ascii(name) if plain else f"a {type(name).__name__}"
     return text if len(text) <= 100 else f"{text[:80]}...{text[-17:]}"
@@ -57,32 +57,32 @@ def mapped_tensor(
     """Returns the tensor whose first element is at byte `start` of the file.
 
     Args:
-        path: the file, whose size and bounds the caller has checked.
+        path: the file; the caller has checked that it contains all bytes of the tensor.
         name: the tensor's name, for messages.
-        dtype: of its elements, which lie there in little-endian order.
-        start: a byte of the file.
-        shape: its lengths, each at least 0.
-        strides: in elements, each at least 0; None for row-major order.
+        dtype: type of the elements, which are little-endian.
+        start: offset of the first element [bytes].
+        shape: the shape, each length at least 0.
+        strides: strides in elements, each at least 0; None for row-major order.
 
     Raises:
-        InputError: no array can have this shape.
+        InputError: the shape is larger than NumPy's limits.
     """
     if len(shape) > 32 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 63:
-        raise InputError(f"{path}: {quote(name)} has a shape beyond all bounds: fetch it again")
+        raise InputError(f"{path}: {quote(name)} has a shape beyond NumPy's limits: fetch it again")
     if strides is None:
         strides = row_major_strides(shape)
-    # Where a length is 1 its stride means nothing, and may be any number.
+    # The stride of a length of 1 has no effect and may be any number.
     strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
     return StoredTensor(shape, dtype, partial(_read, path, name, dtype, start, shape, strides))
 
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the strides of row-major order, in elements, as PyTorch counts them."""
+    """Returns the strides of row-major order in elements, as PyTorch computes them."""
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def element_span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Returns how many elements lie between a tensor's first and last, with both."""
+    """Returns the number of elements from a tensor's first to its last in memory, inclusive."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -97,10 +97,10 @@ def _read(
     strides: tuple[int, ...],
 ) -> np.ndarray:
     nbytes = element_span(shape, strides) * dtype.itemsize
-    if nbytes == 0:  # no memory map can be empty
-        nothing = np.zeros(shape, dtype)
-        nothing.flags.writeable = False
-        return nothing
+    if nbytes == 0:  # a memory map can't be empty
+        empty = np.zeros(shape, dtype)
+        empty.flags.writeable = False
+        return empty
     try:
         bytes_ = np.memmap(path, np.uint8, "r", start, (nbytes,))
         return np.ndarray(shape, dtype, bytes_, strides=[s * dtype.itemsize for s in strides])
@@ -111,53 +111,52 @@ def _read(
 
 
 class TensorFileWriter(ABC):
-    """Writes a file of tensors, one after the other: the memory holds no more than one.
-
-    An error inside the `with` block removes the file.
-    """
+    """Writes a file of tensors one at a time; an error inside the `with` block removes the file."""
 
     def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
-        """Opens `path` for the tensors `{name: (shape, dtype)}`, which come in this order.
+        """Opens `path` for the tensors `{name: (shape, dtype)}`, to be written in this order.
 
         Raises:
-            ValueError: the format has no such dtype.
+            ValueError: the format doesn't have the dtype.
         """
         self.path = Path(path)
         self._header = {name: (tuple(s), np.dtype(d)) for name, (s, d) in header.items()}
-        self._left = list(reversed(self._header))
+        self._remaining = list(reversed(self._header))  # names, the next one last
         self._closed = False
 
     @abstractmethod
-    def _put(self, name: str, data: memoryview) -> None: ...
+    def _write_data(self, name: str, data: memoryview) -> None:
+        """Writes the bytes of a tensor."""
 
     @abstractmethod
-    def _close(self) -> None: ...
+    def _close(self) -> None:
+        """Completes and closes the file; may be called twice."""
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes the next tensor; its elements may lie in any order.
+        """Writes the next tensor, in row-major order whatever the strides of `array`.
 
         Raises:
-            ValueError: the header names another tensor next, another shape or another dtype.
+            ValueError: it is not the header's next tensor, or of another shape or dtype.
         """
-        if not self._left or name != self._left[-1]:
-            due = self._left[-1] if self._left else "the end"
-            raise ValueError(f"{name} was written where {due} was due")
+        if not self._remaining or name != self._remaining[-1]:
+            expected = self._remaining[-1] if self._remaining else "the end"
+            raise ValueError(f"{name} was written, but the header's next is {expected}")
         if (array.shape, array.dtype) != self._header[name]:
             shape, dtype = self._header[name]
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {dtype}{shape}")
-        self._put(name, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self._left.pop()
+        self._write_data(name, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._remaining.pop()
 
     def close(self) -> None:
-        """Ends the file.
+        """Completes the file.
 
         Raises:
-            ValueError: tensors are missing.
+            ValueError: tensors of the header are missing.
         """
         if self._closed:
             return
-        if self._left:
-            raise ValueError(f"{self.path} lacks {self._left[-1]}")
+        if self._remaining:
+            raise ValueError(f"{self.path} lacks {self._remaining[-1]}")
         self._close()
         self._closed = True
 

@@ -1,7 +1,8 @@
-"""The pickle inside PyTorch's files of weights: run without running anything, and written.
+"""Reads and writes the pickle inside PyTorch's weight files without executing code from it.
 
-It makes dicts, lists, tuples, strings and numbers, and names storages and a handful of functions.
-The machine here knows the opcodes and functions that weights need, and imports or calls none.
+Such a pickle builds dicts, lists, tuples, strings and numbers, and refers to storages and a few
+functions by name. The interpreter in this module implements only the opcodes and functions that
+weights need; it imports and calls nothing that the pickle names.
 """
 
 import math
@@ -43,14 +44,14 @@ _FUNCTIONS = {
 
 @dataclass(frozen=True)
 class _Global:
-    """A module and a name in it, with a space between: only ever compared."""
+    """A module and a name in it, separated by a space: only compared, never imported."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class PickledStorage:
-    """The bytes of one tensor or more, in the archive under a key."""
+    """The bytes of one or more tensors, in an entry of the archive."""
 
     dtype: np.dtype
     key: str
@@ -59,46 +60,46 @@ class PickledStorage:
 
 @dataclass(frozen=True)
 class PickledTensor:
-    """A view of a storage, as the pickle says: nothing about it is checked yet."""
+    """A view of a storage, as stated by the pickle: the caller must check its bounds."""
 
     storage: PickledStorage
-    offset: int  # this and the strides count elements
+    offset: int  # in elements, like the strides
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
 
 
 def load_pickle(path: Path, data: bytes) -> Any:
-    """Returns what a pickle makes of strings, numbers, tuples, lists, dicts and `PickledTensor`s.
+    """Returns the value of a pickle: strings, numbers, tuples, lists, dicts, `PickledTensor`s.
 
     Args:
-        path: the file that holds it, for messages.
+        path: the file that contains the pickle, for messages.
         data: the pickle.
 
     Raises:
         InputError: it is damaged, or asks for a function or class that weights don't need.
     """
-    return _Machine(path, data).run()
+    return _PickleInterpreter(path, data).run()
 
 
-class _Machine:
-    """Runs a pickle of weights.
+class _PickleInterpreter:
+    """Interprets a pickle of weights.
 
-    Python's own Unpickler isn't used: a pickle can crash it (by a dict's key that is a tuple a
-    million deep, or a memo of four billion places) without any import. Here nothing is hashed
-    but strings and numbers, nothing recurses, and nothing grows faster than the pickle is long.
+    Python's Unpickler is not safe even without imports: a pickle can crash it by a dict key that
+    is a tuple nested a million deep, or by a memo with four billion slots. This interpreter hashes
+    only strings and numbers, doesn't recurse, and needs memory proportional to the pickle's length.
     """
 
     def __init__(self, path: Path, data: bytes):
-        self._path, self._data, self._at = path, data, 0
+        self._path, self._data, self._offset = path, data, 0
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Returns what the pickle makes."""
+        """Returns the value of the pickle."""
         try:
-            while (op := self._take(1)) != pickle.STOP:
-                self._step(op)
+            while (opcode := self._take(1)) != pickle.STOP:
+                self._execute(opcode)
             return self._stack.pop()
         except (LookupError, ValueError, struct.error) as error:
             if isinstance(error, InputError):
@@ -107,15 +108,16 @@ class _Machine:
 
     def _damaged(self, why: str) -> InputError:
         return InputError(
-            f"{self._path} has a damaged pickle ({why} before byte {self._at}): fetch it again"
+            f"{self._path} has a damaged pickle ({why} before byte {self._offset}): fetch it again"
         )
 
     def _take(self, n: int) -> bytes:
-        taken = self._data[self._at : self._at + n]
-        self._at += n
-        if len(taken) < n:
+        """Returns the next n bytes."""
+        data = self._data[self._offset : self._offset + n]
+        self._offset += n
+        if len(data) < n:
             raise self._damaged("it ends")
-        return taken
+        return data
 
     def _number(self, n: int) -> int:
         return int.from_bytes(self._take(n), "little")
@@ -124,10 +126,12 @@ class _Machine:
         return self._take(self._number(n)).decode("utf-8")
 
     def _line(self) -> str:
-        return self._take(self._data.index(b"\n", self._at) + 1 - self._at)[:-1].decode("utf-8")
+        return self._take(self._data.index(b"\n", self._offset) + 1 - self._offset)[:-1].decode(
+            "utf-8"
+        )
 
     def _pop(self, n: int) -> list[Any]:
-        """Takes the last n values off the stack."""
+        """Removes the last n values from the stack and returns them."""
         first = len(self._stack) - n
         if first < 0:
             raise self._damaged("an opcode lacks its operands")
@@ -137,9 +141,9 @@ class _Machine:
     def _pop_mark(self) -> list[Any]:
         return self._pop(max(len(self._stack) - self._marks.pop(), 0))
 
-    def _step(self, op: bytes) -> None:
+    def _execute(self, opcode: bytes) -> None:
         push = self._stack.append
-        match op:
+        match opcode:
             case pickle.PROTO:
                 self._take(1)
             case pickle.FRAME:
@@ -149,7 +153,7 @@ class _Machine:
             case pickle.NONE:
                 push(None)
             case pickle.NEWTRUE | pickle.NEWFALSE:
-                push(op == pickle.NEWTRUE)
+                push(opcode == pickle.NEWTRUE)
             case pickle.BININT1:
                 push(self._number(1))
             case pickle.BININT2:
@@ -196,10 +200,10 @@ class _Machine:
                 self._set(self._pop(2))
             case pickle.SETITEMS:
                 self._set(self._pop_mark())
-            case pickle.BUILD:  # an OrderedDict's attributes, of which weights need none
+            case pickle.BUILD:  # sets attributes of an OrderedDict, which weights don't need
                 state, target = self._stack.pop(), self._stack[-1]
                 if type(target) is not dict or type(state) is not dict:
-                    raise self._damaged("it sets the attributes of what has none")
+                    raise self._damaged("it sets attributes of a value that has none")
             case pickle.GLOBAL:
                 push(self._global(self._line(), self._line()))
             case pickle.STACK_GLOBAL:
@@ -209,18 +213,18 @@ class _Machine:
             case pickle.REDUCE:
                 push(self._call(*self._pop(2)))
             case _:
-                raise self._damaged(f"it has the opcode {op!r}, which weights don't need,")
+                raise self._damaged(f"it has the opcode {opcode!r}, which weights don't need,")
 
     def _extend(self, values: list[Any]) -> None:
         if type(self._stack[-1]) is not list:
-            raise self._damaged("it appends to what is no list")
+            raise self._damaged("it appends to a value that is not a list")
         self._stack[-1].extend(values)
 
     def _set(self, items: list[Any]) -> None:
         if type(self._stack[-1]) is not dict or len(items) % 2:
-            raise self._damaged("it sets the items of what is no dict")
+            raise self._damaged("it sets items of a value that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Of larger numbers, any number could have one hash, and each would search all before.
+            # Many larger numbers can share one hash: a dict of them would take quadratic time.
             if type(key) is not str and (type(key) is not int or abs(key) >> 32):
                 raise self._damaged("a key of a dict is neither text nor a small number")
             self._stack[-1][key] = value
@@ -228,11 +232,11 @@ class _Machine:
     def _global(self, module: Any, name: Any) -> _Global:
         known = f"{module} {name}" if type(module) is str and type(name) is str else ""
         if known not in _STORAGES and known not in _FUNCTIONS:
-            wanted = f"{module}.{name}" if known else "what has no name"
+            function = f"{module}.{name}" if known else "a function without a name"
             raise InputError(
-                f"{self._path} asks for {quote(wanted)}, which weights don't need (nothing was"
-                " run): where you trust the file, load it with torch.load and save its"
-                " state_dict() alone"
+                f"{self._path} asks for {quote(function)}, which weights don't need (nothing was"
+                " run): if you trust the file, load it with torch.load and save only its"
+                " state_dict()"
             )
         return _Global(known)
 
@@ -244,7 +248,7 @@ class _Machine:
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Global) or type(arguments) is not tuple:
-            raise self._damaged("it calls what is no function")
+            raise self._damaged("it calls a value that is not a function")
         match (function.name, *arguments):
             case ("collections OrderedDict",):
                 return {}
@@ -263,29 +267,36 @@ class _Machine:
 
 
 def dump_pickle(header: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-    """Returns the pickle of a dict of tensors, whose storages are numbered in its order."""
+    """Returns the pickle of a dict of tensors whose storages are numbered in its order."""
 
-    def text(value: str) -> bytes:
+    def string(value: str) -> bytes:
         raw = value.encode("utf-8")
         return pickle.BINUNICODE + struct.pack("<I", len(raw)) + raw
 
     def number(value: int) -> bytes:
-        return pickle.dumps(value, 2)[2:-1]  # without its PROTO and STOP
+        return pickle.dumps(value, 2)[2:-1]  # without PROTO and STOP
 
-    def many(*items: bytes) -> bytes:
+    def tuple_(*items: bytes) -> bytes:
         return pickle.MARK + b"".join(items) + pickle.TUPLE
 
-    def known(name: str) -> bytes:
+    def global_name(name: str) -> bytes:
         return pickle.GLOBAL + name.replace(" ", "\n").encode() + b"\n"
 
     parts = [pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK]
     for i, (name, (shape, dtype)) in enumerate(header.items()):
         numel = number(math.prod(shape))
-        kind = known(DTYPE_NAMES[dtype])
-        storage = many(text("storage"), kind, text(str(i)), text("cpu"), numel) + pickle.BINPERSID
-        hooks = known("collections OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
-        sizes = many(*map(number, shape)) + many(*map(number, row_major_strides(shape)))
-        tensor = many(storage, number(0), sizes, pickle.NEWFALSE, hooks)
-        parts += [text(name), known("torch._utils _rebuild_tensor_v2"), tensor, pickle.REDUCE]
+        kind = global_name(DTYPE_NAMES[dtype])
+        storage = (
+            tuple_(string("storage"), kind, string(str(i)), string("cpu"), numel) + pickle.BINPERSID
+        )
+        hooks = global_name("collections OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+        sizes = tuple_(*map(number, shape)) + tuple_(*map(number, row_major_strides(shape)))
+        tensor = tuple_(storage, number(0), sizes, pickle.NEWFALSE, hooks)
+        parts += [
+            string(name),
+            global_name("torch._utils _rebuild_tensor_v2"),
+            tensor,
+            pickle.REDUCE,
+        ]
     parts.append(pickle.SETITEMS + pickle.STOP)
     return b"".join(parts)

@@ -1,8 +1,8 @@
-"""PyTorch's `.pth` and `.bin` files of weights, read and written without PyTorch.
+"""Reads and writes PyTorch's `.pth` and `.bin` weight files without PyTorch.
 
 A file is a zip archive: `NAME/data.pkl` is a pickle of the dict of tensors, in which each storage
-is named by a key, and `NAME/data/KEY` holds that storage's bytes, neither packed nor converted.
-`torch_pickle` reads the pickle; nothing that a file says is imported or called.
+has a key, and `NAME/data/KEY` contains that storage's bytes, uncompressed. `torch_pickle` reads
+the pickle; nothing that a file names is imported or called.
 """
 
 import io
@@ -36,44 +36,44 @@ from llama_jax.runtime.regular_file import open_regular
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _MAX_METADATA = 1 << 20  # bytes of the pickle or the zip directory: more than 6,000 tensors
-_CHUNK = 1 << 20  # bytes: what is hashed while the processor's cache holds it
+_CHUNK = 1 << 20  # bytes hashed at a time: they fit the processor's cache
 _SAVE_AGAIN = "load it with torch.load and save it again with torch.save"
 
 
 def read_torch(path: str | Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a PyTorch state dict by name, each read when asked.
+    """Returns the tensors of a PyTorch state dict by name; each is read on demand.
 
-    The dict may lie under the key `model` or `state_dict` of another dict, whose other keys are
-    then passed over. Beside tensors, a state dict may hold None, numbers and text, which are
-    passed over as well; anything else in it is refused. Tensors may be views and share storages.
+    The state dict may be the value of the key `model` or `state_dict` of another dict, whose other
+    keys are ignored. None, numbers and strings in a state dict are ignored too; any other value is
+    refused. Tensors may be views and share storages.
 
-    The checksum of the pickle is verified here, that of a storage before one of its tensors is
-    first read, so that reading raises InputError where a byte was changed.
+    The checksum of the pickle is verified here, the checksum of a storage when one of its tensors
+    is first read: that read raises InputError if a byte was changed.
 
     Raises:
         InputError: the file is missing, cut short, damaged, in another format, compressed,
             big-endian, or asks for a function or class that weights don't need. Nothing in it
-            is run.
+            is executed.
     """
     path = Path(path)
     try:
-        with _Bounded(open_regular(path).detach()) as file:
+        with _BoundedReader(open_regular(path).detach()) as file:
             return _read_zip(path, file)
     except FileNotFoundError as error:
-        raise InputError(f"there is no {path}: give a PyTorch file of weights") from error
+        raise InputError(f"there is no {path}: give a PyTorch weight file") from error
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): give another file") from error
 
 
-class _Bounded(io.BufferedReader):
-    """A file that gives little at a time: zipfile reads a directory of any size at once."""
+class _BoundedReader(io.BufferedReader):
+    """A file whose reads are limited: zipfile would read a directory of any size at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        most = _MAX_METADATA + 1
-        part = super().read(most if size is None or size < 0 else min(size, most))
-        if len(part) == most:
+        limit = _MAX_METADATA + 1
+        data = super().read(limit if size is None or size < 0 else min(size, limit))
+        if len(data) == limit:
             raise ValueError("its directory is too large for weights")
-        return part
+        return data
 
 
 def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
@@ -81,7 +81,7 @@ def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     if head[:1] == b"\x80" and _LEGACY_MAGIC in head:
         raise InputError(f"{path} has the format from before PyTorch 1.6: {_SAVE_AGAIN}")
     if head[:2] != b"PK":
-        raise InputError(f"{path} is no PyTorch file of weights, or damaged: fetch it again")
+        raise InputError(f"{path} is not a PyTorch weight file, or damaged: fetch it again")
     try:
         archive = zipfile.ZipFile(file)
     except Exception as error:  # a damaged directory can make zipfile raise almost anything
@@ -104,39 +104,49 @@ def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     reader = _Archive(path, file, archive)
     if f"{root}byteorder" in names and reader.content(f"{root}byteorder") != b"little":
         raise InputError(f"{path} is big-endian: {_SAVE_AGAIN} on a little-endian computer")
-    found = load_pickle(path, reader.content(f"{root}data.pkl"))
+    unpickled = load_pickle(path, reader.content(f"{root}data.pkl"))
 
     tensors: dict[str, StoredTensor] = {}
-    for name, value in _state_dict(path, found).items():
+    for name, value in _state_dict(path, unpickled).items():
         if isinstance(value, PickledTensor):
             tensors[name] = _locate(path, name, value, reader, f"{root}data/{value.storage.key}")
     return tensors
 
 
-def _state_dict(path: Path, found: Any) -> dict[str, Any]:
-    if type(found) is not dict:
-        kind = "one tensor" if isinstance(found, PickledTensor) else quote(found)
+def _state_dict(path: Path, value: Any) -> dict[str, Any]:
+    """Returns the state dict in the value of a pickle.
+
+    Raises:
+        InputError: there is none, or it contains other values than tensors and plain values.
+    """
+    if type(value) is not dict:
+        kind = "one tensor" if isinstance(value, PickledTensor) else quote(value)
         raise InputError(
             f"{path} contains {kind}, not a state dict: save the model's state_dict() alone"
         )
     for key in ("model", "state_dict"):
-        if type(found.get(key)) is dict:
-            found = found[key]
+        if type(value.get(key)) is dict:
+            value = value[key]
             break
-    for name, value in found.items():
+    for name, item in value.items():
         if type(name) is not str:
             problem = f"the key {quote(name)} is not a string"
-        elif not isinstance(value, PickledTensor | int | float | str | None):
-            problem = f"{quote(name)} is {quote(value)}, not a tensor"
+        elif not isinstance(item, PickledTensor | int | float | str | None):
+            problem = f"{quote(name)} is {quote(item)}, not a tensor"
         else:
             continue
         raise InputError(f"{path}: {problem}: save the model's state_dict() alone")
-    return found
+    return value
 
 
 def _locate(
     path: Path, name: str, tensor: PickledTensor, reader: "_Archive", entry: str
 ) -> StoredTensor:
+    """Returns a tensor of the pickle as a tensor in the file, whose bounds are checked.
+
+    Raises:
+        InputError: it has an impossible shape, or its storage is missing or too small.
+    """
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
 
     def damaged(why: str) -> InputError:
@@ -146,18 +156,18 @@ def _locate(
     dims = len(shape)
     if dims > 32 or dims != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
         raise damaged("has a shape, strides or an offset that no tensor can have")
-    stored = reader.place(entry, name)
-    size = stored.size
+    zip_entry = reader.find(entry, name)
+    size = zip_entry.size
     if size != storage.numel * storage.dtype.itemsize:
         raise damaged(f"has a storage of {size} bytes, not of {storage.numel} {storage.dtype}")
-    # An empty view may point anywhere, as PyTorch's own do: no byte of it is read.
+    # The offset of an empty view may be any number, as in PyTorch: no byte is read.
     if 0 not in shape and tensor.offset + element_span(shape, strides) > storage.numel:
         raise damaged("reaches beyond its storage")
-    start = stored.begin + tensor.offset * storage.dtype.itemsize
+    start = zip_entry.begin + tensor.offset * storage.dtype.itemsize
     view = mapped_tensor(path, name, storage.dtype, start, shape, strides)
 
     def read() -> np.ndarray:
-        stored.check(path)
+        zip_entry.check(path)
         return view.read()
 
     return replace(view, read=read)
@@ -168,21 +178,21 @@ class _Entry:
     """An entry of the archive, neither compressed nor encrypted."""
 
     name: str
-    begin: int  # of its bytes in the file
-    size: int  # in bytes
-    crc: int  # CRC-32 of its bytes, as the zip directory says
+    begin: int  # offset of its data in the file [bytes]
+    size: int  # bytes
+    crc: int  # CRC-32 of its data, as stated in the zip directory
     checked: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check(self, path: Path) -> None:
-        """Compares the bytes with their checksum, the first time that it is called.
+        """Compares the data with their checksum; does nothing on later calls.
 
         Raises:
-            InputError: they differ, or can't be read.
+            InputError: the checksum differs, or the data can't be read.
         """
         with self.lock:
             if not self.checked and self._crc32(path) != self.crc:
-                if self.crc == 0:  # as torch.serialization.set_crc32_options(False) leaves it
+                if self.crc == 0:  # the effect of torch.serialization.set_crc32_options(False)
                     raise InputError(
                         f"{path} was saved without checksums: load it with torch.load and save it"
                         " again with torch.serialization.set_crc32_options(True)"
@@ -194,14 +204,15 @@ class _Entry:
             self.checked = True
 
     def _crc32(self, path: Path) -> int:
-        crc, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, _CHUNK)))
+        crc, remaining = 0, self.size
+        buffer = memoryview(bytearray(min(self.size, _CHUNK)))
         try:
             with open_regular(path) as file:
                 file.seek(self.begin)
-                while left and (n := file.readinto(buffer[:left])):
-                    crc, left = zlib.crc32(buffer[:n], crc), left - n
-            if left:
-                raise OSError(0, "it ends before")
+                while remaining and (n := file.readinto(buffer[:remaining])):
+                    crc, remaining = zlib.crc32(buffer[:n], crc), remaining - n
+            if remaining:
+                raise OSError(0, "the file ends too early")
         except OSError as error:
             raise InputError(
                 f"{path}: {quote(self.name)} can't be read ({error.strerror}): the file has"
@@ -211,7 +222,7 @@ class _Entry:
 
 
 class _Archive:
-    """The entries of a zip archive, of which none may be compressed or encrypted."""
+    """Finds the entries of a zip archive; refuses compressed and encrypted ones."""
 
     def __init__(self, path: Path, file: BinaryIO, archive: zipfile.ZipFile):
         self._path, self._file, self._zip = path, file, archive
@@ -219,17 +230,21 @@ class _Archive:
         self._entries: dict[str, _Entry] = {}
 
     def content(self, entry: str) -> bytes:
-        """Returns the bytes of a small entry, whose checksum is verified."""
-        found = self.place(entry, entry)
+        """Returns the data of a small entry after verifying its checksum."""
+        found = self.find(entry, entry)
         if found.size > _MAX_METADATA:
             raise InputError(
                 f"{self._path}: {quote(entry)} is too large for weights: {_SAVE_AGAIN}"
             )
         found.check(self._path)
-        return self._at(found.begin, found.size)
+        return self._read_at(found.begin, found.size)
 
-    def place(self, entry: str, name: str) -> _Entry:
-        """Returns an entry, which the tensor `name` needs."""
+    def find(self, entry: str, name: str) -> _Entry:
+        """Returns an entry, which the tensor `name` needs.
+
+        Raises:
+            InputError: it is missing, compressed, encrypted or not at the stated offset.
+        """
         if entry in self._entries:
             return self._entries[entry]
         try:
@@ -242,26 +257,27 @@ class _Archive:
             raise InputError(
                 f"{self._path}: {quote(entry)} is compressed or encrypted: {_SAVE_AGAIN}"
             )
-        # The directory doesn't say how long the local header is, which lies before the data: its
-        # name and what follows the data show that it is this entry's, and not shifted.
-        written = entry.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        local = self._at(info.header_offset, 30 + len(written))
+        # The zip directory doesn't contain the length of the local header, which precedes the data.
+        # The name in that header, and the signature after the data, show that the header belongs
+        # to this entry and that no bytes are missing or inserted.
+        encoded = entry.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        local = self._read_at(info.header_offset, 30 + len(encoded))
         begin = info.header_offset + 30 + sum(struct.unpack_from("<HH", local.ljust(30), 26))
-        # With flag 8 a checksum follows the data, else the next entry or the directory.
+        # With flag 8 a checksum follows the data, otherwise the next entry or the directory.
         after = {b"PK\3\4", b"PK\1\2"} if not info.flag_bits & 8 else {b"PK\7\10"}
         if (
-            (local[:4], local[30:]) != (b"PK\3\4", written)
-            or (info.file_size and self._at(begin + info.file_size, 4) not in after)
+            (local[:4], local[30:]) != (b"PK\3\4", encoded)
+            or (info.file_size and self._read_at(begin + info.file_size, 4) not in after)
             or info.file_size != info.compress_size
         ):
             raise InputError(
-                f"{self._path}: {quote(entry)} isn't where the zip directory says: the file is cut"
-                " short or damaged, fetch it again"
+                f"{self._path}: {quote(entry)} isn't at the offset in the zip directory: the file"
+                " is cut short or damaged, fetch it again"
             )
         return self._entries.setdefault(entry, _Entry(entry, begin, info.file_size, info.CRC))
 
-    def _at(self, begin: int, n: int) -> bytes:
-        """Returns the n bytes there, or none where the file hasn't got them."""
+    def _read_at(self, begin: int, n: int) -> bytes:
+        """Returns the n bytes at an offset, or b"" if the file doesn't contain all of them."""
         if not 0 <= begin <= self._size - n:
             return b""
         self._file.seek(begin)
@@ -269,7 +285,7 @@ class _Archive:
 
 
 class TorchWriter(TensorFileWriter):
-    """Writes a file that `torch.load` reads, also with `mmap=True`, one tensor after the other.
+    """Writes a file that `torch.load` reads, also with `mmap=True`, one tensor at a time.
 
     Each tensor has its own storage, which begins at a multiple of 64 bytes.
     """
@@ -278,7 +294,7 @@ class TorchWriter(TensorFileWriter):
         super().__init__(path, header)
         for name, (_, dtype) in self._header.items():
             if dtype not in DTYPE_NAMES:
-                raise ValueError(f"PyTorch files have no {dtype} tensor {name}")
+                raise ValueError(f"PyTorch files can't contain the {dtype} tensor {name}")
         content = dump_pickle(self._header)
         self._keys = {name: str(i) for i, name in enumerate(self._header)}
         self._file = open(self.path, "wb")  # noqa: SIM115 (_close closes it)
@@ -289,16 +305,16 @@ class TorchWriter(TensorFileWriter):
 
     def _add(self, entry: str, data: memoryview) -> None:
         info = zipfile.ZipInfo(f"{self.path.stem}/{entry}")
-        # Before the data lie 30 bytes, the name, and two extra fields: the one that zipfile adds
-        # for long entries (20 bytes), and one that fills up to the next multiple of 64, as
-        # PyTorch's own does.
+        # The data follow a header of 30 bytes, the name, and two extra fields: that of zipfile for
+        # large entries (20 bytes), and one that pads to the next multiple of 64, as in PyTorch's
+        # own files.
         before = self._file.tell() + 30 + len(info.filename.encode("utf-8")) + 20 + 4
         fill = -before % 64
         info.extra = struct.pack("<2sH", b"FB", fill) + b"Z" * fill
         with self._zip.open(info, "w", force_zip64=True) as file:
             file.write(data)
 
-    def _put(self, name: str, data: memoryview) -> None:
+    def _write_data(self, name: str, data: memoryview) -> None:
         self._add(f"data/{self._keys[name]}", data)
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, whose quantized weights are computed back to float32."""
+"""Reads GGUF files of the llama architecture; quantized weights are dequantized to float32."""
 
 import math
 import os
@@ -14,7 +14,13 @@ from gguf.quants import dequantize
 from llama_jax.config.model import ModelConfig, RopeScaling
 from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor, quote
 from llama_jax.convert.layout import Layout
-from llama_jax.convert.source import Source, integer, model_config, number, stored_dtype
+from llama_jax.convert.source import (
+    Source,
+    config_dtypes,
+    model_config,
+    positive_float,
+    positive_int,
+)
 from llama_jax.errors import InputError
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.runtime.regular_file import open_regular
@@ -37,7 +43,7 @@ NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q5_K")
-_BLOCK = 1 << 22  # numbers computed back at a time
+_DEQUANTIZED_AT_ONCE = 1 << 22  # numbers
 _MAX_ALIGNMENT = 1 << 16
 
 
@@ -45,27 +51,30 @@ def read(path: Path) -> Source:
     """Returns the checkpoint in a GGUF file.
 
     Raises:
-        InputError: it is damaged, of another architecture, or of an unknown quantization.
+        InputError: the file is damaged, of another architecture, or of an unknown quantization.
     """
     header = read_header(path, ("general.", "llama.", "split."))
-    about = {name.removeprefix("llama."): value for name, value in header.metadata.items()}
-    if about.get("general.architecture") != "llama":
+    metadata = {name.removeprefix("llama."): value for name, value in header.metadata.items()}
+    if metadata.get("general.architecture") != "llama":
         raise InputError(
-            f"{path} holds a {quote(about.get('general.architecture'))} model, not a llama: give a"
-            " LLaMA checkpoint"
+            f"{path} contains a {quote(metadata.get('general.architecture'))} model, not a llama:"
+            " give a LLaMA checkpoint"
         )
-    if about.get("split.count", 0) not in (0, 1):
+    if metadata.get("split.count", 0) not in (0, 1):
         raise InputError(f"{path} is one of several parts: merge them with llama-gguf-split first")
     tensors = _tensors(path, header)
-    dim, heads = (integer(about, k, path) for k in ("embedding_length", "attention.head_count"))
+    dim = positive_int(metadata, "embedding_length", path)
+    heads = positive_int(metadata, "attention.head_count", path)
     embedding = tensors.get(NAMES["tok_embeddings"])
     if embedding is None or len(embedding.shape) != 2:
-        raise InputError(f"{path} lacks the matrix {NAMES['tok_embeddings']}: give a whole model")
-    theta = number(about, "rope.freq_base", 10_000.0, path)
-    usual = {"attention.head_count_kv": heads, "rope.dimension_count": max(1, dim // heads)}
-    said = usual | about
-    head_key = next(k for k in ("attention.key_length", "rope.dimension_count") if k in said)
-    kind = about.get("rope.scaling.type", "none")
+        raise InputError(
+            f"{path} lacks the matrix {NAMES['tok_embeddings']}: give a complete model"
+        )
+    theta = positive_float(metadata, "rope.freq_base", 10_000.0, path)
+    defaults = {"attention.head_count_kv": heads, "rope.dimension_count": max(1, dim // heads)}
+    metadata = defaults | metadata
+    head_key = next(k for k in ("attention.key_length", "rope.dimension_count") if k in metadata)
+    kind = metadata.get("rope.scaling.type", "none")
     if kind not in ("none", "llama3"):
         raise InputError(
             f"{path}: rope scaling of type {quote(kind)} is not LLaMA's: give a LLaMA checkpoint"
@@ -74,20 +83,22 @@ def read(path: Path) -> Source:
     config = model_config(
         path,
         dim=dim,
-        n_layers=integer(about, "block_count", path),
+        n_layers=positive_int(metadata, "block_count", path),
         n_heads=heads,
-        n_kv_heads=integer(said, "attention.head_count_kv", path),
-        head_dim=integer(said, head_key, path),
-        hidden_dim=integer(about, "feed_forward_length", path),
+        n_kv_heads=positive_int(metadata, "attention.head_count_kv", path),
+        head_dim=positive_int(metadata, head_key, path),
+        hidden_dim=positive_int(metadata, "feed_forward_length", path),
         vocab_size=embedding.shape[0],
-        context=integer(about, "context_length", path),
-        norm_eps=_shortest(number(about, "attention.layer_norm_rms_epsilon", None, path)),
+        context=positive_int(metadata, "context_length", path),
+        norm_eps=_shortest(
+            positive_float(metadata, "attention.layer_norm_rms_epsilon", None, path)
+        ),
         rope_theta=_shortest(theta),
         tied_head=NAMES["output"] not in tensors,
-        **stored_dtype((tensors,)),
+        **config_dtypes((tensors,)),
     )
     if factors:
-        config = _stretched(config, factors, path)
+        config = _with_rope_scaling(config, factors, path)
     return Source(
         "gguf",
         path,
@@ -99,13 +110,13 @@ def read(path: Path) -> Source:
 
 
 def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
-    """Returns the tensors by name, which must fill the file from the header to its end.
+    """Returns the tensors by name, after checking that they fill the file from header to end.
 
-    GGUF has no checksum. A file that lost or gained bytes on its way is known by its length and by
-    the zeros between tensors, which are then elsewhere.
+    GGUF has no checksum. Lost or inserted bytes change the length of the file, and shift the zeros
+    that pad the tensors.
 
     Raises:
-        InputError: the tensors don't fill the file, or one is of an unknown quantization.
+        InputError: the tensors don't fill the file, or one has an unknown quantization.
     """
     unit = header.metadata.get("general.alignment", 32)
     if type(unit) is not int or not 0 < unit <= _MAX_ALIGNMENT or unit & (unit - 1):
@@ -115,7 +126,7 @@ def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
         )
     tensors = dict[str, StoredTensor]()
     with open_regular(path) as file:
-        end = begin = _aligned(path, file, header.nbytes, unit)
+        end = begin = _align(path, file, header.nbytes, unit)
         for info in header.tensors:
             if begin + info.offset != end:
                 raise InputError(
@@ -123,31 +134,39 @@ def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
                     " again"
                 )
             tensors[info.name], nbytes = _tensor(path, info, end)
-            end = _aligned(path, file, end + nbytes, unit)
+            end = _align(path, file, end + nbytes, unit)
         size = os.fstat(file.fileno()).st_size
     if size != end:
         raise InputError(
             f"{path} is {'cut short' if size < end else 'damaged'}: it has {size:,} bytes, but its"
-            f" header tells of {end:,}: fetch it again"
+            f" header describes {end:,}: fetch it again"
         )
     return tensors
 
 
-def _aligned(path: Path, file: BinaryIO, end: int, unit: int) -> int:
-    """Returns the next multiple of `unit`, up to which the file must hold zeros."""
-    missing = -end % unit
-    if end < os.fstat(file.fileno()).st_size:  # else the file is too short, which is told later
+def _align(path: Path, file: BinaryIO, end: int, unit: int) -> int:
+    """Returns the next multiple of `unit`, after checking that the file is zero up to there.
+
+    Raises:
+        InputError: a byte of the padding isn't zero.
+    """
+    padding = -end % unit
+    if end < os.fstat(file.fileno()).st_size:  # the caller reports a file that is too short
         file.seek(end)
-        if any(file.read(missing)):
+        if any(file.read(padding)):
             raise InputError(
                 f"{path} is damaged: the bytes from {end:,} to the next multiple of {unit} must be"
-                " zero, so its tensors have moved: fetch it again"
+                " zero, so the tensors are shifted: fetch it again"
             )
-    return end + missing
+    return end + padding
 
 
 def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[StoredTensor, int]:
-    """Returns the tensor that begins at a byte of the file, and its bytes there."""
+    """Returns the tensor that begins at offset `start`, and its size in the file [bytes].
+
+    Raises:
+        InputError: its type is not supported, or its rows are not multiples of a block.
+    """
     known = {kind.value: kind for kind in GGMLQuantizationType}
     kind = known.get(info.ggml_type)
     if kind is None or kind.name not in (*_PLAIN, *_QUANTIZED):
@@ -170,34 +189,42 @@ def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[StoredTensor, int
         path, info.name, np.dtype(np.uint8), start, (rows, last // block * block_bytes)
     )
 
-    def computed() -> np.ndarray:
+    def read_dequantized() -> np.ndarray:
         blocks, out = packed.read(), np.empty((rows, last), np.float32)
-        step = max(1, _BLOCK // max(1, last))
+        step = max(1, _DEQUANTIZED_AT_ONCE // max(1, last))
         for i in range(0, rows, step):
             out[i : i + step] = dequantize(blocks[i : i + step], kind)
         return out.reshape(info.shape)
 
-    return StoredTensor(info.shape, np.dtype(np.float32), computed, exact=False), packed.nbytes
+    return StoredTensor(
+        info.shape, np.dtype(np.float32), read_dequantized, exact=False
+    ), packed.nbytes
 
 
 def _shortest(number: float) -> float:
-    """Returns the shortest decimal that float32 rounds to the same: 1e-05, not 9.9999997e-06."""
+    """Returns the shortest decimal with the same float32: 1e-05, not 9.9999997e-06."""
     with np.errstate(over="ignore"):
         return float(str(np.float32(number)))
 
 
-def _stretched(config: ModelConfig, stored: StoredTensor, path: Path) -> ModelConfig:
-    """Returns the config with the scaling of Llama 3.1 that gives the file's factors [H/2].
+def _with_rope_scaling(config: ModelConfig, stored: StoredTensor, path: Path) -> ModelConfig:
+    """Returns the configuration with the rope scaling of Llama 3.1 that matches the file's factors.
 
-    A factor is by how much the wavelength of a pair is stretched.
+    Args:
+        config: the configuration without rope scaling.
+        stored: for each rotary pair [H/2], the factor by which its wavelength is multiplied.
+        path: the file, for messages.
+
+    Raises:
+        InputError: the factors are not those of a Llama 3.1 or 3.2.
     """
     fits = stored.shape == (config.head_dim // 2,)
     factors = stored.read() if fits else np.zeros(1)
     if np.isfinite(factors).all() and min(factors) > 0:
-        made = replace(config, rope_scaling=RopeScaling(factor=float(factors.max())))
-        if np.allclose(factors, rope_frequencies(config) / rope_frequencies(made), rtol=1e-4):
-            return made
+        scaled = replace(config, rope_scaling=RopeScaling(factor=float(factors.max())))
+        if np.allclose(factors, rope_frequencies(config) / rope_frequencies(scaled), rtol=1e-4):
+            return scaled
     raise InputError(
-        f"{path}: {_ROPE_FACTORS} is not the rope scaling of Llama 3.1 or 3.2 and would give wrong"
-        " positions: give a LLaMA checkpoint"
+        f"{path}: {_ROPE_FACTORS} is not the rope scaling of Llama 3.1 or 3.2, so positions would"
+        " be wrong: give a LLaMA checkpoint"
     )

@@ -1,4 +1,4 @@
-"""Hugging Face folders: `config.json` and weights in safetensors or PyTorch files."""
+"""Reads and writes Hugging Face folders: `config.json`, and safetensors or PyTorch files."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,11 +15,11 @@ from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.convert.layout import Layout, Weight
 from llama_jax.convert.source import (
     Source,
-    integer,
+    config_dtypes,
     model_config,
-    number,
+    positive_float,
+    positive_int,
     read_json,
-    stored_dtype,
 )
 from llama_jax.errors import InputError
 
@@ -38,7 +38,7 @@ NAMES = {
     "output": "lm_head.weight",
 }
 _CONTEXT = "max_position_embeddings"
-MAX_FILE_BYTES = 5_000_000_000  # as transformers cuts its files
+MAX_FILE_BYTES = 5_000_000_000  # the limit of transformers' files
 
 
 def read(folder: Path) -> Source:
@@ -48,7 +48,7 @@ def read(folder: Path) -> Source:
         InputError: a file is missing or damaged, or the model is not a LLaMA.
     """
     tensors = _read_weights(folder)
-    config = read_config(folder / "config.json", **stored_dtype((tensors,)))
+    config = read_config(folder / "config.json", **config_dtypes((tensors,)))
     stores_tied_head = config.tied_head and NAMES["output"] in tensors
     return Source(
         "huggingface", folder, config, Layout(NAMES, stores_tied_head=stores_tied_head), (tensors,)
@@ -63,7 +63,7 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
         computed: `dtype` and `param_dtype`.
 
     Raises:
-        InputError: it is missing, not of a LLaMA, or asks for what LLaMA doesn't have.
+        InputError: it is missing, not of a LLaMA, or describes a feature that LLaMA lacks.
     """
     theirs = read_json(path)
     if theirs.get("model_type") != "llama":
@@ -86,26 +86,27 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
             f"{path}: the weights are quantized ({_method(theirs)[:100]!a}): fetch the unquantized"
             " model"
         )
-    dim, n_heads = (integer(theirs, f"{k}", path) for k in ("hidden_size", "num_attention_heads"))
+    dim, n_heads = (positive_int(theirs, k, path) for k in ("hidden_size", "num_attention_heads"))
     kv, head = theirs.get("num_key_value_heads"), theirs.get("head_dim")
-    # transformers 5 gathers what concerns rotary embeddings under one key.
+    # transformers 5 stores all parameters of the rotary embedding under one key.
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling")
     if not isinstance(rope, dict | None):
         raise InputError(
             f"{path} has {quote(rope)} as its rope parameters, which must be an object: correct it"
         )
-    theta = number(rope or {}, "rope_theta", number(theirs, "rope_theta", 1e4, path), path)
+    theta = positive_float(theirs, "rope_theta", 1e4, path)
+    theta = positive_float(rope or {}, "rope_theta", theta, path)
     return model_config(
         path,
         dim=dim,
-        n_layers=integer(theirs, "num_hidden_layers", path),
+        n_layers=positive_int(theirs, "num_hidden_layers", path),
         n_heads=n_heads,
-        n_kv_heads=n_heads if kv is None else integer(theirs, "num_key_value_heads", path),
-        head_dim=max(1, dim // n_heads) if head is None else integer(theirs, "head_dim", path),
-        hidden_dim=integer(theirs, "intermediate_size", path),
-        vocab_size=integer(theirs, "vocab_size", path),
-        context=integer({_CONTEXT: 2048} | theirs, _CONTEXT, path),
-        norm_eps=number(theirs, "rms_norm_eps", 1e-6, path),
+        n_kv_heads=n_heads if kv is None else positive_int(theirs, "num_key_value_heads", path),
+        head_dim=max(1, dim // n_heads) if head is None else positive_int(theirs, "head_dim", path),
+        hidden_dim=positive_int(theirs, "intermediate_size", path),
+        vocab_size=positive_int(theirs, "vocab_size", path),
+        context=positive_int({_CONTEXT: 2048} | theirs, _CONTEXT, path),
+        norm_eps=positive_float(theirs, "rms_norm_eps", 1e-6, path),
         rope_theta=theta,
         rope_scaling=_rope_scaling(rope, path),
         tied_head=theirs.get("tie_word_embeddings", False),
@@ -114,8 +115,11 @@ def read_config(path: Path, **computed: Any) -> ModelConfig:
 
 
 def _method(theirs: dict[str, Any]) -> str:
-    about = theirs["quantization_config"]
-    return str(about.get("quant_method", "?") if isinstance(about, dict) else about)
+    """Returns the name of the quantization method."""
+    quantization = theirs["quantization_config"]
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "?"))
+    return str(quantization)
 
 
 def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | None:
@@ -135,12 +139,16 @@ def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | No
         )
     except (KeyError, ValueError) as error:
         raise InputError(
-            f"{path}: the llama3 rope scaling is incomplete or impossible: correct the file"
+            f"{path}: the llama3 rope scaling is incomplete or invalid: correct the file"
         ) from error
 
 
 def _read_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Returns all tensors, from one file or from those that an index names."""
+    """Returns all tensors, from one file or from the files of an index.
+
+    Raises:
+        InputError: there are no weights, or they are damaged.
+    """
     kinds = (("model", "safetensors", read_safetensors), ("pytorch_model", "bin", read_torch))
     for stem, ending, read_file in kinds:
         index = folder / f"{stem}.{ending}.index.json"
@@ -149,40 +157,43 @@ def _read_weights(folder: Path) -> dict[str, StoredTensor]:
         if (folder / f"{stem}.{ending}").exists():
             return read_file(folder / f"{stem}.{ending}")
     raise InputError(
-        f"{folder} holds no weights (model.safetensors, pytorch_model.bin, or one of their"
+        f"{folder} contains no weights (model.safetensors, pytorch_model.bin, or one of their"
         " .index.json): fetch them too"
     )
 
 
 def _read_indexed(folder: Path, index: Path, read_file: Any) -> dict[str, StoredTensor]:
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(v, str) for v in placed.values()):
+    """Returns the tensors of all files that `index` maps names to.
+
+    Raises:
+        InputError: a file is missing, or index and files disagree.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index} has no weight_map of names to files: fetch it again")
-    tensors, here = (
-        dict[str, StoredTensor](),
-        {path.name for path in folder.iterdir() if path.is_file()},
-    )
-    for name in sorted(set(placed.values())):
+    tensors = dict[str, StoredTensor]()
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
             raise InputError(
                 f"{index} names {quote(name)}, which is not a file of its own folder: fetch the"
                 " index again"
             )
-        if name not in here:
+        if name not in present:
             raise InputError(f"{index} names {quote(name)}, which is missing: fetch it too")
         found = read_file(folder / name)
-        wanted = {tensor for tensor, file in placed.items() if file == name}
-        if wanted != found.keys():
-            odd = min(wanted ^ found.keys())
+        expected = {tensor for tensor, file in weight_map.items() if file == name}
+        if expected != found.keys():
+            different = min(expected ^ found.keys())
             raise InputError(
-                f"{index} and {folder / name} disagree about {quote(odd)}: fetch both again"
+                f"{index} and {folder / name} disagree about {quote(different)}: fetch both again"
             )
         tensors |= found
     return tensors
 
 
 class HuggingFaceWriter:
-    """Writes config.json and safetensors files, weight by weight in the order of the pass."""
+    """Writes safetensors files and their index, weight by weight in the order of the model."""
 
     def __init__(
         self, folder: Path, config: ModelConfig, layout: Layout, dtypes: Mapping[Weight, np.dtype]
@@ -202,33 +213,33 @@ class HuggingFaceWriter:
         paths = paths if n > 1 else ["model.safetensors"]
         if n > 1:
             sizes = [int(np.prod(s)) * d.itemsize for file in files for s, d in file.values()]
-            placed = {t: path for path, file in zip(paths, files, strict=True) for t in file}
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": placed}
+            weight_map = {t: path for path, file in zip(paths, files, strict=True) for t in file}
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        self._left = [(folder / p, file) for p, file in zip(paths, files, strict=True)]
+        self._remaining = [(folder / p, file) for p, file in zip(paths, files, strict=True)]
         self._open = ExitStack()
         self._file: SafetensorsWriter | None = None
         self._names: Mapping[str, Any] = {}
 
-    def write(self, pieces: Iterable[tuple[int, str, np.ndarray]]) -> None:
-        """Writes (0, name, tensor)s."""
-        for _, name, piece in pieces:
+    def write(self, tensors: Iterable[tuple[int, str, np.ndarray]]) -> None:
+        """Writes tensors, given as (0, name, array)."""
+        for _, name, array in tensors:
             if self._file is None or name not in self._names:
                 self._open.close()
-                path, self._names = self._left.pop(0)
+                path, self._names = self._remaining.pop(0)
                 self._file = self._open.enter_context(SafetensorsWriter(path, self._names))
-            self._file.write(name, piece)
+            self._file.write(name, array)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Completes the file that is open, or takes it away after an error."""
+        """Completes the open file, or removes it after an error."""
         self._open.__exit__(*error)
 
 
 def config_json(config: ModelConfig, bos_id: int | None, end_ids: Iterable[int]) -> dict[str, Any]:
-    """Returns the `config.json` from which transformers makes this model."""
+    """Returns the `config.json` from which transformers creates this model."""
     ends = sorted(end_ids)
     scaling = config.rope_scaling
     return {

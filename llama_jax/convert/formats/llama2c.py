@@ -1,4 +1,4 @@
-"""llama2.c's `.bin` files: a header, then float32 arrays, each with all layers in one."""
+"""Reads llama2.c's `.bin` files: a header, then float32 arrays with all layers stacked."""
 
 import math
 import struct
@@ -9,29 +9,28 @@ import numpy as np
 from llama_jax.checkpoint.folders import LLAMA2C_MAGIC
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor
-from llama_jax.convert.layout import AXES, Layout
+from llama_jax.convert.layout import AXES, LAYER_WEIGHTS, Layout
 from llama_jax.convert.source import Source, model_config
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular
 
-_IN_ORDER = ("wq", "wk", "wv", "wo")
+_ATTENTION = ("wq", "wk", "wv", "wo")
 _LEGACY = (
-    *("tok_embeddings", "attention_norm", *_IN_ORDER),
+    *("tok_embeddings", "attention_norm", *_ATTENTION),
     *("ffn_norm", "w1", "w2", "w3", "norm"),
 )
 _VERSION_1 = (
     *("attention_norm", "ffn_norm", "norm", "tok_embeddings"),
-    *(*_IN_ORDER, "w1", "w2", "w3"),
+    *(*_ATTENTION, "w1", "w2", "w3"),
 )
-_ENDS = ("tok_embeddings", "norm", "output")
-NAMES = {n: n if n in _ENDS else f"{n}[{{}}]" for n in AXES}
+NAMES = {name: f"{name}[{{}}]" if name in LAYER_WEIGHTS else name for name in AXES}
 
 
 def read(path: Path) -> Source:
     """Returns the checkpoint in a llama2.c file, legacy or version 1 (both float32).
 
     Raises:
-        InputError: it is cut short, or of another version.
+        InputError: the file is cut short, or of another version.
     """
     with open_regular(path) as file:
         start = file.read(256)
@@ -40,13 +39,13 @@ def read(path: Path) -> Source:
         version = struct.unpack_from("<i", start, 4)[0] if len(start) == 256 else None
         if version != 1:
             raise InputError(
-                f"{path} is of version {version} of llama2.c's format: versions 0 (legacy) and 1"
-                " hold floating-point weights; export it as one of them"
+                f"{path} is of version {version} of llama2.c's format: only versions 0 (legacy)"
+                " and 1 contain floating-point weights; export it as one of them"
             )
     dim, hidden, layers, heads, kv, vocab, context = struct.unpack_from(
         "<7i", start, 0 if legacy else 8
     )
-    # A legacy file tells by a negative vocabulary that the head is not the embedding.
+    # A negative vocabulary in a legacy file means that the head is not tied to the embedding.
     tied = vocab > 0 if legacy else bool(start[8 + 28])
     config = model_config(
         path,
@@ -65,7 +64,7 @@ def read(path: Path) -> Source:
     tensors, end = _tensors(path, config, layout, legacy)
     if end != path.stat().st_size:
         raise InputError(
-            f"{path} holds {path.stat().st_size:,} bytes, but a model of its header's shape needs"
+            f"{path} has {path.stat().st_size:,} bytes, but a model of its header's shape needs"
             f" {end:,}: it is damaged or cut short, fetch it again"
         )
     dropped = {"freq_cis_real, freq_cis_imag": "follow from the configuration"} if legacy else {}
@@ -75,7 +74,7 @@ def read(path: Path) -> Source:
 def _tensors(
     path: Path, config: ModelConfig, layout: Layout, legacy: bool
 ) -> tuple[dict[str, StoredTensor], int]:
-    """Returns the tensors by name, and the offset of the end of the file that holds them."""
+    """Returns the tensors by name, and the required size of the file [bytes]."""
     tensors = dict[str, StoredTensor]()
     offset = 28 if legacy else 256
     head = () if config.tied_head else ("output",)
@@ -84,9 +83,9 @@ def _tensors(
     for name in (*(_LEGACY if legacy else _VERSION_1), *head):
         axes = AXES[name]
         shape = tuple(math.prod(config.shape(s)) for s in (axes.rows, axes.columns) if s)
-        if legacy and name == "output":  # two tables of cosines and sines stand before the head
+        if legacy and name == "output":  # the head follows two tables of cosines and sines
             offset += 4 * config.context * config.head_dim
-        for layer in [None] if name in _ENDS else range(config.n_layers):
+        for layer in range(config.n_layers) if name in LAYER_WEIGHTS else [None]:
             full = layout.names[name].format(layer)
             tensors[full] = mapped_tensor(path, full, dtype, offset, shape)
             offset += 4 * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Safetensors files: as the library reads and writes them, refused where damaged."""
+"""Safetensors files: read and written like the safetensors library, refused if damaged."""
 
 import json
 
@@ -13,36 +13,37 @@ from llama_jax.convert.files.safetensors import read_safetensors
 from llama_jax.errors import InputError
 
 
-def same(stored, array):
+def is_same(stored, array):
+    """Whether a tensor in a file has the shape, type and bits of `array`."""
     ours = stored.read()
     assert (stored.shape, stored.dtype, stored.nbytes) == (array.shape, array.dtype, array.nbytes)
     assert (ours.shape, ours.dtype, ours.flags.writeable) == (array.shape, array.dtype, False)
     return ours.tobytes() == array.tobytes()
 
 
-def test_reads_what_the_library_writes(tmp_path):
+def test_reads_a_file_of_the_library(tmp_path):
     theirs = arrays()
     save_file(theirs, tmp_path / "w.safetensors", metadata={"format": "pt", "note": "é"})
     ours = read_safetensors(tmp_path / "w.safetensors")
     assert set(ours) == set(theirs)
-    assert all(same(ours[name], theirs[name]) for name in theirs)
+    assert all(is_same(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_the_library_reads_our_file(tmp_path):
     tensors = arrays()
     path = write(tmp_path / "w.safetensors", tensors)
     ours, theirs = read_safetensors(path), load_file(path)
     assert list(ours) == list(tensors)
     assert set(theirs) == set(tensors)
     for name, array in tensors.items():
-        assert same(ours[name], array)
-        assert same(ours[name], theirs[name])
+        assert is_same(ours[name], array)
+        assert is_same(ours[name], theirs[name])
     with safe_open(path, "numpy") as file:
         assert file.metadata() == {"format": "pt"}
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 
-def test_torch_reads_what_is_written(tmp_path):
+def test_torch_reads_our_file(tmp_path):
     torch, tensors = peer("torch"), arrays()
     path = write(tmp_path / "w.safetensors", tensors)
     with safe_open(path, "pt") as file:
@@ -58,7 +59,7 @@ def test_reads_real_checkpoints_as_the_library_does(shared_data):
     for path in paths:
         ours, theirs = read_safetensors(path), load_file(path)
         assert set(ours) == set(theirs)
-        assert all(same(ours[name], theirs[name]) for name in theirs)
+        assert all(is_same(ours[name], theirs[name]) for name in theirs)
 
 
 def raw_file(path, header, data=bytes(24)):
@@ -91,16 +92,16 @@ GOOD = json.dumps(entry())
         ({"w": entry(0, 24.0)}, "its entry for 'w'"),
         ({"w": entry(False, 24)}, "its entry for 'w'"),
         ({"w": entry(shape=(-2, -3))}, "its entry for 'w'"),
-        ({"w": entry(shape=(2**70, 0), end=0)}, "a shape beyond all bounds"),
-        ({"w": entry(shape=(2**32, 2**32))}, "a shape beyond all bounds"),
-        ({"w": entry(shape=(1,) * 40)}, "a shape beyond all bounds"),
+        ({"w": entry(shape=(2**70, 0), end=0)}, "a shape beyond NumPy's limits"),
+        ({"w": entry(shape=(2**32, 2**32))}, "a shape beyond NumPy's limits"),
+        ({"w": entry(shape=(1,) * 40)}, "a shape beyond NumPy's limits"),
         ({"w": entry() | {"dtype": 3}}, "its entry for 'w'"),
         ({"w": entry() | {"shape": "23"}}, "its entry for 'w'"),
         ({"w": entry() | {"data_offsets": [0, 12, 24]}}, "its entry for 'w'"),
         ({"w": {"dtype": "F32"}}, "its entry for 'w'"),
         ({"w": [1, 2]}, "its entry for 'w'"),
         ({"\ud800": entry()}, "damaged header"),
-        ([entry()], "no table of tensors"),
+        ([entry()], "not a table of tensors"),
         (b"", "damaged header"),
         (b"{", "damaged header"),
         (b"\xff\xfe{}", "damaged header"),
@@ -115,16 +116,16 @@ def test_a_damaged_header_is_refused(tmp_path, header, why):
     assert why in refused(raw_file(tmp_path / "w.safetensors", header))
 
 
-def test_files_that_are_none_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     assert "there is no" in refused(path)
     path.mkdir()
     assert "is a directory, not a regular file" in refused(path)
     path.rmdir()
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    assert "no safetensors file" in refused(path)
+    assert "not a safetensors file" in refused(path)
     path.write_bytes((100_000_001).to_bytes(8, "little"))
-    assert "no safetensors file" in refused(path)
+    assert "not a safetensors file" in refused(path)
     raw_file(path, {"w": entry()}, bytes(25))
     assert "damaged" in refused(path)
 
@@ -147,8 +148,8 @@ def test_flipped_bits_of_the_header_end_in_an_input_error_or_a_tensor(tmp_path):
     read = 0
     for _ in range(400):
         flipped = bytearray(raw)
-        for place in rng.integers(0, len(raw) - 24, rng.integers(1, 4)):
-            flipped[place] ^= 1 << rng.integers(8)
+        for position in rng.integers(0, len(raw) - 24, rng.integers(1, 4)):
+            flipped[position] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
         try:
             for stored in read_safetensors(path).values():

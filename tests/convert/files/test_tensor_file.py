@@ -1,4 +1,4 @@
-"""What holds of tensors in files whatever the format."""
+"""Tensors in files of every format: strides, writers, changed files."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def path(request, tmp_path):
     return tmp_path / request.param
 
 
-def test_elements_in_any_order_are_written_in_row_major(path):
+def test_arrays_with_any_strides_are_written_in_row_major_order(path):
     weight = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     views = {"t": weight.T, "s": weight[:, ::2], "e": np.broadcast_to(weight[0, 0, 1], (3, 2))}
     ours = reader(path)(write(path, views))
@@ -20,10 +20,10 @@ def test_elements_in_any_order_are_written_in_row_major(path):
         np.testing.assert_array_equal(ours[name].read(), array)
 
 
-def test_the_writer_refuses_what_its_header_does_not_say(path):
+def test_the_writer_refuses_tensors_that_contradict_its_header(path):
     one, header = np.ones(2, np.float32), dict.fromkeys("ab", ((2,), np.float32))
     wrong = [
-        ("b", one, "b was written where a was due"),
+        ("b", one, "b was written, but the header's next is a"),
         ("a", one[:1], r"a is float32\(1,\), not float32\(2,\)"),
         ("a", one.astype(np.float16), r"a is float16\(2,\), not float32\(2,\)"),
     ]
@@ -32,7 +32,7 @@ def test_the_writer_refuses_what_its_header_does_not_say(path):
             file.write(name, array)
     with pytest.raises(ValueError, match="lacks b"), writer(path)(path, header) as file:
         file.write("a", one)
-    with pytest.raises(ValueError, match="no complex64 tensor c"):
+    with pytest.raises(ValueError, match="can't contain the complex64 tensor c"):
         writer(path)(path, {"c": ((2,), np.complex64)})
     assert list(path.parent.iterdir()) == []
 
@@ -45,9 +45,9 @@ def test_a_closed_writer_can_be_closed_again(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("now", [b"short", None])
-def test_a_file_that_changed_since_is_refused(path, now):
+@pytest.mark.parametrize("content", [b"short", None])
+def test_a_file_that_changed_after_it_was_opened_is_refused(path, content):
     stored = reader(path)(write(path, {"w": np.ones(9, np.float32)}))["w"]
-    path.unlink() if now is None else path.write_bytes(now)
+    path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(InputError, match=r"'w.*' can't be read .*: the file has changed"):
         stored.read()

@@ -1,4 +1,4 @@
-"""Pickles that weights don't need are refused by name, and nothing in them is run."""
+"""Pickles with functions that weights don't need are refused by name; nothing in them is run."""
 
 import os
 import pickle
@@ -43,29 +43,32 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_global_beyond_weights_is_refused_by_name_and_not_run(tmp_path, monkeypatch, name):
+def test_a_function_that_weights_do_not_need_is_refused_by_name_and_not_run(
+    tmp_path, monkeypatch, name
+):
     monkeypatch.chdir(tmp_path)
     message = refused(archive(tmp_path / "w.pth", state_dict(HOSTILE[name])))
     assert f"asks for '{name}', which weights don't need (nothing was run)" in message
     assert not (tmp_path / CANARY).exists()
 
 
-class Trick:
+class RunsCommand:
     def __reduce__(self):
         return os.system, (f"touch {CANARY}",)
 
 
-def test_reduce_tricks_are_refused_in_every_protocol(tmp_path, monkeypatch):
+def test_objects_that_run_a_command_are_refused_in_every_protocol(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for protocol in (2, 3, 4, 5):
-        for value in (Trick(), {"w": Trick()}, [Trick()], {"w": {"model": Trick()}}):
+        hostile = RunsCommand()
+        for value in (hostile, {"w": hostile}, [hostile], {"w": {"model": hostile}}):
             path = archive(tmp_path / "w.pth", pickle.dumps(value, protocol))
             assert ".system', which weights don't need" in refused(path)
     assert not (tmp_path / CANARY).exists()
 
 
 DEEP = b"\x85" * 200_000
-STRANGE = {
+INVALID = {
     "an opcode of text protocols": b"\x80\x02(I1\nl.",
     "an instance": b"(ios\nsystem\n.",
     "an object": b"(cos\nsystem\no.",
@@ -108,10 +111,10 @@ STRANGE = {
     "a number of two gigabytes": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "text that is no UTF-8": b"\x80\x02X\x02\x00\x00\x00\xff\xfe.",
     "half of a surrogate pair": b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80Ns.",
-    "items for no dict": b"\x80\x02N(" + text("a") + b"Nu.",
+    "items for a value that is no dict": b"\x80\x02N(" + text("a") + b"Nu.",
     "an odd number of items": b"\x80\x02}(" + text("a") + b"u.",
     "items without a mark": b"\x80\x02}" + text("a") + b"Nu.",
-    "an element for no list": b"\x80\x02}Na.",
+    "an element for a value that is no list": b"\x80\x02}Na.",
     "a stack run dry": b"\x80\x02\x86.",
     "marks that overlap": b"\x80\x02NN(00t.",
     "no end": b"\x80\x02}",
@@ -122,12 +125,12 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_a_strange_pickle_is_refused(tmp_path, name):
-    assert refused(archive(tmp_path / "w.pth", STRANGE[name]))
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_pickle_is_refused(tmp_path, name):
+    assert refused(archive(tmp_path / "w.pth", INVALID[name]))
 
 
-def test_flipped_bits_in_a_pickle_never_do_harm(tmp_path, monkeypatch):
+def test_flipped_bits_in_a_pickle_end_in_an_input_error_or_tensors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "w.pth"
     items = text("model.norm.weight") + tensor() + text("lm_head.weight") + tensor(1, (5,), (1,))
@@ -135,10 +138,10 @@ def test_flipped_bits_in_a_pickle_never_do_harm(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     assert len(read_torch(archive(path, pickles[0]))) == 2
     read = 0
-    for i in range(400):
-        flipped = bytearray(pickles[i % 2])
-        for place in rng.integers(0, len(flipped), rng.integers(1, 4)):
-            flipped[place] = rng.integers(256) if rng.random() < 0.5 else flipped[place] ^ 1
+    for case in range(400):
+        flipped = bytearray(pickles[case % 2])
+        for i in rng.integers(0, len(flipped), rng.integers(1, 4)):
+            flipped[i] = rng.integers(256) if rng.random() < 0.5 else flipped[i] ^ 1
         archive(path, bytes(flipped))
         try:
             for stored in read_torch(path).values():

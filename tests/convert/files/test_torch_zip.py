@@ -1,4 +1,4 @@
-"""PyTorch's files: read bit for bit, and written as PyTorch reads them."""
+"""PyTorch's files: read bit for bit, and written so that PyTorch reads them."""
 
 import math
 import re
@@ -22,8 +22,8 @@ def torch():
     return peer("torch")
 
 
-def same(tensor, theirs):
-    """Whether a PyTorch tensor is bit for bit the array read from a file."""
+def is_same(tensor, theirs):
+    """Whether a tensor in a file has the shape, type and bits of a PyTorch tensor."""
     torch = peer("torch")
     shape, dtype = tuple(theirs.shape), np.dtype(str(theirs.dtype).removeprefix("torch."))
     array = tensor.read()
@@ -34,7 +34,7 @@ def same(tensor, theirs):
     return array.tobytes() == bits.numpy().tobytes()
 
 
-# Reading what torch.save wrote.
+# Reading files of torch.save.
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -45,7 +45,7 @@ def test_reads_every_dtype_and_shape_as_torch_does(torch, tmp_path, protocol):
     torch.save(theirs, path, pickle_protocol=protocol)
     ours = read_torch(path)
     assert list(ours) == list(theirs)
-    assert all(same(ours[name], theirs[name]) for name in theirs)
+    assert all(is_same(ours[name], theirs[name]) for name in theirs)
 
 
 def test_reads_views_shared_storages_and_parameters(torch, tmp_path):
@@ -62,7 +62,7 @@ def test_reads_views_shared_storages_and_parameters(torch, tmp_path):
     torch.save(theirs, tmp_path / "views.bin")
     ours = read_torch(tmp_path / "views.bin")
     assert list(ours) == list(theirs)
-    assert all(same(ours[name], theirs[name]) for name in theirs)
+    assert all(is_same(ours[name], theirs[name]) for name in theirs)
 
 
 def test_reads_a_module_s_state_dict_with_its_metadata(torch, tmp_path):
@@ -71,7 +71,7 @@ def test_reads_a_module_s_state_dict_with_its_metadata(torch, tmp_path):
     assert hasattr(model.state_dict(), "_metadata")
     ours = read_torch(tmp_path / "model.bin")
     assert list(ours) == list(model.state_dict())
-    assert all(same(ours[name], value) for name, value in model.state_dict().items())
+    assert all(is_same(ours[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
@@ -84,10 +84,10 @@ def test_reads_the_state_dict_inside_a_training_checkpoint(torch, tmp_path, key)
     torch.save(run, tmp_path / "run.pt")
     ours = read_torch(tmp_path / "run.pt")
     assert list(ours) == ["weight", "bias"]
-    assert all(same(ours[name], value) for name, value in model.state_dict().items())
+    assert all(is_same(ours[name], value) for name, value in model.state_dict().items())
 
 
-def test_passes_over_plain_values_and_refuses_others_by_name(torch, tmp_path):
+def test_ignores_plain_values_and_refuses_others_by_name(torch, tmp_path):
     path = tmp_path / "mixed.pth"
     weight = torch.ones(2)
     torch.save({"w": weight, "step": 3, "rate": 0.5, "note": "x", "no": None, "ok": True}, path)
@@ -110,7 +110,7 @@ def test_reads_real_checkpoints_bit_for_bit(torch, shared_data, folder):
     for path in paths:
         ours, theirs = read_torch(path), torch.load(path)
         assert list(ours) == list(theirs)
-        assert all(same(ours[name], theirs[name]) for name in theirs)
+        assert all(is_same(ours[name], theirs[name]) for name in theirs)
 
 
 def test_reads_entries_beyond_four_gigabytes(tmp_path):
@@ -130,7 +130,7 @@ def test_reads_entries_beyond_four_gigabytes(tmp_path):
 
 
 def resident() -> int:
-    """Bytes of files in this process's memory."""
+    """Returns the bytes of mapped files in this process's memory."""
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("needs /proc/self/status")
@@ -138,7 +138,7 @@ def resident() -> int:
     return int(kilobytes) * 1024
 
 
-def test_memory_falls_again_when_an_array_is_let_go(tmp_path):
+def test_memory_is_released_with_the_array(tmp_path):
     size = 32 << 20
     weight = np.ones(size, np.uint8)
     stored = read_torch(write(tmp_path / "w.pth", {"v": weight, "w": weight}))["w"]
@@ -155,7 +155,7 @@ def test_memory_falls_again_when_an_array_is_let_go(tmp_path):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_reads_what_is_written(torch, tmp_path, mmap):
+def test_torch_reads_our_file(torch, tmp_path, mmap):
     tensors = arrays()
     write(tmp_path / "consolidated.00.pth", tensors)
     theirs = torch.load(tmp_path / "consolidated.00.pth", weights_only=True, mmap=mmap)
@@ -163,11 +163,11 @@ def test_torch_reads_what_is_written(torch, tmp_path, mmap):
     assert list(theirs) == list(ours) == list(tensors)
     for name, array in tensors.items():
         assert ours[name].read().tobytes() == array.tobytes()
-        assert same(ours[name], theirs[name])
+        assert is_same(ours[name], theirs[name])
         assert theirs[name].is_contiguous()
 
 
-def test_storages_begin_at_multiples_of_64_and_checksums_hold(tmp_path):
+def test_storages_begin_at_multiples_of_64_and_checksums_are_right(tmp_path):
     path = write(tmp_path / "a stëm.pth", arrays())
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
@@ -181,13 +181,13 @@ def test_storages_begin_at_multiples_of_64_and_checksums_hold(tmp_path):
     assert {end % 64 for end in ends} == {0}
 
 
-def test_what_is_written_depends_on_the_tensors_alone(tmp_path):
+def test_the_bytes_of_a_file_depend_only_on_the_tensors(tmp_path):
     (tmp_path / "other").mkdir()
     one = write(tmp_path / "w.pth", arrays()).read_bytes()
     assert write(tmp_path / "other" / "w.pth", arrays()).read_bytes() == one
 
 
-def test_writing_copies_nothing(tmp_path):
+def test_writing_does_not_copy_the_array(tmp_path):
     weight = np.ones(8 << 20, np.uint8)
     tracemalloc.start()
     write(tmp_path / "w.pth", {"w": weight})

@@ -1,4 +1,4 @@
-"""Files that are damaged, or not PyTorch's, are refused; where nothing is lost they are read."""
+"""Damaged and foreign files are refused; files whose tensors are intact are read."""
 
 import struct
 import zipfile
@@ -15,7 +15,7 @@ from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.errors import InputError
 
 
-def test_other_formats_are_recognised_and_the_way_out_is_named(tmp_path):
+def test_other_formats_are_refused_with_the_way_to_convert_them(tmp_path):
     torch = peer("torch")
     path, weights = tmp_path / "w.pth", {"w": torch.ones(2)}
     torch.save(weights, path, _use_new_zipfile_serialization=False)
@@ -30,12 +30,12 @@ def test_other_formats_are_recognised_and_the_way_out_is_named(tmp_path):
     assert "asks for 'torch.nn.modules.linear.Linear'" in refused(path)
 
 
-def test_files_that_are_none_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "w.pth"
     assert "there is no" in refused(path)
     for content in (b"", b"P", b"\x80", b"\x80\x02}.", b"GGUF" * 30, b"version https://git-lfs"):
         path.write_bytes(content)
-        assert "no PyTorch file of weights" in refused(path)
+        assert "not a PyTorch weight file" in refused(path)
     path.write_bytes(b"PK" + bytes(500))
     assert "cut short or damaged" in refused(path)
     assert "is a directory, not a regular file" in refused(tmp_path)
@@ -73,8 +73,8 @@ def test_big_endian_compressed_and_oversized_files_are_refused(tmp_path):
         (tensor(shape=(2, 1.5)), "no tensor can have"),
         (tensor(shape=(True, 3)), "no tensor can have"),
         (tensor(shape=(1,) * 40, strides=(0,) * 40), "no tensor can have"),
-        (tensor(shape=(2**62, 2**62), strides=(0, 0)), "beyond all bounds"),
-        (tensor(shape=(2**70, 0)), "beyond all bounds"),
+        (tensor(shape=(2**62, 2**62), strides=(0, 0)), "beyond NumPy's limits"),
+        (tensor(shape=(2**70, 0)), "beyond NumPy's limits"),
         (tensor(store=storage(numel=5)), "a storage of 24 bytes, not of 5 float32"),
         (tensor(store=storage(numel=-6)), "no tensor can have"),
         (tensor(store=storage(numel=2**62)), "a storage of 24 bytes"),
@@ -88,19 +88,20 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, value, why):
 
 
 @pytest.mark.parametrize("stride", [0, 7, 2**62, 2**70])
-def test_the_stride_of_a_length_of_one_means_nothing(tmp_path, stride):
+def test_the_stride_of_a_length_of_one_has_no_effect(tmp_path, stride):
     value = tensor(shape=(2, 1, 3), strides=(3, stride, 1))
     array = read_torch(archive(tmp_path / "w.pth", state_dict(value)))["w"].read()
     np.testing.assert_array_equal(array, np.zeros((2, 1, 3), np.float32))
 
 
-def test_an_expanded_tensor_takes_no_memory_however_large(tmp_path):
+def test_an_expanded_tensor_of_any_size_takes_no_memory(tmp_path):
     value = tensor(shape=(2**40, 3), strides=(0, 1))
     array = read_torch(archive(tmp_path / "w.pth", state_dict(value)))["w"].read()
     assert (array.shape, array.strides) == ((2**40, 3), (0, 4))
 
 
-def right_or_refused(path, tensors):
+def is_read_correctly(path, tensors):
+    """Whether a file is read; False if it is refused. Asserts that the tensors are right."""
     try:
         ours = read_torch(path)
         read = {name: tensor.read() for name, tensor in ours.items()}
@@ -114,7 +115,7 @@ def right_or_refused(path, tensors):
 def test_a_file_cut_short_is_refused(tmp_path):
     path, tensors = sample(tmp_path)
     raw = path.read_bytes()
-    assert right_or_refused(path, tensors)
+    assert is_read_correctly(path, tensors)
     for length in {*range(0, len(raw), 61), *range(len(raw) - 80, len(raw))}:
         path.write_bytes(raw[:length])
         refused(path)
@@ -128,13 +129,13 @@ def test_a_directory_that_swaps_two_storages_is_refused(tmp_path):
     offsets = [raw[entry - 4 : entry] for entry in entries]
     for entry, offset in zip(entries, reversed(offsets), strict=True):
         raw[entry - 4 : entry] = offset
-    assert right_or_refused(path, tensors)
+    assert is_read_correctly(path, tensors)
     path.write_bytes(raw)
-    assert "isn't where the zip directory says" in refused(path)
+    assert "isn't at the offset in the zip directory" in refused(path)
 
 
 def without_storages(path):
-    """The numbers of the bytes of a file that don't belong to a storage."""
+    """Returns the offsets of the bytes of a file that don't belong to a storage."""
     return sorted(set(range(path.stat().st_size)) - set(storages(path)))
 
 
@@ -142,17 +143,17 @@ def test_a_flipped_bit_of_any_storage_is_refused(shared_data, tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "w.pth"
     for source in sorted((shared_data / "meta_reference").rglob("*.pth")):
-        raw, places = source.read_bytes(), storages(source)
-        for at in rng.choice(places, 10):
+        raw, offsets = source.read_bytes(), storages(source)
+        for at in rng.choice(offsets, 10):
             flipped = bytearray(raw)
             flipped[at] ^= 1 << rng.integers(8)
             path.write_bytes(flipped)
-            told = [*filter(None, map(why_unreadable, read_torch(path).values()))]
-            assert len(told) == 1
-            assert "is damaged (its checksum differs): fetch the file" in told[0]
+            (message,) = filter(None, map(read_error, read_torch(path).values()))
+            assert "is damaged (its checksum differs): fetch the file" in message
 
 
-def why_unreadable(stored):
+def read_error(stored):
+    """Returns the message of the error that reading a tensor raises, or None."""
     try:
         stored.read()
     except InputError as error:
@@ -199,18 +200,18 @@ def test_a_directory_without_an_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("writer", ["ours", "torch's"])
-def test_flipped_bits_outside_the_storages_are_seen_or_harmless(tmp_path, writer):
+def test_flipped_bits_outside_the_storages_are_detected_or_harmless(tmp_path, writer):
     path, tensors = sample(tmp_path)
     if writer == "torch's":
         torch = peer("torch")
         torch.save(torch.load(path), path)
-    raw, places = path.read_bytes(), without_storages(path)
+    raw, offsets = path.read_bytes(), without_storages(path)
     rng = np.random.default_rng(2)
-    right = 0
+    read = 0
     for _ in range(300):
         flipped = bytearray(raw)
-        for place in rng.choice(places, rng.integers(1, 4)):
-            flipped[place] ^= 1 << rng.integers(8)
+        for at in rng.choice(offsets, rng.integers(1, 4)):
+            flipped[at] ^= 1 << rng.integers(8)
         path.write_bytes(flipped)
-        right += right_or_refused(path, tensors)
-    assert 50 < right < 250
+        read += is_read_correctly(path, tensors)
+    assert 50 < read < 250

