@@ -40,7 +40,7 @@ MAY_BE_HARMLESS = ("cut", "flip", "value", "metadata", "pickled", "receipt", "te
 ADVICE = re.compile(
     r"\b(fetch|give|put|move|correct|convert|"
     r"remove|choose|save|write|lay|name|start|make|load|leave|one of"
-    r"|must hold|must be|not valid|add|numbers that do|the family is)\b"
+    r"|must contain|must be|not valid|add|numbers that do|the family is)\b"
 )
 
 

@@ -52,9 +52,8 @@ def test_any_number_of_shards_restores_the_weights(shards, split):
     for weight in weights(CONFIG):
         ours = random(weight)
         tensors = layout.from_ours(CONFIG, weight, ours)
-        assert [tensor.shape for tensor in tensors] == [
-            p[2] for p in layout.tensor_specs(CONFIG, weight)
-        ]
+        shapes = [shape for _, _, shape in layout.tensor_specs(CONFIG, weight)]
+        assert [tensor.shape for tensor in tensors] == shapes
         assert same_bits(layout.to_ours(CONFIG, weight, tensors), ours)
 
 
