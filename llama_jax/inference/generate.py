@@ -19,7 +19,8 @@ from llama_jax.inference.sampling import (
     stack_sampling,
 )
 from llama_jax.model.cache import KVCache, init_cache
-from llama_jax.model.transformer import as_token_array, forward_cached, output_head
+from llama_jax.model.inputs import as_token_array
+from llama_jax.model.transformer import forward_cached, output_head
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 from llama_jax.parallel.sharding import activation_spec

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention that never crosses a segment, by the kernel of the platform."""
+"""Causal grouped-query attention within segments; selects the platform's kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,20 @@ def attention(
     segments_BT: jax.Array | None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Returns softmax(q·k) v over the visible keys of whole texts, [B, T, N, H] in q's dtype.
+    """Returns softmax(q·k) v over complete texts, [B, T, N, H] in q's dtype.
 
-    A position sees those up to its own whose segment is its own (None: all one text). q comes
-    divided by √H. Scores and softmax are float32. Each of the K key/value heads serves N/K query
-    heads in turn, as in `repeat_kv` of the reference, without being repeated. Over a mesh that
-    splits sequences, T is in balanced order (`collectives.shard_sequence`).
+    A position attends to itself and to earlier positions of its segment (None: each row is one
+    segment). The caller divides q by √H. Scores and softmax are float32. Each of the K key/value
+    heads serves N/K consecutive query heads, as in `repeat_kv` of Meta's code, without being
+    copied. On a mesh that splits sequences, T is in balanced order (`collectives.shard_sequence`).
 
     Args:
         kernel: 'xla' (everywhere), 'splash' (TPU; interpreted elsewhere), 'cudnn' (NVIDIA), or
-            'auto': the one of the platform that is compiled for, where it can do what is asked
-            and is known to keep segments apart.
+            'auto': the platform's kernel if it supports these shapes and dtypes and has passed the
+            test that segments stay separate, else 'xla'.
 
     Raises:
-        InputError: the kernel that was named can't do what is asked.
+        InputError: the named kernel does not support these shapes, dtypes or this platform.
     """
     kernel = _choose_kernel(kernel, q_BTNH, segments_BT)
 
@@ -53,46 +53,46 @@ def attention(
         activation_spec("BT"),
     )
     operands = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    placed = (x if x is None else jax.reshard(x, s) for x, s in zip(operands, specs, strict=True))
-    # check_vma would want every kernel to tell which axes its results differ along.
+    sharded = (x if x is None else jax.reshard(x, s) for x, s in zip(operands, specs, strict=True))
+    # check_vma=True would require every kernel to declare the mesh axes its results vary over.
     mapped = jax.shard_map(
         local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
     )
-    return mapped(*placed)
+    return mapped(*sharded)
 
 
 def _choose_kernel(kernel: str, q_BTNH: jax.Array, segments_BT: jax.Array | None) -> str:
-    wanted = PLATFORM_KERNELS.get(platform(), "xla") if kernel == "auto" else kernel
-    if kernel == "auto" and wanted == "cudnn" and segments_BT is not None:
-        # cuDNN's has not passed the gate (benchmarks/gpu_train_step.py --gate) on a GPU yet.
+    candidate = PLATFORM_KERNELS.get(platform(), "xla") if kernel == "auto" else kernel
+    if kernel == "auto" and candidate == "cudnn" and segments_BT is not None:
+        # cuDNN has not passed the test of segments (benchmarks/gpu_train_step.py --gate) on a GPU.
         return "xla"
-    problem = None
-    if wanted == "splash":
-        problem = attention_splash.unsupported_reason(q_BTNH, context_shards())
-    elif wanted == "cudnn":
-        problem = _cudnn_problem(q_BTNH)
-    if problem is None:
-        return wanted
+    reason = None
+    if candidate == "splash":
+        reason = attention_splash.unsupported_reason(q_BTNH, context_shards())
+    elif candidate == "cudnn":
+        reason = _cudnn_unsupported_reason(q_BTNH)
+    if reason is None:
+        return candidate
     if kernel == "auto":
         return "xla"
-    raise InputError(f"model.attention {kernel} {problem}; take auto or xla")
+    raise InputError(f"model.attention {kernel} {reason}; use auto or xla")
 
 
-def _cudnn_problem(q_BTNH: jax.Array) -> str | None:
+def _cudnn_unsupported_reason(q_BTNH: jax.Array) -> str | None:
     H = q_BTNH.shape[-1]
     if platform() != "gpu":
-        return f"needs an NVIDIA GPU, and this is a {platform()}"
+        return f"needs an NVIDIA GPU, but the platform is {platform()}"
     if q_BTNH.dtype == jnp.float32:
-        return "computes in bfloat16 alone, and model.dtype is float32"
+        return "supports only bfloat16, but model.dtype is float32"
     if H % 8 or H > 128:
-        return f"needs heads of 8, 16 … 128, and model.head_dim is {H}"
+        return f"needs a head size of 8, 16 … 128, but model.head_dim is {H}"
     if context_shards() > 1:
-        return f"can't split a sequence over context ({context_shards()})"
+        return f"can't split a sequence over mesh.context ({context_shards()})"
     return None
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
-    """Calls cuDNN's flash attention; segments are a mask, read block by block."""
+    """Calls cuDNN's flash attention; segments become a mask, which it reads block by block."""
     mask_B1TS = None
     if segments_BT is not None:
         mask_B1TS = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
@@ -102,19 +102,20 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     return save_for_backward("attention", out_BTNH)
 
 
-def cached_attention(q_BTNH: jax.Array, kept: LayerCache, positions_BT: jax.Array) -> jax.Array:
-    """Returns what `attention` does, for queries whose keys and values are in a cache.
+def cached_attention(q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+    """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
-    They see the slots up to their own, which are their positions.
+    A query attends to the slots 0 … its position, for its own key and value are in the slot of that
+    number. The caller divides q by √H.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
-    kept = jax.tree.map(lambda x: jax.reshard(x, activation_spec("BKSH"[: x.ndim])), kept)
+    cache = jax.tree.map(lambda x: jax.reshard(x, activation_spec("BKSH"[: x.ndim])), cache)
     B, T, N, H = q_BTNH.shape
-    K = kept.k_BKSH.shape[1]
+    K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
-    alone = T == 1 and N == K and platform() == "tpu"
-    if alone:  # XLA gives a single query to the vector unit, and eight of them to the matrix unit
+    if T == 1 and N == K and platform() == "tpu":
+        # XLA computes a product with one query on the vector unit, with eight on the matrix unit.
         q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
-    out_BKGTH = attention_xla.attend_cached(q_BTKGH.transpose(0, 2, 3, 1, 4), kept, positions_BT)
+    out_BKGTH = attention_xla.attend_cached(q_BTKGH.transpose(0, 2, 3, 1, 4), cache, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))

@@ -1,4 +1,4 @@
-"""Attention by JAX's splash kernel (Pallas) for TPU; interpreted, and slow, on other platforms."""
+"""Attention with JAX's splash kernel (Pallas) for TPU; interpreted (slow) on other platforms."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,27 +9,27 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from llama_jax.parallel.collectives import local_sequence_shard, to_balanced_order
 from llama_jax.parallel.mesh import context_shards, platform
 
-LANES = 128  # of a TPU's vector unit: blocks of keys are multiples of it
+LANES = 128  # of a TPU's vector unit: the kernel needs key blocks of a multiple of this
 
 
-def unsupported_reason(q_BTNH: jax.Array, parts: int) -> str | None:
-    """Tells why the kernel can't take these queries, split into `parts` of a sequence; or None."""
+def unsupported_reason(q_BTNH: jax.Array, shards: int) -> str | None:
+    """Returns why the kernel can't process a sequence of this length on `shards`, or None."""
     T = q_BTNH.shape[1]
-    if T % (LANES * 2 * parts) and (parts > 1 or T % LANES):
-        of_them = f" in each of {2 * parts} chunks" if parts > 1 else ""
-        return f"needs a multiple of {LANES} positions{of_them}, and has {T} in all"
+    if T % (LANES * 2 * shards) and (shards > 1 or T % LANES):
+        in_chunks = f" in each of {2 * shards} chunks" if shards > 1 else ""
+        return f"needs a multiple of {LANES} positions{in_chunks}, but the sequence has {T}"
     return None
 
 
 def _block_sizes(T: int, S: int) -> splash.BlockSizes:
-    """Returns the tiles for T queries and S keys.
+    """Returns the tile sizes for T queries and S keys.
 
-    Large ones keep the matrix unit busy; on the other hand 1024 × 1024 float32 scores are 4 MiB of
-    the 16 MiB of fast memory that a v5e kernel may take.
+    Large tiles use the matrix unit well, but 1024 × 1024 float32 scores already take 4 MiB of the
+    16 MiB of VMEM that a kernel may use on v5e.
     """
     queries = max(size for size in (128, 256, 512, 1024) if T % size == 0)
     keys = max(size for size in (128, 256, 512, 1024) if S % size == 0)
-    # The fused backward pass makes two products fewer, but writes dq once for each block of keys.
+    # The fused backward pass saves two matrix products, but writes dq once for each block of keys.
     fused = S // keys <= 2
     return splash.BlockSizes(
         block_q=queries,
@@ -45,42 +45,42 @@ def _block_sizes(T: int, S: int) -> splash.BlockSizes:
 
 
 def _kernel(N: int, T: int, S: int) -> Callable[..., Any]:
-    """Returns the kernel of N heads, this device's T queries and S keys."""
-    parts = context_shards()
-    causal = splash.CausalMask((S, S), shard_count=parts)
+    """Returns the kernel for N heads, this device's T queries and S keys."""
+    shards = context_shards()
+    causal = splash.CausalMask((S, S), shard_count=shards)
     causal.q_sequence = to_balanced_order(causal.q_sequence)
-    made = splash.make_splash_mha(
+    kernel = splash.make_splash_mha(
         splash.MultiHeadMask([causal] * N),
         head_shards=1,
-        q_seq_shards=parts,
+        q_seq_shards=shards,
         block_sizes=_block_sizes(T, S),
         residual_checkpoint_name="attention",
         interpret=platform() != "tpu",
     )
-    if parts == 1:
-        return made
+    if shards == 1:
+        return kernel
 
-    def mine(blocks: Any) -> Any:
-        """Keeps which blocks of keys this device's queries see."""
-        if blocks is None:
+    def local_mask(mask_info: Any) -> Any:
+        """Returns the block mask of this device's queries."""
+        if mask_info is None:
             return None
-        by_query = {"data_next": 1, "mask_next": 1, "block_mask": 1, "q_sequence": 0}
-        return blocks._replace(
+        query_axes = {"data_next": 1, "mask_next": 1, "block_mask": 1, "q_sequence": 0}
+        return mask_info._replace(
             **{
-                name: local_sequence_shard(getattr(blocks, name), axis)
-                for name, axis in by_query.items()
-                if getattr(blocks, name) is not None
+                name: local_sequence_shard(getattr(mask_info, name), axis)
+                for name, axis in query_axes.items()
+                if getattr(mask_info, name) is not None
             }
         )
 
-    infos, settings = made.tree_flatten()
-    return type(made)(*map(mine, infos), **settings)
+    mask_infos, settings = kernel.tree_flatten()
+    return type(kernel)(*map(local_mask, mask_infos), **settings)
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
-    """Returns what this device's queries see of whole texts, [B, T, N, H].
+    """Returns the attention output of this device's queries, [B, T, N, H].
 
-    For use in `jax.shard_map`; keys are in the order of the text, queries in that of the mesh.
+    For use in `jax.shard_map`. Keys are in text order, queries in the mesh's balanced order.
     """
     _, T, N, _ = q_BTNH.shape
     kernel = _kernel(N, T, k_BSKH.shape[1])

@@ -1,4 +1,4 @@
-"""The keys and values of texts that are being continued."""
+"""The KV cache: keys and values of earlier tokens, so that decoding computes only the new ones."""
 
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from llama_jax.parallel.sharding import activation_spec
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, in the cache's type; int8 comes with a scale for each."""
+    """The KV cache of one layer; an int8 cache has a float32 scale for each head of each slot."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -21,19 +21,19 @@ class LayerCache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of a batch, written in place (donate it).
+    """The KV cache of a batch. Donate it to `jax.jit`, so that XLA updates it in place.
 
-    Slot s of a row holds those of the row's token number s. What stands beyond `used_B` is never
-    seen: a query sees the slots up to its own. Layers stand one by one, because XLA's CPU back end
-    copies a layer that it takes out of a stack.
+    Slot s of a row stores the keys and values of the row's token s. The slots after `used_B` may
+    contain anything: a query attends only to the slots up to its own. The layers are separate
+    arrays, because XLA:CPU copies a layer that it slices from a stack.
     """
 
     layers: tuple[LayerCache, ...]
-    used_B: jax.Array  # int32: tokens of each row that the model has read
+    used_B: jax.Array  # int32: slots in use in each row [tokens]
 
     @property
     def slots(self) -> int:
-        """Slots of each row."""
+        """Number of slots in each row [tokens]."""
         return self.layers[0].k_BKSH.shape[2]
 
 
@@ -48,55 +48,55 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
         if config.cache_dtype != "int8":
             dtype = config.dtype
             return LayerCache(zeros(dtype, dims, "BKSH"), zeros(dtype, dims, "BKSH"))
-        numbers = (zeros("int8", dims, "BKSH") for _ in "kv")
-        return LayerCache(*numbers, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
+        values = (zeros("int8", dims, "BKSH") for _ in "kv")
+        return LayerCache(*values, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
 
     used_B = jnp.zeros((batch,), jnp.int32, out_sharding=activation_spec("B"))
     return KVCache(tuple(empty() for _ in range(config.n_layers)), used_B)
 
 
 def write_cache(
-    kept: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array
+    cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array
 ) -> LayerCache:
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
-    The slots must be there: XLA would write over earlier ones.
+    The row must have T free slots: otherwise XLA clamps the start and overwrites earlier slots.
     """
     k_BKTH, v_BKTH = (
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
     )
-    if kept.k_scale_BKS is None or kept.v_scale_BKS is None:
-        k, v = k_BKTH.astype(kept.k_BKSH.dtype), v_BKTH.astype(kept.v_BKSH.dtype)
+    if cache.k_scale_BKS is None or cache.v_scale_BKS is None:
+        k, v = k_BKTH.astype(cache.k_BKSH.dtype), v_BKTH.astype(cache.v_BKSH.dtype)
         return LayerCache(
-            _write_slots(kept.k_BKSH, k, used_B), _write_slots(kept.v_BKSH, v, used_B)
+            _write_slots(cache.k_BKSH, k, used_B), _write_slots(cache.v_BKSH, v, used_B)
         )
     (k, k_scale), (v, v_scale) = _quantize(k_BKTH), _quantize(v_BKTH)
     return LayerCache(
-        _write_slots(kept.k_BKSH, k, used_B),
-        _write_slots(kept.v_BKSH, v, used_B),
-        _write_slots(kept.k_scale_BKS, k_scale, used_B),
-        _write_slots(kept.v_scale_BKS, v_scale, used_B),
+        _write_slots(cache.k_BKSH, k, used_B),
+        _write_slots(cache.v_BKSH, v, used_B),
+        _write_slots(cache.k_scale_BKS, k_scale, used_B),
+        _write_slots(cache.v_scale_BKS, v_scale, used_B),
     )
 
 
 def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
     if platform() == "cpu" and slots_BKS_.dtype == jnp.bfloat16 and new_BKT_.shape[2] == 1:
-        # In bfloat16 XLA's CPU back end writes rows apart by making all of the cache float32 and
-        # back: choosing for each slot is faster (8 rows of SmolLM2-135M: a step 58 to 41 ms).
-        here_BS = jnp.arange(slots_BKS_.shape[2]) == used_B[:, None]
-        return jnp.where(here_BS[:, None, :, None], new_BKT_, slots_BKS_)
+        # To update a bfloat16 slice, XLA:CPU converts the complete cache to float32 and back. A
+        # select over all slots is faster (a step of 8 rows of SmolLM2-135M: 41 instead of 58 ms).
+        is_target_BS = jnp.arange(slots_BKS_.shape[2]) == used_B[:, None]
+        return jnp.where(is_target_BS[:, None, :, None], new_BKT_, slots_BKS_)
 
-    def row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
+    def write_row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(slots_KS_, new_KT_, used, axis=1)
 
-    # Under JAX 0.12 a batch of one row may have lost how it is split, over axes of one device.
+    # Under JAX 0.12 a batch of one row may have lost its sharding over mesh axes of size 1.
     dims = "BKSH"[: slots_BKS_.ndim]
     slots_BKS_, new_BKT_ = (jax.reshard(x, activation_spec(dims)) for x in (slots_BKS_, new_BKT_))
-    return jax.vmap(row)(slots_BKS_, new_BKT_, jax.reshard(used_B, activation_spec("B")))
+    return jax.vmap(write_row)(slots_BKS_, new_BKT_, jax.reshard(used_B, activation_spec("B")))
 
 
 def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns each head of each token as int8, and the scale that its largest number sets."""
+    """Returns x as int8, and the float32 scale [B, K, T]: the head's largest magnitude over 127."""
     x = x_BKTH.astype(jnp.float32)
     largest_BKT = jnp.max(jnp.abs(x), axis=-1)
     scale_BKT = jnp.where(largest_BKT == 0, 1.0, largest_BKT / 127)
@@ -105,24 +105,24 @@ def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @partial(jax.jit, static_argnames="slots")
 def resize_cache(cache: KVCache, *, slots: int) -> KVCache:
-    """Returns the cache with more or fewer slots; what fewer don't hold is lost."""
+    """Returns the cache with `slots` slots in each row; drops the last ones or adds empty ones."""
 
-    def change(x_BKS_: jax.Array) -> jax.Array:
+    def resize(x_BKS_: jax.Array) -> jax.Array:
         missing = slots - x_BKS_.shape[2]
         if missing <= 0:
             return x_BKS_[:, :, :slots]
         return jnp.pad(x_BKS_, [(0, 0), (0, 0), (0, missing)] + [(0, 0)] * (x_BKS_.ndim - 3))
 
-    return cache._replace(layers=jax.tree.map(change, cache.layers))
+    return cache._replace(layers=jax.tree.map(resize, cache.layers))
 
 
 @partial(jax.jit, donate_argnums=0)
 def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, used: jax.Array) -> KVCache:
-    """Returns the cache with row `source` in row `target` too, which holds `used` tokens of it."""
+    """Returns the cache with row `source` copied to row `target`, which then has `used` tokens."""
 
-    def copied(x_BKS_: jax.Array) -> jax.Array:
+    def copy(x_BKS_: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_slice_in_dim(x_BKS_, source, 1, axis=0)
         return jax.lax.dynamic_update_slice_in_dim(x_BKS_, row, target, axis=0)
 
     used_B = jnp.where(jnp.arange(len(cache.used_B)) == target, used, cache.used_B)
-    return KVCache(jax.tree.map(copied, cache.layers), used_B)
+    return KVCache(jax.tree.map(copy, cache.layers), used_B)

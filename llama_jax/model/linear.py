@@ -1,6 +1,7 @@
-"""Activations times weights: where weights are gathered, and how their gradients are summed.
+"""Products of activations and weights: gathers the weights, reduces their gradients over the mesh.
 
-A matrix is an nnx.Param, or for inference an `Int8Matrix` or `Transposed`, which have no gradient.
+`matmul` is the one function for every kind of weight: an nnx.Param, or for inference an
+`Int8Matrix` or a `Transposed`, which have no gradient.
 """
 
 import math
@@ -49,9 +50,10 @@ def _einsum_backward(equation: str, reduce_dtype: str, operands, dy: jax.Array):
     )
 
     def weight_gradient(x, dy):
-        # All positions of the batch in one row: as two letters, they would be summed one by one.
+        # One letter M for B and T: the compiler would sum over two letters one after the other.
         x, dy = (a.reshape(-1, *a.shape[2:]) for a in (x, dy))
-        # On 64 TPU chips the compiler scatters w2's gradient as it sums it, and sums w1's whole.
+        # On 64 TPU chips the compiler reduce-scatters a gradient [F, D] (w2), but all-reduces one
+        # [D, F] (w1, w3): compute the latter as [F, D] too.
         dims = "FD" if w_dims == "DF" and platform() == "tpu" else w_dims
         equation = f"M{x_dims[2:]},M{y_dims[2:]}->{dims}"
         dw = sum_gradient(einsum_float32(equation, x, dy).astype(w.dtype), dims, reduce_dtype)
@@ -64,9 +66,9 @@ def _einsum_backward(equation: str, reduce_dtype: str, operands, dy: jax.Array):
     return dx, mapped(jax.reshard(x, specs[0]), dy)
 
 
-# The gradients are those of jnp.einsum, in an order that no compiler has to turn: what JAX derives
-# for the weight is dyᵀx, transposed, and a sum over B and T apart, for both of which XLA's CPU back
-# end writes out an operand turned. Where it is summed over devices is not left to the compiler.
+# Same gradients as jnp.einsum, written so that no operand needs a transpose. For the weight JAX
+# derives (dyᵀx)ᵀ with separate sums over B and T; for each of the two, XLA:CPU materializes a
+# transposed operand. The shard_map fixes where the gradient is reduced over devices.
 _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
@@ -75,12 +77,12 @@ def matmul(
 ) -> jax.Array:
     """Returns the einsum of an activation and a weight, in the activation's dtype.
 
-    The letters name how the operands and the result are split. The weight is cast first, so that
-    it is gathered over `fsdp` in the compute type; its gradient is reduced in
-    `config.reduce_dtype`.
+    The letters of `equation` determine the sharding of the operands and of the result. The weight
+    is cast before it is gathered over `fsdp`, so that it is gathered in the compute dtype; its
+    gradient is reduced in `config.reduce_dtype`.
     """
     if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16 and platform() != "gpu":
-        # XLA gives a single row to the vector unit: twice the row goes to the matrix unit.
+        # XLA computes a product with one row on the vector unit, with two on the matrix unit.
         return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
     if isinstance(w, Int8Matrix):
         return _int8_product(equation, x, w)
@@ -91,9 +93,10 @@ def matmul(
 
 
 def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
-    """Returns the einsum with the whole numbers, times each output's scale.
+    """Returns the einsum with the int8 values, multiplied by the scale of each output channel.
 
-    They are exact in every compute type, travel as they are, and become one as they are multiplied.
+    Every compute dtype represents the int8 values exactly. They are gathered as int8 and cast to
+    the compute dtype in the product.
     """
     w_dims, y_dims = equation.split(",")[1].split("->")
     values = jax.reshard(w.values[...], activation_spec(w_dims))
@@ -109,7 +112,7 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
 
 @jax.named_scope("tok_embeddings")
 def embed(config: ModelConfig, table_VD: nnx.Param | Int8Matrix, tokens_BT: jax.Array) -> jax.Array:
-    """Returns the rows of the embedding that the tokens name, [B, T, D] in config.dtype."""
+    """Returns the embedding of each token, [B, T, D] in config.dtype."""
     if isinstance(table_VD, Int8Matrix):
         values, scale = (
             jax.reshard(table_VD.values[...], activation_spec("VD")),
@@ -124,10 +127,11 @@ def embed(config: ModelConfig, table_VD: nnx.Param | Int8Matrix, tokens_BT: jax.
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _embed(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    # A look-up in a table split over fsdp would make the compiler replicate it: gathered first.
+    # For a lookup in a table sharded over fsdp the compiler would replicate the table, so gather it
+    # explicitly.
     table_VD = gather_weight(table_VD, "VD", dtype)
     if platform() == "cpu" and table_VD.dtype == jnp.bfloat16:
-        # XLA's CPU back end would make the whole table float32 first.
+        # XLA:CPU would convert the complete bfloat16 table to float32 first; not so for uint16.
         bits_VD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)
         bits_BTD = bits_VD.at[tokens_BT].get(out_sharding=activation_spec("BTD"))
         return jax.lax.bitcast_convert_type(bits_BTD, jnp.bfloat16)
@@ -139,13 +143,14 @@ def _embed_forward(dtype: str, reduce_dtype: str, table_VD: jax.Array, tokens_BT
 
 
 def _embed_backward(dtype: str, reduce_dtype: str, operands, dx_BTD: jax.Array):
-    """Adds up in the table's own type: a common token comes hundreds of times in a batch."""
+    """Accumulates in the table's dtype: a common token occurs hundreds of times in a batch."""
     table_VD, tokens_BT = operands
 
     def table_gradient(tokens_BT, dx_BTD):
         size = table_VD.shape[0] // vocab_shards()
         rows_BT = tokens_BT - vocab_shard_start(size)
-        rows_BT = jnp.where(rows_BT < 0, size, rows_BT)  # another device's
+        # Rows of other devices get an index out of range, which mode="drop" ignores.
+        rows_BT = jnp.where(rows_BT < 0, size, rows_BT)
         d_table_VD = jnp.zeros((size, dx_BTD.shape[-1]), table_VD.dtype)
         d_table_VD = d_table_VD.at[rows_BT].add(dx_BTD.astype(table_VD.dtype), mode="drop")
         return sum_gradient(d_table_VD, "VD", reduce_dtype)

@@ -1,13 +1,13 @@
 """Matrices as int8 with a float32 scale for each output channel, for inference.
 
-Symmetric, weights alone: a channel's scale is its largest magnitude over 127, and activations stay
-as they are. What a matrix was is off by at most half a scale.
+Symmetric, weight-only quantization: a channel's scale is its largest magnitude over 127, and the
+activations are not quantized. The error of an element is at most half its channel's scale.
 """
 
-# Why not qwix (0.1.8, tried; it needs nothing beyond flax, opt_einsum and absl-py): it quantizes
-# modules by running them and intercepting their calls, and ours have none to run. Its arrays alone
-# keep a scale's summed axes at length 1, and its einsum takes no out_sharding: on an Explicit mesh
-# the product that sums over a split axis (wo, w2) is refused.
+# Why not qwix (0.1.8, tried; its only dependencies are flax, opt_einsum and absl-py): it quantizes
+# modules by running them and intercepting their calls, but our modules have no calls. Its array
+# type gives the contracted axes of a scale length 1, and its einsum has no out_sharding: on an
+# Explicit mesh JAX rejects the products that contract a sharded axis (wo, w2).
 
 from typing import Any
 
@@ -18,8 +18,8 @@ from flax import nnx
 from llama_jax.config.model import ModelConfig
 from llama_jax.model.summary import WeightsModule
 
-_SUMMED = {"VD": "D", "NHD": "NH"}  # of the others, the first letter
-# A layer's, with their letters.
+_CONTRACTED = {"VD": "D", "NHD": "NH"}  # for every other matrix, the first letter
+# The axes of a layer's matrices.
 MATRIX_DIMS = {
     "wq": "DNH",
     "wk": "DKH",
@@ -29,13 +29,13 @@ MATRIX_DIMS = {
     "w3": "DF",
     "w2": "FD",
 }
-# A hair below 127: numbers of few bits are often just half of their channel's largest, 63.5 steps,
-# and how the last bit of a division is rounded must not decide where they go.
+# Slightly below 127. An element of a low-precision dtype is often exactly half of its channel's
+# largest, 63.5 steps; the rounding of a division's last bit must not decide between 63 and 64.
 _STEPS = 127 * (1 - 2**-20)
 
 
 class Int8Matrix(WeightsModule):
-    """A matrix of a model: `values` int8, `scale` float32 over the letters `output_dims(dims)`."""
+    """A matrix: `values` [dims] int8, `scale` [output_dims(dims)] float32."""
 
     def __init__(self, values: jax.Array, scale: jax.Array):
         self.values = nnx.Param(values)
@@ -43,24 +43,25 @@ class Int8Matrix(WeightsModule):
 
 
 def output_dims(dims: str) -> str:
-    """Returns the letters of a matrix that a product keeps: 'DNH' -> 'NH', 'VD' -> 'V'.
+    """Returns the output letters of a matrix, which a product doesn't contract: 'DNH' -> 'NH'.
 
-    The embedding's are its rows: that serves the look-up and a tied head alike.
+    Those of the embedding are its rows, 'VD' -> 'V', which suits both the lookup and a tied head.
     """
-    summed = _SUMMED.get(dims, dims[0])
-    return "".join(letter for letter in dims if letter not in summed)
+    contracted = _CONTRACTED.get(dims, dims[0])
+    return "".join(letter for letter in dims if letter not in contracted)
 
 
 def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
     """Returns the values [dims] int8 and the scales [output_dims(dims)] float32 of a matrix.
 
-    Args:
-        w: a NumPy or JAX array with the axes `dims`, maybe with a leading L.
-        dims: its letters, without the L.
+    NumPy and XLA:CPU return the same bits. A processor that rounds divisions differently returns
+    them too if the weights were bfloat16 or float16. A channel of zeros has scale 0, and so has a
+    channel whose scale would be subnormal: some processors flush such a number to 0 and would
+    divide by it.
 
-    NumPy and XLA on the CPU give the same bits; a processor that rounds divisions otherwise does so
-    too for what was bfloat16 or float16. A channel of zeros has scale 0, as has one whose
-    scale would be subnormal (some processors take such a number for 0, and would divide by it).
+    Args:
+        w: a NumPy or JAX array with the axes `dims`, optionally after a leading L.
+        dims: the letters of its axes, without the L.
     """
     xp = w.__array_namespace__()
     w = w.astype(np.float32)
@@ -68,13 +69,13 @@ def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
         dims.index(letter) - len(dims) for letter in dims if letter not in output_dims(dims)
     )
     largest = xp.max(xp.abs(w), axis=axes, keepdims=True)
-    scale = largest * np.float32(1 / 127)  # what `/ 127` becomes in XLA, but not in NumPy
-    nothing = scale < np.finfo(np.float32).tiny
-    steps = np.float32(_STEPS) / xp.where(nothing, np.float32(np.inf), largest)
+    scale = largest * np.float32(1 / 127)  # XLA compiles `/ 127` to this product, NumPy does not
+    is_zero = scale < np.finfo(np.float32).tiny
+    steps = np.float32(_STEPS) / xp.where(is_zero, np.float32(np.inf), largest)
     values = xp.round(w * steps).astype(np.int8)
-    return values, xp.squeeze(xp.where(nothing, np.float32(0), scale), axis=axes)
+    return values, xp.squeeze(xp.where(is_zero, np.float32(0), scale), axis=axes)
 
 
 def matrix_param(config: ModelConfig, w: jax.Array, dims: str) -> Any:
-    """Returns a matrix as `config` wants it kept: an nnx.Param, or an Int8Matrix."""
+    """Returns a matrix in the storage that `config.quantized` selects: nnx.Param or Int8Matrix."""
     return Int8Matrix(*quantize_int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)

@@ -1,4 +1,8 @@
-"""The weights of a LLaMA: modules that hold arrays and nothing else."""
+"""The weights of a LLaMA, as modules without methods that compute.
+
+`Llama` stacks its layers along a leading axis L, for `jax.lax.scan` in training; `UnstackedLlama`
+has one `Block` per layer, for inference. `transformer.forward` accepts both.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +23,8 @@ from llama_jax.parallel.sharding import weight_spec
 
 def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
     shape, dtype = config.shape(dims), jnp.dtype(config.param_dtype)
-    drawn = std * jax.random.normal(key, shape, dtype, out_sharding=weight_spec(dims))
-    return matrix_param(config, drawn, dims)
+    w = std * jax.random.normal(key, shape, dtype, out_sharding=weight_spec(dims))
+    return matrix_param(config, w, dims)
 
 
 def _ones(config: ModelConfig, dims: str) -> nnx.Param:
@@ -32,9 +36,9 @@ def _ones(config: ModelConfig, dims: str) -> nnx.Param:
 class Block(WeightsModule):
     """The weights of one layer, or of all layers stacked along a leading L.
 
-    Drawn from a normal distribution of deviation fan_in^-1/2; the two that write to the residual
-    stream (wo, w2) are (2L)^-1/2 smaller, so that its size does not grow with depth (GPT-2's
-    rule). LLaMA's paper does not state its own.
+    Initial matrices are normal with standard deviation fan_in^-1/2, times (2L)^-1/2 for wo and w2,
+    which add to the residual stream, so that its size does not grow with depth (GPT-2's rule).
+    LLaMA's paper does not state its initialization.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -53,7 +57,7 @@ class Block(WeightsModule):
 
 
 class Llama(WeightsModule):
-    """All weights of a model. `layers` is one Block whose weights have a leading axis L."""
+    """All weights of a model. `layers` is one Block in which every weight has a leading axis L."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         k_embeddings, k_layers, k_output = jax.random.split(key, 3)
@@ -66,10 +70,10 @@ class Llama(WeightsModule):
 
 
 class UnstackedLlama(NamedTuple):
-    """The weights of a Llama, layer by layer: for inference, where a step reads each of them once.
+    """All weights of a model, with one Block per layer, for inference.
 
-    XLA's CPU back end copies a layer that it takes out of a stack before it multiplies with it.
-    There matrices are `linear_cpu.Transposed` too: [out…, in…].
+    A decode step uses each weight once, and XLA:CPU copies a layer that it slices from a stack. On
+    a CPU the matrices are also `linear_cpu.Transposed`, [out…, in…].
     """
 
     tok_embeddings: nnx.Param
@@ -82,39 +86,41 @@ class UnstackedLlama(NamedTuple):
 
 
 def unstack_layers(model: Llama) -> UnstackedLlama:
-    """Returns a model layer by layer. Its stacked weights are deleted, one after the other.
+    """Returns the model with one Block per layer, and deletes `model`'s stacked weights.
 
-    At most the largest of them is in memory twice meanwhile.
+    It unstacks and deletes one weight after the other, so that at most the largest is in memory
+    twice.
     """
     stacked, tree = jax.tree.flatten(model.layers)
-    apart = []
+    unstacked = []
     for w_L in stacked:
-        apart.append([w_L[i] for i in range(len(w_L))])
-        jax.block_until_ready(apart[-1])
+        unstacked.append([w_L[i] for i in range(len(w_L))])
+        jax.block_until_ready(unstacked[-1])
         w_L.delete()
-    layers = tuple(tree.unflatten(weights) for weights in zip(*apart, strict=True))
-    turn = jax.jit(transpose_weight, static_argnums=1)
-    _change_matrices(layers, turn)
-    output = None if model.output is None else turn(model.output, "DV")
+    layers = tuple(tree.unflatten(weights) for weights in zip(*unstacked, strict=True))
+    transpose = jax.jit(transpose_weight, static_argnums=1)
+    _map_matrices(layers, transpose)
+    output = None if model.output is None else transpose(model.output, "DV")
     return UnstackedLlama(model.tok_embeddings, layers, model.norm, output)
 
 
 def restore_layout(model: UnstackedLlama) -> UnstackedLlama:
-    """Returns a model whose matrices have the axes [in…, out…], as in `Llama` and in files."""
-    layers = jax.tree.map(lambda leaf: leaf, model.layers)  # other nodes, the same arrays
-    _change_matrices(layers, restore_weight)
+    """Returns the model with matrices [in…, out…], as in `Llama` and in files."""
+    layers = jax.tree.map(lambda leaf: leaf, model.layers)  # new modules, the same arrays
+    _map_matrices(layers, restore_weight)
     output = None if model.output is None else restore_weight(model.output, "DV")
     return model._replace(layers=layers, output=output)
 
 
-def _change_matrices(layers: tuple[Block, ...], change: Callable[[Any, str], Any]) -> None:
+def _map_matrices(layers: tuple[Block, ...], function: Callable[[Any, str], Any]) -> None:
+    """Replaces each matrix w of the layers by function(w, dims)."""
     for layer in layers:
         for name, dims in MATRIX_DIMS.items():
-            setattr(layer, name, change(getattr(layer, name), dims))
+            setattr(layer, name, function(getattr(layer, name), dims))
 
 
 def layer_weights(model: Llama | UnstackedLlama, number: int) -> Block:
-    """Returns the weights of one layer, of which a stacked model gives a copy."""
+    """Returns the weights of one layer; from a stacked model a copy."""
     if isinstance(model, UnstackedLlama):
         return model.layers[number]
     return jax.tree.map(lambda w_L: w_L[number], model.layers)
@@ -128,26 +134,26 @@ def check_not_quantized(config: ModelConfig) -> None:
     """
     if config.quantized != "none":
         raise InputError(
-            f"the model is {config.quantized} already: quantize the one that it was made from"
+            f"the model is already quantized to {config.quantized}: quantize the original instead"
         )
 
 
 def quantize_model(config: ModelConfig, model: Llama) -> tuple[ModelConfig, Llama]:
-    """Returns configuration and model with every matrix as `Int8Matrix`; the norms are shared.
+    """Returns configuration and model with every matrix as an `Int8Matrix`; the norms are shared.
 
-    One matrix after another is turned, on the current mesh; `model` is left as it is, so both are
-    in memory until the caller lets it go.
+    Quantizes one matrix after the other, on the current mesh. `model` stays as it is, so both
+    models are in memory until the caller drops it.
 
     Raises:
-        InputError: it is quantized already.
+        InputError: the model is already quantized.
     """
     check_not_quantized(config)
     config = replace(config, quantized="int8")
-    turn = jax.jit(partial(matrix_param, config), static_argnames="dims")
-    model = jax.tree.map(lambda leaf: leaf, model)  # other nodes, the same arrays
-    model.tok_embeddings = turn(model.tok_embeddings[...], dims="VD")
+    quantize = jax.jit(partial(matrix_param, config), static_argnames="dims")
+    model = jax.tree.map(lambda leaf: leaf, model)  # new modules, the same arrays
+    model.tok_embeddings = quantize(model.tok_embeddings[...], dims="VD")
     if model.output is not None:
-        model.output = turn(model.output[...], dims="DV")
+        model.output = quantize(model.output[...], dims="DV")
     for name, dims in MATRIX_DIMS.items():
-        setattr(model.layers, name, turn(getattr(model.layers, name)[...], dims=dims))
+        setattr(model.layers, name, quantize(getattr(model.layers, name)[...], dims=dims))
     return config, model

@@ -1,1 +1,1 @@
-"""The device mesh: how arrays are split over it, and the collectives."""
+"""Device meshes, the sharding of arrays over them, and collectives."""

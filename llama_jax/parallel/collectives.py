@@ -1,4 +1,4 @@
-"""Communication between the devices of a mesh: weights, gradients, sequences, the vocabulary."""
+"""Collectives over the mesh, for weights, gradients, sequences and the vocabulary."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +13,24 @@ from llama_jax.parallel.sharding import BATCH_AXES, WEIGHT_AXES, activation_spec
 
 
 def gather_weight(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
-    """Returns a weight in `dtype`, gathered over `fsdp`: cast first, so that fewer bytes travel."""
+    """Returns a weight in `dtype`, gathered over `fsdp`.
+
+    The cast comes before the gather, so that fewer bytes are sent.
+    """
     return jax.reshard(w.astype(dtype), activation_spec(dims))
 
 
 def _balanced_order() -> np.ndarray:
-    parts = context_shards()
-    return np.array([chunk for i in range(parts) for chunk in (i, 2 * parts - 1 - i)])
+    shards = context_shards()
+    return np.array([chunk for i in range(shards) for chunk in (i, 2 * shards - 1 - i)])
 
 
 def to_balanced_order(sequence: np.ndarray) -> np.ndarray:
-    """Returns a sequence [T] as it is split over `context`, in twice as many chunks as parts.
+    """Returns a sequence [T] in the order in which it is split over `context`.
 
-    Part i holds the chunks i and 2·parts - 1 - i: an early one, whose queries see few keys, and a
-    late one, so that causal attention costs all parts the same (arXiv 2407.21783, section 3.3.2).
+    The sequence has 2n chunks for n shards. Shard i contains the chunks i and 2n - 1 - i: an early
+    one, whose queries attend to few keys, and a late one. So causal attention costs all shards the
+    same (arXiv 2407.21783, section 3.3.2).
     """
     if context_shards() == 1:
         return sequence
@@ -34,7 +38,7 @@ def to_balanced_order(sequence: np.ndarray) -> np.ndarray:
 
 
 def shard_sequence(x_BT: jax.Array) -> jax.Array:
-    """Returns rows in balanced order, split as `activation_spec("BT")`."""
+    """Returns rows [B, T] in balanced order, sharded as `activation_spec("BT")`."""
     if context_shards() == 1:
         return jax.reshard(x_BT, activation_spec("BT"))
     x_BT = jax.reshard(x_BT, P(BATCH_AXES, None))
@@ -43,16 +47,19 @@ def shard_sequence(x_BT: jax.Array) -> jax.Array:
 
 
 def local_sequence_shard(x: jax.Array, axis: int) -> jax.Array:
-    """Returns this device's part of what all have whole. For use in `jax.shard_map`."""
+    """Returns this device's shard of an array that all devices have complete.
+
+    For use in `jax.shard_map`. `axis` is the one that `context` splits.
+    """
     size = x.shape[axis] // context_shards()
     start = jax.lax.axis_index("context") * size
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def gather_sequence(x: jax.Array) -> jax.Array:
-    """Returns all of a sequence [B, T, …] in the order of the text, from a part of it.
+    """Returns the complete sequence [B, S, …] in text order, given this device's shard [B, T, …].
 
-    For use in `jax.shard_map`. The gradient is summed as it is scattered.
+    For use in `jax.shard_map`. The gradient is a reduce-scatter.
     """
     if context_shards() == 1:
         return x
@@ -60,7 +67,7 @@ def gather_sequence(x: jax.Array) -> jax.Array:
 
 
 def to_text_order(x: jax.Array) -> jax.Array:
-    """Returns a whole sequence [B, T, …] that was in balanced order in that of the text."""
+    """Returns a complete sequence [B, S, …] in text order, given one in balanced order."""
     if context_shards() == 1:
         return x
     chunks = x.reshape(x.shape[0], 2 * context_shards(), -1, *x.shape[2:])
@@ -68,65 +75,70 @@ def to_text_order(x: jax.Array) -> jax.Array:
 
 
 def local_text_positions(T: int) -> jax.Array:
-    """Returns where in the text this device's T positions of a balanced sequence stand, [T].
+    """Returns the text positions [T] of this device's shard of a sequence in balanced order.
 
     For use in `jax.shard_map`.
     """
-    parts, half = context_shards(), T // 2
-    if parts == 1:
+    shards, half = context_shards(), T // 2
+    if shards == 1:
         return jnp.arange(T)
-    part = jax.lax.axis_index("context")
-    early, late = part * half, (2 * parts - 1 - part) * half
+    shard = jax.lax.axis_index("context")
+    early, late = shard * half, (2 * shards - 1 - shard) * half
     return jnp.concatenate([early + jnp.arange(half), late + jnp.arange(half)])
 
 
 def sum_gradient(gradient: jax.Array, dims: str, dtype: str) -> jax.Array:
-    """Returns this device's part of a weight's gradient, from what each device's tokens gave.
+    """Returns this device's shard of a weight's gradient, summed over the tokens of all devices.
 
-    For use in `jax.shard_map`. What travels is of the type `dtype`. The sum over `fsdp` is a
-    reduce-scatter, and only the part that is left is summed over the other axes.
+    For use in `jax.shard_map`. `gradient` has the terms of this device's tokens; the devices
+    exchange it in `dtype`. The sum over `fsdp` is a reduce-scatter; only the shard that it leaves
+    is all-reduced over the other axes.
     """
-    sizes, out = jax.sharding.get_abstract_mesh().shape, gradient.dtype
+    sizes, result_dtype = jax.sharding.get_abstract_mesh().shape, gradient.dtype
     gradient = gradient.astype(dtype)
     if sizes["fsdp"] > 1:
-        at = [WEIGHT_AXES[letter] for letter in dims].index("fsdp")
-        for groups in _scatter_groups(sizes["fsdp"], gradient.shape[at]):
+        axis = [WEIGHT_AXES[letter] for letter in dims].index("fsdp")
+        for groups in _scatter_groups(sizes["fsdp"], gradient.shape[axis]):
             gradient = jax.lax.psum_scatter(
-                gradient, "fsdp", scatter_dimension=at, tiled=True, axis_index_groups=groups
+                gradient, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups
             )
     others = tuple(axis for axis in ("data", "context") if sizes[axis] > 1)
-    return (jax.lax.psum(gradient, others) if others else gradient).astype(out)
+    return (jax.lax.psum(gradient, others) if others else gradient).astype(result_dtype)
 
 
-def _scatter_groups(parts: int, size: int) -> list[list[list[int]] | None]:
-    """Returns the groups of each scatter that together cut `size` into sums of `parts` devices.
+def _scatter_groups(devices: int, size: int) -> list[list[list[int]] | None]:
+    """Returns the `axis_index_groups` of each psum_scatter of an axis of `size` over `devices`.
 
-    Where many chips share what is no whole tiles each, the TPU compiler would sum all of it on all
-    of them and cut then. Columns of a square of chips first, then its rows: each device ends with
-    its own part.
+    Normally one psum_scatter over all devices (None) is enough. On 64 TPU chips and more, if a
+    shard is not a multiple of 128 lanes, the compiler would all-reduce the complete array and then
+    slice it. Two psum_scatters avoid that: over the columns of a square of chips, then over its
+    rows. Each device gets the same shard as with one.
     """
-    if platform() != "tpu" or parts < 64 or size // parts % 128 == 0:
+    if platform() != "tpu" or devices < 64 or size // devices % 128 == 0:
         return [None]
-    return square_groups(parts)
+    return square_groups(devices)
 
 
-def square_groups(parts: int) -> list[list[list[int]] | None]:
-    """Returns the columns, and the rows, of the squarest table of `parts` devices."""
-    rows = max(n for n in divisors(parts) if n * n <= parts)
-    table = np.arange(parts).reshape(rows, -1)
+def square_groups(devices: int) -> list[list[list[int]] | None]:
+    """Returns the columns, and the rows, of the most nearly square table of `devices`."""
+    rows = max(n for n in divisors(devices) if n * n <= devices)
+    table = np.arange(devices).reshape(rows, -1)
     return [table.T.tolist(), table.tolist()]
 
 
 def vocab_shard_start(size: int) -> jax.Array:
-    """Returns the first token of this device's `size`. For use in `jax.shard_map`."""
+    """Returns the first token id of this device's vocabulary shard, which has `size` tokens.
+
+    For use in `jax.shard_map`.
+    """
     return jax.lax.axis_index(WEIGHT_AXES["V"]) * size
 
 
 def reduce_over_vocab(reduction: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """Returns `jax.lax.psum` or `pmax` of the vocabulary's parts. For use in `jax.shard_map`."""
+    """Returns `jax.lax.psum` or `pmax` over the vocabulary shards. For use in `jax.shard_map`."""
     return reduction(x, WEIGHT_AXES["V"]) if vocab_shards() > 1 else x
 
 
 def sum_over_tokens(x: jax.Array) -> jax.Array:
-    """Returns the sum over all devices with other tokens. For use in `jax.shard_map`."""
+    """Returns the sum over all devices that have different tokens. For use in `jax.shard_map`."""
     return jax.lax.psum(x, (*BATCH_AXES, "context"))

@@ -1,4 +1,4 @@
-"""Device meshes: how they are made, checked against a model, and asked for their sizes."""
+"""Device meshes: construction, checks against a model, sizes of the current mesh."""
 
 import math
 import threading
@@ -31,28 +31,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if open_axes and len(devices) % fixed == 0:
         sizes[open_axes[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
-        asked = " × ".join(f"{axis} {getattr(config, axis)}" for axis in MESH_AXES)
+        requested = " × ".join(f"{axis} {getattr(config, axis)}" for axis in MESH_AXES)
         raise InputError(
-            f"mesh: {asked} does not fit {len(devices)} device(s): the sizes must multiply to"
+            f"mesh: {requested} does not fit {len(devices)} device(s): the sizes must multiply to"
             f" {len(devices)}; set one of them to -1 to fill"
         )
     types = (AxisType.Explicit,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if slices == 1:
-        # An axis of 16 on a pod of 8 × 8 × 8 takes one of its dimensions and a part of another.
-        placed = mesh_utils.create_device_mesh(
+        # An axis of 16 on a pod of 8 × 8 × 8 needs one physical axis and a part of another.
+        device_array = mesh_utils.create_device_mesh(
             tuple(sizes.values()), devices, allow_split_physical_axes=True
         )
     else:
-        placed = _across_slices(sizes, slices, devices)
-    return Mesh(placed, MESH_AXES, axis_types=types)
+        device_array = _multi_slice_devices(sizes, slices, devices)
+    return Mesh(device_array, MESH_AXES, axis_types=types)
 
 
-def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
-    """Returns the devices of several slices (or GPU nodes), with `data` across them.
+def _multi_slice_devices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices of several slices (or GPU nodes) as an array with the mesh's axes.
+
+    Only `data` crosses slices. Between GPU nodes another axis may cross if `data` can't.
 
     Raises:
-        InputError: `data` is no multiple of the number of TPU slices.
+        InputError: `data` is not a multiple of the number of TPU slices.
     """
     if sizes["data"] % slices == 0:
         within = tuple((sizes | {"data": sizes["data"] // slices}).values())
@@ -62,35 +64,36 @@ def _across_slices(sizes: dict[str, int], slices: int, devices: Sequence[Any]) -
         )
     if devices[0].platform == "tpu":
         raise InputError(
-            f"mesh: data {sizes['data']} is no multiple of the {slices} slices, and no other axis"
-            " may cross the network between them: set it to one, or to -1"
+            f"mesh: data {sizes['data']} is not a multiple of the {slices} slices, and no other"
+            " axis may cross the network between slices: set data to a multiple, or to -1"
         )
     ordered = sorted(devices, key=lambda device: (device.slice_index, device.id))
     return np.array(ordered).reshape(*sizes.values())
 
 
 def one_device_mesh() -> Mesh:
-    """Returns a mesh of the first local device alone."""
+    """Returns a mesh of the first local device."""
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
 
 
 def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh that splits the model over as many devices (default: local) as divide it.
+    """Returns a `tensor` mesh of as many devices (default: the local ones) as divide the model.
 
-    Where there are fewer key/value heads than devices, each is held by several of these.
+    If the model has fewer key/value heads than the mesh has devices, several devices have a copy
+    of each.
     """
     devices = jax.local_devices() if devices is None else devices
     size = max(n for n in tensor_sizes(model) if n <= len(devices))
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
 
 
-_default = threading.local()  # .mesh: the last one that `set_default_mesh` set in this thread
+_default = threading.local()  # .mesh: the last mesh that `set_default_mesh` set in this thread
 
 
 def set_default_mesh(make: Callable[[], Mesh]) -> None:
-    """Puts this thread on the mesh that `make` returns, unless the caller set one.
+    """Sets this thread's current mesh to the one that `make` returns, unless the caller set one.
 
-    So that a notebook begins with a model and not with a mesh. The next default replaces this one.
+    So a notebook can load a model without creating a mesh. The next default replaces this one.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh == getattr(_default, "mesh", None):
@@ -99,16 +102,16 @@ def set_default_mesh(make: Callable[[], Mesh]) -> None:
 
 
 def check_current_mesh(w: jax.Array) -> None:
-    """Checks that a weight lies on the current mesh.
+    """Checks that a weight is sharded over the current mesh.
 
     Raises:
-        InputError: it lies on another one.
+        InputError: it is sharded over another one.
     """
-    lies, here = jax.typeof(w).sharding.mesh, jax.sharding.get_abstract_mesh()
-    if not lies.empty and lies.shape != here.shape:
+    own, current = jax.typeof(w).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if not own.empty and own.shape != current.shape:
         raise InputError(
-            f"the model lies on another mesh ({_sizes(lies)}) than the current one"
-            f" ({_sizes(here)}): use it in `with jax.set_mesh(model.norm[...].sharding.mesh):`"
+            f"the model is on another mesh ({_sizes(own)}) than the current one"
+            f" ({_sizes(current)}): use it in `with jax.set_mesh(model.norm[...].sharding.mesh):`"
         )
 
 
@@ -117,7 +120,7 @@ def _sizes(mesh: Any) -> str:
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
-    """Returns over how many devices `tensor_mesh` can split the model, ascending."""
+    """Returns the numbers of devices over which `tensor_mesh` can split the model, ascending."""
     K = model.n_kv_heads
     common = math.gcd(model.n_heads, model.hidden_dim, model.vocab_size)
     return [n for n in divisors(common) if K % n == 0 or n % K == 0]
@@ -126,10 +129,10 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
 def check_divides(
     mesh: Mesh, model: ModelConfig, batch: int | None = None, seq_len: int | None = None
 ) -> None:
-    """Refuses a mesh whose axes don't divide the model's dimensions (or the batch's rows, or T).
+    """Checks that the mesh's axes divide the model's dimensions, the batch's rows and `seq_len`.
 
     Raises:
-        InputError: names the dimension and the sizes of the axis that would divide it.
+        InputError: an axis does not divide a dimension; lists the sizes that would.
     """
     split = [
         ("tensor", "model.n_heads", model.n_heads),
@@ -151,8 +154,8 @@ def check_divides(
     chunks = 2 * mesh.shape["context"]
     if mesh.shape["context"] > 1 and seq_len is not None and seq_len % chunks:
         raise InputError(
-            f"mesh: context {mesh.shape['context']} cuts windows into {chunks} chunks, which don't"
-            f" divide data.seq_len ({seq_len}); sizes of context that do:"
+            f"mesh: context {mesh.shape['context']} splits windows into {chunks} chunks, which"
+            f" does not divide data.seq_len ({seq_len}); sizes of context that do:"
             f" {', '.join(str(n // 2) for n in divisors(seq_len) if n % 2 == 0)}"
         )
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -164,27 +167,27 @@ def check_divides(
 
 
 def platform() -> str:
-    """Returns what the program is compiled for: 'cpu', 'gpu' or 'tpu'."""
+    """Returns the platform of the current mesh's devices: 'cpu', 'gpu' or 'tpu'."""
     return jax.sharding.get_abstract_mesh().abstract_device.platform
 
 
 def is_single_device() -> bool:
-    """Tells whether the current mesh is one device."""
+    """Returns whether the current mesh has one device."""
     return jax.sharding.get_abstract_mesh().size == 1
 
 
 def context_shards() -> int:
-    """Returns how many parts the current mesh splits a sequence into."""
+    """Returns the number of shards of a sequence on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape["context"]
 
 
 def head_shards() -> int:
-    """Returns how many parts the current mesh splits the heads into."""
+    """Returns the number of shards of the heads on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["N"]]
 
 
 def vocab_shards() -> int:
-    """Returns how many parts the current mesh splits the vocabulary into."""
+    """Returns the number of shards of the vocabulary on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["V"]]
 
 
@@ -194,6 +197,9 @@ def divisors(number: int) -> list[int]:
 
 
 def shard_array(array: np.ndarray, dims: str) -> jax.Array:
-    """Returns `array`, complete on every process, sharded over the current mesh by `dims`."""
+    """Returns `array` on the current mesh, sharded as `activation_spec(dims)`.
+
+    Every process must pass the complete array.
+    """
     sharding = jax.NamedSharding(jax.sharding.get_mesh(), activation_spec(dims))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

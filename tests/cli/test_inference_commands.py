@@ -50,7 +50,11 @@ def test_what_int8_loses_is_measured(capsys, model_folder, tmp_path):
     assert (code, out.startswith("aei")) == (0, True)
     assert "int8 with a scale for each output" in run(capsys, "info", tmp_path / "int8")[1]
     code, out, err = run(capsys, "perplexity", tmp_path / "int8", text, "--quantize", "int8")
-    assert (code, out, "is int8 already: quantize the one" in err) == (2, "", True)
+    assert (code, out, "is already quantized to int8: quantize the original" in err) == (
+        2,
+        "",
+        True,
+    )
 
 
 def test_serve_answers_until_sigterm_and_lets_texts_end(

@@ -98,10 +98,10 @@ def test_bfloat16_support_is_read_from_the_cpus_flags(cpuinfo, has, tmp_path, mo
 
 
 BAD_TOKENS = [
-    ([[1, 2], [3]], "the tokens are no array [B, T]: give rows of one length"),
-    ([1, 2, 3], "the tokens must be whole numbers [B, T], not int64 [3]"),
-    (np.array([[1.5]]), "the tokens must be whole numbers [B, T], not float64 [1, 1]"),
-    ([["a"]], "the tokens must be whole numbers [B, T]"),
+    ([[1, 2], [3]], "the tokens are not an array [B, T]: give rows of equal length"),
+    ([1, 2, 3], "the tokens must be integers [B, T], not int64 [3]"),
+    (np.array([[1.5]]), "the tokens must be integers [B, T], not float64 [1, 1]"),
+    ([["a"]], "the tokens must be integers [B, T]"),
     ([[1, 320]], "the token 320 is not in the vocabulary: ids are 0 to 319"),
     (np.array([[-1, 3]]), "the token -1 is not in the vocabulary"),
     ([[1 << 40]], "the token 1099511627776 is not in the vocabulary"),
@@ -123,7 +123,7 @@ def test_tokens_are_lists_or_arrays_and_invalid_ones_are_refused_with_a_reason(f
             with pytest.raises(InputError) as raised:
                 lj.forward(config, model, tokens)
             assert message in str(raised.value)
-        with pytest.raises(InputError, match="must be whole numbers"):
+        with pytest.raises(InputError, match="must be integers"):
             forward(config, model, [1, 2, 3])
         options = {"max_new_tokens": 2}
         tokens = [

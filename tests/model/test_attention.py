@@ -125,8 +125,12 @@ def test_queries_see_the_slots_of_a_cache_up_to_their_own():
 @pytest.mark.parametrize(
     ("kernel", "T", "sentence"),
     [
-        ("splash", 100, "splash needs a multiple of 128 positions, and has 100 in all; take auto"),
-        ("cudnn", 128, "cudnn needs an NVIDIA GPU, and this is a cpu; take auto or xla"),
+        (
+            "splash",
+            100,
+            "splash needs a multiple of 128 positions, but the sequence has 100; use auto",
+        ),
+        ("cudnn", 128, "cudnn needs an NVIDIA GPU, but the platform is cpu; use auto or xla"),
     ],
 )
 def test_a_kernel_that_cannot_is_refused_by_name(kernel, T, sentence):

@@ -155,5 +155,7 @@ def test_stories260k_hardly_changes(shared_data):
 
 def test_what_is_quantized_already_is_refused(both):
     *_, new_config, new = both
-    with pytest.raises(InputError, match="is int8 already: quantize the one that it was made from"):
+    with pytest.raises(
+        InputError, match="is already quantized to int8: quantize the original instead"
+    ):
         quantize_model(new_config, new)

@@ -16,13 +16,13 @@ def test_a_model_prints_a_line_for_each_kind_of_weight():
         small = repr(quantize_model(config, model)[1].layers.w1)
         apart = repr(unstack_layers(model))
     assert [" ".join(line.split()) for line in stacked.splitlines()[:4]] == [
-        "Llama: 45,216 numbers",
+        "Llama: 45,216 parameters",
         "layers.attention_norm float32[2, 32] P(None, 'fsdp')",
         "layers.ffn_norm float32[2, 32] P(None, 'fsdp')",
         "layers.w1 float32[2, 32, 64] P(None, 'fsdp', 'tensor')",
     ]
     assert len(stacked.splitlines()) == 13
-    assert traced[0].startswith("Llama: 45,216 numbers\n")
-    assert small.splitlines()[0] == "Int8Matrix: 4,224 numbers"
+    assert traced[0].startswith("Llama: 45,216 parameters\n")
+    assert small.splitlines()[0] == "Int8Matrix: 4,224 parameters"
     assert "layers.w1 2 × float32[64, 32] P('tensor', 'fsdp')" in " ".join(apart.split())
     assert len(apart.splitlines()) == 13

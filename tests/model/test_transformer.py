@@ -183,7 +183,7 @@ class TestOnOneDevice:
         assert attention - full > a_float * (NH + 8)
 
     def test_offloading_needs_a_host(self):
-        with pytest.raises(InputError, match="remat offload needs a TPU or GPU: take full"):
+        with pytest.raises(InputError, match="remat offload needs a TPU or GPU: use full"):
             forward(tiny_model(remat="offload"), make(CONFIG, jax.random.key(0)), TOKENS)
 
     def test_a_tied_head_is_the_embedding(self, on_one_device):

@@ -11,7 +11,7 @@ from llama_jax.errors import InputError
 from llama_jax.parallel import collectives, sharding
 from llama_jax.parallel.collectives import sum_gradient
 from llama_jax.parallel.mesh import (
-    _across_slices,
+    _multi_slice_devices,
     check_divides,
     make_mesh,
     shard_array,
@@ -57,7 +57,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would(
 
 
 def test_a_context_that_does_not_divide_the_windows_is_refused():
-    sentence = r"context 8 cuts windows into 16 chunks, which don't divide data.seq_len \(24\)"
+    sentence = r"context 8 splits windows into 16 chunks, which does not divide data.seq_len \(24\)"
     with pytest.raises(InputError, match=sentence + r".*sizes of context that do: 1, 2, 3, 4, 6"):
         check_divides(mesh_of((1, 1, 1, 8)), tiny_model(), batch=8, seq_len=24)
 
@@ -71,15 +71,15 @@ class Elsewhere:
         self.coords, self.core_on_chip = (number % 2, number % 4 // 2, 0), 0
 
 
-def test_data_runs_across_slices():
+def test_data_runs_multi_slice_devices():
     devices = [Elsewhere(i, i // 4, "tpu") for i in range(8)]
-    placed = _across_slices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
+    placed = _multi_slice_devices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
     assert [d.slice_index for d in placed[:, 0, 0, 0]] == [0, 0, 1, 1]
-    with pytest.raises(InputError, match="data 1 is no multiple of the 2 slices, and no other"):
-        _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, devices)
+    with pytest.raises(InputError, match="data 1 is not a multiple of the 2 slices, and no other"):
+        _multi_slice_devices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, devices)
     # GPU nodes are slices too, and there fsdp may cross.
     nodes = [Elsewhere(i, i // 4, "gpu") for i in reversed(range(8))]
-    placed = _across_slices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
+    placed = _multi_slice_devices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
     assert [d.id for d in placed.ravel()] == list(range(8))
 
 
