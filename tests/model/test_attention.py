@@ -14,17 +14,17 @@ from llama_jax.parallel.collectives import to_balanced_order
 
 
 def reference(q, k, v, segments):
-    """Attention in float64, a query at a time."""
+    """Attention in float64, one query at a time."""
     B, T, N, _ = q.shape
     G = N // k.shape[2]
     out = np.zeros(q.shape)
     for b in range(B):
         for t in range(T):
-            seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+            keys = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
             for n in range(N):
-                scores = k[b, seen, n // G] @ q[b, t, n]
+                scores = k[b, keys, n // G] @ q[b, t, n]
                 weights = np.exp(scores - scores.max())
-                out[b, t, n] = weights @ v[b, seen, n // G] / weights.sum()
+                out[b, t, n] = weights @ v[b, keys, n // G] / weights.sum()
     return out
 
 
@@ -32,18 +32,18 @@ def random(shape, seed):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def some_segments(B, T):
+def random_segments(B, T):
     return np.sort(np.random.default_rng(3).integers(1, 4, (B, T)), axis=1).astype(np.int32)
 
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("K", [1, 2, 6])
 @pytest.mark.parametrize(("kernel", "T"), [("xla", 13), ("xla", 100), ("splash", 256)])
-def test_equals_a_plain_reference_in_float64(K, kernel, T):
+def test_attention_equals_a_float64_reference(K, kernel, T):
     B, N, H = 2, 6, 8
     q, k, v = random((B, T, N, H), 0), random((B, T, K, H), 1), random((B, T, K, H), 2)
     q /= np.sqrt(H)
-    segments = some_segments(B, T)
+    segments = random_segments(B, T)
     out = jax.jit(attention, static_argnums=4)(q, k, v, segments, kernel)
     # Sums of at most 256 products of float32 numbers of size 1: 256 · 6e-8.
     np.testing.assert_allclose(
@@ -54,7 +54,7 @@ def test_equals_a_plain_reference_in_float64(K, kernel, T):
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(("kernel", "T", "end"), [("xla", 12, 5), ("splash", 256, 100)])
 def test_nothing_crosses_a_segment_in_values_or_gradients(kernel, T, end):
-    """The gate: a kernel that fails it may not be used with packed documents."""
+    """A kernel that fails this test must not be used with packed documents."""
     q, k, v = (random((1, T, 2, 4), i) for i in range(3))
     segments = jnp.asarray([[1] * end + [2] * (T - end)])
 
@@ -73,13 +73,13 @@ def test_nothing_crosses_a_segment_in_values_or_gradients(kernel, T, end):
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize(("kernel", "T"), [("xla", 9), ("splash", 128)])
-def test_the_future_is_not_seen(kernel, T):
+def test_a_query_does_not_attend_to_later_keys(kernel, T):
     q, k, v = (random((1, T, 2, 4), i) for i in range(3))
 
-    def early(q, k, v):
+    def early_queries(q, k, v):
         return jnp.sum(attention(q, k, v, None, kernel)[:, :4] ** 2)
 
-    for grad in jax.jit(jax.grad(early, argnums=(1, 2)))(q, k, v):
+    for grad in jax.jit(jax.grad(early_queries, argnums=(1, 2)))(q, k, v):
         assert np.all(np.asarray(grad)[:, 4:] == 0)
 
 
@@ -87,38 +87,38 @@ def test_the_future_is_not_seen(kernel, T):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1, 4), (2, 1, 2, 2)])
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
 def test_every_kernel_agrees_on_every_mesh(kernel, shape, packed):
-    """Values and gradients, with and without documents, of sequences that are split or not."""
+    """Values and gradients, packed or not, with the sequence sharded or not."""
     B, T, N, K, H = 2, 1024, 4, 2, 8
     q, k, v = random((B, T, N, H), 0), random((B, T, K, H), 1), random((B, T, K, H), 2)
     q /= np.sqrt(H)
-    segments = some_segments(B, T) if packed else None
+    segments = random_segments(B, T) if packed else None
 
     def loss(kernel, q, k, v, segments, weights):
         out = attention(q, k, v, segments, kernel)
         return jnp.sum(out * jax.reshard(weights, jax.typeof(out).sharding.spec)), out
 
-    made = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
+    gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
     weights = random(q.shape, 4)
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        expected = made("xla", q, k, v, segments, weights)
+        expected = gradient("xla", q, k, v, segments, weights)
     with jax.set_mesh(mesh_of(shape)):
         order = to_balanced_order(np.arange(T))
         operands = [x if x is None else x[:, order] for x in (q, k, v, segments, weights)]
-        found = made(kernel, *operands)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        results = gradient(kernel, *operands)
+    for result, reference in zip(*map(jax.tree.leaves, (results, expected)), strict=True):
         # Sums of at most 1024 float32 products of size 1: 1024 · 6e-8.
-        np.testing.assert_allclose(one, np.asarray(other)[:, order], atol=6e-5)
+        np.testing.assert_allclose(result, np.asarray(reference)[:, order], atol=6e-5)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_queries_see_the_slots_of_a_cache_up_to_their_own():
+def test_cached_attention_equals_attention_at_the_queries_positions():
     q, k, v = (random((2, 10, 4, 8), i) for i in range(3))
-    whole = jax.jit(attention)(q, k, v, np.ones((2, 10), np.int32))
-    kept = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    full = jax.jit(attention)(q, k, v, np.ones((2, 10), np.int32))
+    cache = LayerCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     positions = np.array([[6, 7], [1, 2]], np.int32)
     queries = np.stack([q[0, 6:8], q[1, 1:3]])
-    part = jax.jit(cached_attention)(queries, kept, positions)
-    np.testing.assert_allclose(part, np.stack([whole[0, 6:8], whole[1, 1:3]]), atol=1e-6)
+    cached = jax.jit(cached_attention)(queries, cache, positions)
+    np.testing.assert_allclose(cached, np.stack([full[0, 6:8], full[1, 1:3]]), atol=1e-6)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -133,7 +133,7 @@ def test_queries_see_the_slots_of_a_cache_up_to_their_own():
         ("cudnn", 128, "cudnn needs an NVIDIA GPU, but the platform is cpu; use auto or xla"),
     ],
 )
-def test_a_kernel_that_cannot_is_refused_by_name(kernel, T, sentence):
+def test_an_unsupported_kernel_is_rejected_with_the_reason(kernel, T, sentence):
     q = jnp.zeros((1, T, 2, 8))
     with pytest.raises(InputError, match=sentence):
         jax.jit(partial(attention, kernel=kernel))(q, q, q, None)
@@ -143,7 +143,7 @@ def test_a_kernel_that_cannot_is_refused_by_name(kernel, T, sentence):
     ("platform", "packed", "kernel"),
     [("tpu", True, "splash"), ("gpu", False, "cudnn"), ("gpu", True, "xla"), ("cpu", True, "xla")],
 )
-def test_auto_takes_the_kernel_of_the_platform(monkeypatch, platform, packed, kernel):
+def test_auto_selects_the_kernel_of_the_platform(monkeypatch, platform, packed, kernel):
     monkeypatch.setattr(attention_module, "platform", lambda: platform)
     monkeypatch.setattr(attention_module, "context_shards", lambda: 1)
     q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)

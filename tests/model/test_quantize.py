@@ -1,4 +1,4 @@
-"""Int8 weights: how far off they are, and that their products are those of what they stand for."""
+"""Int8 weights: their error, and that their products equal those of the dequantized weights."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from llama_jax.parallel.mesh import one_device_mesh
 
 CONFIG = tiny_model()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 320, (8, 8)), jnp.int32)
-full = jax.jit(forward, static_argnums=0)
+jitted_forward = jax.jit(forward, static_argnums=0)
 
 
 def tree_equal(a, b):
@@ -31,14 +31,14 @@ def tree_equal(a, b):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
 def both(request):
-    """A model, and it quantized, with configurations, on one device."""
+    """Returns a configuration and its model, then the same quantized, on one device."""
     config = tiny_model(tied_head=request.param)
     with jax.set_mesh(one_device_mesh()):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
         return config, model, *quantize_model(config, model)
 
 
-def expanded(values, scale, dims):
+def dequantize(values, scale, dims):
     """Returns values · scale, which is exact in float64."""
     axes = tuple(
         dims.index(letter) - len(dims) for letter in dims if letter not in output_dims(dims)
@@ -48,7 +48,7 @@ def expanded(values, scale, dims):
 
 @pytest.mark.parametrize("dims", ["VD", "DNH", "NHD", "DF", "FD", "DV"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_number_is_off_by_more_than_half_its_channels_scale(dims, dtype):
+def test_the_error_is_at_most_half_the_channels_scale(dims, dtype):
     sizes = {"V": 40, "D": 24, "N": 3, "H": 8, "F": 56}
     rng = np.random.default_rng(1)
     channels = [sizes[letter] if letter in output_dims(dims) else 1 for letter in dims]
@@ -57,15 +57,15 @@ def test_no_number_is_off_by_more_than_half_its_channels_scale(dims, dtype):
     values, scale = quantize_int8(w, dims)
     assert (values.dtype, scale.dtype, values.shape) == (np.int8, np.float32, w.shape)
     assert scale.shape == tuple(sizes[letter] for letter in output_dims(dims))
-    off = expanded(values, scale, dims) - w.astype(np.float64)
-    # Half a step, and of up to 127 steps: 2^-20, by which a step is stretched, and 5 roundings (of
-    # the two constants, the scale, the division, the product) of 2^-24.
-    bound = expanded(np.ones_like(values), scale, dims) * (0.5 + 127 * (2.0**-20 + 5 * 2.0**-24))
-    assert np.all(np.abs(off) <= bound)
+    error = dequantize(values, scale, dims) - w.astype(np.float64)
+    # Half a step; and for each of up to 127 steps 2^-20, by which `_STEPS` stretches a step, and 5
+    # roundings (of the two constants, the scale, the division, the product) of 2^-24.
+    bound = dequantize(np.ones_like(values), scale, dims) * (0.5 + 127 * (2.0**-20 + 5 * 2.0**-24))
+    assert np.all(np.abs(error) <= bound)
     assert np.abs(values.astype(int)).max() == 127
 
 
-def test_channels_of_nothing_stay_nothing():
+def test_channels_of_zeros_and_of_subnormals_become_zeros():
     w = np.zeros((4, 3), np.float32)
     w[:, 1], w[:, 2] = 1e-40, [1, -2, 0.5, 0]
     for values, scale in (
@@ -76,36 +76,36 @@ def test_channels_of_nothing_stay_nothing():
         assert np.asarray(values).T.tolist() == [[0] * 4, [0] * 4, [63, -127, 32, 0]]
 
 
-def test_the_tree_is_that_of_a_model_of_this_configuration(both):
+def test_the_quantized_model_has_the_tree_of_its_configuration(both):
     config, model, new_config, new = both
     assert new_config == replace(config, quantized="int8")
     with jax.set_mesh(one_device_mesh()):
-        wanted = abstract_model(new_config)
-    assert jax.tree.structure(new) == jax.tree.structure(wanted)
-    for leaf, like in zip(jax.tree.leaves(new), jax.tree.leaves(wanted), strict=True):
+        expected = abstract_model(new_config)
+    assert jax.tree.structure(new) == jax.tree.structure(expected)
+    for leaf, like in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
         assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype)
     assert new.norm[...] is model.norm[...]
-    assert isinstance(model.layers.wq, nnx.Param), "the model itself is left as it was"
+    assert isinstance(model.layers.wq, nnx.Param), "the original model is unchanged"
 
 
-@pytest.mark.parametrize("blocks", ["whole", "blocks"])
-def test_products_are_those_of_the_numbers_that_int8_stands_for(both, blocks, monkeypatch):
+@pytest.mark.parametrize("blocks", ["one product", "blocks"])
+def test_logits_equal_those_of_the_dequantized_weights(both, blocks, monkeypatch):
     config, model, new_config, new = both
     monkeypatch.setattr(linear, "FEW_ROWS", 64 if blocks == "blocks" else 0)
-    # Sides have 4 to 40 numbers: a matrix has several blocks.
+    # The axes have 4 to 40 elements, so a matrix has several blocks of 512.
     monkeypatch.setattr(linear_cpu, "_BLOCK", 512)
     like = jax.tree.map(lambda leaf: leaf, model)
     for node, name in [(like, "tok_embeddings"), (like, "output"), *matrices(like.layers)]:
-        kept = getattr(new if node is like else new.layers, name)
-        if isinstance(kept, Int8Matrix):
-            values, scale = np.asarray(kept.values[...]), np.asarray(kept.scale[...])
+        matrix = getattr(new if node is like else new.layers, name)
+        if isinstance(matrix, Int8Matrix):
+            values, scale = np.asarray(matrix.values[...]), np.asarray(matrix.scale[...])
             dims = {"wq": "DNH", "wk": "DKH", "wv": "DKH", "wo": "NHD", "w2": "FD"}.get(name, "DF")
-            float64 = expanded(values, scale, "VD" if name == "tok_embeddings" else dims)
+            float64 = dequantize(values, scale, "VD" if name == "tok_embeddings" else dims)
             getattr(node, name)[...] = jnp.asarray(float64.astype(np.float32))
     with jax.set_mesh(one_device_mesh()):
-        expected = full(config, like, TOKENS)
+        expected = jitted_forward(config, like, TOKENS)
         logits = jax.jit(lambda model: forward(new_config, model, TOKENS))(new)
-    # Logits of deviation 1, in float32, after 15 products in a row; measured 2e-6.
+    # Logits with standard deviation 1, in float32, after 15 consecutive products; measured 2e-6.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
@@ -117,43 +117,45 @@ def matrices(layers):
 def test_every_mesh_gives_the_values_and_logits_of_one_device(both, shape):
     config, model, new_config, new = both
     with jax.set_mesh(one_device_mesh()):
-        expected = full(new_config, new, TOKENS)
+        expected = jitted_forward(new_config, new, TOKENS)
     with jax.set_mesh(mesh_of(shape)):
-        there = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(config)))
-        _, split = quantize_model(config, there)
+        sharded = jax.device_put(model, jax.tree.map(lambda a: a.sharding, abstract_model(config)))
+        _, quantized = quantize_model(config, sharded)
         for leaf, like in zip(
-            jax.tree.leaves(split), jax.tree.leaves(abstract_model(new_config)), strict=True
+            jax.tree.leaves(quantized), jax.tree.leaves(abstract_model(new_config)), strict=True
         ):
             assert leaf.sharding == like.sharding
-        assert tree_equal(split, new)
-        logits = full(new_config, split, TOKENS)
+        assert tree_equal(quantized, new)
+        logits = jitted_forward(new_config, quantized, TOKENS)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_stories260k_hardly_changes(shared_data):
+def test_int8_hardly_changes_stories260k(shared_data):
     folder = shared_data / "stories260K"
     reference = json.loads((folder / "stories260K_reference.json").read_text())
     ids = np.load(folder / "stories260K_reference.npz")["text_ids"][None].astype(np.int32)
     with jax.set_mesh(one_device_mesh()):
         config, model = load_reference(folder / "hf")
-        expected = np.asarray(full(config, model, ids)[0])
+        expected = np.asarray(jitted_forward(config, model, ids)[0])
         new_config, new = quantize_model(config, model)
-        w1, kept = np.asarray(model.layers.w1[...]), new.layers.w1
-        off = w1 - expanded(np.asarray(kept.values[...]), np.asarray(kept.scale[...]), "DF")
-        # A step is 1/127 of a channel's largest of 64 numbers, about 2.6 deviations; an even error
-        # within a step deviates by 1/√12 of it: 2.6 / 127 / √12 = 0.6 %.
-        assert 0.005 < np.std(off) / np.std(w1) < 0.007
-        # Each product is off by that, independently of the others, whose sum the logits are: about
-        # as much, and a little more for what goes through two or three in a row. Measured 0.87 %.
-        logits = np.asarray(full(new_config, new, ids)[0])
+        w1, int8_w1 = np.asarray(model.layers.w1[...]), new.layers.w1
+        values, scale = np.asarray(int8_w1.values[...]), np.asarray(int8_w1.scale[...])
+        error = w1 - dequantize(values, scale, "DF")
+        # A step is 1/127 of a channel's largest of 64 elements, which is about 2.6 standard
+        # deviations. A uniform error within a step has a standard deviation of 1/√12 step:
+        # 2.6 / 127 / √12 = 0.6 %.
+        assert 0.005 < np.std(error) / np.std(w1) < 0.007
+        # The products have independent errors of this size, and the logits are their sum: about the
+        # same, slightly more for paths through two or three products. Measured 0.87 %.
+        logits = np.asarray(jitted_forward(new_config, new, ids)[0])
         assert 0.005 < np.std(logits - expected) / np.std(expected) < 0.012
         assert np.mean(logits.argmax(-1) == expected.argmax(-1)) > 0.95
         prompt, greedy = (reference["prompts"][0][key] for key in ("ids", "greedy_ids"))
-        # The first token that another one overtakes is the 58th.
+        # The 58th token is the first that differs from the unquantized model's.
         assert list(stream(new_config, new, prompt, max_new_tokens=48)) == greedy[:48]
 
 
-def test_what_is_quantized_already_is_refused(both):
+def test_a_quantized_model_cannot_be_quantized_again(both):
     *_, new_config, new = both
     with pytest.raises(
         InputError, match="is already quantized to int8: quantize the original instead"

@@ -1,4 +1,4 @@
-"""What a notebook shows of a model."""
+"""The repr of a model, as notebooks show it."""
 
 import jax
 from conftest import mesh_of, tiny_model
@@ -6,15 +6,15 @@ from conftest import mesh_of, tiny_model
 from llama_jax.model.weights import Llama, quantize_model, unstack_layers
 
 
-def test_a_model_prints_a_line_for_each_kind_of_weight():
+def test_the_repr_has_a_line_for_each_weight():
     config = tiny_model()
     with jax.set_mesh(mesh_of((1, 2, 2))):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
         stacked = repr(model)
         traced = []
         jax.jit(lambda m: traced.append(repr(m)))(model)
-        small = repr(quantize_model(config, model)[1].layers.w1)
-        apart = repr(unstack_layers(model))
+        quantized = repr(quantize_model(config, model)[1].layers.w1)
+        unstacked = repr(unstack_layers(model))
     assert [" ".join(line.split()) for line in stacked.splitlines()[:4]] == [
         "Llama: 45,216 parameters",
         "layers.attention_norm float32[2, 32] P(None, 'fsdp')",
@@ -23,6 +23,6 @@ def test_a_model_prints_a_line_for_each_kind_of_weight():
     ]
     assert len(stacked.splitlines()) == 13
     assert traced[0].startswith("Llama: 45,216 parameters\n")
-    assert small.splitlines()[0] == "Int8Matrix: 4,224 parameters"
-    assert "layers.w1 2 × float32[64, 32] P('tensor', 'fsdp')" in " ".join(apart.split())
-    assert len(apart.splitlines()) == 13
+    assert quantized.splitlines()[0] == "Int8Matrix: 4,224 parameters"
+    assert "layers.w1 2 × float32[64, 32] P('tensor', 'fsdp')" in " ".join(unstacked.split())
+    assert len(unstacked.splitlines()) == 13

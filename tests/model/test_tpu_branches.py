@@ -1,7 +1,7 @@
-"""What only a TPU runs, on the CPU: forced branches and interpreted kernels, beside the CPU's own.
+"""The branches for TPU, forced on the CPU with interpreted kernels, equal the branches for CPU.
 
-Not here: attention's splash kernel on every mesh (test_attention.py), scatters in two steps and
-meshes of slices (test_sharding.py), int8 products in one piece (test_quantize.py).
+Tested elsewhere: splash attention on every mesh (test_attention.py), reduce-scatters in two steps
+and meshes of several slices (test_sharding.py), int8 products without blocks (test_quantize.py).
 """
 
 import jax
@@ -16,17 +16,17 @@ from llama_jax.model.cache import LayerCache, init_cache
 from llama_jax.model.transformer import forward, forward_cached, output_head
 from llama_jax.model.weights import Llama, unstack_layers
 
-BFLOAT16 = 2.0**-8  # half a step of rounding, of a number's size
+BFLOAT16 = 2.0**-8  # largest relative rounding error
 
 
-def of_both(monkeypatch, work):
-    """Returns what `work()` returns where the branches of a TPU are taken, and where not."""
-    found = []
+def run_on_both(monkeypatch, work):
+    """Returns the pairs of the leaves of `work()` with the branches for TPU, and for CPU."""
+    results = []
     for platform in ("tpu", "cpu"):
         for module in (attention, cache, linear, linear_cpu, rope):
             monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
-        found.append(jax.tree.map(lambda x: np.asarray(x, np.float32), work()))
-    return zip(*(jax.tree.leaves(result) for result in found), strict=True)
+        results.append(jax.tree.map(lambda x: np.asarray(x, np.float32), work()))
+    return zip(*map(jax.tree.leaves, results), strict=True)
 
 
 def random(shape, seed, dtype="float32"):
@@ -34,52 +34,52 @@ def random(shape, seed, dtype="float32"):
 
 
 def test_loss_and_gradients_of_a_training_step(monkeypatch):
-    """Splash attention by itself (`auto`), gradients of w1 and w3 as [F, D], products as asked."""
+    """`auto` selects splash; gradients of w1 and w3 as [F, D]; products in the requested dtype."""
     config = tiny_model(remat="products", context=128)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 129))
     segments_BT = np.sort(np.random.default_rng(1).integers(1, 4, (2, 128)))
-    used = []
+    calls = []
     splash = attention.attention_splash.attention
-    watched = lambda *args: used.append(len(args)) or splash(*args)  # noqa: E731
-    monkeypatch.setattr(attention.attention_splash, "attention", watched)
+    recorded = lambda *args: calls.append(len(args)) or splash(*args)  # noqa: E731
+    monkeypatch.setattr(attention.attention_splash, "attention", recorded)
 
     def work():
         def loss(model, tokens_BT, targets_BT):
             logits = forward(config, model, tokens_BT, None, segments_BT)
-            right = jnp.arange(config.vocab_size) == targets_BT[..., None]
-            return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.sum(logits * right, -1))
+            is_target = jnp.arange(config.vocab_size) == targets_BT[..., None]
+            return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.sum(logits * is_target, -1))
 
         return jax.jit(jax.value_and_grad(loss))(model, tokens_BT[:, :-1], tokens_BT[:, 1:])
 
     with jax.set_mesh(mesh_of((1, 2, 2))):
         model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-        for tpu, cpu in of_both(monkeypatch, work):
-            # Sums of at most 256 float32 terms whose sizes add up to about 1.
+        for tpu, cpu in run_on_both(monkeypatch, work):
+            # Sums of at most 256 float32 terms whose magnitudes add up to about 1.
             np.testing.assert_allclose(tpu, cpu, atol=256 * 2**-24)
-    assert len(used) > 0
+    assert len(calls) > 0
 
 
 @pytest.mark.usefixtures("one_device")
-def test_the_backward_pass_of_splash_that_is_not_fused():
-    """More than two blocks of keys; three blocks of 128 here."""
+def test_the_unfused_backward_pass_of_splash():
+    """For more than two blocks of keys; here three blocks of 128."""
     B, T, H = 1, 384, 8
     sizes = attention.attention_splash._block_sizes(T, T)
     assert not sizes.use_fused_bwd_kernel
     segments_BT = np.sort(np.random.default_rng(1).integers(1, 4, (B, T)))
     q, k, v, weights = (random((B, T, 2, H), i) / np.sqrt(np.sqrt(H)) for i in range(4))
 
-    def made(kernel):
+    def gradient(kernel):
         def loss(q, k, v):
             return jnp.sum(weights * attention.attention(q, k, v, segments_BT, kernel))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
-    for splash, xla in zip(made("splash"), made("xla"), strict=True):
+    for splash, xla in zip(gradient("splash"), gradient("xla"), strict=True):
         np.testing.assert_allclose(splash, xla, atol=T * 2**-24)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_layers_input_in_the_hosts_memory_gives_the_same_gradients(monkeypatch):
+def test_offloading_the_layers_inputs_does_not_change_the_gradients(monkeypatch):
     monkeypatch.setattr(remat, "platform", lambda: "tpu")
     tokens_BT = np.random.default_rng(0).integers(0, 320, (2, 16))
     model = jax.jit(Llama, static_argnums=0)(tiny_model(n_layers=1), jax.random.key(0))
@@ -87,14 +87,14 @@ def test_a_layers_input_in_the_hosts_memory_gives_the_same_gradients(monkeypatch
     def gradients(config):
         return jax.jit(jax.grad(lambda m: jnp.mean(forward(config, m, tokens_BT) ** 2)))(model)
 
-    kinds = (gradients(tiny_model(n_layers=1, remat=kind)) for kind in ("offload", "full"))
-    jax.tree.map(np.testing.assert_array_equal, *kinds)
+    results = (gradients(tiny_model(n_layers=1, remat=remat)) for remat in ("offload", "full"))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.usefixtures("one_device")
-def test_one_text_token_by_token(monkeypatch, dtype):
-    """A row and a query twice and eight times over, rotation by a product, weights as stored."""
+def test_decoding_one_text_token_by_token(monkeypatch, dtype):
+    """A row is duplicated, a query repeated 8 times, RoPE a matrix product; weights as stored."""
     config = tiny_model(n_kv_heads=8, dtype=dtype, param_dtype=dtype)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (6, 1, 1))
 
@@ -105,12 +105,12 @@ def test_one_text_token_by_token(monkeypatch, dtype):
             x_BTD, cache = forward_cached(config, model, cache, token_BT)
             return cache, output_head(config, model, x_BTD)
 
-        read = jax.jit(lambda tokens: jax.lax.scan(step, init_cache(config, 1, 8), tokens)[1])
-        return read(tokens)
+        decode = jax.jit(lambda tokens: jax.lax.scan(step, init_cache(config, 1, 8), tokens)[1])
+        return decode(tokens)
 
-    # float32: sums of at most 64 terms, three in a row of each layer. bfloat16: about ten roundings
-    # on the way through two layers, of numbers of the logits' size.
-    for tpu, cpu in of_both(monkeypatch, work):
+    # float32: sums of at most 64 terms, three consecutive ones in each layer. bfloat16: about ten
+    # roundings on the path through two layers, of numbers as large as the logits.
+    for tpu, cpu in run_on_both(monkeypatch, work):
         size = np.max(np.abs(cpu))
         tolerance = size * (10 * BFLOAT16 if dtype == "bfloat16" else 6 * 64 * 2**-24)
         np.testing.assert_allclose(tpu, cpu, atol=tolerance)
@@ -118,18 +118,18 @@ def test_one_text_token_by_token(monkeypatch, dtype):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_row_twice_gives_its_product_once(monkeypatch):
+def test_the_product_of_a_duplicated_row_has_one_row(monkeypatch):
     config = tiny_model(dtype="bfloat16")
     x, w = random((1, 1, 32), 0, "bfloat16"), nnx.Param(random((32, 64), 1, "bfloat16"))
     work = jax.jit(lambda: linear.matmul(config, "BTD,DF->BTF", x, w))
     exact = np.float32(x[0]) @ np.float32(w[...])
-    for tpu, _ in of_both(monkeypatch, lambda: work.__wrapped__()):
+    for tpu, _ in run_on_both(monkeypatch, lambda: work.__wrapped__()):
         assert tpu.shape == (1, 1, 64)
         np.testing.assert_allclose(tpu[0], exact, rtol=BFLOAT16, atol=32 * 2**-20)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_query_eight_times_over_sees_the_same_cache(monkeypatch):
+def test_a_repeated_query_gives_the_same_attention_output(monkeypatch):
     q, k, v = random((2, 1, 4, 8), 0), random((2, 4, 16, 8), 1), random((2, 4, 16, 8), 2)
     positions = np.array([[15], [3]])
 
@@ -138,13 +138,13 @@ def test_a_query_eight_times_over_sees_the_same_cache(monkeypatch):
             lambda q, k, v: attention.cached_attention(q, LayerCache(k, v), positions)
         )(q, k, v)  # fmt: skip
 
-    for tpu, cpu in of_both(monkeypatch, work):
+    for tpu, cpu in run_on_both(monkeypatch, work):
         np.testing.assert_allclose(tpu, cpu, atol=16 * 2**-23)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_rotation_by_a_product_that_swaps_the_halves_of_a_head(monkeypatch):
-    """Values and gradients, in bfloat16: the product itself is exact."""
+def test_rope_with_a_product_that_swaps_the_halves_of_a_head(monkeypatch):
+    """Values and gradients, in bfloat16; the product is exact."""
     config = tiny_model()
     x, dy = random((2, 16, 4, 8), 0, "bfloat16"), random((2, 16, 4, 8), 1, "bfloat16")
 
@@ -153,12 +153,13 @@ def test_rotation_by_a_product_that_swaps_the_halves_of_a_head(monkeypatch):
             positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
             return rope.apply_rope(x, rope.rope_sin_cos(config, positions), 0.5)
 
-        def both(x):
-            y, back = jax.vjp(rotated, x)
-            return y, *back(dy)
+        def value_and_gradient(x):
+            y, vjp = jax.vjp(rotated, x)
+            return y, *vjp(dy)
 
-        return jax.jit(both)(x)
+        return jax.jit(value_and_gradient)(x)
 
-    for tpu, cpu in of_both(monkeypatch, work):
-        # A rounding may fall to the other side: a whole step. Where terms cancel, float32's.
+    for tpu, cpu in run_on_both(monkeypatch, work):
+        # The two may round a number to different sides: one step of bfloat16. If terms cancel, the
+        # error is that of float32.
         np.testing.assert_allclose(tpu, cpu, rtol=2 * BFLOAT16, atol=2**-20)

@@ -20,7 +20,7 @@ from llama_jax.parallel.mesh import (
 from llama_jax.parallel.sharding import activation_spec, weight_spec
 
 
-def test_letters_become_axes():
+def test_dimension_letters_map_to_mesh_axes():
     assert weight_spec("DNH") == P("fsdp", "tensor", None)
     assert activation_spec("BTD") == P(("data", "fsdp"), "context", None)
 
@@ -42,12 +42,12 @@ def test_minus_one_fills_an_axis():
         (MeshConfig(data=1, fsdp=4, tensor=1), "must multiply to 8"),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(config, sentence):
+def test_a_mesh_that_does_not_fit_the_devices_is_rejected(config, sentence):
     with pytest.raises(InputError, match=re.escape(sentence)):
         make_mesh(config)
 
 
-def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would():
+def test_a_mesh_that_does_not_divide_the_model_is_rejected_with_the_sizes_that_do():
     with pytest.raises(InputError, match=r"tensor 8 does not divide model.n_kv_heads \(4\); sizes"):
         check_divides(mesh_of((1, 1, 8)), tiny_model())
     with pytest.raises(InputError, match=r"sizes that divide this model: 1, 2, 4$"):
@@ -56,14 +56,14 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_sizes_that_would(
         check_divides(mesh_of((2, 4, 1)), tiny_model(), batch=12)
 
 
-def test_a_context_that_does_not_divide_the_windows_is_refused():
+def test_a_context_axis_that_does_not_divide_the_windows_is_rejected():
     sentence = r"context 8 splits windows into 16 chunks, which does not divide data.seq_len \(24\)"
     with pytest.raises(InputError, match=sentence + r".*sizes of context that do: 1, 2, 3, 4, 6"):
         check_divides(mesh_of((1, 1, 1, 8)), tiny_model(), batch=8, seq_len=24)
 
 
-class Elsewhere:
-    """A device of one of several slices."""
+class SliceDevice:
+    """A simulated device of one of several slices."""
 
     def __init__(self, number, slice_index, platform):
         self.id, self.slice_index, self.platform = number, slice_index, platform
@@ -71,35 +71,35 @@ class Elsewhere:
         self.coords, self.core_on_chip = (number % 2, number % 4 // 2, 0), 0
 
 
-def test_data_runs_multi_slice_devices():
-    devices = [Elsewhere(i, i // 4, "tpu") for i in range(8)]
-    placed = _multi_slice_devices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
-    assert [d.slice_index for d in placed[:, 0, 0, 0]] == [0, 0, 1, 1]
+def test_only_data_crosses_slices():
+    devices = [SliceDevice(i, i // 4, "tpu") for i in range(8)]
+    array = _multi_slice_devices({"data": 4, "fsdp": 2, "context": 1, "tensor": 1}, 2, devices)
+    assert [d.slice_index for d in array[:, 0, 0, 0]] == [0, 0, 1, 1]
     with pytest.raises(InputError, match="data 1 is not a multiple of the 2 slices, and no other"):
         _multi_slice_devices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, devices)
-    # GPU nodes are slices too, and there fsdp may cross.
-    nodes = [Elsewhere(i, i // 4, "gpu") for i in reversed(range(8))]
-    placed = _multi_slice_devices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
-    assert [d.id for d in placed.ravel()] == list(range(8))
+    # JAX reports GPU nodes as slices, and fsdp may cross nodes.
+    nodes = [SliceDevice(i, i // 4, "gpu") for i in reversed(range(8))]
+    array = _multi_slice_devices({"data": 1, "fsdp": 8, "context": 1, "tensor": 1}, 2, nodes)
+    assert [d.id for d in array.ravel()] == list(range(8))
 
 
-def test_tensor_mesh_takes_as_many_devices_as_divide_the_model():
+def test_tensor_mesh_has_as_many_devices_as_divide_the_model():
     assert tensor_mesh(tiny_model()).size == 8  # two devices to each of 4 key/value heads
     assert tensor_mesh(tiny_model(n_heads=4)).size == 4
     assert tensor_mesh(tiny_model(n_kv_heads=3, n_heads=12, vocab_size=324)).size == 1
 
 
-def test_place_puts_every_row_on_its_device():
+def test_shard_array_preserves_the_values():
     array = np.arange(16).reshape(8, 2)
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        placed = shard_array(array, "BT")
-    assert placed.sharding.spec == activation_spec("BT")
-    assert np.array_equal(placed, array)
+        sharded = shard_array(array, "BT")
+    assert sharded.sharding.spec == activation_spec("BT")
+    assert np.array_equal(sharded, array)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
-def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
-    """Columns of a square of devices, then rows: each ends with its own part."""
+def test_a_reduce_scatter_in_two_steps_gives_the_same_sum(monkeypatch, shape):
+    """Over the columns of a square of devices, then over its rows: each device gets its shard."""
     given = np.random.default_rng(0).standard_normal((8, 16, 4)).astype(np.float32)
 
     def summed():
@@ -121,7 +121,7 @@ def test_scattered_in_two_steps_it_is_the_same_sum(monkeypatch, shape):
     np.testing.assert_allclose(summed(), given.sum(0), atol=8 * 2**-23 * 4)
 
 
-def test_a_square_of_devices_may_be_longer_than_high():
+def test_a_square_of_devices_may_have_more_columns_than_rows():
     columns, rows = collectives.square_groups(8)
     assert columns == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7]]
