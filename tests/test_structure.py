@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point down, files stay readable."""
+"""The structure of the package: imports point downwards, files are short."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-# From the bottom to the top. A folder imports from the layers below it.
+# From bottom to top. A folder may import only from the layers below it.
 LAYERS = [
     {"errors"},
     {"runtime"},
@@ -31,7 +31,7 @@ def folder(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Returns the modules of ours that a file imports, wherever in the file."""
+    """Returns the modules of llama_jax that a file imports, in functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_jax."):
@@ -42,7 +42,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_imports_point_down():
+def test_imports_point_downwards():
     layer = {name: i for i, names in enumerate(LAYERS) for name in names}
     upward = [
         (str(path.relative_to(ROOT)), module)
@@ -54,19 +54,19 @@ def test_imports_point_down():
     assert upward == []
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_are_no_import_cycles():
     graph = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in modules()
     }
-    TopologicalSorter(graph).prepare()  # raises a CycleError that names the cycle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_orbax_has_one_importer():
+def test_only_one_module_imports_orbax():
     users = {p.name for p in modules() if re.search(r"^(from|import) orbax", p.read_text(), re.M)}
     assert users == {"orbax.py"}
 
 
-def test_mesh_axes_are_named_in_one_place():
+def test_only_the_parallel_folder_names_the_mesh_axes():
     for path in modules():
         strings = {
             node.value
@@ -77,13 +77,13 @@ def test_mesh_axes_are_named_in_one_place():
             assert not strings & {"fsdp", "tensor"}, path
 
 
-def test_every_file_can_be_read_in_one_sitting():
+def test_no_file_is_longer_than_350_lines():
     paths = [*modules(), *(p for d in ("tests", "benchmarks") for p in (ROOT / d).rglob("*.py"))]
     lengths = {p: len(p.read_text().splitlines()) for p in paths}
     assert {p: n for p, n in lengths.items() if n > 350} == {}
 
 
-def test_the_readme_names_every_folder():
+def test_the_readme_lists_every_folder():
     text = (ROOT / "README.md").read_text()
     tree = text.split("## Files\n\n```text\n")[1].split("```")[0]
     named, parents = set(), []
