@@ -1,4 +1,4 @@
-"""Fixtures and functions for all tests: 8 simulated devices, a tiny model, the real test data."""
+"""Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
 
 import atexit
 import functools
@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Set before JAX is imported, also for processes that tests start: with the TPU compiler installed,
-# JAX would look for a TPU.
+# Before JAX is imported, here and in processes that tests start: with the TPU compiler installed
+# it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation takes most of the tests' time. So the processes share a compile cache, and LLVM skips
-# most optimizations, because the programs run only for a moment. XLA's own passes, which decide the
-# sharding and the order of operations, run as for users.
+# Compiling is what costs: all share what one of them compiled, and LLVM polishes nothing that then
+# runs for a moment. XLA's own passes, which decide what is computed where, are as for users.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -42,8 +41,7 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
-# Checkpoints in ../shared/data/meta_reference: Meta's format in one file (mp1) or two, or Hugging
-# Face's.
+# Checkpoints of ../shared/data/meta_reference: one or two files of Meta's, or Hugging Face's.
 REFERENCES = [
     *("llama1_mha/mp1", "llama2_mha/mp1", "llama2_mha/mp2"),
     *("llama2_gqa/mp1", "llama2_gqa/mp2", "llama2_gqa/hf"),
@@ -52,25 +50,22 @@ REFERENCES = [
 
 # Meshes (data, fsdp, tensor, context) on which every result must agree.
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
-CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]  # only for training
+CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]  # training alone
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real models and reference results, which is next to a full checkout."""
+    """The folder of real models and reference results that lies beside a full checkout."""
     data = SHARED / "data"
     if data.is_dir():
         return data
     if SHARED.is_dir():
-        pytest.fail(f"{SHARED} exists, but {data} does not")
-    pytest.skip("needs ../shared/data (reference models and logits), which does not exist")
+        pytest.fail(f"{SHARED} is there, but {data} is not")
+    pytest.skip("needs ../shared/data (reference models and logits), which is not here")
 
 
 def peer(name: str) -> Any:
-    """Returns a package that tests compare with and users don't need.
-
-    If it is not installed, the test is skipped, but in CI it fails.
-    """
+    """Returns a package to compare with, which no user needs; without it the test is skipped."""
     if "CI" not in os.environ:
         return pytest.importorskip(name, reason=f"compares with {name}, which is not installed")
     return importlib.import_module(name)
@@ -81,7 +76,7 @@ def quick_compilation() -> dict[str, bool]:
     """Returns `compiler_options` for tests that compile many programs and run each once.
 
     XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters.
-    JAX 0.12 no longer has it; then the options are empty.
+    JAX 0.12 no longer has it.
     """
     options = {"xla_cpu_use_fusion_emitters": False}
     try:
@@ -115,13 +110,13 @@ def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
 
 @pytest.fixture
 def one_device():
-    """Sets a mesh of one device during the test."""
+    """Puts the test on a mesh of one device."""
     with jax.set_mesh(one_device_mesh()):
         yield
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
-    """Returns the configuration of a tiny float32 model, which every mesh of MESHES divides."""
+    """Returns a model small enough for tests, in float32, that every mesh of MESHES divides."""
     shape: dict[str, Any] = {
         "dim": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8,
         "hidden_dim": 64, "vocab_size": 320, "context": 64, "dtype": "float32", "remat": "none",
@@ -130,7 +125,7 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 
 def tiny_config(model: ModelConfig | None = None, **training: Any) -> Config:
-    """Returns a run's configuration with a tiny model; its data folder does not exist."""
+    """Returns a run's configuration around a tiny model; its data are named, not there."""
     return Config(
         model=model or tiny_model(),
         data=DataConfig(mixture={"nowhere": 1.0}, batch_size=8, seq_len=16),
@@ -141,7 +136,7 @@ def tiny_config(model: ModelConfig | None = None, **training: Any) -> Config:
 
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of token shards from 60 documents of random words, with a vocabulary of 320."""
+    """A folder of token shards made from 60 documents of made-up prose, 320 tokens."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("aeioukltnrs"), rng.integers(2, 8))) for _ in range(200)]
     folder = tmp_path_factory.mktemp("corpus")
@@ -167,7 +162,7 @@ def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """Runs a `llama-jax` command; returns its exit code, stdout and stderr."""
+    """Runs a command of the command line; returns its exit code and what it said to both ends."""
     code = main([str(arg) for arg in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err

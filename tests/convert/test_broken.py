@@ -22,7 +22,7 @@ import corrupt_other_files as corrupt_other
 import corrupt_weights
 import numpy as np
 import pytest
-from sample_checkpoints import write_all
+from sample_checkpoints import write_all_formats
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.single_weights import WeightsReader
@@ -36,7 +36,10 @@ from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 Corruption = Callable[[Path, corrupt.Rng], corrupt.Options]
 # After these kinds of damage the checkpoint may still be valid: only unused bytes may have changed.
-MAY_BE_HARMLESS = ("cut", "flip", "value", "metadata", "pickled", "receipt", "template")
+MAY_BE_HARMLESS = (
+    "truncate_file", "flip_header_bits", "change_json_value", "change_gguf_metadata",
+    "change_pickle", "corrupt_receipt", "plant_template",
+)  # fmt: skip
 ADVICE = re.compile(
     r"\b(fetch|give|put|move|correct|convert|"
     r"remove|choose|save|write|lay|name|start|make|load|leave|one of"
@@ -47,7 +50,7 @@ ADVICE = re.compile(
 @pytest.fixture(scope="session")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Returns the paths of the intact checkpoints by name."""
-    return write_all(tmp_path_factory.mktemp("intact"))
+    return write_all_formats(tmp_path_factory.mktemp("intact"))
 
 
 class Case(NamedTuple):
@@ -62,39 +65,39 @@ class Case(NamedTuple):
 FOLDERS = ("meta1", "meta2", "hf1", "hf3", "bin1", "bin3")
 # Kind of damage -> the checkpoints it is applied to, and the number of cases for each.
 KINDS: dict[Corruption, tuple[tuple[str, ...], int]] = {
-    corrupt.cut: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
-    corrupt.emptied: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
-    corrupt.flip: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
-    corrupt_weights.one_bit: (("meta1", "meta2", "bin1", "bin3"), 4),
-    corrupt_weights.shifted: (("f32", "q8"), 8),
-    corrupt_weights.irregular: ((*FOLDERS, "f32", "legacy", "model", "run"), 4),
-    corrupt.missing: ((*FOLDERS, "model", "run"), 2),
-    corrupt.value: (("meta1", "hf1", "model", "run"), 14),
-    corrupt.metadata: (("f32", "q8"), 9),
-    corrupt.sizes: (("legacy", "version1"), 5),
-    corrupt.dropped: ((*FOLDERS, "f32", "q8"), 1),
-    corrupt.renamed: ((*FOLDERS, "f32"), 1),
-    corrupt.added: ((*FOLDERS, "q8"), 1),
-    corrupt.transposed: ((*FOLDERS, "f32", "q8"), 1),
-    corrupt.reshaped: ((*FOLDERS, "f32"), 2),
-    corrupt.retyped: ((*FOLDERS, "f32"), 1),
-    corrupt.infinite: ((*FOLDERS, "f32"), 1),
-    corrupt.unlike: (("meta2",), 3),
-    corrupt.swapped: (("meta2", "hf3", "bin3"), 2),
-    corrupt.foreign: (("meta2", "hf3"), 3),
-    corrupt.beyond: (("meta1", "meta2"), 3),
-    corrupt.index: (("hf3", "bin3"), 8),
-    corrupt.runs: (("meta1", "bin3"), 8),
-    corrupt.pickled: (("meta1", "bin1"), 5),
-    corrupt.huge: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
-    corrupt.stacked: (("model",), 5),
-    corrupt_other.tokenizer: (("meta1", "export", "model"), 6),
-    corrupt_other.vocabulary: (("meta1", "hf1"), 2),
-    corrupt_other.template: (("export",), 1),
-    corrupt_other.destination: (("meta1", "q8"), 5),
-    corrupt_other.asked: (("hf1",), 5),
-    corrupt_other.nothing: (("hf1",), 12),
-    corrupt_other.receipt: (("model",), 16),
+    corrupt.truncate_file: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model", "run"), 4),
+    corrupt.empty_file: ((*FOLDERS, "f32", "legacy", "model", "run"), 1),
+    corrupt.flip_header_bits: ((*FOLDERS, "f32", "q8", "legacy", "version1", "model"), 6),
+    corrupt_weights.flip_weight_bit: (("meta1", "meta2", "bin1", "bin3"), 4),
+    corrupt_weights.shift_weights: (("f32", "q8"), 8),
+    corrupt_weights.replace_by_special_file: ((*FOLDERS, "f32", "legacy", "model", "run"), 4),
+    corrupt.delete_file: ((*FOLDERS, "model", "run"), 2),
+    corrupt.change_json_value: (("meta1", "hf1", "model", "run"), 14),
+    corrupt.change_gguf_metadata: (("f32", "q8"), 9),
+    corrupt.change_llama2c_header: (("legacy", "version1"), 5),
+    corrupt.drop_tensor: ((*FOLDERS, "f32", "q8"), 1),
+    corrupt.rename_tensor: ((*FOLDERS, "f32"), 1),
+    corrupt.add_tensor: ((*FOLDERS, "q8"), 1),
+    corrupt.transpose_tensor: ((*FOLDERS, "f32", "q8"), 1),
+    corrupt.reshape_tensor: ((*FOLDERS, "f32"), 2),
+    corrupt.change_dtype: ((*FOLDERS, "f32"), 1),
+    corrupt.add_non_finite: ((*FOLDERS, "f32"), 1),
+    corrupt.change_one_shard: (("meta2",), 3),
+    corrupt.swap_files: (("meta2", "hf3", "bin3"), 2),
+    corrupt.replace_weights_file: (("meta2", "hf3"), 3),
+    corrupt.add_shard: (("meta1", "meta2"), 3),
+    corrupt.change_index: (("hf3", "bin3"), 8),
+    corrupt.plant_code: (("meta1", "bin3"), 8),
+    corrupt.change_pickle: (("meta1", "bin1"), 5),
+    corrupt.claim_huge_size: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
+    corrupt.change_layer_count: (("model",), 5),
+    corrupt_other.corrupt_tokenizer: (("meta1", "export", "model"), 6),
+    corrupt_other.enlarge_vocabulary: (("meta1", "hf1"), 2),
+    corrupt_other.plant_template: (("export",), 1),
+    corrupt_other.impossible_destination: (("meta1", "q8"), 5),
+    corrupt_other.wrong_options: (("hf1",), 5),
+    corrupt_other.no_checkpoint: (("hf1",), 12),
+    corrupt_other.corrupt_receipt: (("model",), 16),
 }
 CASES = [Case(base, kind, i) for kind, (bases, n) in KINDS.items() for base in bases
          for i in range(n)]  # fmt: skip
@@ -199,7 +202,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_or_converts_like_the_inta
     damaged = tmp_path / "in" / source.name
     damaged.parent.mkdir()
     out.mkdir()
-    (tmp_path / "whole").symlink_to(source.parent)
+    (tmp_path / "intact").symlink_to(source.parent)
     (shutil.copytree if source.is_dir() else shutil.copy)(source, damaged)
     expected = intact_output(case.base)
     options = {"path": damaged, "folder": out / "model"} | dict(case.corrupt(damaged, rng) or {})
@@ -216,7 +219,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence_or_converts_like_the_inta
         assert new or read_output(result) == expected
     else:
         assert list(out.iterdir()) == []
-        assert result or case.corrupt is corrupt_other.receipt
+        assert result or case.corrupt is corrupt_other.corrupt_receipt
         check_sentence(result or f"{tmp_path} give", tmp_path)
 
 
@@ -224,7 +227,7 @@ def test_pythons_unpickler_runs_the_code_in_the_hostile_pickles(tmp_path):
     """The pickles are hostile: the converter's refusal of them means something."""
     for seed in range(30):
         canary = tmp_path / f"canary{seed}"
-        pickle.loads(corrupt.runs_code(np.random.default_rng(seed), canary))
+        pickle.loads(corrupt.code_pickle(np.random.default_rng(seed), canary))
         assert canary.exists()
 
 

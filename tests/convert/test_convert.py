@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REFERENCES, mesh_of, peer, tiny_config, tiny_model
-from sample_checkpoints import quiet
+from sample_checkpoints import convert_to
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints, load_model, save_model
@@ -53,7 +53,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def test_stories260k_is_the_same_from_every_format(shared_data, tmp_path):
-    folders = [quiet(shared_data / s, tmp_path / str(i)) for i, s in enumerate(STORIES)]
+    folders = [convert_to(shared_data / s, tmp_path / str(i)) for i, s in enumerate(STORIES)]
     first, *others = map(bits, folders)
     assert all(first == other for other in others)
     assert [read_model_config(folder).tied_head for folder in folders] == [True] * 3
@@ -63,7 +63,9 @@ def test_stories260k_is_the_same_from_every_format(shared_data, tmp_path):
 @pytest.mark.parametrize("name", ["llama2_mha", "llama2_gqa", "llama3_gqa", "llama31_scaled"])
 def test_references_are_the_same_from_every_format(shared_data, tmp_path, name):
     kinds = [r for r in REFERENCES if r.startswith(name)]
-    first, *others = (bits(quiet(shared_data / "meta_reference" / k, tmp_path / k)) for k in kinds)
+    first, *others = (
+        bits(convert_to(shared_data / "meta_reference" / k, tmp_path / k)) for k in kinds
+    )
     assert others
     assert all(first == other for other in others)
 
@@ -73,35 +75,35 @@ class TestRoundTrips:
     def test_metas_format_restores_every_bit(self, shared_data, tmp_path, name):
         source = shared_data / "meta_reference" / name
         shards = len(list(source.glob("*.pth")))
-        model = quiet(source, tmp_path / "model")
-        back = quiet(model, tmp_path / "back", to="meta", shards=shards)
+        model = convert_to(source, tmp_path / "model")
+        back = convert_to(model, tmp_path / "back", to="meta", shards=shards)
         assert tensors(back) == tensors(source)
-        other = quiet(model, tmp_path / "other", to="meta", shards=3 - shards)
-        again = quiet(other, tmp_path / "again", to="meta", shards=shards)
+        other = convert_to(model, tmp_path / "other", to="meta", shards=3 - shards)
+        again = convert_to(other, tmp_path / "again", to="meta", shards=shards)
         assert tensors(again) == tensors(source)
-        through = quiet(quiet(model, tmp_path / "hf", to="hf"), tmp_path / "model2")
-        last = quiet(through, tmp_path / "last", to="meta", shards=shards)
+        through = convert_to(convert_to(model, tmp_path / "hf", to="hf"), tmp_path / "model2")
+        last = convert_to(through, tmp_path / "last", to="meta", shards=shards)
         assert tensors(last) == tensors(source)
 
     @pytest.mark.parametrize("name", ["llama2_gqa", "llama31_scaled", "stories260K"])
     def test_hugging_faces_format_restores_every_bit(self, shared_data, tmp_path, name):
         at = shared_data if name == "stories260K" else shared_data / "meta_reference"
         source = at / name / "hf"
-        back = quiet(quiet(source, tmp_path / "m"), tmp_path / "back", to="hf")
+        back = convert_to(convert_to(source, tmp_path / "m"), tmp_path / "back", to="hf")
         assert tensors(back) == tensors(source)
         configs = [open_source(folder).config for folder in (source, back)]
         assert configs[0] == configs[1]
 
     def test_the_tokenizer_is_copied(self, shared_data, tmp_path):
         source = shared_data / "stories260K" / "meta"
-        back = quiet(quiet(source, tmp_path / "m"), tmp_path / "back", to="meta")
+        back = convert_to(convert_to(source, tmp_path / "m"), tmp_path / "back", to="meta")
         expected = (source / "tokenizer.model").read_bytes()
         assert (back / "tokenizer.model").read_bytes() == expected
         assert (tmp_path / "m" / "tokenizer.model").read_bytes() == expected
 
     def test_another_tokenizer_can_be_given(self, shared_data, tmp_path):
         given = shared_data / "tokenizers" / "tok512.model"
-        folder = quiet(shared_data / STORIES[2], tmp_path / "m", tokenizer=given)
+        folder = convert_to(shared_data / STORIES[2], tmp_path / "m", tokenizer=given)
         assert load_tokenizer(folder).n_vocab == 512
 
     def test_more_shards_than_key_value_heads_store_each_head_twice(self, tmp_path):
@@ -109,19 +111,19 @@ class TestRoundTrips:
         with jax.set_mesh(one_device_mesh()):
             model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
             save_model(tmp_path / "m", config, model, None)
-        folder = quiet(tmp_path / "m", tmp_path / "meta", to="meta", shards=4)
+        folder = convert_to(tmp_path / "m", tmp_path / "meta", to="meta", shards=4)
         parts = [read_torch(folder / f"consolidated.{i:02d}.pth") for i in range(4)]
         keys = [part["layers.0.attention.wk.weight"].read() for part in parts]
         assert [np.array_equal(keys[0], key) for key in keys] == [True, True, False, False]
-        assert bits(quiet(folder, tmp_path / "back")) == bits(tmp_path / "m")
-        assert bits(quiet(folder, tmp_path / "b", to="orbax")) == bits(tmp_path / "m")
+        assert bits(convert_to(folder, tmp_path / "back")) == bits(tmp_path / "m")
+        assert bits(convert_to(folder, tmp_path / "b", to="orbax")) == bits(tmp_path / "m")
 
     def test_a_folder_chunked_for_a_mesh_loads_on_that_mesh_and_any_other(
         self, shared_data, tmp_path
     ):
         source = shared_data / "meta_reference/llama2_gqa/mp2"
-        plain = quiet(source, tmp_path / "plain")
-        chunked = quiet(source, tmp_path / "chunked", mesh={"fsdp": 4, "tensor": 2})
+        plain = convert_to(source, tmp_path / "plain")
+        chunked = convert_to(source, tmp_path / "chunked", mesh={"fsdp": 4, "tensor": 2})
         first_layer = (chunked / "weights/model/layers.wq/c/0").rglob("*")
         assert len([path for path in first_layer if path.is_file()]) == 8
         assert bits(chunked) == bits(plain)
@@ -138,7 +140,7 @@ class TestTransformers:
     ):
         torch, transformers = peer("torch"), peer("transformers")
         at = shared_data if "stories" in name else shared_data / "meta_reference"
-        folder = quiet(quiet(at / name, tmp_path / "m"), tmp_path / "hf", to="hf")
+        folder = convert_to(convert_to(at / name, tmp_path / "m"), tmp_path / "hf", to="hf")
         transformers.logging.enable_propagation()
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -160,13 +162,15 @@ class TestTransformers:
         transformers = peer("transformers")
         monkeypatch.setattr("llama_jax.convert.formats.huggingface.MAX_FILE_BYTES", 300_000)
         source = shared_data / "stories260K/meta"
-        folder = quiet(source, tmp_path / "hf", to="hf")
+        folder = convert_to(source, tmp_path / "hf", to="hf")
         assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
         _, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True
         )
         assert not any(info.values())
-        assert bits(quiet(folder, tmp_path / "m")) == bits(quiet(source, tmp_path / "direct"))
+        assert bits(convert_to(folder, tmp_path / "m")) == bits(
+            convert_to(source, tmp_path / "direct")
+        )
 
     def test_pytorch_files_convert_like_safetensors(self, shared_data, tmp_path):
         torch = peer("torch")
@@ -183,12 +187,12 @@ class TestTransformers:
         index = {"weight_map": {n: file for file, part in files.items() for n in part}}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
         shutil.copy(source / "config.json", folder)
-        assert bits(quiet(folder, tmp_path / "a")) == bits(quiet(source, tmp_path / "b"))
+        assert bits(convert_to(folder, tmp_path / "a")) == bits(convert_to(source, tmp_path / "b"))
         shutil.rmtree(folder)
         folder.mkdir()
         torch.save(names, folder / "pytorch_model.bin")
         shutil.copy(source / "config.json", folder)
-        assert bits(quiet(folder, tmp_path / "c")) == bits(tmp_path / "b")
+        assert bits(convert_to(folder, tmp_path / "c")) == bits(tmp_path / "b")
 
 
 class TestInterruptions:
@@ -210,22 +214,22 @@ class TestInterruptions:
             with monkeypatch.context() as patch:
                 patch.setattr(layout.Layout, "to_ours", interrupt_at_20)
                 with pytest.raises(KeyboardInterrupt):
-                    quiet(source, tmp_path / to, to=to)
+                    convert_to(source, tmp_path / to, to=to)
             assert list(tmp_path.iterdir()) == []
-            quiet(source, tmp_path / to, to=to)
+            convert_to(source, tmp_path / to, to=to)
             shutil.rmtree(tmp_path / to)
 
     def test_a_partial_folder_of_a_killed_conversion_is_removed(self, shared_data, tmp_path):
         partial = tmp_path / ".m.partial-0123abcd"
         partial.mkdir()
         (partial / "config.json").write_text("{")
-        folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")
+        folder = convert_to(shared_data / "stories260K/meta", tmp_path / "m")
         assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
     def test_an_existing_folder_is_not_touched(self, shared_data, tmp_path):
         (tmp_path / "m").mkdir()
         with pytest.raises(InputError, match="already exists"):
-            quiet(shared_data / "stories260K/meta", tmp_path / "m")
+            convert_to(shared_data / "stories260K/meta", tmp_path / "m")
 
     def test_memory_stays_under_the_limit(self, tmp_path):
         """200 MB of weights in a process that may use at most 450 MB."""
@@ -263,7 +267,7 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
             state = init_state(config, jax.random.key(step))
             checkpoints.save(Progress(step, []), *state)
         checkpoints.close()
-    back = quiet(quiet(run, tmp_path / "hf", to="hf"), tmp_path / "m")
+    back = convert_to(convert_to(run, tmp_path / "hf", to="hf"), tmp_path / "m")
     assert bits(back) == bits(run)
     assert bits(back)["layers.w1"] == np.asarray(state[0].layers.w1[...]).tobytes()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
-from sample_checkpoints import quiet
+from sample_checkpoints import convert_to
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.orbax import load_model, save_model
@@ -36,7 +36,7 @@ def folders(request, tmp_path_factory):
         save_model(folder / "m", config, model, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "_QUANTIZED_AT_ONCE", 700)
-        quiet(folder / "m", folder / "int8", quantize="int8", mesh={"fsdp": 2, "tensor": 4})
+        convert_to(folder / "m", folder / "int8", quantize="int8", mesh={"fsdp": 2, "tensor": 4})
     return folder / "m", folder / "int8"
 
 
@@ -60,7 +60,7 @@ def test_weights_of_two_types_are_quantized_from_one_type_as_on_load(tmp_path):
         model.tok_embeddings = nnx.Param(1.001 * model.tok_embeddings[...].astype(np.float32))
         save_model(tmp_path / "m", config, model, None)
         _, expected = quantize_model(*load_model(tmp_path / "m"))
-        _, model = load_model(quiet(tmp_path / "m", tmp_path / "int8", quantize="int8"))
+        _, model = load_model(convert_to(tmp_path / "m", tmp_path / "int8", quantize="int8"))
     for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -97,17 +97,17 @@ class TestRefusals:
     @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
     def test_an_int8_folder_can_not_be_converted(self, folders, tmp_path, to):
         with pytest.raises(InputError, match="convert the checkpoint from which it was created"):
-            quiet(folders[1], tmp_path / "m", to=to)
+            convert_to(folders[1], tmp_path / "m", to=to)
         with pytest.raises(
             InputError, match="is an int8 folder, from which no other format can be"
         ):
-            quiet(folders[1], tmp_path / "m", quantize="int8")
+            convert_to(folders[1], tmp_path / "m", quantize="int8")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("to", ["hf", "meta"])
     def test_only_orbax_folders_can_be_int8(self, folders, tmp_path, to):
         with pytest.raises(InputError, match="--quantize int8 is for --to orbax: remove one"):
-            quiet(folders[0], tmp_path / "m", to=to, quantize="int8")
+            convert_to(folders[0], tmp_path / "m", to=to, quantize="int8")
 
     def test_an_int8_folder_does_not_load_as_float(self, folders):
         with (
@@ -122,4 +122,4 @@ class TestRefusals:
             model.layers.w2[...] = changed(model.layers.w2[...], (1, 3, 2), np.inf)
             save_model(tmp_path / "m", config, model, None)
         with pytest.raises(InputError, match=r"layers.1.w2 contains NaN or infinity.*int8 can't"):
-            quiet(tmp_path / "m", tmp_path / "int8", quantize="int8")
+            convert_to(tmp_path / "m", tmp_path / "int8", quantize="int8")

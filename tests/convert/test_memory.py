@@ -4,7 +4,7 @@ import struct
 import sys
 
 import pytest
-from sample_checkpoints import quiet, write_llama2c
+from sample_checkpoints import convert_to, write_llama2c
 
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
@@ -67,18 +67,18 @@ def test_a_sparse_file_with_weights_larger_than_the_memory_is_refused(tmp_path):
     with open(path, "r+b") as file:
         file.truncate(256 + 4 * numbers)
     with pytest.raises(InputError, match=r"while it is converted, takes 768\.06 GiB of memory"):
-        quiet(path, tmp_path / "out")
+        convert_to(path, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["huge.bin"]
 
 
 def test_a_conversion_without_enough_free_memory_is_refused(tmp_path, monkeypatch):
     write_llama2c(tmp_path / "m.bin", 1)
-    quiet(tmp_path / "m.bin", tmp_path / "m")
+    convert_to(tmp_path / "m.bin", tmp_path / "m")
     monkeypatch.setattr(process_memory, "available_memory", lambda: 1000)
     with pytest.raises(InputError, match=r"0\.00 GiB are free: free more, or use a machine with"):
-        quiet(tmp_path / "m.bin", tmp_path / "other")
+        convert_to(tmp_path / "m.bin", tmp_path / "other")
     with pytest.raises(InputError, match=r"the largest weight of .* takes 0\.00 GiB of memory"):
         verify(tmp_path / "m", progress=False)
-    assert quiet(
+    assert convert_to(
         tmp_path / "m.bin", tmp_path / "other", max_ram=8 << 30
     ).exists()  # explicitly allowed

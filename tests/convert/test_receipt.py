@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_checkpoints import quiet, read
-from tensor_files import write
+from sample_checkpoints import convert_to, read_tensors
+from tensor_files import write_tensors
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.convert.verify import verify
@@ -18,14 +18,14 @@ def changed(source: Path, folder: Path) -> Path:
     """Returns a copy of a Meta folder in which one bit of one weight is flipped."""
     shutil.copytree(source, folder)
     path = folder / "consolidated.00.pth"
-    tensors = read(path)
+    tensors = read_tensors(path)
     tensors["norm.weight"].view(np.uint8)[0] ^= 1
-    write(path, tensors)
+    write_tensors(path, tensors)
     return folder
 
 
 def test_the_receipt_lists_each_tensor_and_the_verification(shared_data, tmp_path):
-    folder = quiet(shared_data / "meta_reference/llama2_gqa/mp2", tmp_path / "m")
+    folder = convert_to(shared_data / "meta_reference/llama2_gqa/mp2", tmp_path / "m")
     receipt = json.loads((folder / "receipt.json").read_text())
     assert receipt["verified"] == {"identical": 21, "converted": 0}
     assert receipt["source"]["rotary"] == "interleaved"
@@ -41,7 +41,7 @@ def test_the_receipt_lists_each_tensor_and_the_verification(shared_data, tmp_pat
 
 def test_verify_needs_no_source_but_hashes_it_if_given(shared_data, tmp_path):
     source = shared_data / "stories260K/meta"
-    folder = quiet(source, tmp_path / "m", to="hf")
+    folder = convert_to(source, tmp_path / "m", to="hf")
     for given in (None, source):
         counts = verify(folder, given, progress=False)
         assert counts == {"identical": 47, "converted": 0}
@@ -51,7 +51,7 @@ def test_verify_needs_no_source_but_hashes_it_if_given(shared_data, tmp_path):
 
 def test_a_change_of_type_is_verified_against_the_source(shared_data, tmp_path):
     source = shared_data / "stories260K/meta"
-    folder = quiet(source, tmp_path / "m", dtype="bfloat16")
+    folder = convert_to(source, tmp_path / "m", dtype="bfloat16")
     assert verify(folder, source, progress=False) == {"identical": 0, "converted": 47}
     config = read_model_config(folder)
     assert (config.param_dtype, config.dtype) == ("bfloat16", "bfloat16")
@@ -59,7 +59,7 @@ def test_a_change_of_type_is_verified_against_the_source(shared_data, tmp_path):
 
 @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
 def test_a_flipped_bit_is_detected(shared_data, tmp_path, to):
-    folder = quiet(shared_data / "stories260K/meta", tmp_path / "m", to=to)
+    folder = convert_to(shared_data / "stories260K/meta", tmp_path / "m", to=to)
     largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
@@ -69,7 +69,7 @@ def test_a_flipped_bit_is_detected(shared_data, tmp_path, to):
 
 
 def test_a_changed_configuration_is_refused(shared_data, tmp_path):
-    folder = quiet(shared_data / "stories260K/meta", tmp_path / "m")
+    folder = convert_to(shared_data / "stories260K/meta", tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     read_model_config(folder)

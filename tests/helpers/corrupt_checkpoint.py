@@ -1,6 +1,7 @@
-"""Ways to break a checkpoint.
+"""Functions that corrupt a checkpoint, in its headers, configuration or set of files.
 
-Each takes a copy of a whole one and what it draws from, and returns options of the conversion.
+Each takes the path of a copy of a valid checkpoint and a random generator, and may return options
+for the conversion.
 """
 
 import copy
@@ -17,7 +18,14 @@ from typing import Any
 
 import gguf
 import numpy as np
-from sample_checkpoints import GGUF_TENSORS, SAID, SHAPE, read, write, write_gguf
+from sample_checkpoints import (
+    GGUF_SHAPE,
+    GGUF_TENSORS,
+    GGUF_TOKENIZER,
+    read_tensors,
+    write_gguf,
+)
+from tensor_files import write_tensors
 
 Rng = np.random.Generator
 Options = Mapping[str, Any] | None
@@ -28,28 +36,34 @@ STRANGE = (
 )
 
 
-def drawn(rng: Rng, values: Any) -> Any:
+def choose(rng: Rng, values: Any) -> Any:
     values = list(values)
     return values[rng.integers(len(values))]
 
 
-def files(place: Path, *endings: str) -> list[Path]:
-    found = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    return [p for p in found if p.name.endswith(endings or "")]
+def files(checkpoint: Path, *endings: str) -> list[Path]:
+    """Returns the files of a checkpoint whose names have one of the endings; without any, all."""
+    if checkpoint.is_file():
+        paths = [checkpoint]
+    else:
+        paths = sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    return [p for p in paths if p.name.endswith(endings or "")]
 
 
-def cut(place: Path, rng: Rng) -> None:
-    path = drawn(rng, [p for p in files(place) if p.stat().st_size and p.name != "receipt.json"])
+def truncate_file(checkpoint: Path, rng: Rng) -> None:
+    path = choose(
+        rng, [p for p in files(checkpoint) if p.stat().st_size and p.name != "receipt.json"]
+    )
     os.truncate(path, int(rng.integers(path.stat().st_size)))
 
 
-def emptied(place: Path, rng: Rng) -> None:
+def empty_file(checkpoint: Path, rng: Rng) -> None:
     endings = (*WEIGHTS, "params.json", "config.json", ".index.json", "zarr.json", "config.yaml")
-    os.truncate(drawn(rng, files(place, *endings, "model/_METADATA")), 0)
+    os.truncate(choose(rng, files(checkpoint, *endings, "model/_METADATA")), 0)
 
 
-def headers(path: Path) -> list[int]:
-    """Returns the bytes of a file that say where its tensors lie, and of what kind they are."""
+def header_offsets(path: Path) -> list[int]:
+    """Returns the offsets of the bytes that describe a file's tensors: offset, shape, dtype."""
     data = path.read_bytes()
     if path.suffix == ".safetensors":
         return list(range(8 + int.from_bytes(data[:8], "little")))
@@ -70,205 +84,212 @@ def headers(path: Path) -> list[int]:
     return list(range(len(data)))
 
 
-def flip(place: Path, rng: Rng) -> None:
-    path = drawn(rng, files(place, *WEIGHTS, ".index.json", "zarr.json", "model/_METADATA"))
+def flip_header_bits(checkpoint: Path, rng: Rng) -> None:
+    path = choose(rng, files(checkpoint, *WEIGHTS, ".index.json", "zarr.json", "model/_METADATA"))
     data = bytearray(path.read_bytes())
-    for at in rng.choice(headers(path), rng.integers(1, 4)):
+    for at in rng.choice(header_offsets(path), rng.integers(1, 4)):
         data[at] ^= int(1 << rng.integers(8)) if rng.random() < 0.5 else int(rng.integers(1, 256))
     path.write_bytes(data)
 
 
-def missing(place: Path, rng: Rng) -> None:
-    """Without a file that is needed."""
-    needed = [p for p in files(place) if p.name in ("params.json", "config.json", "config.yaml")]
-    needed += [p for p in files(place, *WEIGHTS, "zarr.json", "model/_METADATA") if p != place]
-    needed += [p for p in files(place) if "c" in p.parent.relative_to(place).parts]
-    drawn(rng, needed).unlink()
+def delete_file(checkpoint: Path, rng: Rng) -> None:
+    """Deletes a required file."""
+    needed = [
+        p for p in files(checkpoint) if p.name in ("params.json", "config.json", "config.yaml")
+    ]
+    needed += [
+        p for p in files(checkpoint, *WEIGHTS, "zarr.json", "model/_METADATA") if p != checkpoint
+    ]
+    needed += [p for p in files(checkpoint) if "c" in p.parent.relative_to(checkpoint).parts]
+    choose(rng, needed).unlink()
 
 
-def value(place: Path, rng: Rng) -> None:
-    """With a strange value in its configuration, or in the list of its arrays."""
+def change_json_value(checkpoint: Path, rng: Rng) -> None:
+    """Sets a value of the configuration, or of the list of arrays, to an unexpected one."""
     names = ("params.json", "config.json", ".index.json", "zarr.json", "model/_METADATA")
-    path = drawn(rng, {p.name: p for p in files(place, *names)}.values())
+    path = choose(rng, {p.name: p for p in files(checkpoint, *names)}.values())
     content = json.loads(path.read_text())
     if path.name in ("params.json", "config.json") and rng.random() < 0.4:
         content |= dict.fromkeys(("rope_theta", "n_kv_heads", "ffn_dim_multiplier", "head_dim"))
         content |= {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "eos_token_id": 2}
     parts = [content]
     while rng.random() < 0.5 and (inner := [v for v in parts[-1].values() if isinstance(v, dict)]):
-        parts.append(drawn(rng, [v for v in inner if v] or [content]))
-    parts[-1][drawn(rng, parts[-1])] = "here"
-    path.write_text(json.dumps(content).replace('"here"', drawn(rng, STRANGE)))
+        parts.append(choose(rng, [v for v in inner if v] or [content]))
+    parts[-1][choose(rng, parts[-1])] = "here"
+    path.write_text(json.dumps(content).replace('"here"', choose(rng, STRANGE)))
 
 
-def metadata(place: Path, rng: Rng) -> None:
-    """With a strange value in a GGUF file's metadata."""
-    kind = "F32" if place.name.startswith("f32") else "Q8_0"
-    said = [f"llama.{key}" for key in SHAPE] + (list(SAID) if kind == "Q8_0" else [])
-    said += ["general.alignment", "split.count", "llama.attention.key_length"]
+def change_gguf_metadata(checkpoint: Path, rng: Rng) -> None:
+    """Sets a value of a GGUF file's metadata to an unexpected one."""
+    kind = "F32" if checkpoint.name.startswith("f32") else "Q8_0"
+    keys = [f"llama.{key}" for key in GGUF_SHAPE] + (list(GGUF_TOKENIZER) if kind == "Q8_0" else [])
+    keys += ["general.alignment", "split.count", "llama.attention.key_length"]
     strange = [-1, 0, 10**12, float("nan"), float("inf"), "x", True, [1.5], ["a"], "x" * 5000]
-    write_gguf(place, GGUF_TENSORS, kind, **{drawn(rng, said): drawn(rng, strange)})
+    write_gguf(checkpoint, GGUF_TENSORS, kind, **{choose(rng, keys): choose(rng, strange)})
 
 
-def sizes(place: Path, rng: Rng) -> None:
-    """With another number in the header of a llama2.c file."""
-    data = bytearray(place.read_bytes())
+def change_llama2c_header(checkpoint: Path, rng: Rng) -> None:
+    """Changes a number in the header of a llama2.c file."""
+    data = bytearray(checkpoint.read_bytes())
     at = (8 if data[:4] == b"24ka" else 0) + 4 * int(rng.integers(6))
-    struct.pack_into("<i", data, at, drawn(rng, [-1, 0, 1, 7, 2**31 - 1, -(2**31), 1 << 20]))
-    place.write_bytes(data)
+    struct.pack_into("<i", data, at, choose(rng, [-1, 0, 1, 7, 2**31 - 1, -(2**31), 1 << 20]))
+    checkpoint.write_bytes(data)
 
 
-def tensors(change: Callable[[dict[str, np.ndarray], Rng], Any]) -> Callable[[Path, Rng], None]:
-    """Returns the way to break one that changes the tensors in a file."""
+def tensor_change(
+    change: Callable[[dict[str, np.ndarray], Rng], Any],
+) -> Callable[[Path, Rng], None]:
+    """Returns the function that applies `change` to the tensors in one file of a checkpoint."""
 
-    def broken(place: Path, rng: Rng) -> None:
-        path = drawn(rng, files(place, *WEIGHTS))
-        found = copy.deepcopy(GGUF_TENSORS) if path.suffix == ".gguf" else read(path)
-        change(found, rng)
+    def corrupt(checkpoint: Path, rng: Rng) -> None:
+        path = choose(rng, files(checkpoint, *WEIGHTS))
+        tensors = copy.deepcopy(GGUF_TENSORS) if path.suffix == ".gguf" else read_tensors(path)
+        change(tensors, rng)
         path.unlink()
         if path.suffix == ".gguf":
-            write_gguf(path, found, "F32" if path.stem == "f32" else "Q8_0")
+            write_gguf(path, tensors, "F32" if path.stem == "f32" else "Q8_0")
         else:
-            write(path, found)
+            write_tensors(path, tensors)
 
-    broken.__name__ = change.__name__
-    return broken
-
-
-def one(found: Mapping[str, np.ndarray], rng: Rng, ndim: int = 0) -> str:
-    """Returns a name, of a matrix that is not square where ndim is 2."""
-    fit = [n for n, a in found.items() if ndim != 2 or (a.ndim == 2 and len(set(a.shape)) == 2)]
-    return drawn(rng, fit)
+    corrupt.__name__ = change.__name__
+    return corrupt
 
 
-@tensors
-def dropped(found, rng):
-    of_gguf = "token_embd.weight" in found  # such a file without a head is of a tied model
-    del found[drawn(rng, [n for n in found if not (of_gguf and n == "output.weight")])]
+def pick_name(tensors: Mapping[str, np.ndarray], rng: Rng, ndim: int = 0) -> str:
+    """Returns the name of a tensor; with ndim 2, of a matrix that is not square."""
+    fit = [n for n, a in tensors.items() if ndim != 2 or (a.ndim == 2 and len(set(a.shape)) == 2)]
+    return choose(rng, fit)
 
 
-@tensors
-def renamed(found, rng):
-    old = one(found, rng)
+@tensor_change
+def drop_tensor(tensors, rng):
+    is_gguf = "token_embd.weight" in tensors  # a GGUF file without a head is a valid tied model
+    del tensors[choose(rng, [n for n in tensors if not (is_gguf and n == "output.weight")])]
+
+
+@tensor_change
+def rename_tensor(tensors, rng):
+    old = pick_name(tensors, rng)
     strange = ["", "x", "a\nb", "é" * 400, old + ".bias", old.replace("weight", "w"), old.upper()]
-    found[drawn(rng, strange)] = found.pop(old)
+    tensors[choose(rng, strange)] = tensors.pop(old)
 
 
-@tensors
-def added(found, rng):
-    name = one(found, rng)
+@tensor_change
+def add_tensor(tensors, rng):
+    name = pick_name(tensors, rng)
     number = str(int(rng.integers(2, 10**9)))
     other = re.sub(r"\d", number, name) if re.search(r"\d", name) else name + number
-    found[drawn(rng, [other, other, "a\nb", "x" * 9000])] = found[name]
+    tensors[choose(rng, [other, other, "a\nb", "x" * 9000])] = tensors[name]
 
 
-@tensors
-def transposed(found, rng):
-    name = one(found, rng, ndim=2)
-    found[name] = np.ascontiguousarray(found[name].T)
+@tensor_change
+def transpose_tensor(tensors, rng):
+    name = pick_name(tensors, rng, ndim=2)
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
 
 
-@tensors
-def reshaped(found, rng):
-    name = one(found, rng)
-    array = found[name]
+@tensor_change
+def reshape_tensor(tensors, rng):
+    name = pick_name(tensors, rng)
+    array = tensors[name]
     shapes = [array[:0], array[:-1], array[None], array.reshape(-1, 2), np.concatenate([array] * 2)]
-    found[name] = np.ascontiguousarray(drawn(rng, [a for a in shapes if a.size or len(a) == 0]))
+    tensors[name] = np.ascontiguousarray(choose(rng, [a for a in shapes if a.size or len(a) == 0]))
 
 
-@tensors
-def retyped(found, rng):
-    name = one(found, rng)
-    found[name] = found[name].astype(drawn(rng, [np.int32, np.float64, np.int8, np.int64]))
+@tensor_change
+def change_dtype(tensors, rng):
+    name = pick_name(tensors, rng)
+    tensors[name] = tensors[name].astype(choose(rng, [np.int32, np.float64, np.int8, np.int64]))
 
 
-@tensors
-def infinite(found, rng):
-    array = found[one(found, rng)].reshape(-1)
-    array[rng.integers(array.size)] = drawn(rng, [np.nan, np.inf, -np.inf])
+@tensor_change
+def add_non_finite(tensors, rng):
+    array = tensors[pick_name(tensors, rng)].reshape(-1)
+    array[rng.integers(array.size)] = choose(rng, [np.nan, np.inf, -np.inf])
 
 
-def unlike(place: Path, rng: Rng) -> None:
-    """With norms, or types, that differ between shards."""
-    path = drawn(rng, files(place, ".pth"))
-    found = read(path)
-    norm = drawn(rng, [n for n in found if "norm" in n])
-    found[norm][rng.integers(32)] += 1
+def change_one_shard(checkpoint: Path, rng: Rng) -> None:
+    """Changes a norm in one shard, and sometimes its dtypes, so that the shards disagree."""
+    path = choose(rng, files(checkpoint, ".pth"))
+    tensors = read_tensors(path)
+    norm = choose(rng, [n for n in tensors if "norm" in n])
+    tensors[norm][rng.integers(32)] += 1
     if rng.random() < 0.3:
-        found = {n: a.astype(np.float16) for n, a in found.items()}
+        tensors = {n: a.astype(np.float16) for n, a in tensors.items()}
     path.unlink()
-    write(path, found)
+    write_tensors(path, tensors)
 
 
-def swapped(place: Path, rng: Rng) -> None:
-    a, b = rng.choice(files(place, *WEIGHTS), 2, replace=False)
-    a.rename(place / "aside")
+def swap_files(checkpoint: Path, rng: Rng) -> None:
+    a, b = rng.choice(files(checkpoint, *WEIGHTS), 2, replace=False)
+    a.rename(checkpoint / "swap")
     b.rename(a)
-    (place / "aside").rename(b)
+    (checkpoint / "swap").rename(b)
 
 
-def foreign(place: Path, rng: Rng) -> None:
-    """With a file of a model of other numbers, or of another shape."""
-    other = place.parent.parent / "whole" / "other"
-    mine = drawn(rng, files(place, *WEIGHTS))
-    if mine.suffix == ".pth":
-        shutil.copy(other / f"meta{rng.integers(2)}" / mine.name, mine)
+def replace_weights_file(checkpoint: Path, rng: Rng) -> None:
+    """Replaces a file of weights by that of a model with other weights or another shape."""
+    other = checkpoint.parent.parent / "intact" / "other"
+    path = choose(rng, files(checkpoint, *WEIGHTS))
+    if path.suffix == ".pth":
+        shutil.copy(other / f"meta{rng.integers(2)}" / path.name, path)
     else:
-        found = read(other / "hf1/model.safetensors")  # numbers alone would tell nothing
-        has = read(mine)
-        mine.unlink()
-        write(mine, {name: found[name] for name in has})
+        # Of the other shape: a file with other weights of the same shape is valid.
+        tensors = read_tensors(other / "hf1/model.safetensors")
+        names = read_tensors(path)
+        path.unlink()
+        write_tensors(path, {name: tensors[name] for name in names})
 
 
-def beyond(place: Path, rng: Rng) -> None:
-    """With more shards than there are, or a gap."""
-    path = drawn(rng, files(place, ".pth"))
-    i = drawn(rng, [1, 2, 3, 7, 10**9])
-    name = f"consolidated.{i:02d}.pth"
-    shutil.copy(path, place / (name if not (place / name).exists() else "consolidated.000.pth"))
+def add_shard(checkpoint: Path, rng: Rng) -> None:
+    """Adds a shard, with a number that follows, leaves a gap or occurs twice."""
+    path = choose(rng, files(checkpoint, ".pth"))
+    i = choose(rng, [1, 2, 3, 7, 10**9])
+    target = checkpoint / f"consolidated.{i:02d}.pth"
+    shutil.copy(path, checkpoint / "consolidated.000.pth" if target.exists() else target)
 
 
-def index(place: Path, rng: Rng) -> None:
-    """With an index that names what is not there, or not that, or no file."""
-    (path,) = files(place, ".index.json")
+def change_index(checkpoint: Path, rng: Rng) -> None:
+    """Makes the index lack a tensor, name one too many, or name a wrong or invalid file."""
+    (path,) = files(checkpoint, ".index.json")
     content = json.loads(path.read_text())
-    placed = content["weight_map"]
-    names = list(placed)
-    name = drawn(rng, names)
-    other = next(file for file in placed.values() if file != placed[name])
+    weight_map = content["weight_map"]
+    names = list(weight_map)
+    name = choose(rng, names)
+    other = next(file for file in weight_map.values() if file != weight_map[name])
     wrong = ["gone.bin", "../x", "/etc/passwd", "..", "", "x" * 300, "a\0b", "\ud800", "a\nb"]
     wrong += [7, None]
     strange = [other, *wrong, *wrong, *wrong]
     if rng.random() < 0.2:
-        del placed[name]
+        del weight_map[name]
     elif rng.random() < 0.2:
-        placed[f"{name}.more"] = placed[name]
+        weight_map[f"{name}.more"] = weight_map[name]
     else:
-        placed[name] = drawn(rng, strange)
+        weight_map[name] = choose(rng, strange)
     path.write_text(json.dumps(content))
 
 
-class Runs:
-    """What runs a function when it is unpickled."""
+class CodePickle:
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self.how = function, arguments
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
-        return self.how
+        return self.call
 
 
-def runs_code(rng: Rng, canary: Path) -> bytes:
+def code_pickle(rng: Rng, canary: Path) -> bytes:
     text, code = str(canary), f"open({str(canary)!r}, 'w').close()"
-    ways = [(os.mkdir, text), (exec, code), (eval, code), (os.system, f"touch {text}")]
-    ways += [(os.open, text, os.O_CREAT), (Path.touch, canary), (shutil.copy, os.devnull, text)]
-    bad = Runs(*drawn(rng, ways))
-    around = [bad, {"w": bad}, [bad], {"model": {"w": (bad,)}}, {"a": 1, "b": {"c": bad}}]
-    return pickle.dumps(drawn(rng, around), int(rng.integers(6)))
+    calls = [(os.mkdir, text), (exec, code), (eval, code), (os.system, f"touch {text}")]
+    calls += [(os.open, text, os.O_CREAT), (Path.touch, canary), (shutil.copy, os.devnull, text)]
+    bad = CodePickle(*choose(rng, calls))
+    objects = [bad, {"w": bad}, [bad], {"model": {"w": (bad,)}}, {"a": 1, "b": {"c": bad}}]
+    return pickle.dumps(choose(rng, objects), int(rng.integers(6)))
 
 
 def repickle(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Changes the pickle of a PyTorch file, whose checksums are right again."""
+    """Changes the pickle in a PyTorch file, and updates the checksums."""
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -276,60 +297,60 @@ def repickle(path: Path, change: Callable[[bytes], bytes]) -> None:
             archive.writestr(name, change(data) if name.endswith("data.pkl") else data)
 
 
-def runs(place: Path, rng: Rng) -> None:
-    path = drawn(rng, files(place, ".pth", ".bin"))
-    repickle(path, lambda _: runs_code(rng, place.parent / "canary"))
+def plant_code(checkpoint: Path, rng: Rng) -> None:
+    path = choose(rng, files(checkpoint, ".pth", ".bin"))
+    repickle(path, lambda _: code_pickle(rng, checkpoint.parent / "canary"))
 
 
-def pickled(place: Path, rng: Rng) -> None:
-    """With a pickle that is cut, longer, or has other opcodes, under a right checksum."""
+def change_pickle(checkpoint: Path, rng: Rng) -> None:
+    """Truncates the pickle, inserts an opcode or ends it early; the checksum stays valid."""
 
     def change(data: bytes) -> bytes:
         at = int(rng.integers(2, len(data)))
         ops = b"cioRbQPq2j0(\x80\x81\x82\x83\x84\x92\x93\x94\x97\x98.lde}]"
-        other = bytes([drawn(rng, ops)])
-        return drawn(rng, [data[:at], data[:at] + other + data[at:], data[:at] + other + b"."])
+        other = bytes([choose(rng, ops)])
+        return choose(rng, [data[:at], data[:at] + other + data[at:], data[:at] + other + b"."])
 
-    repickle(drawn(rng, files(place, ".pth", ".bin")), change)
+    repickle(choose(rng, files(checkpoint, ".pth", ".bin")), change)
 
 
-def huge(place: Path, rng: Rng) -> None:
-    """With a header that claims more than any memory holds."""
-    many = int(drawn(rng, [1 << 31, 10**9, 1 << 60, (1 << 63) - 1]))
-    path = drawn(rng, files(place, "params.json", "config.json", *WEIGHTS))
+def claim_huge_size(checkpoint: Path, rng: Rng) -> None:
+    """Makes a header claim a size larger than any memory."""
+    many = int(choose(rng, [1 << 31, 10**9, 1 << 60, (1 << 63) - 1]))
+    path = choose(rng, files(checkpoint, "params.json", "config.json", *WEIGHTS))
     if path.suffix == ".json":
         keys = ("n_layers", "num_hidden_layers", "dim", "hidden_size", "n_heads", "head_dim")
         text = path.read_text()
-        key = drawn(rng, [key for key in keys if f'"{key}"' in text])
+        key = choose(rng, [key for key in keys if f'"{key}"' in text])
         path.write_text(re.sub(rf'("{key}": )\d+', rf"\g<1>{many}", text))
     elif path.suffix == ".gguf":
         data = bytearray(path.read_bytes())
         reader = gguf.GGUFReader(path)
-        field, tensor = reader.fields["llama.block_count"], drawn(rng, reader.tensors)
-        array = b"\t\0\0\0" + drawn(rng, [b"\4\0\0\0", b"\0\0\0\0", b"\t\0\0\0", b"\x08\0\0\0"])
+        field, tensor = reader.fields["llama.block_count"], choose(rng, reader.tensors)
+        array = b"\t\0\0\0" + choose(rng, [b"\4\0\0\0", b"\0\0\0\0", b"\t\0\0\0", b"\x08\0\0\0"])
         at = field.offset + sum(part.nbytes for part in field.parts[:2])
         dims = tensor.field.offset + tensor.field.parts[0].nbytes + len(tensor.name) + 4
         claims = [(8, b""), (16, b""), (24, b""), (dims, b""), (at, array), (at, array)]
-        start, before = drawn(rng, claims)
+        start, before = choose(rng, claims)
         data[start : start + len(before) + 8] = before + many.to_bytes(8, "little")
         path.write_bytes(data)
     elif path.suffix == ".safetensors":
         data = path.read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        header[one({n: np.zeros(2) for n in header if "." in n}, rng)]["shape"] = [many, many]
+        header[pick_name({n: np.zeros(2) for n in header if "." in n}, rng)]["shape"] = [many, many]
         raw = json.dumps(header).encode()
         tail = data[8 + int.from_bytes(data[:8], "little") :]
-        length = drawn(rng, [len(raw), len(raw), many])
+        length = choose(rng, [len(raw), len(raw), many])
         path.write_bytes(length.to_bytes(8, "little") + raw + tail)
     else:
         number = pickle.dumps(many, 2)[2:-1]
         repickle(path, lambda data: data.replace(b"K ", number, int(rng.integers(1, 9))))
 
 
-def stacked(place: Path, rng: Rng) -> None:
-    """With an array of other, or of very many, layers."""
-    path = drawn(rng, [p for p in files(place, "zarr.json") if ".w" in p.parent.name])
+def change_layer_count(checkpoint: Path, rng: Rng) -> None:
+    """Changes the shape of a stacked array: other or very many layers, or a wrong rank."""
+    path = choose(rng, [p for p in files(checkpoint, "zarr.json") if ".w" in p.parent.name])
     content = json.loads(path.read_text())
     shape = content["shape"]
     shapes = [[], [10**12, *shape[1:]], [1, *shape[1:]], [*shape, 1], [0, *shape[1:]], [2**62] * 4]
-    path.write_text(json.dumps(content | {"shape": drawn(rng, shapes)}))
+    path.write_text(json.dumps(content | {"shape": choose(rng, shapes)}))

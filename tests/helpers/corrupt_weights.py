@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint that no header shows: in its weights, or by what is no file."""
+"""Functions that corrupt a checkpoint's weights, or replace a file by one that is not regular."""
 
 import os
 import struct
@@ -6,41 +6,45 @@ import zipfile
 from pathlib import Path
 
 import gguf
-from corrupt_checkpoint import WEIGHTS, Rng, drawn, files
+from corrupt_checkpoint import WEIGHTS, Rng, choose, files
 
 
-def storages(path: Path) -> list[int]:
-    """Returns the bytes of a PyTorch file that belong to its tensors."""
+def storage_offsets(path: Path) -> list[int]:
+    """Returns the offsets of the bytes of a PyTorch file's tensors."""
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if "/data/" in info.filename]
-    begins = [i.header_offset + 30 for i in infos]
-    begins = [b + sum(struct.unpack_from("<HH", data, b - 4)) for b in begins]
-    return [b + n for b, i in zip(begins, infos, strict=True) for n in range(i.file_size)]
+    starts = [i.header_offset + 30 for i in infos]
+    starts = [start + sum(struct.unpack_from("<HH", data, start - 4)) for start in starts]
+    return [start + n for start, i in zip(starts, infos, strict=True) for n in range(i.file_size)]
 
 
-def one_bit(place: Path, rng: Rng) -> None:
-    """With one bit of its weights flipped."""
-    path = drawn(rng, files(place, ".pth", ".bin"))
+def flip_weight_bit(checkpoint: Path, rng: Rng) -> None:
+    """Flips one bit of the weights."""
+    path = choose(rng, files(checkpoint, ".pth", ".bin"))
     data = bytearray(path.read_bytes())
-    data[drawn(rng, storages(path))] ^= 1 << int(rng.integers(8))
+    data[choose(rng, storage_offsets(path))] ^= 1 << int(rng.integers(8))
     path.write_bytes(data)
 
 
-def shifted(place: Path, rng: Rng) -> None:
-    """With bytes missing, or more of them, somewhere in its weights."""
-    data = place.read_bytes()
-    at = int(rng.integers(gguf.GGUFReader(place).data_offset, len(data)))
-    n = int(drawn(rng, [1, 4, 16, 31, 32, 4096]))
+def shift_weights(checkpoint: Path, rng: Rng) -> None:
+    """Removes or inserts bytes somewhere in the weights of a GGUF file."""
+    data = checkpoint.read_bytes()
+    at = int(rng.integers(gguf.GGUFReader(checkpoint).data_offset, len(data)))
+    n = int(choose(rng, [1, 4, 16, 31, 32, 4096]))
     more = bytes(n) if rng.random() < 0.5 else rng.bytes(n)
-    place.write_bytes(drawn(rng, [data[:at] + data[at + n :], data[:at] + more + data[at:]]))
+    checkpoint.write_bytes(choose(rng, [data[:at] + data[at + n :], data[:at] + more + data[at:]]))
 
 
-def irregular(place: Path, rng: Rng) -> None:
-    """With a pipe, a link to a device, a folder or a hole of 256 GiB as one of its files."""
+def replace_by_special_file(checkpoint: Path, rng: Rng) -> None:
+    """Replaces a file by a pipe, a link to a device, a folder, or a sparse file of 256 GiB."""
     endings = (*WEIGHTS, "params.json", ".index.json", "zarr.json", "model/_METADATA")
-    chunks = [p for p in files(place) if place.is_dir() and "c" in p.relative_to(place).parts]
-    path = drawn(rng, [*files(place, *endings), *chunks])
+    chunks = [
+        p
+        for p in files(checkpoint)
+        if checkpoint.is_dir() and "c" in p.relative_to(checkpoint).parts
+    ]
+    path = choose(rng, [*files(checkpoint, *endings), *chunks])
     if (kind := rng.integers(4)) == 0:
         os.truncate(path, 256 << 30)
         return

@@ -1,4 +1,4 @@
-"""A reader of our pages, who does what their blocks of code say."""
+"""Runs the code blocks of the documentation pages, with stubs for the commands."""
 
 import os
 import re
@@ -9,46 +9,46 @@ from typing import NamedTuple
 import yaml
 from markdown_it import MarkdownIt
 
-# Commands that stand in the pages and can't be run by tests; what they get is noted alone.
+# Commands of the pages that tests can't run, with the reason. Stubs only record their arguments.
 NOT_RUN = {
-    "cmake": "builds llama.cpp, which is not here",
-    "curl": "asks a server: test_docs does it where one runs; elsewhere it would need the network",
+    "cmake": "builds llama.cpp, which is not installed",
+    "curl": "sends a request: test_docs does that if a server runs; otherwise it needs the network",
     "docker": "needs a registry and root",
-    "envsubst": "hands its output to kubectl alone",
-    "gcloud": "needs an account of Google's cloud",
-    "gcsfuse": "mounts a bucket of Google's cloud",
-    "git": "copies a repository, ours or llama.cpp's",
-    "hostname": "is asked on a cluster",
+    "envsubst": "its output is only for kubectl",
+    "gcloud": "needs a Google Cloud account",
+    "gcsfuse": "mounts a Google Cloud bucket",
+    "git": "clones llama_jax or llama.cpp",
+    "hostname": "runs on a cluster",
     "journalctl": "reads the log of a host of a pod",
     "kubectl": "needs a cluster",
-    "llama-cli": "is a part of llama.cpp, which is not here",
-    "mountpoint": "is asked on a host of a pod",
-    "mpirun": "needs Open MPI and a cluster; the command that it is given is followed",
-    "openssl": "makes a secret, which no test needs",
-    "pip": "installs; .ci/run does it with what the README says",
-    "pytest": "is what runs this",
-    "python": "runs a benchmark, which must be there, or a script of llama.cpp, which is not",
-    "python3.12": "makes a virtual environment on a cluster",
+    "llama-cli": "belongs to llama.cpp, which is not installed",
+    "mountpoint": "runs on a host of a pod",
+    "mpirun": "needs Open MPI and a cluster; the stub runs the command in its arguments",
+    "openssl": "generates a secret, which no test needs",
+    "pip": "installs packages; .ci/run tests the README's command",
+    "pytest": "runs these tests",
+    "python": "runs a benchmark, whose file must exist, or a script of llama.cpp (not installed)",
+    "python3.12": "creates a virtual environment on a cluster",
     "sbatch": "needs SLURM",
     "scontrol": "needs SLURM",
-    "sh": "runs what curl would have fetched",
-    "srun": "needs SLURM; the command that it is given is followed",
+    "sh": "runs the script that curl would fetch",
+    "srun": "needs SLURM; the stub runs the command in its arguments",
     "sudo": "needs root",
-    "tar": "unpacks what git would have packed",
+    "tar": "unpacks the archive that git would create",
     "uv": "installs on a host of a pod",
     "vllm": "needs vLLM and a GPU",
 }
-PLAIN = ("bash", "cat", "grep", "mkdir")  # run as they are
+PLAIN = ("bash", "cat", "grep", "mkdir")  # the real commands
 
-# Notes what it is given, and goes on with the command that it would start.
-_STAND_IN = """\
+# Records its arguments; if they contain a command, executes that.
+_STUB = """\
 #!/bin/bash
 printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$CALLS"
 [ -p /dev/stdin ] && cat > /dev/null
 case "${0##*/} $1" in
   "llama-jax info") echo "(finished)" ;;
   "llama-jax "*) ;;
-  "mountpoint "*) exit 1 ;;  # so that it is mounted
+  "mountpoint "*) exit 1 ;;  # not mounted, so that the page mounts it
   *)
     for word; do
       case $word in
@@ -64,7 +64,7 @@ _UNKNOWN = 'command_not_found_handle() { printf "%s\\0" unknown "$1" $\'\\n\' >>
 
 
 class Block(NamedTuple):
-    """A block of code. Its language is '' where it is a shell's; its head may name a file."""
+    """A code block. A shell block has the language ''; its first comment may name a file."""
 
     language: str
     text: str
@@ -72,27 +72,27 @@ class Block(NamedTuple):
 
 
 def code_blocks(page: Path) -> list[Block]:
-    """Returns the blocks of code of a page in Markdown, in order."""
-    made = []
+    """Returns the code blocks of a Markdown page, in order."""
+    blocks = []
     for token in MarkdownIt().parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             language = token.info.replace("bash", "")
             name = re.match(r"(?:#!.*\n)?# ([\w.-]+\.\w+)\b", token.content)
-            made.append(Block(language, token.content, name and name[1]))
-    return made
+            blocks.append(Block(language, token.content, name and name[1]))
+    return blocks
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Returns the commands of ours that stand in lines of text, where they are whole."""
+    """Returns the complete `llama-jax` commands in the text of a page, outside its code blocks."""
     inline = [t for t in MarkdownIt().parse(page.read_text()) for t in t.children or []]
     codes = (t.content for t in inline if t.type == "code_inline")
     return [c for c in codes if re.match(r"llama-jax \S+ \S", c) and "…" not in c]
 
 
 class PageRunner:
-    """Saves the files of a page in a folder, and works there.
+    """Saves the files of a page in a folder, and runs its code blocks there.
 
-    The commands that it runs are stand-ins that note what they get.
+    The commands are stubs that record their arguments.
     """
 
     def __init__(self, folder: Path, page: list[Block]):
@@ -103,15 +103,15 @@ class PageRunner:
         bin_ = folder / ".venv" / "bin"
         bin_.mkdir(parents=True)
         for name in (*NOT_RUN, "llama-jax"):
-            (bin_ / name).write_text(_STAND_IN)
+            (bin_ / name).write_text(_STUB)
             (bin_ / name).chmod(0o755)
         for name in PLAIN:
-            where = next(p for p in (f"/bin/{name}", f"/usr/bin/{name}") if os.path.exists(p))
-            (bin_ / name).symlink_to(where)
-        # Where the pages have them: on a host of a pod, and below llama.cpp.
-        for place in (".local", "llama_jax/.venv", "llama.cpp/build"):
-            (folder / place).mkdir(parents=True)
-            (folder / place / "bin").symlink_to(bin_)
+            target = next(p for p in (f"/bin/{name}", f"/usr/bin/{name}") if os.path.exists(p))
+            (bin_ / name).symlink_to(target)
+        # The paths in the pages: on a host of a pod, and in llama.cpp's folder.
+        for parent in (".local", "llama_jax/.venv", "llama.cpp/build"):
+            (folder / parent).mkdir(parents=True)
+            (folder / parent / "bin").symlink_to(bin_)
         (folder / ".unknown").write_text(_UNKNOWN)
         self._environment = {
             "PATH": str(bin_), "HOME": str(folder), "USER": "me", "CALLS": str(folder / ".calls"),
@@ -120,7 +120,7 @@ class PageRunner:
         }  # fmt: skip
 
     def run_shell(self, shell: str) -> list[list[str]]:
-        """Runs a block of shell and returns the commands that it came to, each with its words."""
+        """Runs a shell block and returns the commands that it executed, each with its arguments."""
         calls = self.folder / ".calls"
         calls.write_text("")
         done = subprocess.run(
@@ -131,7 +131,7 @@ class PageRunner:
         return [call.split("\0")[:-1] for call in calls.read_text().split("\n\0") if call]
 
     def run_block(self, block: Block) -> list[list[str]]:
-        """Returns the commands of a block that is or holds a script."""
+        """Runs a shell block, or the script in a JobSet; returns the commands that it executed."""
         if block.language == "":
             return self.run_shell(block.text)
         if block.language == "yaml" and "kind: JobSet" in block.text:

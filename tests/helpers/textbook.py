@@ -1,7 +1,8 @@
-"""LLaMA as the paper describes it, with a loop over layers and heads: the reference for tests.
+"""LLaMA as in the paper, with loops over layers and heads: the reference for tests.
 
-It shares no code with llama_jax. Weights are a dict of arrays with llama_jax's names and axes. All
-numbers have the type of the weights; float64 needs `jax.enable_x64(True)` around the call.
+This file shares no code with llama_jax. Weights are a dict of arrays with llama_jax's names and
+axes. All arithmetic is in the dtype of the weights; float64 needs `jax.enable_x64(True)` around the
+call.
 """
 
 from collections.abc import Mapping
@@ -19,8 +20,11 @@ def norm(x, scale):
     return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + NORM_EPS) * scale
 
 
-def rotated(x_BTH, positions_BT):
-    """Rotary embedding (arXiv 2104.09864): pairs (i, i + H/2) turn by position · theta^(-2i/H)."""
+def apply_rope(x_BTH, positions_BT):
+    """Rotary embedding (arXiv 2104.09864).
+
+    Pair (i, i + H/2) of a head is rotated by position · theta^(-2i/H) radians.
+    """
     half = x_BTH.shape[-1] // 2
     frequency = ROPE_THETA ** (-jnp.arange(half, dtype=x_BTH.dtype) / half)
     angle = positions_BT[..., None].astype(x_BTH.dtype) * frequency
@@ -36,27 +40,27 @@ def softmax(scores):
 
 
 def logits(w: Mapping[str, Any], tokens_BT, positions_BT, segments_BT):
-    """Returns the logits [B, T, V], and the largest score of attention, which rounding scales with.
+    """Returns the logits [B, T, V] and the largest attention score: rounding errors scale with it.
 
-    A query sees the keys up to its own with its own segment.
+    A query attends to the keys up to its own position, in its own segment.
     """
     _, _, N, H = w["layers.wq"].shape
     K, T = w["layers.wk"].shape[2], tokens_BT.shape[1]
     causal_TS = np.arange(T)[:, None] >= np.arange(T)
-    visible_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    attended_BTS = causal_TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
     x, largest_score = w["tok_embeddings"][tokens_BT], 0.0
     for layer in range(len(w["layers.wq"])):
-        weight = {name.removeprefix("layers."): of_all[layer] for name, of_all in w.items()
+        weight = {name.removeprefix("layers."): w_L[layer] for name, w_L in w.items()
                   if name.startswith("layers.")}  # fmt: skip
         h = norm(x, weight["attention_norm"])
         for head in range(N):
             kv_head = head // (N // K)
-            q = rotated(h @ weight["wq"][:, head], positions_BT)
-            k = rotated(h @ weight["wk"][:, kv_head], positions_BT)
+            q = apply_rope(h @ weight["wq"][:, head], positions_BT)
+            k = apply_rope(h @ weight["wk"][:, kv_head], positions_BT)
             v = h @ weight["wv"][:, kv_head]
             scores = q @ k.swapaxes(1, 2) / H**0.5
             largest_score = jnp.maximum(largest_score, jnp.max(jnp.abs(scores)))
-            x = x + softmax(jnp.where(visible_BTS, scores, -jnp.inf)) @ v @ weight["wo"][head]
+            x = x + softmax(jnp.where(attended_BTS, scores, -jnp.inf)) @ v @ weight["wo"][head]
         h = norm(x, weight["ffn_norm"])
         gate = h @ weight["w1"]
         x = x + (gate / (1 + jnp.exp(-gate)) * (h @ weight["w3"])) @ weight["w2"]
@@ -76,8 +80,8 @@ def logprobs(w, tokens_BT, targets_BT, positions_BT, segments_BT):
 def loss_and_gradient(w, tokens_BT, targets_BT, positions_BT, segments_BT, z_loss):
     """Returns the mean cross-entropy, and the gradient of the objective for each weight.
 
-    The mean is over the targets that are not negative. The objective adds z_loss · log² Z to each
-    target's cross-entropy (arXiv 2204.02311, section 5).
+    The mean is over the targets that are not negative. The objective adds z_loss · log² Z to the
+    cross-entropy of each target (arXiv 2204.02311, section 5).
     """
 
     def objective(w):

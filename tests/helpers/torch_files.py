@@ -1,4 +1,4 @@
-"""Files as PyTorch writes them: whole ones, and made by hand around any pickle."""
+"""Files in PyTorch's format: valid ones, and ones with any pickle and any entries."""
 
 import pickle
 import struct
@@ -6,14 +6,14 @@ import zipfile
 
 import ml_dtypes
 import numpy as np
-from tensor_files import write
+from tensor_files import write_tensors
 
 
-def archive(path, data, entries=(("data/0", bytes(24)),), root="archive", **how):
-    """A file as torch.save makes it, around any pickle and any storages."""
+def write_archive(path, data, entries=(("data/0", bytes(24)),), root="archive", **options):
+    """Writes a file in torch.save's layout, with any pickle and storages; returns its path."""
     with zipfile.ZipFile(path, "w") as file:
         for name, content in [("data.pkl", data), *entries, ("version", b"3\n")]:
-            file.writestr(f"{root}/{name}", content, **how)
+            file.writestr(f"{root}/{name}", content, **options)
     return path
 
 
@@ -47,12 +47,14 @@ def state_dict(value, name="w"):
     return b"\x80\x02}" + text(name) + value + b"s."
 
 
-def sample(tmp_path):
-    """A file of three tensors, and what it holds."""
+def write_sample(tmp_path):
+    """Writes a file of three tensors; returns its path and the tensors."""
     rng = np.random.default_rng(1)
     tensors = {
         "tok_embeddings.weight": rng.random((40, 3)).astype(np.float32),
-        "norm.weight": np.zeros(300, ml_dtypes.bfloat16),  # zeros look like empty extra fields
+        "norm.weight": np.zeros(
+            300, ml_dtypes.bfloat16
+        ),  # its zeros can be mistaken for empty ZIP extra fields
         "layers.0.w": rng.integers(0, 99, (7, 5), np.int64),
     }
-    return write(tmp_path / "w.pth", tensors), tensors
+    return write_tensors(tmp_path / "w.pth", tensors), tensors

@@ -7,7 +7,7 @@ import pytest
 from conftest import peer
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tensor_files import arrays, refused, write
+from tensor_files import read_error, sample_arrays, write_tensors
 
 from llama_jax.convert.files.safetensors import read_safetensors
 from llama_jax.errors import InputError
@@ -22,7 +22,7 @@ def is_same(stored, array):
 
 
 def test_reads_a_file_of_the_library(tmp_path):
-    theirs = arrays()
+    theirs = sample_arrays()
     save_file(theirs, tmp_path / "w.safetensors", metadata={"format": "pt", "note": "é"})
     ours = read_safetensors(tmp_path / "w.safetensors")
     assert set(ours) == set(theirs)
@@ -30,8 +30,8 @@ def test_reads_a_file_of_the_library(tmp_path):
 
 
 def test_the_library_reads_our_file(tmp_path):
-    tensors = arrays()
-    path = write(tmp_path / "w.safetensors", tensors)
+    tensors = sample_arrays()
+    path = write_tensors(tmp_path / "w.safetensors", tensors)
     ours, theirs = read_safetensors(path), load_file(path)
     assert list(ours) == list(tensors)
     assert set(theirs) == set(tensors)
@@ -44,8 +44,8 @@ def test_the_library_reads_our_file(tmp_path):
 
 
 def test_torch_reads_our_file(tmp_path):
-    torch, tensors = peer("torch"), arrays()
-    path = write(tmp_path / "w.safetensors", tensors)
+    torch, tensors = peer("torch"), sample_arrays()
+    path = write_tensors(tmp_path / "w.safetensors", tensors)
     with safe_open(path, "pt") as file:
         for name, array in tensors.items():
             theirs = file.get_tensor(name)
@@ -113,21 +113,21 @@ GOOD = json.dumps(entry())
     ],
 )
 def test_a_damaged_header_is_refused(tmp_path, header, why):
-    assert why in refused(raw_file(tmp_path / "w.safetensors", header))
+    assert why in read_error(raw_file(tmp_path / "w.safetensors", header))
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
-    assert "there is no" in refused(path)
+    assert "there is no" in read_error(path)
     path.mkdir()
-    assert "is a directory, not a regular file" in refused(path)
+    assert "is a directory, not a regular file" in read_error(path)
     path.rmdir()
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    assert "not a safetensors file" in refused(path)
+    assert "not a safetensors file" in read_error(path)
     path.write_bytes((100_000_001).to_bytes(8, "little"))
-    assert "not a safetensors file" in refused(path)
+    assert "not a safetensors file" in read_error(path)
     raw_file(path, {"w": entry()}, bytes(25))
-    assert "damaged" in refused(path)
+    assert "damaged" in read_error(path)
 
 
 def test_a_file_cut_short_is_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_a_file_cut_short_is_refused(tmp_path):
     assert read_safetensors(path)["w"].nbytes == 24
     for length in range(len(raw)):
         path.write_bytes(raw[:length])
-        assert "cut short" in refused(path)
+        assert "cut short" in read_error(path)
 
 
 def test_flipped_bits_of_the_header_end_in_an_input_error_or_a_tensor(tmp_path):

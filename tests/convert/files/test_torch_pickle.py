@@ -5,16 +5,16 @@ import pickle
 
 import numpy as np
 import pytest
-from tensor_files import refused
+from tensor_files import read_error
 from torch_files import (
     HOOKS,
     REBUILD,
-    archive,
     numbers,
     state_dict,
     storage,
     tensor,
     text,
+    write_archive,
 )
 
 from llama_jax.convert.files.torch_zip import read_torch
@@ -47,7 +47,7 @@ def test_a_function_that_weights_do_not_need_is_refused_by_name_and_not_run(
     tmp_path, monkeypatch, name
 ):
     monkeypatch.chdir(tmp_path)
-    message = refused(archive(tmp_path / "w.pth", state_dict(HOSTILE[name])))
+    message = read_error(write_archive(tmp_path / "w.pth", state_dict(HOSTILE[name])))
     assert f"asks for '{name}', which weights don't need (nothing was run)" in message
     assert not (tmp_path / CANARY).exists()
 
@@ -62,8 +62,8 @@ def test_objects_that_run_a_command_are_refused_in_every_protocol(tmp_path, monk
     for protocol in (2, 3, 4, 5):
         hostile = RunsCommand()
         for value in (hostile, {"w": hostile}, [hostile], {"w": {"model": hostile}}):
-            path = archive(tmp_path / "w.pth", pickle.dumps(value, protocol))
-            assert ".system', which weights don't need" in refused(path)
+            path = write_archive(tmp_path / "w.pth", pickle.dumps(value, protocol))
+            assert ".system', which weights don't need" in read_error(path)
     assert not (tmp_path / CANARY).exists()
 
 
@@ -127,7 +127,7 @@ INVALID = {
 
 @pytest.mark.parametrize("name", INVALID)
 def test_an_invalid_pickle_is_refused(tmp_path, name):
-    assert refused(archive(tmp_path / "w.pth", INVALID[name]))
+    assert read_error(write_archive(tmp_path / "w.pth", INVALID[name]))
 
 
 def test_flipped_bits_in_a_pickle_end_in_an_input_error_or_tensors(tmp_path, monkeypatch):
@@ -136,13 +136,13 @@ def test_flipped_bits_in_a_pickle_end_in_an_input_error_or_tensors(tmp_path, mon
     items = text("model.norm.weight") + tensor() + text("lm_head.weight") + tensor(1, (5,), (1,))
     pickles = [b"\x80\x02}(" + items + b"u.", state_dict(HOSTILE["posix.system"])]
     rng = np.random.default_rng(3)
-    assert len(read_torch(archive(path, pickles[0]))) == 2
+    assert len(read_torch(write_archive(path, pickles[0]))) == 2
     read = 0
     for case in range(400):
         flipped = bytearray(pickles[case % 2])
         for i in rng.integers(0, len(flipped), rng.integers(1, 4)):
             flipped[i] = rng.integers(256) if rng.random() < 0.5 else flipped[i] ^ 1
-        archive(path, bytes(flipped))
+        write_archive(path, bytes(flipped))
         try:
             for stored in read_torch(path).values():
                 assert stored.read().nbytes == stored.nbytes

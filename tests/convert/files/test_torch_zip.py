@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import peer
-from tensor_files import arrays, write
+from tensor_files import sample_arrays, write_tensors
 
 from llama_jax.convert.files.torch_zip import read_torch
 from llama_jax.errors import InputError
@@ -40,7 +40,7 @@ def is_same(tensor, theirs):
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_reads_every_dtype_and_shape_as_torch_does(torch, tmp_path, protocol):
     path = tmp_path / "all.pth"
-    write(tmp_path / "ours.pth", arrays())
+    write_tensors(tmp_path / "ours.pth", sample_arrays())
     theirs = torch.load(tmp_path / "ours.pth")
     torch.save(theirs, path, pickle_protocol=protocol)
     ours = read_torch(path)
@@ -116,7 +116,7 @@ def test_reads_real_checkpoints_bit_for_bit(torch, shared_data, folder):
 def test_reads_entries_beyond_four_gigabytes(tmp_path):
     rng = np.random.default_rng(0)
     weight = rng.random((4, 5)).astype(np.float32)
-    small = write(tmp_path / "small.pth", {"w": weight})
+    small = write_tensors(tmp_path / "small.pth", {"w": weight})
     large = tmp_path / "large.pth"
     with open(large, "wb") as file:
         file.write(b"PK")
@@ -141,7 +141,7 @@ def resident() -> int:
 def test_memory_is_released_with_the_array(tmp_path):
     size = 32 << 20
     weight = np.ones(size, np.uint8)
-    stored = read_torch(write(tmp_path / "w.pth", {"v": weight, "w": weight}))["w"]
+    stored = read_torch(write_tensors(tmp_path / "w.pth", {"v": weight, "w": weight}))["w"]
     before = resident()
     array = stored.read()
     assert resident() < before + size // 8
@@ -156,8 +156,8 @@ def test_memory_is_released_with_the_array(tmp_path):
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_torch_reads_our_file(torch, tmp_path, mmap):
-    tensors = arrays()
-    write(tmp_path / "consolidated.00.pth", tensors)
+    tensors = sample_arrays()
+    write_tensors(tmp_path / "consolidated.00.pth", tensors)
     theirs = torch.load(tmp_path / "consolidated.00.pth", weights_only=True, mmap=mmap)
     ours = read_torch(tmp_path / "consolidated.00.pth")
     assert list(theirs) == list(ours) == list(tensors)
@@ -168,14 +168,14 @@ def test_torch_reads_our_file(torch, tmp_path, mmap):
 
 
 def test_storages_begin_at_multiples_of_64_and_checksums_are_right(tmp_path):
-    path = write(tmp_path / "a stëm.pth", arrays())
+    path = write_tensors(tmp_path / "a stëm.pth", sample_arrays())
     with zipfile.ZipFile(path) as file:
         assert file.testzip() is None
         assert {i.compress_type for i in file.infolist()} == {zipfile.ZIP_STORED}
         names = file.namelist()
         offsets = [i.header_offset for i in file.infolist()]
     assert names[:3] == [f"a stëm/{name}" for name in ("data.pkl", "byteorder", "version")]
-    assert names[3:] == [f"a stëm/data/{i}" for i in range(len(arrays()))]
+    assert names[3:] == [f"a stëm/data/{i}" for i in range(len(sample_arrays()))]
     raw = path.read_bytes()
     ends = [o + 30 + sum(struct.unpack_from("<HH", raw, o + 26)) for o in offsets]
     assert {end % 64 for end in ends} == {0}
@@ -183,14 +183,14 @@ def test_storages_begin_at_multiples_of_64_and_checksums_are_right(tmp_path):
 
 def test_the_bytes_of_a_file_depend_only_on_the_tensors(tmp_path):
     (tmp_path / "other").mkdir()
-    one = write(tmp_path / "w.pth", arrays()).read_bytes()
-    assert write(tmp_path / "other" / "w.pth", arrays()).read_bytes() == one
+    one = write_tensors(tmp_path / "w.pth", sample_arrays()).read_bytes()
+    assert write_tensors(tmp_path / "other" / "w.pth", sample_arrays()).read_bytes() == one
 
 
 def test_writing_does_not_copy_the_array(tmp_path):
     weight = np.ones(8 << 20, np.uint8)
     tracemalloc.start()
-    write(tmp_path / "w.pth", {"w": weight})
+    write_tensors(tmp_path / "w.pth", {"w": weight})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
