@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import corrupt_checkpoint as corrupt
 import corrupt_other_files as corrupt_other
+import corrupt_pickle
 import corrupt_weights
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ KINDS: dict[Corruption, tuple[tuple[str, ...], int]] = {
     corrupt.replace_weights_file: (("meta2", "hf3"), 3),
     corrupt.add_shard: (("meta1", "meta2"), 3),
     corrupt.change_index: (("hf3", "bin3"), 8),
-    corrupt.plant_code: (("meta1", "bin3"), 8),
-    corrupt.change_pickle: (("meta1", "bin1"), 5),
+    corrupt_pickle.plant_code: (("meta1", "bin3"), 8),
+    corrupt_pickle.change_pickle: (("meta1", "bin1"), 5),
     corrupt.claim_huge_size: (("meta1", "hf1", "bin1", "f32", "q8"), 5),
     corrupt.change_layer_count: (("model",), 5),
     corrupt_other.corrupt_tokenizer: (("meta1", "export", "model"), 6),
@@ -227,7 +228,7 @@ def test_pythons_unpickler_runs_the_code_in_the_hostile_pickles(tmp_path):
     """The pickles are hostile: the converter's refusal of them means something."""
     for seed in range(30):
         canary = tmp_path / f"canary{seed}"
-        pickle.loads(corrupt.code_pickle(np.random.default_rng(seed), canary))
+        pickle.loads(corrupt_pickle.code_pickle(np.random.default_rng(seed), canary))
         assert canary.exists()
 
 
