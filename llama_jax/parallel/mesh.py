@@ -17,7 +17,7 @@ from llama_jax.parallel.sharding import BATCH_AXES, MESH_AXES, WEIGHT_AXES, acti
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns an Explicit mesh of `devices` (default: all) with the axes of `AXES`.
+    """Returns an Explicit mesh of `devices` (default: all) with the axes `MESH_AXES`.
 
     Raises:
         InputError: the axes don't multiply to the number of devices.
