@@ -70,18 +70,16 @@ def prefill_chunk(
     targets_1T: jax.Array,
     with_logprobs: jax.Array | bool,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Prefills `length` tokens into a row that has `used` tokens; returns the state and logprobs.
+    """Prefills `length` tokens into a row that has `used` tokens.
 
-    The latter are, for each position, the log-probability [1, T] of the target after this token,
-    and the ids and log-probabilities [1, T, MAX_TOP_LOGPROBS] of the most likely tokens. Without
-    `with_logprobs` all of them are 0.
+    Returns:
+        The state, and for each position the log-probability [1, T] of its target and the ids and
+        log-probabilities [1, T, MAX_TOP_LOGPROBS] of the most likely next tokens. Without
+        `with_logprobs` ids and log-probabilities are 0.
     """
 
     def take_row(x_B_: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x_B_, row, 1, axis=0)
-
-    def put_row(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
 
     cache, logits_BV, rows = state
     row_cache = jax.tree.map(take_row, cache)._replace(used_B=_as_batch(used))
@@ -91,8 +89,9 @@ def prefill_chunk(
     def compute_logprobs(
         x_1TD: jax.Array, targets_1T: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = logprobs_from_hidden(config, model, x_1TD, targets_1T, MAX_TOP_LOGPROBS)
-        logprobs_1T, top_logprobs_1TA, top_tokens_1TA = scores
+        logprobs_1T, top_logprobs_1TA, top_tokens_1TA = logprobs_from_hidden(
+            config, model, x_1TD, targets_1T, MAX_TOP_LOGPROBS
+        )
         return logprobs_1T, top_tokens_1TA, top_logprobs_1TA
 
     def skip_logprobs(
@@ -102,15 +101,16 @@ def prefill_chunk(
             dims = "BSS"[: 2 + len(more)]
             return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=activation_spec(dims))
 
-        return (
-            zeros(jnp.float32),
-            zeros(jnp.int32, MAX_TOP_LOGPROBS),
-            zeros(jnp.float32, MAX_TOP_LOGPROBS),
-        )
+        A = MAX_TOP_LOGPROBS
+        return zeros(jnp.float32), zeros(jnp.int32, A), zeros(jnp.float32, A)
 
-    scores = jax.lax.cond(with_logprobs, compute_logprobs, skip_logprobs, x_1TD, targets_1T)
-    cache = jax.tree.map(put_row, cache, row_cache)
-    return DecodeState(cache, put_row(logits_BV, logits_1V), rows), scores
+    logprobs = jax.lax.cond(with_logprobs, compute_logprobs, skip_logprobs, x_1TD, targets_1T)
+    cache = jax.tree.map(partial(_put_row, row), cache, row_cache)
+    return DecodeState(cache, _put_row(row, logits_BV, logits_1V), rows), logprobs
+
+
+def _put_row(row: jax.Array, x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
 
 
 def _as_batch(number: jax.Array) -> jax.Array:
@@ -120,11 +120,7 @@ def _as_batch(number: jax.Array) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def start_row(state: DecodeState, row: jax.Array, settings: Rows) -> DecodeState:
     """Returns the state with `settings` in a row, which generates tokens from now on."""
-
-    def put_row(x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
-
-    return state._replace(rows=jax.tree.map(put_row, state.rows, settings))
+    return state._replace(rows=jax.tree.map(partial(_put_row, row), state.rows, settings))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -168,7 +164,10 @@ def cache_sizes(context: int) -> list[int]:
 
 
 def slots_needed(request: Request) -> int:
-    """Returns the slots that a request needs: a full chunk, or a slot more than its tokens."""
+    """Returns the slots that a request needs, prompt and continuation.
+
+    After the prompt it needs a full chunk, or one slot more than its new tokens if that is larger.
+    """
     return len(request.prompt) + max(CHUNK_SIZES[-1], request.max_new_tokens + 1)
 
 
