@@ -48,7 +48,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class RequestError(Exception):
-    """A request that the server rejects.
+    """The server rejects a request or can't complete it.
 
     Args:
         status: of the HTTP response.

@@ -35,7 +35,7 @@ def connect(url, sent=b""):
     return connection
 
 
-def received(connection):
+def receive_all(connection):
     """Returns the bytes that the server sends until it closes the connection."""
     parts = []
     while part := connection.recv(1 << 20):
@@ -45,7 +45,7 @@ def received(connection):
 
 def read_error(connection):
     """Returns status and error of the only response on a connection that the server closes."""
-    head, _, body = received(connection).partition(b"\r\n\r\n")
+    head, _, body = receive_all(connection).partition(b"\r\n\r\n")
     assert b"content-type: application/json" in head
     assert b"connection: close" in head.lower()
     return int(head.split()[1]), json.loads(body)["error"]
@@ -64,7 +64,7 @@ def post(url):
 
 
 @contextmanager
-def limited(monkeypatch, tokenizer, limit):
+def serving_with_limit(monkeypatch, tokenizer, limit):
     monkeypatch.setattr(connections, "connection_limit", lambda: limit)
     with serving(tokenizer) as (engine, url):
         yield engine, url
@@ -72,13 +72,13 @@ def limited(monkeypatch, tokenizer, limit):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_waiting_connections_do_not_block_other_clients(monkeypatch, tokenizer, part, caplog):
-    with limited(monkeypatch, tokenizer, 8) as (_, url), ExitStack() as stack:
+    with serving_with_limit(monkeypatch, tokenizer, 8) as (_, url), ExitStack() as stack:
         waiting = [stack.enter_context(connect(url, PARTS[part])) for _ in range(40)]
         for _ in range(3):
             assert post(url).status_code == 200
         # The server has closed the oldest ones. A silent one gets no response: it sent no request.
         for connection in waiting[:30]:
-            if sent := received(connection):
+            if sent := receive_all(connection):
                 assert b"503 Service Unavailable" in sent
                 assert TOO_MANY.encode() in sent
         assert "connections are open" in caplog.text
@@ -86,7 +86,7 @@ def test_waiting_connections_do_not_block_other_clients(monkeypatch, tokenizer, 
 
 
 def test_one_more_connection_is_refused_if_all_are_being_answered(monkeypatch, tokenizer):
-    with limited(monkeypatch, tokenizer, 2) as (engine, url):
+    with serving_with_limit(monkeypatch, tokenizer, 2) as (engine, url):
         engine.may_generate.clear()
         with connect(url, REQUEST) as first, connect(url, REQUEST) as second:
             while len(engine.requests) < 2:
@@ -134,7 +134,7 @@ class TestTimeLimits:
         monkeypatch.setattr(connections, "IDLE_SECONDS", 0.05)
         with serving(tokenizer) as (_, url):
             with connect(url) as connection:
-                assert received(connection) == b""
+                assert receive_all(connection) == b""
             # Also while the body of an answered request still arrives slowly.
             head = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
             with connect(url, head) as connection:
@@ -181,7 +181,7 @@ class TestTimeLimits:
             monkeypatch.setattr(connections, "_STALL_SECONDS", 0.1)
             with connect(url, request) as connection:
                 assert done.wait(20)
-                assert len(received(connection)) < parts * len(part) / 2
+                assert len(receive_all(connection)) < parts * len(part) / 2
             monkeypatch.setattr(connections, "_STALL_SECONDS", 1)
             n = 0
             with connect(url, request) as connection:

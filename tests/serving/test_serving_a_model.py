@@ -47,12 +47,14 @@ def test_log_probabilities_of_continuations_equal_those_of_transformers(client, 
     """As lm-eval 0.4.13 requests them, with `is_greedy` (openai_completions.py, huggingface.py)."""
     torch, transformers = peer("torch"), peer("transformers")
     folder = shared_data / "stories260K"
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    reference_model = transformers.LlamaForCausalLM.from_pretrained(
+        folder / "hf", dtype=torch.float32
+    )
 
     def logprobs(rows):
         padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], True)
         with torch.no_grad():
-            return theirs(padded).logits.double().log_softmax(-1)
+            return reference_model(padded).logits.double().log_softmax(-1)
 
     text = np.load(folder / "stories260K_reference.npz")["text_ids"].tolist()
     contexts = [[1, *text[i : i + 5 + i % 30]] for i in range(80)]

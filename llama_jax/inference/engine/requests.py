@@ -98,7 +98,7 @@ class EngineStopped(Exception):
 
 
 class Statistics(NamedTuple):
-    """Counts since the engine started, and its current load; the server exports them at `/metrics`."""
+    """Counts since the engine started, and its current load. `/metrics` exports them."""
 
     waiting: int = 0  # requests in the queue
     running: int = 0  # requests in a row
