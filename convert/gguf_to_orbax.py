@@ -1,4 +1,4 @@
-"""A GGUF file into a model folder of llama_jax; quantized weights become float32.
+"""Converts a GGUF file into a model folder of llama_jax; quantized weights become float32.
 
     python convert/gguf_to_orbax.py model.Q8_0.gguf models/mine
 

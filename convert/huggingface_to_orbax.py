@@ -1,4 +1,4 @@
-"""A Hugging Face folder (safetensors or PyTorch files) into a model folder of llama_jax.
+"""Converts a Hugging Face folder (safetensors or PyTorch files) into a model folder of llama_jax.
 
     python convert/huggingface_to_orbax.py Llama-3.1-8B models/llama3.1-8b
 

@@ -1,4 +1,4 @@
-"""Meta's folder (params.json, consolidated.NN.pth) into a model folder of llama_jax.
+"""Converts a Meta folder (params.json, consolidated.NN.pth) into a model folder of llama_jax.
 
     python convert/meta_to_orbax.py Llama-3.1-8B/original models/llama3.1-8b
 

@@ -1,4 +1,4 @@
-"""A model or run folder of llama_jax into a Hugging Face folder (safetensors).
+"""Converts a model or run folder of llama_jax into a Hugging Face folder (safetensors).
 
     python convert/orbax_to_huggingface.py runs/quickstart export/quickstart
 

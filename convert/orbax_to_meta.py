@@ -1,4 +1,4 @@
-"""A model or run folder of llama_jax into Meta's folder (params.json, consolidated.NN.pth).
+"""Converts a model or run folder of llama_jax into a Meta folder.
 
     python convert/orbax_to_meta.py models/llama2-70b export/llama2-70b --shards 8
 
