@@ -98,8 +98,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         axis, _, size = part.strip().partition("=")
         if axis not in MESH_AXES or not size.isdecimal() or int(size) < 1:
             raise InputError(
-                f"{part!r} is not a mesh axis with its size: write --mesh like"
-                f" {MESH_AXES[1]}=8,{MESH_AXES[2]}=4"
+                f"{part!r} is not a mesh axis with its size: write --mesh like fsdp=8,tensor=4"
             )
         sizes[axis] = int(size)
     return sizes
