@@ -60,10 +60,8 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
 
     def run_round() -> tuple[float, int]:
         with jax.set_mesh(mesh):
-            tokens, lengths = (
-                shard_array(prompts, "BT"),
-                shard_array(np.full(B, PROMPT, np.int32), "B"),
-            )
+            tokens = shard_array(prompts, "BT")
+            lengths = shard_array(np.full(B, PROMPT, np.int32), "B")
             cache, logits = prefill(config, model, tokens, lengths, slots=slots)
             no_prompt = np.zeros((B, config.vocab_size), bool)  # only penalties need the prompt
             rows = init_rows([Sampling()] * B, [0] * B, [new] * B, [[]] * B, no_prompt)

@@ -68,11 +68,17 @@ def build_step(
         optimizer=OptimizerConfig(warmup_steps=1),
         training=TrainingConfig(out="none", steps=1000),
     )
-    ones = np.ones_like(tokens[:, 1:])
-    fields = (tokens[:, :-1], tokens[:, 1:], ones * np.arange(T), ones if segments else None)
+
+    def shard(rows_BT: np.ndarray) -> jax.Array:
+        return shard_array(rows_BT[None].astype(np.int32), "ABT")
+
+    ones_BT = np.ones_like(tokens[:, 1:])
     with jax.set_mesh(one_device_mesh()):
         batch = Batch(
-            *(x if x is None else shard_array(x[None].astype(np.int32), "ABT") for x in fields)
+            tokens=shard(tokens[:, :-1]),
+            targets=shard(tokens[:, 1:]),
+            positions=shard(ones_BT * np.arange(T)),
+            segments=shard(ones_BT) if segments else None,
         )
         state = jax.jit(init_state, static_argnums=0)(config, jax.random.key(0))
 
