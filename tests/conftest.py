@@ -1,4 +1,4 @@
-"""Shared by all tests: 8 simulated devices, a tiny model, the folder of real data."""
+"""Shared by all tests: 8 simulated devices, a tiny model, the folder of reference data."""
 
 import atexit
 import functools
@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported, here and in processes that tests start: with the TPU compiler installed
-# it would look for a TPU.
+# Set before JAX is imported, here and in processes that tests start: otherwise JAX looks for a TPU
+# if the TPU compiler is installed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is what costs: all share what one of them compiled, and LLVM polishes nothing that then
-# runs for a moment. XLA's own passes, which decide what is computed where, are as for users.
+# Compilation takes most of the time of the tests: processes share compiled programs, and LLVM
+# optimizes little, because each program runs briefly. XLA's own passes are the same as for users.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -41,31 +41,35 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
-# Checkpoints of ../shared/data/meta_reference: one or two files of Meta's, or Hugging Face's.
+# Checkpoints in ../shared/data/meta_reference: one or two Meta files, or a Hugging Face folder.
 REFERENCES = [
     *("llama1_mha/mp1", "llama2_mha/mp1", "llama2_mha/mp2"),
     *("llama2_gqa/mp1", "llama2_gqa/mp2", "llama2_gqa/hf"),
     *("llama3_gqa/mp1", "llama3_gqa/mp2", "llama31_scaled/mp1", "llama31_scaled/hf"),
 ]
 
-# Meshes (data, fsdp, tensor, context) on which every result must agree.
+# Meshes (data, fsdp, tensor) on which every result must be equal.
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
-CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]  # training alone
+CONTEXT_MESHES = [
+    (1, 1, 1, 8),
+    (1, 2, 1, 4),
+    (2, 1, 2, 2),
+]  # (data, fsdp, tensor, context), for training
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real models and reference results that lies beside a full checkout."""
+    """The folder of real models and reference results, next to a complete checkout."""
     data = SHARED / "data"
     if data.is_dir():
         return data
     if SHARED.is_dir():
-        pytest.fail(f"{SHARED} is there, but {data} is not")
-    pytest.skip("needs ../shared/data (reference models and logits), which is not here")
+        pytest.fail(f"{SHARED} exists, but {data} doesn't")
+    pytest.skip("needs ../shared/data (reference models and logits), which is missing")
 
 
 def peer(name: str) -> Any:
-    """Returns a package to compare with, which no user needs; without it the test is skipped."""
+    """Returns a package to compare with; skips the test if it is not installed, except in CI."""
     if "CI" not in os.environ:
         return pytest.importorskip(name, reason=f"compares with {name}, which is not installed")
     return importlib.import_module(name)
@@ -102,7 +106,7 @@ def _converted(path: Path) -> Path:
 
 
 def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
-    """Returns the model of a foreign checkpoint on the current mesh, in float32."""
+    """Returns the model of a Meta or Hugging Face checkpoint on the current mesh, in float32."""
     folder = _converted(path)
     config = replace(read_model_config(folder), dtype="float32", param_dtype="float32")
     return load_model(folder, config)
@@ -110,13 +114,13 @@ def load_reference(path: Path) -> tuple[ModelConfig, Llama]:
 
 @pytest.fixture
 def one_device():
-    """Puts the test on a mesh of one device."""
+    """Runs the test on a mesh of one device."""
     with jax.set_mesh(one_device_mesh()):
         yield
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
-    """Returns a model small enough for tests, in float32, that every mesh of MESHES divides."""
+    """Returns the configuration of a tiny float32 model that every mesh in MESHES can shard."""
     shape: dict[str, Any] = {
         "dim": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 8,
         "hidden_dim": 64, "vocab_size": 320, "context": 64, "dtype": "float32", "remat": "none",
@@ -125,7 +129,7 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 
 def tiny_config(model: ModelConfig | None = None, **training: Any) -> Config:
-    """Returns a run's configuration around a tiny model; its data are named, not there."""
+    """Returns the configuration of a run of a tiny model; its data folder doesn't exist."""
     return Config(
         model=model or tiny_model(),
         data=DataConfig(mixture={"nowhere": 1.0}, batch_size=8, seq_len=16),
@@ -136,7 +140,7 @@ def tiny_config(model: ModelConfig | None = None, **training: Any) -> Config:
 
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of token shards made from 60 documents of made-up prose, 320 tokens."""
+    """A folder of token shards of 60 documents of random words, with a vocabulary of 320."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("aeioukltnrs"), rng.integers(2, 8))) for _ in range(200)]
     folder = tmp_path_factory.mktemp("corpus")
@@ -152,7 +156,7 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of a tiny model of random weights, with the tokenizer of `token_folder`."""
+    """The folder of a tiny model with random weights and the tokenizer of `token_folder`."""
     folder = tmp_path_factory.mktemp("models") / "model"
     config = tiny_model(context=128)
     with jax.set_mesh(one_device_mesh()):
@@ -162,7 +166,7 @@ def model_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """Runs a command of the command line; returns its exit code and what it said to both ends."""
+    """Runs a command; returns its exit code, standard output and standard error."""
     code = main([str(arg) for arg in argv])
     captured = capsys.readouterr()
     return code, captured.out, captured.err

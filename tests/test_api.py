@@ -1,4 +1,4 @@
-"""`import llama_jax as lj`: the names, their examples, the README's and the notebook's."""
+"""`import llama_jax as lj`: its names and their examples, the README, the notebook."""
 
 import ast
 import doctest
@@ -24,9 +24,10 @@ SENTENCE = "The capital of France is Paris. "
 
 @pytest.fixture(scope="module")
 def world(token_folder, tmp_path_factory):
-    """The folder that the examples run in, and the names that they know.
+    """Returns the folder in which the examples run, and the variables that they use.
 
-    It holds a model that has learnt one sentence by heart, its data, and the run's configuration.
+    The folder contains a model that was trained on one sentence, its data, and the run's
+    configuration.
     """
     folder = tmp_path_factory.mktemp("world")
     (folder / "data").mkdir()
@@ -58,7 +59,7 @@ def world(token_folder, tmp_path_factory):
 
 @pytest.fixture
 def names(world, one_device, monkeypatch):
-    """The names that the examples know, in their folder, on a machine of one device."""
+    """Returns the variables of the examples, in their folder, on a machine with one device."""
     folder, names = world
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     monkeypatch.chdir(folder)
@@ -66,13 +67,13 @@ def names(world, one_device, monkeypatch):
 
 
 @pytest.mark.parametrize("name", lj.__all__)
-def test_the_examples_of_each_name_hold(name, names):
+def test_the_examples_of_each_name_pass(name, names):
     text = family.__doc__ if name == "FAMILY" else getattr(lj, name).__doc__
     test = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
-    told: list[str] = []
-    result = doctest.DocTestRunner(verbose=False).run(test, out=told.append)
+    output: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=output.append)
     assert result.attempted > 0
-    assert result.failed == 0, "".join(told)
+    assert result.failed == 0, "".join(output)
 
 
 def test_the_readme_example_runs(names, capsys):
@@ -81,7 +82,7 @@ def test_the_readme_example_runs(names, capsys):
     assert capsys.readouterr().out.startswith(" Paris.")
 
 
-def test_the_notebook_looks_inside_and_trains(names, capsys, monkeypatch):
+def test_the_notebook_inspects_a_model_and_trains(names, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["notebook.py", "models/tiny"])
     exec(compile((ROOT / "docs" / "notebook.py").read_text(), "notebook.py", "exec"), names)
     out = capsys.readouterr().out
@@ -95,28 +96,28 @@ def test_the_notebook_looks_inside_and_trains(names, capsys, monkeypatch):
     assert losses[-1] < losses[0] - 1
 
 
-def test_without_a_mesh_load_takes_all_devices_for_good(world):
+def test_without_a_mesh_load_shards_over_all_devices_and_sets_no_mesh(world):
     folder, names = world
 
-    def loaded():  # the mesh is the thread's own
+    def load_in_thread():  # a mesh is set per thread
         model = lj.load(folder / "models" / "tiny")[1]
         return jax.sharding.get_mesh().size, model.layers[0].w1[...]
 
     with ThreadPoolExecutor(1) as thread:
-        size, w1_DF = thread.submit(loaded).result()
+        size, w1_DF = thread.submit(load_in_thread).result()
     assert (size, len(w1_DF.addressable_shards)) == (8, 8)
     assert jax.sharding.get_mesh().empty
     np.testing.assert_array_equal(w1_DF, names["model"].layers[0].w1[...])
 
 
-def test_names_are_where_the_type_checker_is_told():
-    told = {}
+def test_lazy_imports_and_type_checker_imports_agree():
+    imports = {}
     for node in ast.walk(ast.parse((ROOT / "llama_jax" / "__init__.py").read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llama_jax."):
             module = node.module.removeprefix("llama_jax.")
-            told |= {a.asname or a.name: f"{module}.{a.name}" for a in node.names}
-    assert told == lj._MODULES
-    assert sorted(told) == sorted(lj.__all__) == dir(lj)
+            imports |= {a.asname or a.name: f"{module}.{a.name}" for a in node.names}
+    assert imports == lj._MODULES
+    assert sorted(imports) == sorted(lj.__all__) == dir(lj)
     with pytest.raises(AttributeError, match="no attribute 'forwards'"):
         lj.forwards  # noqa: B018
 
@@ -124,7 +125,7 @@ def test_names_are_where_the_type_checker_is_told():
 @pytest.mark.parametrize(
     "statement", ["import llama_jax; dir(llama_jax)", "import llama_jax.cli.describe_folder"]
 )
-def test_the_import_brings_no_jax(statement):
+def test_these_imports_load_no_jax(statement):
     """With JAX, Orbax and Grain, `llama-jax info` took 3.4 s."""
     program = (
         f"import sys; {statement}; print({{'jax', 'flax', 'orbax', 'grain'}} & set(sys.modules))"

@@ -1,4 +1,4 @@
-"""The pages keep what they promise: each command is valid, and those that can be run are."""
+"""Each command in the documentation is valid; the tests run those that need no other machine."""
 
 import os
 import re
@@ -31,8 +31,8 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LANGUAGES = {"", "python", "yaml", "text", "dockerfile", "nginx"}
 
-# What makes a command small enough for a test. Everything else runs as it stands in the page.
-# Runs differ in nothing that is compiled, so that it is compiled once.
+# Arguments that make a command small enough for a test; otherwise it runs as on the page. All runs
+# have the same compiled programs, so that they are compiled once.
 SMALL_RUN = [
     "data.seq_len=16", "data.batch_size=8", "training.steps=2", "training.eval_batches=1",
     "optimizer.peak_lr=1e-3", "optimizer.warmup_steps=1", "model.remat=none",
@@ -47,7 +47,7 @@ SMALL = {
 
 @pytest.fixture
 def at(tmp_path, monkeypatch):
-    """A folder in which the pages' checkpoints and texts lie; their models are all a tiny one."""
+    """A folder with the checkpoints and texts of the pages; each model is the same tiny model."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", "configs")
     for name in ("code.py", "key", "book.txt", "held-out.txt"):
@@ -64,17 +64,17 @@ def at(tmp_path, monkeypatch):
     return tmp_path
 
 
-def checked(command, monkeypatch, named):
-    """Checks a command of ours: its words, the keys of its configuration; fails on any mistake."""
-    seen = []
+def check_command(command, monkeypatch, named):
+    """Asserts that the arguments of a llama-jax command and its configuration keys are valid."""
+    parsed = []
     for module in cli.COMMANDS.values():
-        monkeypatch.setattr(module, "run", lambda args: seen.append(args) or 0)
+        monkeypatch.setattr(module, "run", lambda args: parsed.append(args) or 0)
     try:
         code = main(command)
     except SystemExit as ended:
         code = ended.code
     assert code == 0, command
-    for args in seen:
+    for args in parsed:
         if getattr(args, "inference", False):
             assert args.config in FAMILY, command
         elif "overrides" in args:
@@ -86,7 +86,7 @@ def checked(command, monkeypatch, named):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
-    # Only the run of a page makes the folders whose files a command reads.
+    # Commands of the page read this file, and nothing here creates the model.
     Path("models/llama3.1-8b").mkdir(parents=True)
     shape = "{dim: 32, n_layers: 2, n_heads: 4, n_kv_heads: 2, head_dim: 8, hidden_dim: 64,"
     Path("models/llama3.1-8b/config.json").write_text(f"{shape} vocab_size: 288, context: 9000}}")
@@ -102,7 +102,7 @@ def test_every_command_of_a_page_is_valid(page, at, monkeypatch, capsys):
                 assert (ROOT / words[0]).is_file()
     assert ours or page.name in ("dependencies.md", "exactness.md")
     for command in ours:
-        checked(command[1:], monkeypatch, {"continue.yaml"})
+        check_command(command[1:], monkeypatch, {"continue.yaml"})
 
 
 def test_every_example_of_the_manual_and_of_the_configurations_is_valid(at, monkeypatch):
@@ -115,11 +115,11 @@ def test_every_example_of_the_manual_and_of_the_configurations_is_valid(at, monk
     assert len(commands) > 20
     for name, *words in commands:
         assert name == "llama-jax"
-        checked(words, monkeypatch, set())
+        check_command(words, monkeypatch, set())
 
 
-def do(command):
-    """Runs a command of ours, made small; a page's model that is served elsewhere must be there."""
+def run_command(command):
+    """Runs a llama-jax command with small settings; `serve` only checks that the model exists."""
     if command[0] == "serve":
         assert folders.read_model_config(command[1])
         return
@@ -130,34 +130,34 @@ def do(command):
     assert main([*command, *small]) == 0, command
 
 
-def run_page(page, runner, do=do, ask=None, instead=("", "")):
-    """Does what the blocks of a page say, in order; `instead` replaces a part of its Python."""
+def run_page(page, runner, run_command=run_command, send=None, replacement=("", "")):
+    """Runs the code blocks of a page in order; `replacement` replaces a text in Python blocks."""
     for block in page:
         if block.language == "python":
-            exec(compile(block.text.replace(*instead), "page", "exec"), {})
+            exec(compile(block.text.replace(*replacement), "page", "exec"), {})
             continue
         for name, *words in runner.run_block(block):
             if name == "llama-jax":
-                do(words)
-            elif name == "curl" and ask:
-                ask(words)
+                run_command(words)
+            elif name == "curl" and send:
+                send(words)
 
 
 @pytest.mark.slow
-def test_weights_are_continued_as_the_page_says(at, monkeypatch, capsys):
+def test_the_commands_of_continue_md_train(at, monkeypatch, capsys):
     monkeypatch.setitem(FAMILY, "llama3.1-8b", MODEL)
     page = code_blocks(DOCS / "continue.md")
     run_page(page, PageRunner(at, page))
-    told = capsys.readouterr()
-    assert told.err.count("starts from the weights in models/llama3.1-8b") == 2
-    assert "starts from the weights in models/smollm2" in told.err
-    assert "2 of 2 steps saved (finished)" in told.out
+    output = capsys.readouterr()
+    assert output.err.count("starts from the weights in models/llama3.1-8b") == 2
+    assert "starts from the weights in models/smollm2" in output.err
+    assert "2 of 2 steps saved (finished)" in output.out
     assert {path.name for path in Path("runs").iterdir()} == {"smollm2-python", "mine", "same"}
     assert Path("export/mine/model.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
+def test_the_commands_of_convert_md_export(at, monkeypatch, capsys):
     for package in ("torch", "transformers"):
         peer(package)
     page = code_blocks(DOCS / "convert.md")
@@ -165,48 +165,48 @@ def test_a_model_is_handed_on_as_the_page_says(at, monkeypatch, capsys):
     assert Path("export/meta/consolidated.01.pth").is_file()
     lines = capsys.readouterr().out.splitlines()
     ours, theirs = (line for line in lines if line.startswith("The capital of France"))
-    # What is no UTF-8 is decoded in two ways; the rest is made alike by transformers.
+    # transformers decodes invalid UTF-8 differently; the rest of the text is equal.
     assert len(ours) > 30
     assert theirs.endswith(ours[-8:])
 
 
-def test_a_model_is_served_as_the_page_says(at, monkeypatch, capsys):
+def test_the_requests_of_serve_md_are_answered(at, monkeypatch, capsys):
     with server.bind_socket("127.0.0.1", 0) as free:
         port = str(free.getsockname()[1])
-    instead = ("127.0.0.1:8000", f"127.0.0.1:{port}")
+    replacement = ("127.0.0.1:8000", f"127.0.0.1:{port}")
     first, *rest = code_blocks(DOCS / "serve.md")
-    runner, answers, problems = PageRunner(at, rest), [], []
+    runner, responses, problems = PageRunner(at, rest), [], []
 
-    def ask(words):
-        [url] = [word.replace(*instead) for word in words if word.startswith("http")]
-        answers.append(httpx.post(url, content=words[words.index("-d") + 1], timeout=60))
+    def send_request(words):
+        [url] = [word.replace(*replacement) for word in words if word.startswith("http")]
+        responses.append(httpx.post(url, content=words[words.index("-d") + 1], timeout=60))
 
-    def use():
-        # From here on a signal ends the server and not the tests.
+    def run_rest():
+        # Once the server responds, it handles SIGTERM; before, the signal would end the tests.
         httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
         try:
-            run_page(rest, runner, do, ask, instead)
+            run_page(rest, runner, run_command, send_request, replacement)
         except BaseException as problem:
             problems.append(problem)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def begin(command):
+    def start_server(command):
         small = [*SMALL["serve"], "--port", port] if command[0] == "serve" else []
         assert main([*command, *small]) == 0
 
-    thread, startup_message = threading.Thread(target=use), server.startup_message
+    thread, startup_message = threading.Thread(target=run_rest), server.startup_message
     monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
-    run_page([first], runner, begin)
+    run_page([first], runner, start_server)
     thread.join()
     assert not problems, problems
-    assert [answer.status_code for answer in answers] == [200] * 3
-    assert answers[1].json()["choices"][0]["message"]["role"] == "assistant"
-    assert answers[2].text.endswith("data: [DONE]\n\n")
+    assert [response.status_code for response in responses] == [200] * 3
+    assert responses[1].json()["choices"][0]["message"]["role"] == "assistant"
+    assert responses[2].text.endswith("data: [DONE]\n\n")
 
 
-def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
-    """All but the compiler runs, with the models of the page; tests/plan run the compiler."""
+def test_the_commands_of_plan_md_plan(at, monkeypatch, capsys):
+    """Runs everything except the compiler, with the models of the page; tests/plan run it."""
     peer("libtpu")
     gib, events = 2**30, [Event(cycles=1e7)]
 
@@ -229,8 +229,8 @@ def test_a_run_is_planned_as_the_page_says(at, monkeypatch, capsys):
         monkeypatch.setattr(serving_program, name, compile_serving_program)
     page = code_blocks(DOCS / "plan.md")
     run_page(page, PageRunner(at, page))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("fits in 95 GiB", '"mfu_causal"', "the fastest, for the configuration file"):
-        assert part in told
-    assert told.count("KV cache, 8 row(s)") == 2
+        assert part in output
+    assert output.count("KV cache, 8 row(s)") == 2
     assert Path("7b.png").read_bytes().startswith(b"\x89PNG")

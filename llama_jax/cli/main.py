@@ -86,7 +86,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             )
         )
     args, rest = parser.parse_known_args(argv)
-    # argparse accepts overrides only in one place; they may also follow flags.
+    # argparse accepts consecutive overrides only; here overrides may also follow flags.
     if "overrides" in args and not any(word.startswith("-") for word in rest):
         args.overrides += rest
     elif rest:

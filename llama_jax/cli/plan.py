@@ -18,8 +18,8 @@ It compiles the step three times: complete, for its memory and schedule, and unr
 and with two, for the cost of a layer and of the rest, because its cost model counts the body of a
 loop only once. All figures are estimates:
 
-  compiler                 the compiler's cost model, of all operations except attention kernels
-                           and communication
+  the compiler's estimate  its cost model, of all operations except attention kernels and
+                           communication
   attention                a model: 7 products (9 if the backward pass recomputes them), half of
                            them masked, at 50 % of the peak (less for heads below 128)
   exposed communication    the complete schedule is simulated, with all iterations of its loops:

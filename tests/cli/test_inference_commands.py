@@ -1,4 +1,4 @@
-"""What a user types to have a model write, answer and be measured."""
+"""The commands that run a model: generate, serve, perplexity."""
 
 import os
 import re
@@ -16,18 +16,18 @@ from llama_jax.serving.server import startup_message
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 
-def test_generate_writes_the_text_alone_to_standard_output(capsys, model_folder):
+def test_generate_writes_only_the_text_to_standard_output(capsys, model_folder):
     command = ["generate", model_folder, "--prompt", "aeiou", "--max-new-tokens", 20]
     code, out, err = run(capsys, *command)
     assert code == 0
     assert out.startswith("aeiou")
     assert "20 tokens in" in err
     assert run(capsys, *command)[1] == out
-    drawn = [run(capsys, *command, "--temperature", 2, "--seed", s)[1] for s in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
+    sampled = [run(capsys, *command, "--temperature", 2, "--seed", s)[1] for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_stories260k_is_written_byte_for_byte(capsys, shared_data, tmp_path):
+def test_stories260k_generates_the_expected_text_byte_for_byte(capsys, shared_data, tmp_path):
     source = shared_data / "stories260K"
     assert run(capsys, "convert", source / "meta", tmp_path / "m")[0] == 0
     command = ["generate", tmp_path / "m", "--ignore-eos", "--max-new-tokens", 200]
@@ -35,17 +35,19 @@ def test_stories260k_is_written_byte_for_byte(capsys, shared_data, tmp_path):
     assert out == (source / "greedy_200_expected.txt").read_text() + "\n"
 
 
-def test_what_int8_loses_is_measured(capsys, model_folder, tmp_path):
+def test_perplexity_measures_the_loss_of_int8(capsys, model_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("aeiou klt " * 10)
-    code, both, _ = run(capsys, "perplexity", model_folder, text, "--quantize", "int8")
-    kinds, nats = zip(*(line.split()[:2] for line in both.splitlines()), strict=True)
-    assert (code, kinds) == (0, ("float32", "int8", "change"))
+    code, comparison, _ = run(capsys, "perplexity", model_folder, text, "--quantize", "int8")
+    types, nats = zip(*(line.split()[:2] for line in comparison.splitlines()), strict=True)
+    assert (code, types) == (0, ("float32", "int8", "change"))
     assert float(nats[2]) == pytest.approx(float(nats[1]) - float(nats[0]), abs=2e-5)
     code, out, _ = run(capsys, "convert", model_folder, tmp_path / "int8", "--quantize", "int8")
     assert code == 0
     assert out.endswith(f"llama-jax perplexity {tmp_path / 'int8'} TEXT_FILE\n")
-    assert run(capsys, "perplexity", tmp_path / "int8", text)[1] == both.splitlines()[1] + "\n"
+    assert (
+        run(capsys, "perplexity", tmp_path / "int8", text)[1] == comparison.splitlines()[1] + "\n"
+    )
     code, out, _ = run(capsys, "generate", tmp_path / "int8", "--prompt", "aei")
     assert (code, out.startswith("aei")) == (0, True)
     assert "int8 with a scale for each output" in run(capsys, "info", tmp_path / "int8")[1]
@@ -57,14 +59,14 @@ def test_what_int8_loses_is_measured(capsys, model_folder, tmp_path):
     )
 
 
-def test_serve_answers_until_sigterm_and_lets_texts_end(
+def test_serve_answers_until_sigterm_and_finishes_running_requests(
     capsys, model_folder, token_folder, monkeypatch
 ):
     engines = []
 
     def engine(config, model, *, rows, context, queue, progress):
         assert (config.vocab_size, rows, context, queue) == (320, 3, 100, 5)
-        progress(0.25, "2 of 4: decode")  # no line for this: a start within ten seconds has few
+        progress(0.25, "2 of 4: decode")  # not printed: a line appears every ten seconds
         engines.append(FakeEngine(load_tokenizer(token_folder)))
         engines[0].seconds = 0.02
         return engines[0]
@@ -73,39 +75,41 @@ def test_serve_answers_until_sigterm_and_lets_texts_end(
     monkeypatch.setenv("LLAMA_JAX_API_KEY", "open sesame")
     with server.bind_socket("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
-    texts = []
+    lines = []
 
-    def use():
+    def send_requests():
         url = f"http://127.0.0.1:{port}"
         with httpx.Client() as http:
             assert http.get(f"{url}/v1/models").status_code == 401
             body = {"model": "mine", "prompt": "x", "stream": True, "max_tokens": 40, "seed": 1}
             headers = {"authorization": "Bearer open sesame"}
-            with http.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as made:
-                for event in made.iter_lines():
-                    if not texts:
+            with http.stream(
+                "POST", f"{url}/v1/completions", json=body, headers=headers
+            ) as response:
+                for line in response.iter_lines():
+                    if not lines:
                         os.kill(os.getpid(), signal.SIGTERM)
-                    texts.append(event)
+                    lines.append(line)
 
-    thread = threading.Thread(target=use)
+    thread = threading.Thread(target=send_requests)
     monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
     options = ["--port", port, "--rows", 3, "--context", 100, "--queue", 5, "--name", "mine"]
     code, out, err = run(capsys, "serve", model_folder, *options)
     thread.join()
     assert (code, out) == (0, "")
-    *started, where, _ = re.sub(r"\d+\.\d s", "N s", err).split("\n")
-    assert started == [
+    *progress, address, _ = re.sub(r"\d+\.\d s", "N s", err).split("\n")
+    assert progress == [
         "loading 0.00 GB of weights …", "loaded 0.00 GB of weights in N s",
         "compiling 4 programs …", "compiled 4 programs in N s",
     ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
-    assert where == f"mine is served at {url} (web page) and {url}/v1 (API)"
-    assert texts[-2:] == ["data: [DONE]", ""]
+    assert address == f"mine is served at {url} (web page) and {url}/v1 (API)"
+    assert lines[-2:] == ["data: [DONE]", ""]
     assert engines[0].closed
     assert engines[0].reasons in (["length"], ["stop"])
 
 
-def test_serve_names_the_package_that_is_missing(capsys, model_folder, monkeypatch):
+def test_serve_reports_a_missing_package(capsys, model_folder, monkeypatch):
     monkeypatch.delattr("llama_jax.serving.server", raising=False)
     monkeypatch.delitem(sys.modules, "llama_jax.serving.server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -1,4 +1,4 @@
-"""What `info` says of damaged folders: a sentence."""
+"""`llama-jax info` reports a damaged folder in one sentence."""
 
 import json
 import shutil
@@ -9,24 +9,24 @@ from llama_jax.cli.describe_folder import describe
 from llama_jax.convert.convert import convert
 from llama_jax.errors import InputError
 
-STRANGE = ["-1", "1e400", "null", '"x"', "[]", "{}", '{"a": {}}', "[" * 100_000]
+STRANGE_VALUES = ["-1", "1e400", "null", '"x"', "[]", "{}", '{"a": {}}', "[" * 100_000]
 
 
-def changes(content, path=()):
-    """Yields the places of all parts of a JSON value; of a list's, those of its first alone."""
-    yield path
-    inner = content.items() if isinstance(content, dict) else list(enumerate(content or ()))[:1]
-    for key, value in inner:
-        yield from changes(value if isinstance(value, dict | list) else (), (*path, key))
+def list_keys(content, key=()):
+    """Yields the keys of all parts of a JSON value; of a list, only those of its first item."""
+    yield key
+    parts = content.items() if isinstance(content, dict) else list(enumerate(content or ()))[:1]
+    for name, part in parts:
+        yield from list_keys(part if isinstance(part, dict | list) else (), (*key, name))
 
 
-def changed(text, place, value):
-    """Returns JSON in which the part at `place` is `value`, or is missing where that is None."""
+def replace_part(text, key, value):
+    """Returns the JSON with `value` at `key`; without that part if `value` is None."""
     content = {"all": json.loads(text)}
-    *before, last = ("all", *place)
+    *parents, last = ("all", *key)
     part = content
-    for key in before:
-        part = part[key]
+    for name in parents:
+        part = part[name]
     if value is None:
         del part[last]
     else:
@@ -34,20 +34,20 @@ def changed(text, place, value):
     return json.dumps(content.get("all", "")).replace('"here"', value or "")
 
 
-def survives(folder, path):
-    """Tries every change of a JSON file in a folder; returns how many were refused."""
-    text, refused = path.read_text(), []
-    for place in changes(json.loads(text)):
-        for value in [None, *STRANGE]:
-            path.write_text(changed(text, place, value))
+def count_refused_changes(folder, path):
+    """Damages each part of a JSON file of the folder; returns how many changes were refused."""
+    text, messages = path.read_text(), []
+    for key in list_keys(json.loads(text)):
+        for value in [None, *STRANGE_VALUES]:
+            path.write_text(replace_part(text, key, value))
             try:
                 describe(folder)
             except InputError as error:
-                refused.append(str(error))
+                messages.append(str(error))
     path.write_text(text)
-    assert all(str(folder) in told for told in refused)
-    assert max(map(len, refused)) < 500 + 2 * len(str(path))
-    return len(refused)
+    assert all(str(folder) in message for message in messages)
+    assert max(map(len, messages)) < 500 + 2 * len(str(path))
+    return len(messages)
 
 
 def test_a_receipt_without_a_key_is_damaged(model_folder, tmp_path):
@@ -58,26 +58,28 @@ def test_a_receipt_without_a_key_is_damaged(model_folder, tmp_path):
         path.write_text(json.dumps({k: v for k, v in receipt.items() if k != name}))
         with pytest.raises(InputError, match=r"receipt.json is damaged: convert the model again"):
             describe(folder)
-    del receipt["weights"]  # which nothing here reads
+    del receipt["weights"]  # `info` doesn't read them
     path.write_text(json.dumps(receipt))
-    assert survives(folder, path) > 150
+    assert count_refused_changes(folder, path) > 150
 
 
-def test_a_damaged_configuration_or_list_of_shards_is_told(model_folder, token_folder, tmp_path):
-    for source, name, least in (
+def test_a_damaged_configuration_or_list_of_shards_is_reported(
+    model_folder, token_folder, tmp_path
+):
+    for source, name, minimum in (
         (model_folder, "config.json", 50),
         (token_folder, "meta.json", 150),
     ):
         folder = shutil.copytree(source, tmp_path / name)
-        assert survives(folder, folder / name) > least
-    for place, problem in (
+        assert count_refused_changes(folder, folder / name) > minimum
+    for key, problem in (
         (("splits", "validation"), "splits.validation is missing"),
         (("splits", "train", "tokens"), "splits.train.tokens is missing"),
         (("sources",), "sources is missing"),
     ):
         path = tmp_path / "meta.json/meta.json"
         text = path.read_text()
-        path.write_text(changed(text, place, None))
+        path.write_text(replace_part(text, key, None))
         with pytest.raises(InputError) as caught:
             describe(path.parent)
         assert f"has a damaged meta.json ({problem}): create a folder of" in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a user types, and what comes back."""
+"""Commands, their output and exit codes, and the sentence for each bad input."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from llama_jax.config.run import Config, DataConfig, LoggingConfig, MeshConfig, 
 
 
 @pytest.mark.slow
-def test_the_quickstart_trains_resumes_and_writes(capsys, tmp_path, monkeypatch):
+def test_the_quickstart_trains_resumes_and_generates(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     command = ["train", "configs/quickstart.yaml", "mesh.fsdp=1", "mesh.data=8"]
     command += ["training.eval_every=2", "training.eval_batches=2", "data.seq_len=64"]
-    command += ["model.n_layers=1"]  # each is compiled: four take four times as long
+    command += ["model.n_layers=1"]  # each layer is compiled: four take four times as long
     code, out, err = run(capsys, *command, "training.steps=2")
     assert code == 0
     assert "data/quickstart is not there yet: making it from python-stdlib" in err
@@ -41,17 +41,17 @@ def test_the_quickstart_trains_resumes_and_writes(capsys, tmp_path, monkeypatch)
     assert yaml_file.load(ROOT / "configs/quickstart.yaml").model.n_params == 4_000_000
 
 
-def test_tokenize_makes_a_folder_that_info_describes(capsys, tmp_path):
+def test_tokenize_creates_a_folder_that_info_describes(capsys, tmp_path):
     texts = tmp_path / "t.jsonl"
     texts.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(40)))
     out = tmp_path / "shards"
-    code, said, _ = run(capsys, "tokenize", texts, "--out", out, "--vocab-size", 280)
+    code, output, _ = run(capsys, "tokenize", texts, "--out", out, "--vocab-size", 280)
     assert code == 0
-    assert "train: 38 documents" in said
-    code, said, _ = run(capsys, "info", out)
+    assert "train: 38 documents" in output
+    code, output, _ = run(capsys, "info", out)
     assert code == 0
-    assert "38 documents" in said
-    assert "280 tokens, begin 1, end 2" in said
+    assert "38 documents" in output
+    assert "280 tokens, begin 1, end 2" in output
     again = tmp_path / "again"
     run(capsys, "tokenize", texts, "--out", again, "--tokenizer", out / "tokenizer.model")
     assert (again / "meta.json").read_text() == (out / "meta.json").read_text()
@@ -63,7 +63,7 @@ def test_info_describes_a_model(capsys, model_folder):
     assert "320 tokens, begin 1, end 2" in out
 
 
-def test_convert_tells_what_it_did_and_proves_it_again(capsys, model_folder, tmp_path):
+def test_convert_reports_its_proof_and_verify_repeats_it(capsys, model_folder, tmp_path):
     code, out, _ = run(capsys, "convert", model_folder, tmp_path / "hf", "--to", "hf")
     assert code == 0
     assert "peak memory" in out
@@ -95,15 +95,15 @@ def test_help_reads_like_a_manual_with_an_example(capsys, command):
 
 
 def bad_commands(tmp_path, model_folder, token_folder):
-    """Bad inputs of every kind, and a part of the sentence that each gets."""
+    """Returns commands with bad inputs, and a part of the expected message of each."""
 
-    def damaged(change):
+    def damaged_copy(change):
         copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
         shutil.copytree(model_folder, copy)
         change(copy)
         return copy
 
-    def written(**sections):
+    def write_config(**sections):
         values = {
             "model": tiny_model(),
             "mesh": MeshConfig(data=8, fsdp=1),
@@ -115,24 +115,26 @@ def bad_commands(tmp_path, model_folder, token_folder):
         path.write_text(yaml_file.dump(Config(**(values | sections))))
         return path
 
-    good = written()
+    good = write_config()
     typo = tmp_path / "typo.yaml"
     typo.write_text(good.read_text().replace("peak_lr:", "peek_lr:"))
-    torn = tmp_path / "torn.jsonl"
-    torn.write_text('{"text": "a"}\n{"text": "b')
+    incomplete = tmp_path / "incomplete.jsonl"
+    incomplete.write_text('{"text": "a"}\n{"text": "b')
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9 " * 100)
     small = tmp_path / "small.txt"
     small.write_text("a few words")
-    other_tokenizer = damaged(lambda f: (f / "tokenizer.model").write_bytes(b"junk"))
-    no_weights = damaged(lambda f: shutil.rmtree(f / "weights"))
-    cut = damaged(lambda f: [p.write_bytes(p.read_bytes()[:40]) for p in f.rglob("weights/*/d/*")])
-    wider = damaged(
+    other_tokenizer = damaged_copy(lambda f: (f / "tokenizer.model").write_bytes(b"junk"))
+    no_weights = damaged_copy(lambda f: shutil.rmtree(f / "weights"))
+    truncated = damaged_copy(
+        lambda f: [p.write_bytes(p.read_bytes()[:40]) for p in f.rglob("weights/*/d/*")]
+    )
+    wider = damaged_copy(
         lambda f: (f / "config.json").write_text(
             (f / "config.json").read_text().replace('"dim": 32', '"dim": 64')
         )
     )
-    foreign = damaged(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'))
+    foreign = damaged_copy(lambda f: (f / "config.json").write_text('{"model_type": "llama"}'))
     out, tokens = tmp_path / "out", token_folder
     vocabulary = ["--vocab-size", "300"]
     hosts = ["--processes", "2", "--coordinator"]
@@ -157,7 +159,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
             ["train", good, *hosts, "h:1", "--process", "2"],
             "--process 2 with --processes 2: number the",
         ),
-        (["tokenize", torn, "--out", out, *vocabulary], "torn.jsonl:2: not valid JSON"),
+        (["tokenize", incomplete, "--out", out, *vocabulary], "incomplete.jsonl:2: not valid JSON"),
         (["tokenize", latin, "--out", out, *vocabulary], "latin.txt is not UTF-8 text"),
         (["tokenize", small, "--out", out, "--vocab-size", "9999"], "corpus is too small to train"),
         (["tokenize", small, "--out", out, "--vocab-size", "5"], "corpus is too small to train"),
@@ -175,7 +177,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", model_folder, "--max-new-tokens", "0"], "--max-new-tokens must be at least"),
         (["generate", other_tokenizer], "is not a SentencePiece model"),
         (["generate", no_weights], "is damaged or cut short"),
-        (["generate", cut], "is damaged or cut short"),
+        (["generate", truncated], "is damaged or cut short"),
         (["generate", wider], "was written with another model configuration"),
         (["generate", foreign], "is not the configuration of a llama_jax model"),
         (["serve", tmp_path / "no"], "does not exist"),
@@ -226,7 +228,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["convert", model_folder, out, "--model", "llama-7b"], "requires (32000, 4096)"),
         (["convert", model_folder, out, "--tokenizer", small], "is not a SentencePiece model"),
         (["convert", no_weights, out], "contains no weights"),
-        (["convert", cut, out], "is damaged or cut short"),
+        (["convert", truncated, out], "is damaged or cut short"),
         (["convert", "--verify", model_folder], "has no receipt.json"),
         (["info", tmp_path / "no"], "there is no folder"),
         (
@@ -261,10 +263,10 @@ def test_every_bad_input_gets_one_sentence_and_exit_code_2(
     for argv, sentence in commands:
         before = {p for p in tmp_path.iterdir() if p.name != "run"}
         code, out, err = run(capsys, *argv)
-        said = [line for line in err.splitlines() if line.startswith(f"llama-jax {argv[0]}: ")]
+        messages = [s for s in err.splitlines() if s.startswith(f"llama-jax {argv[0]}: ")]
         assert code == 2, argv
-        assert sentence in said[0], (argv, err)
-        assert len(said) == 1
+        assert sentence in messages[0], (argv, err)
+        assert len(messages) == 1
         assert "Traceback" not in err
         assert out == ""
         assert {p for p in tmp_path.iterdir() if p.name != "run"} == before, argv

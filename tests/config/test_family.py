@@ -6,7 +6,7 @@ from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ffn_dim
 from llama_jax.parallel.mesh import one_device_mesh
 
-# Parameter counts as published with the weights.
+# Parameter counts published with the weights.
 COUNTS = {
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
@@ -34,7 +34,7 @@ def test_every_member_has_its_published_parameter_count():
 
 
 @pytest.mark.parametrize("name", ["llama-33b", "llama2-70b", "llama3.2-1b", "llama3.1-405b"])
-def test_the_weights_that_are_made_are_the_weights_that_are_counted(name):
+def test_n_params_counts_the_weights_of_the_model(name):
     with jax.set_mesh(one_device_mesh()):
         model = abstract_model(FAMILY[name])
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == COUNTS[name]
@@ -60,8 +60,8 @@ def test_ffn_dim_follows_from_params_json(name, multiple_of, multiplier):
     assert ffn_dim(config.dim, multiple_of, multiplier) == config.hidden_dim
 
 
-def test_flops_of_65b_are_those_behind_the_papers_mfu():
-    # 380 tokens/s on an A100 of 312 TFLOP/s are 48.6 %, the embedding's look-up counted as a
-    # product (0.15 % here).
+def test_flops_of_65b_reproduce_the_mfu_of_the_paper():
+    # 380 tokens/s on an A100 with 312 TFLOP/s are an MFU of 48.6 % if the embedding look-up counts
+    # as a matrix product (a difference of 0.15 %).
     mfu = 380 * FAMILY["llama-65b"].flops_per_token(2048) / 312e12
     assert abs(mfu - 0.486) < 0.002

@@ -30,17 +30,17 @@ def test_a_member_of_the_family_gives_the_defaults_of_the_model(minimal):
     config = yaml_file.load(minimal, ["model.context=4096", "model.remat=none"])
     expected = dataclasses.replace(FAMILY["llama-7b"], context=4096, remat="none")
     assert config.model == expected
-    assert config.optimizer.peak_lr == 1e-4  # YAML 1.1 would read this as text
+    assert config.optimizer.peak_lr == 1e-4  # YAML 1.1 reads 1e-4 as a string
 
 
-def test_what_is_saved_reads_back_the_same(minimal, tmp_path):
+def test_a_saved_configuration_reads_back_equal(minimal, tmp_path):
     config = yaml_file.load(minimal, ["model.family=llama3.1-8b", "mesh.tensor=4"])
     (tmp_path / "again.yaml").write_text(yaml_file.dump(config))
     assert yaml_file.load(tmp_path / "again.yaml") == config
     assert hash(yaml_file.load(tmp_path / "again.yaml")) == hash(config)
 
 
-def test_every_file_in_configs_is_valid_and_says_how_to_run_it():
+def test_every_file_in_configs_is_valid_and_starts_with_its_command():
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert paths
     for path in paths:
@@ -49,18 +49,18 @@ def test_every_file_in_configs_is_valid_and_says_how_to_run_it():
         assert first == f"# llama-jax train configs/{path.name}"
 
 
-def test_the_files_of_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+def test_included_files_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").mkdir()  # no file
+    (tmp_path / "quickstart").mkdir()  # a folder, not a file
     for path in ("quickstart", "configs/quickstart.yaml"):
         assert yaml_file.load(path) == yaml_file.load(ROOT / "configs" / "quickstart.yaml")
     (tmp_path / "llama-7b").write_text(MINIMAL)
-    assert yaml_file.load("llama-7b").training.steps == 10  # a file of one's own comes first
+    assert yaml_file.load("llama-7b").training.steps == 10  # the user's own file takes precedence
     with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax includes llama-13b, "):
         yaml_file.load("no-such")
 
 
-def test_there_are_few_keys_and_the_manual_explains_each():
+def test_there_are_at_most_63_keys_and_the_manual_explains_each():
     assert len(yaml_file.KEYS) <= 63
     manual = yaml_file.manual()
     for section in dataclasses.fields(Config):
@@ -70,7 +70,7 @@ def test_there_are_few_keys_and_the_manual_explains_each():
         assert len(key.description) > 10
 
 
-# What is written, and the sentence that it gets (after the place).
+# An override, and the end of its error message.
 BAD_OVERRIDES = [
     (
         "optimizer.peak_lrr=1",
@@ -134,7 +134,7 @@ def test_bad_overrides_get_one_sentence(minimal, override, sentence):
         ((MINIMAL, ""), "the file must contain sections: model, mesh, data"),
     ],
 )
-def test_mistakes_in_a_file_are_named_with_their_line(tmp_path, change, sentence):
+def test_errors_in_a_file_name_the_line(tmp_path, change, sentence):
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL.replace(*change))
     with pytest.raises(InputError) as caught:
@@ -143,7 +143,7 @@ def test_mistakes_in_a_file_are_named_with_their_line(tmp_path, change, sentence
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
+def test_a_missing_file_and_a_binary_file_are_reported(tmp_path):
     with pytest.raises(InputError, match=r"can't read the configuration .*: No such file"):
         yaml_file.load(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
