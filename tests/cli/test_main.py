@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run, tiny_model
 
-from llama_jax.cli.main import main
+from llama_jax.cli.main import COMMANDS, main
 from llama_jax.config import yaml_file
 from llama_jax.config.run import Config, DataConfig, LoggingConfig, MeshConfig, TrainingConfig
 
@@ -80,9 +80,7 @@ def test_convert_reports_its_proof_and_verify_repeats_it(capsys, model_folder, t
     assert "\nwarning " not in out
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "tokenize", "generate", "serve", "perplexity", "convert", "info"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_reads_like_a_manual_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -276,7 +274,7 @@ def test_every_bad_input_gets_one_sentence_and_exit_code_2(
 def test_help_and_mistyped_commands_answer_without_jax(argv):
     program = f"""
 import sys
-from llama_jax.cli.main import main
+from llama_jax.cli.main import COMMANDS, main
 try:
     main({argv})
 except SystemExit:
