@@ -275,5 +275,5 @@ def test_the_newest_checkpoint_of_a_run_is_exported(tmp_path):
 def test_mesh_option_gives_the_sizes_of_axes():
     assert parse_mesh("fsdp=8, tensor=4") == {"fsdp": 8, "tensor": 4}
     for text in ("fsdp", "fsdp=0", "rows=2"):
-        with pytest.raises(InputError, match="is not a mesh axis.*like fsdp=8,tensor=4"):
+        with pytest.raises(InputError, match=r"is not a mesh axis.*like fsdp=8,tensor=4"):
             parse_mesh(text)
