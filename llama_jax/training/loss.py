@@ -22,19 +22,19 @@ from llama_jax.parallel.collectives import (
 )
 from llama_jax.parallel.sharding import activation_spec, weight_spec
 
-# Logits that a device holds at a time, in float32. [B, T, V] whole is the largest array of a
-# training step, many times over; in chunks of T it costs nothing but reading the head's gradient
-# once more for each.
+# Largest size of the float32 logits that a device materializes at a time. The complete [B, T, V]
+# would be by far the largest array of a training step. Chunks of T cost only one more read of the
+# head's gradient for each chunk.
 CHUNK_BYTES = 1 << 30
 
 
 def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     """Returns the summed objective of a batch and (summed cross-entropy [nats], counted targets).
 
-    Targets below 0 do not count. The objective adds z_loss · log² Z per target, which keeps the
-    normaliser Z near 1 (PaLM, arXiv 2204.02311, section 5). Sums, not means: what the caller
-    divides by is the number of targets of the whole batch, over all micro-batches and devices.
-    Only the objective can be differentiated.
+    Targets below 0 do not count. The objective adds z_loss · log² Z per target, so that the
+    normalizer Z stays near 1 (PaLM, arXiv 2204.02311, section 5). These are sums, not means: the
+    caller divides by the number of targets of the complete batch, over all micro-batches and
+    devices. Only the objective is differentiable.
     """
     batch = jax.tree.map(shard_sequence, batch)
     x_BTD = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
@@ -54,7 +54,7 @@ class _Static(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array):
-    """Returns objective and cross-entropy, summed over all tokens."""
+    """Returns the objective and the cross-entropy, each summed over all tokens."""
 
     def local(x_BTD, w_DV, targets_BT):
         def add(sums, chunk):
@@ -73,7 +73,7 @@ def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: j
 
 
 def _chunks(x_BTD, targets_BT, V: int):
-    """Returns both with T cut into a leading axis of chunks; what is padded does not count."""
+    """Returns both with T split into a leading axis of chunks; padded targets do not count."""
     B, T, D = x_BTD.shape
     fitting = max(1, CHUNK_BYTES // (4 * B * V))
     size = min(T, 1 << (fitting.bit_length() - 1))
@@ -87,7 +87,7 @@ def _chunks(x_BTD, targets_BT, V: int):
 def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     """Returns the objective and the cross-entropy of one chunk, and d objective / d logits.
 
-    V is this device's part of the vocabulary.
+    V is this device's shard of the vocabulary.
     """
     V = w_DV.shape[1]
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
@@ -106,16 +106,16 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
 
 
 def _head_loss_forward(static: _Static, x_BTD, w_DV, targets_BT):
-    """Makes the gradients along with the loss, chunk by chunk, so that no logits are kept.
+    """Computes the gradients together with the loss, chunk by chunk, so that no logits are saved.
 
-    The head's is summed over the chunks on each device, and over the devices once.
+    The head's gradient is summed over the chunks on each device, and then once over the devices.
     """
 
     def local(x_BTD, w_DV, targets_BT):
         B, T, D = x_BTD.shape
 
         def add(sums, chunk):
-            # Else an unrolled loop would make the logits of several chunks before it needs them.
+            # Otherwise an unrolled loop would materialize the logits of several chunks at once.
             (x_BTD, targets_BT), sums = jax.lax.optimization_barrier((chunk, sums))
             objective, nll, d_logits = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
             out = accumulate_dtype(x_BTD.dtype)

@@ -7,7 +7,12 @@ from llama_jax.training.metrics import read_metrics
 
 
 def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
-    """Draws the losses in metrics.jsonl as loss.png and returns its path."""
+    """Draws the losses in metrics.jsonl as loss.png, and returns the path of loss.png.
+
+    Args:
+        folder: of the run.
+        unigram_entropy: of the held-out text [nats per token], drawn as a line; None: no line.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

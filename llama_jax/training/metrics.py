@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar, loss.png."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the peak for MFU."""
 
 import contextlib
 import importlib.util
@@ -15,18 +15,18 @@ from llama_jax.runtime.chips import chip_of
 
 
 def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
-    """Returns the peak of one device [FLOP/s], or None where it is not known."""
+    """Returns the peak of one device [FLOP/s], or None if it is unknown."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     chip = chip_of(device_kind)
     return chip.bf16_tflops * 1e12 if chip else None
 
 
-def check_installed(config: LoggingConfig) -> None:
-    """Looks for the packages that the configuration asks for.
+def check_wandb_installed(config: LoggingConfig) -> None:
+    """Checks that the package wandb is installed if the configuration uses it.
 
     Raises:
-        InputError: one is missing.
+        InputError: it is missing.
     """
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(
@@ -36,16 +36,20 @@ def check_installed(config: LoggingConfig) -> None:
 
 
 class MetricsLog:
-    """Writes one record a step to metrics.jsonl and where else the configuration says.
+    """Writes one record per step to metrics.jsonl, and to the other logs of the configuration.
 
-    Opened at a step, it first drops the records of later steps: those will be made again.
+    Args:
+        folder: of the run.
+        config: of the run.
+        step: of the checkpoint from which the run resumes. Records of later steps are removed:
+            the run computes these steps again.
     """
 
     def __init__(self, folder: Path, config: Config, step: int):
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r["step"] <= step]
+        earlier = [r for r in read_metrics(self.path) if r["step"] <= step]
         with replace_file(self.path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.write_text("".join(json.dumps(record) + "\n" for record in earlier))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -75,8 +79,8 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise Fault(
-                f"can't write {self.path} ({error.strerror}): mend that, and the same command goes"
-                " on from the last checkpoint"
+                f"can't write {self.path} ({error.strerror}): fix the cause; the same command then"
+                " resumes from the last checkpoint"
             ) from error
         if self._tensorboard:
             for name, value in values.items():
@@ -85,8 +89,8 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Closes everything."""
-        with contextlib.suppress(OSError):  # `write` has raised it before
+        """Closes all logs."""
+        with contextlib.suppress(OSError):  # `write` has raised it already
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -95,9 +99,9 @@ class MetricsLog:
 
 
 def _wandb_id(path: Path) -> str:
-    """Returns the run's id at Weights & Biases: made once, then kept in `path`.
+    """Returns the id of the run at Weights & Biases: generated once, then read from `path`.
 
-    The name of the run folder would not do: two folders of one name would be one run there.
+    The name of the run folder can't be the id: two folders of one name would become one run.
     """
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -107,7 +111,7 @@ def _wandb_id(path: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics.jsonl; a last line that was cut short is left out."""
+    """Returns the records of a metrics.jsonl, without a last line that is incomplete."""
     if not path.exists():
         return []
     records = []

@@ -11,9 +11,9 @@ from llama_jax.model.weights import Llama
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns step (0 is the first) -> learning rate.
+    """Returns the schedule: step (0 is the first) -> learning rate.
 
-    Linear warm-up that reaches the peak in step `warmup_steps`, then a cosine that reaches
+    A linear warm-up reaches the peak in step `warmup_steps`, then a cosine reaches
     `final_lr_fraction` of the peak in the last of `steps`. No step has a rate of 0.
     """
     schedule = optax.warmup_cosine_decay_schedule(
@@ -29,15 +29,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def adamw(config: OptimizerConfig) -> Any:
     """Returns an optax transformation: AdamW without clipping and learning rate.
 
-    The training step applies both itself: they depend on what it knows, the norm that it reports
-    and the number of the step.
+    The training step applies both: clipping needs the norm that the step reports, and the rate its
+    number.
     """
     return optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )
 
 
-def decayed(model: Llama) -> Llama:
-    """Returns which weights decay: the matrices, not the scales of the norms."""
+def decay_mask(model: Llama) -> Llama:
+    """Returns for each weight whether it decays: matrices do, scales of the norms don't."""
     return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), model)

@@ -1,4 +1,4 @@
-"""Turns what steps tell into records, a progress bar and a picture."""
+"""Reports the metrics of a run: records, progress on standard error, and the loss figure."""
 
 import math
 import time
@@ -17,13 +17,20 @@ from llama_jax.training.progress import StepProgress
 from llama_jax.training.step import StepMetrics
 
 
-def due(step: int, every: int) -> bool:
-    """Tells whether something that is done each `every` steps (0: never) is due after `step`."""
+def is_due(step: int, every: int) -> bool:
+    """Returns whether an action every `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 
 class Report:
-    """The voice of a run, from its first step to its last: that of host 0."""
+    """Logs step metrics, shows progress and draws the loss figure. Only host 0 writes.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        data: of the run.
+        first: number of steps done before.
+    """
 
     def __init__(self, config: Config, folder: Path, data: Batches, first: int):
         self.config, self.folder, self.data = config, folder, data
@@ -37,15 +44,15 @@ class Report:
         self._tokens = config.data.batch_size * config.data.seq_len
         self._flops = config.model.flops_per_token(config.data.seq_len) * self._tokens
 
-    def dispatched(self) -> None:
-        """Notes that a step is handed to the device now."""
+    def record_dispatch(self) -> None:
+        """Records the time at which the host dispatches a step."""
         self._dispatched = time.monotonic()
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Waits for the metrics of a step (1 is the first) and tells them."""
+        """Waits for the metrics of a step (1 is the first) and reports them."""
         loss, norm, rate, targets, skipped = (np.asarray(value).item() for value in metrics)
         now = time.monotonic()
-        # A step begins when the one before it has ended, or when it was handed over.
+        # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
         self._done = now
         self.skipped += skipped
@@ -62,8 +69,8 @@ class Report:
         }
         if self._peak:
             record["mfu"] = self._flops / seconds / self._peak
-        wanted = due(step, self.config.logging.every) or step == self.config.training.steps
-        if self.log and wanted:
+        logged = is_due(step, self.config.logging.every) or step == self.config.training.steps
+        if self.log and logged:
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
         shown |= {"val": self._validation} if self._validation else {}
@@ -73,7 +80,7 @@ class Report:
         self.progress.update(step, shown)
 
     def validation(self, step: int, loss: float) -> None:
-        """Tells the loss on the held-out text after `step` steps."""
+        """Reports the loss on the held-out text after `step` steps [nats per token]."""
         if not math.isnan(loss):
             if self.log:
                 self.log.write(step, {"validation_loss": loss})
@@ -81,11 +88,13 @@ class Report:
         self._done = time.monotonic()
 
     def close(self) -> None:
-        """Closes the files and draws the picture."""
+        """Closes the files and draws the loss figure."""
         self.progress.close()
         if self.log:
             self.log.close()
             try:
                 draw_losses(self.folder, self.data.unigram_entropy)
-            except OSError as error:  # not worth the end of a run, nor to hide why it ended
+            except (
+                OSError
+            ) as error:  # must neither fail the run nor replace the error that ended it
                 print_status(f"can't draw the losses: {error}")

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it was started with, what it must not forget."""
+"""The folder of a run: its lock, its configuration and its tokenizer."""
 
 import contextlib
 import dataclasses
@@ -19,37 +19,37 @@ from llama_jax.runtime.atomic_write import replace_file
 from llama_jax.runtime.console import print_status
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-# A resumed run must be the run that it was. These keys may change, and the change is told.
+# A resumed run must continue the same run. Only these keys may change; the change is printed.
 CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus", "data.tokenizer")
 CHANGEABLE += ("data.validation_fraction", "training.out", "training.steps")
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
-CHANGEABLE += ("training.init_from",)  # it is read while there is no checkpoint
+CHANGEABLE += ("training.init_from",)  # used only before the first checkpoint
 CHANGEABLE += ("training.eval_batches", "checkpoint", "logging")
 
-VISIBLE_SECONDS = 60.0  # after which any network file system shows what another host wrote
+VISIBLE_SECONDS = 60.0  # in this time any network file system shows the writes of another host
 
 
 @contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Makes the run folder and keeps other runs out of it while this one goes on.
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Creates the run folder, and locks it against other runs during the block.
 
     Raises:
-        InputError: another run is in it, it can't be written, or it isn't there on all hosts.
+        InputError: another run has locked it, it can't be written, or hosts don't share it.
     """
-    with contextlib.ExitStack() as held:
-        mark = hosts.broadcast_decision(lambda: _lock(folder, held))
+    with contextlib.ExitStack() as opened:
+        mark = hosts.broadcast_decision(lambda: _lock(folder, opened))
         _check_shared(folder, mark)
         yield
 
 
-def _lock(folder: Path, held: contextlib.ExitStack) -> str:
-    """Locks the folder as long as `held` is open; returns what now stands in the lock."""
+def _lock(folder: Path, opened: contextlib.ExitStack) -> str:
+    """Locks the folder until `opened` closes; returns the random mark in the lock file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115 (closed with `held`)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 (`opened` closes it)
     except OSError as error:
         raise InputError(f"can't write the run folder {folder}: {error.strerror}") from error
-    held.enter_context(lock)
+    opened.enter_context(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -65,21 +65,26 @@ def _lock(folder: Path, held: contextlib.ExitStack) -> str:
 
 
 def _check_shared(folder: Path, mark: str) -> None:
+    """Waits until the lock file on this host contains the `mark` that host 0 wrote."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not (folder / ".lock").is_file() or (folder / ".lock").read_text() != mark:
         if time.monotonic() > deadline:
             raise InputError(
-                f"the run folder {folder.absolute()} is not that of host 0: training.out must lie"
-                " on storage that all hosts share, under the same name"
+                f"the run folder {folder.absolute()} is not that of host 0: training.out must be on"
+                " storage that all hosts share, with the same path on all"
             )
         time.sleep(0.2)
 
 
 def check_unchanged(config: Config, folder: Path) -> None:
-    """Refuses to resume with another configuration, and tells of harmless changes."""
-    before = dict(flat(dataclasses.asdict(folders.read_run_config(folder))))
-    for name, value in flat(dataclasses.asdict(config)):
-        old = before.get(name)
+    """Compares the configuration with that of the run, and prints the allowed changes.
+
+    Raises:
+        InputError: a key outside of `CHANGEABLE` has changed.
+    """
+    previous = dict(flatten(dataclasses.asdict(folders.read_run_config(folder))))
+    for name, value in flatten(dataclasses.asdict(config)):
+        old = previous.get(name)
         if value == old:
             continue
         if any(name == key or name.startswith(key + ".") for key in CHANGEABLE):
@@ -91,17 +96,17 @@ def check_unchanged(config: Config, folder: Path) -> None:
             )
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the keys of a configuration, as 'section.key', and their values."""
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the keys of a configuration, as 'section.key', with their values."""
     for name, value in values.items():
         if isinstance(value, dict) and prefix + name != "data.mixture":
-            yield from flat(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def write_run_files(config: Config, data: Batches, folder: Path) -> None:
-    """Leaves the resolved configuration and the tokenizer in the run folder."""
+    """Writes the resolved configuration and the tokenizer into the run folder."""
     with replace_file(folder / "config.yaml") as partial:
         partial.write_text(yaml_file.dump(config))
     for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():

@@ -1,4 +1,4 @@
-"""Before step 1: prepares and checks the data, and makes or restores the state."""
+"""Before step 1: prepares and checks the data, and initializes or restores the state."""
 
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,16 @@ from llama_jax.training.step import init_state
 
 
 def prepare(config: Config, folder: Path, newest: int | None) -> None:
-    """Does what must be done once before the run goes on from its checkpoint `newest`."""
+    """Checks the run folder and prepares the data, once for all hosts.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        newest: step of the newest checkpoint, or None.
+
+    Raises:
+        InputError: the run can't start or resume with this configuration.
+    """
     if newest is not None:
         check_unchanged(config, folder)
     else:
@@ -36,10 +45,10 @@ def prepare(config: Config, folder: Path, newest: int | None) -> None:
 
 
 def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
-    """Returns the weights that a run begins with, and the optimizer's state for them.
+    """Returns the weights at the start of a run, and the optimizer's state for them.
 
     The weights are those of `training.init_from`, or drawn with `training.seed`. Layers are
-    stacked, as training wants them. Where no mesh is set, it sets that of `config.mesh` for good.
+    stacked, as in training. If no mesh is set, that of `config.mesh` is set permanently.
 
     >>> model, opt_state = lj.initial_state(run)
     >>> model.layers.wq.shape  # L, D, N, H
@@ -58,8 +67,18 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     return model, jax.jit(adamw(config.optimizer).init)(model)
 
 
-class State:
-    """Weights, optimizer state and the number of steps done: fresh, or restored."""
+class TrainingState:
+    """Weights, optimizer state and the number of steps done.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        checkpoints: of the run.
+        step: of the checkpoint to restore, or None to initialize.
+
+    Raises:
+        InputError: the checkpoint was trained on other data.
+    """
 
     def __init__(
         self, config: Config, data: Batches, checkpoints: TrainingCheckpoints, step: int | None
@@ -71,7 +90,7 @@ class State:
             self.step = progress.step
             if progress.data != data.fingerprint:
                 raise InputError(
-                    f"the data in {', '.join(config.data.mixture)} are not those that the run"
+                    f"the data in {', '.join(config.data.mixture)} differ from those that the run"
                     f" {config.training.out} was trained on: restore them, or choose another"
                     " training.out"
                 )
@@ -83,25 +102,25 @@ class State:
 
 
 def prepare_data(config: Config) -> None:
-    """Tokenizes `data.corpus` into the folder of `data.mixture`, where that is not there yet.
+    """Tokenizes `data.corpus` into the folder of `data.mixture`, if that doesn't exist.
 
     Raises:
-        InputError: the folder is missing and there is no corpus to make it from.
+        InputError: the folder is missing and `data.corpus` is empty.
     """
     for name in config.data.mixture:
         if Path(name).exists():
             continue
         if not config.data.corpus:
             raise InputError(
-                f"there is no folder of token shards at {name}: make it with `llama-jax tokenize`,"
-                " or set data.corpus"
+                f"there is no folder of token shards at {name}: create it with `llama-jax"
+                " tokenize`, or set data.corpus"
             )
-        print_status(f"{name} is not there yet: making it from {', '.join(config.data.corpus)}")
+        print_status(f"{name} does not exist yet: tokenizing {', '.join(config.data.corpus)}")
         meta = tokenize.tokenize_corpus(
             config.data.corpus,
             name,
             n_vocab=config.model.vocab_size,
-            tokenizer=init_from.tokenizer_of(config),
+            tokenizer=init_from.tokenizer_source(config),
             validation_fraction=config.data.validation_fraction,
             progress=config.logging.progress,
         )
@@ -112,17 +131,17 @@ def prepare_data(config: Config) -> None:
 
 
 def check_vocabulary(config: Config, data: Batches) -> None:
-    """Compares the vocabulary of the data with the model's.
+    """Compares the vocabulary of the data with that of the model.
 
     Raises:
-        InputError: the folders of the mixture have different tokenizers, or more tokens than the
-            model.
+        InputError: the folders of the mixture have different tokenizers, or a larger vocabulary
+            than the model.
     """
     hashes = {tokens.meta["tokenizer_sha256"] for tokens in data.splits["train"]}
     if len(hashes) > 1:
         raise InputError(
-            "the folders of data.mixture were made with different tokenizers: tokenize them with"
-            " one (`llama-jax tokenize --tokenizer`)"
+            "the folders of data.mixture have different tokenizers: tokenize them with the same one"
+            " (`llama-jax tokenize --tokenizer`)"
         )
     n_vocab = data.splits["train"][0].meta["n_vocab"]
     if n_vocab > config.model.vocab_size:
@@ -133,7 +152,7 @@ def check_vocabulary(config: Config, data: Batches) -> None:
 
 
 def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
-    """Prints parameters, devices, steps and epochs of a run."""
+    """Prints the parameters, devices, steps and epochs of a run."""
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
     of_hosts = f" of {jax.process_count()} hosts" if hosts.is_multi_host() else ""

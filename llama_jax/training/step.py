@@ -15,17 +15,17 @@ from llama_jax.training.optimizer import adamw, learning_rate
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells of itself; scalars on the device."""
+    """Metrics of one step; scalars on the device."""
 
     loss: jax.Array  # mean cross-entropy of the counted targets [nats per token]
     grad_norm: jax.Array  # global norm of the gradient before clipping
     learning_rate: jax.Array
-    targets: jax.Array  # targets that the loss counts
-    skipped: jax.Array  # the gradient was not finite, and nothing was changed
+    targets: jax.Array  # number of targets that the loss counts
+    skipped: jax.Array  # True: the gradient was not finite, and the step changed no weights
 
 
 def init_state(config: Config, key: jax.Array) -> tuple[Llama, optax.OptState]:
-    """Returns fresh weights and the optimizer's state for them, sharded on the current mesh."""
+    """Returns initial weights and the optimizer's state for them, sharded on the current mesh."""
     model = Llama(config.model, key)
     return model, adamw(config.optimizer).init(model)
 
@@ -34,22 +34,22 @@ def gradients(config: Config, model: Llama, batch: Batch) -> tuple[Llama, jax.Ar
     """Returns the gradient of the mean objective, the mean loss, and the counted targets.
 
     `batch` has a leading axis A of micro-batches, which are computed one after another. Sums are
-    accumulated and divided once, by the targets of all of them, so the result is that of the
-    unsplit batch however the targets fall.
+    accumulated, and divided once by the number of targets of all micro-batches. So the result is
+    that of the undivided batch, however the targets are distributed over the micro-batches.
     """
 
-    def micro(model: Llama, batch: Batch):
+    def micro_batch_sums(model: Llama, batch: Batch):
         loss = partial(loss_sums, config.model, z_loss=config.training.z_loss)
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, batch=batch)
         return grads, *sums
 
     if config.training.micro_batches == 1:
-        grads, nll, targets = micro(model, jax.tree.map(lambda x: x[0], batch))
+        grads, nll, targets = micro_batch_sums(model, jax.tree.map(lambda x: x[0], batch))
     else:
         zeros = jax.tree.map(jnp.zeros_like, model)
 
         def add(sums, batch):
-            return jax.tree.map(jnp.add, sums, micro(model, batch)), None
+            return jax.tree.map(jnp.add, sums, micro_batch_sums(model, batch)), None
 
         start = (zeros, jnp.float32(0), jnp.int32(0))
         (grads, nll, targets), _ = jax.lax.scan(add, start, batch)
@@ -71,8 +71,8 @@ def train_step(
     >>> losses[2] < losses[0]
     True
 
-    A step whose gradient is not finite changes nothing and says so in `skipped`. The old model
-    and state are donated.
+    A step whose gradient is not finite returns the old weights and state, and sets `skipped`. The
+    buffers of the old weights and state are donated.
     """
     grads, loss, targets = gradients(config, model, batch)
     with jax.named_scope("optimizer"):
@@ -84,9 +84,9 @@ def train_step(
             jax.tree.map(lambda g: g * clip, grads), opt_state, model
         )
         new_model = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, model, updates)
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        select = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         metrics = StepMetrics(loss, norm, rate, targets, ~finite)
-        return keep(new_model, model), keep(new_state, opt_state), metrics
+        return select(new_model, model), select(new_state, opt_state), metrics
 
 
 @partial(jax.jit, static_argnums=0)
@@ -94,7 +94,7 @@ def eval_step(config: Config, model: Llama, batch: Batch) -> tuple[jax.Array, ja
     """Returns the summed cross-entropy [nats] and the counted targets of a batch [A, B, T]."""
 
     def add(sums: tuple[jax.Array, jax.Array], batch: Batch):
-        _, micro = loss_sums(config.model, model, batch, z_loss=0.0)
-        return jax.tree.map(jnp.add, sums, micro), None
+        _, more = loss_sums(config.model, model, batch, z_loss=0.0)
+        return jax.tree.map(jnp.add, sums, more), None
 
     return jax.lax.scan(add, (jnp.float32(0), jnp.int32(0)), batch)[0]

@@ -22,7 +22,7 @@ def test_the_quickstart_trains_resumes_and_generates(capsys, tmp_path, monkeypat
     command += ["model.n_layers=1"]  # each layer is compiled: four take four times as long
     code, out, err = run(capsys, *command, "training.steps=2")
     assert code == 0
-    assert "data/quickstart is not there yet: making it from python-stdlib" in err
+    assert "data/quickstart does not exist yet: tokenizing python-stdlib" in err
     assert "validation loss" in out
     assert "unigram entropy" in out
     assert out.count("--- sample") == 3

@@ -42,7 +42,7 @@ else:
         loop.TrainingCheckpoints.restore = wait
         start.initial_state = wait
     else:
-        loop._compiled = wait_outside_of_python
+        loop._compile_step = wait_outside_of_python
 sys.exit(main.main(sys.argv[1:]))
 """
 

@@ -25,11 +25,11 @@ from llama_jax.training import loss as loss_module
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.step import gradients, train_step
 
-# Largest error of a gradient, relative to the largest entry of its leaf. The textbook itself in
-# float32 is off by 1e-6 to 2e-6 (16 to 32 roundings of 2^-24; held to 2.5e-6 below). The program
-# rounds as often, but sums in another order and recomputes: twice the textbook's. Today it is
-# 1.5e-6 in the table, 3.5e-6 against transformers, whose norms are float32 too. The smallest term
-# that a mistake could leave out, that of z-loss, is 1e-2 of a gradient.
+# Largest error of a gradient, relative to the largest entry of its leaf. The textbook in float32
+# has an error of 1e-6 to 2e-6 (16 to 32 roundings of 2^-24; a test below asserts 2.5e-6). The
+# program rounds as often, but sums in another order and recomputes: the bound is twice the
+# textbook's. Measured: 1.5e-6 in the table, 3.5e-6 against transformers, whose norms are float32
+# too. The smallest term that a mistake could omit, that of z-loss, is 1e-2 of a gradient.
 BOUND = 5e-6
 
 B, T, V = 16, 40, 160
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     tied: bool
     packed: bool
     z_loss: float
-    cut: bool  # the loss and the queries of attention in several chunks, the last one shorter
+    chunked: bool  # the loss and the queries of attention in several chunks, the last one shorter
 
     @property
     def config(self) -> Config:
@@ -57,8 +57,8 @@ class Case(NamedTuple):
         return tiny_config(model, micro_batches=self.micro_batches, z_loss=self.z_loss)
 
 
-# A test below holds that each pair of settings occurs. With the remat policies, the two meshes of
-# eight devices count as one.
+# A test below asserts that each pair of settings occurs. For pairs with a remat policy, the two
+# meshes of eight devices count as one.
 CASES = [
     Case("none", ONE, 4, False, 4, False, True, 1e-3, False),
     Case("products", ONE, 4, True, 2, True, False, 1e-3, False),
@@ -74,9 +74,9 @@ CASES = [
 ]
 
 
-def label(settings: tuple[Any, ...]) -> str:
-    """Returns the name of a test: 'full-1-2-1-4-False-…'."""
-    return "-".join(label(part) if isinstance(part, tuple) else str(part) for part in settings)
+def case_id(settings: tuple[Any, ...]) -> str:
+    """Returns the id of a test: 'full-1-2-1-4-False-…'."""
+    return "-".join(case_id(part) if isinstance(part, tuple) else str(part) for part in settings)
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -86,12 +86,12 @@ def small_model(**changes: Any) -> ModelConfig:
 
 def leaves(model: Any, dtype: Any = np.float64) -> dict[str, np.ndarray]:
     """Returns weights or gradients by dotted name."""
-    found = jax.tree.leaves_with_path(model)
-    return {".".join(path_names(path)): np.asarray(leaf, dtype) for path, leaf in found}
+    by_path = jax.tree.leaves_with_path(model)
+    return {".".join(path_names(path)): np.asarray(leaf, dtype) for path, leaf in by_path}
 
 
 def random_model(config: ModelConfig) -> Llama:
-    """Returns random weights on the current mesh; the scales of the norms are not all 1."""
+    """Returns random weights on the current mesh; the scales of the norms differ from 1."""
     rng = np.random.default_rng(1)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -104,7 +104,7 @@ def random_model(config: ModelConfig) -> Llama:
 
 
 def random_batch(packed: bool, rows: int = B, length: int = T, vocabulary: int = V) -> Batch:
-    """Returns rows [B, T]; the first third of them has few targets, so micro-batches differ."""
+    """Returns rows [B, T]. The first third has few targets, so that micro-batches differ."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
     targets = np.where(rng.random((rows, length)) < 0.1, -1, tokens[:, 1:])
@@ -118,19 +118,19 @@ def random_batch(packed: bool, rows: int = B, length: int = T, vocabulary: int =
     return Batch(tokens[:, :-1], targets.astype(np.int32), positions, segments)
 
 
-def placed(batch: Batch, micro_batches: int, one_text: bool) -> Batch:
+def shard_batch(batch: Batch, micro_batches: int, packed: bool) -> Batch:
     rows, length = batch.tokens.shape
     shape = micro_batches, rows // micro_batches, length
     batch = Batch(*(shard_array(field.reshape(shape), "ABT") for field in batch))
-    return batch._replace(segments=None) if one_text else batch
+    return batch if packed else batch._replace(segments=None)
 
 
 def trained_gradient(config: Config, model: Llama, batch: Batch):
-    """Returns the gradient by leaf, and the loss, of the training code compiled anew."""
-    compiled = jax.jit(
+    """Compiles the training code; returns its gradient by leaf, and its loss."""
+    program = jax.jit(
         lambda model, batch: gradients(config, model, batch), compiler_options=quick_compilation()
     )
-    grads, loss, targets = compiled(model, batch)
+    grads, loss, targets = program(model, batch)
     assert int(targets) == np.sum(np.asarray(batch.targets) >= 0)
     return leaves(grads), float(loss)
 
@@ -141,7 +141,7 @@ def textbook_program() -> Callable[..., Any]:
 
 
 def textbook_gradient(weights: dict[str, np.ndarray], batch: Batch, z_loss: float):
-    """Returns the textbook's gradient by leaf, and its loss, in the type of the weights."""
+    """Returns the gradient by leaf and the loss of the textbook, in the dtype of the weights."""
     with jax.enable_x64(weights["norm"].dtype == np.float64):
         loss, grads = textbook_program()(weights, *batch, weights["norm"].dtype.type(z_loss))
         return {name: np.asarray(grad) for name, grad in grads.items()}, float(loss)
@@ -155,7 +155,7 @@ def expected_gradient(kv_heads: int, tied: bool, packed: bool, z_loss: float):
 
 
 def errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the largest error of each leaf over its largest entry, the worst leaf first."""
+    """Returns the largest error of each leaf over its largest entry, largest first."""
     assert found.keys() == expected.keys()
     relative = {
         name: float(np.abs(found[name] - exact).max() / np.abs(exact).max())
@@ -165,11 +165,11 @@ def errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dic
 
 
 def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], bound=BOUND):
-    far = {name: error for name, error in errors(found, expected).items() if not error <= bound}
-    assert far == {}
+    failed = {name: error for name, error in errors(found, expected).items() if not error <= bound}
+    assert failed == {}
 
 
-def test_the_table_holds_each_pair_of_settings():
+def test_the_table_contains_each_pair_of_settings():
     columns = [
         {"none", "products", "projections", "attention", "full"},  # all but offload
         {ONE, DATA_FSDP_TENSOR, FSDP_CONTEXT},
@@ -183,24 +183,24 @@ def test_the_table_holds_each_pair_of_settings():
     assert policies == set(itertools.product(columns[0], (True, False)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_the_gradient_is_the_float64_textbooks(case, monkeypatch):
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_the_gradient_is_that_of_the_textbook_in_float64(case, monkeypatch):
     expected, loss = expected_gradient(case.kv_heads, case.tied, case.packed, case.z_loss)
-    if case.cut:
+    if case.chunked:
         data, fsdp, tensor, context = case.mesh
         length, rows = T // context, B // case.micro_batches // (data * fsdp)
-        chunk = 2 * length // 5  # 16 of 40, 4 of 10: two whole ones and half a one
+        chunk = 2 * length // 5  # 16 of 40, 4 of 10: two full chunks and half of one
         monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * rows * V // tensor * chunk)
         monkeypatch.setattr(attention_xla, "QUERY_BLOCK", chunk)
     with jax.set_mesh(mesh_of(case.mesh)):
         model = random_model(case.config.model)
-        batch = placed(random_batch(case.packed), case.micro_batches, not case.packed)
+        batch = shard_batch(random_batch(case.packed), case.micro_batches, case.packed)
         grads, found = trained_gradient(case.config, model, batch)
     assert_close(grads, expected)
     assert found == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_bound_is_twice_what_the_textbook_misses_in_float32():
+def test_the_bound_is_twice_the_float32_error_of_the_textbook():
     with jax.set_mesh(one_device_mesh()):
         model = random_model(small_model(tied_head=True))
     single, _ = textbook_gradient(leaves(model, np.float32), random_batch(True), 1e-3)
@@ -211,17 +211,17 @@ def test_the_bound_is_twice_what_the_textbook_misses_in_float32():
 
 
 def test_the_gradient_of_llama_3s_vocabulary_in_chunks(monkeypatch):
-    """A tied head of 128,256 tokens: the embedding's gradient is a sum of both of its uses."""
+    """A tied head of 128,256 tokens: the embedding's gradient is the sum over both of its uses."""
     config = tiny_config(small_model(vocab_size=128_256, tied_head=True, n_layers=1), z_loss=1e-3)
     batch = random_batch(True, 2, 12, 128_256)
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 2 * 128_256 * 8)  # 8 and 4 positions
     with jax.set_mesh(one_device_mesh()):
         model = random_model(config.model)
-        grads, _ = trained_gradient(config, model, placed(batch, 1, False))
+        grads, _ = trained_gradient(config, model, shard_batch(batch, 1, packed=True))
     assert_close(grads, textbook_gradient(leaves(model), batch, 1e-3)[0])
 
 
-# Meta's checkpoints of which transformers has the same weights: scaled RoPE; trained, a tied head.
+# Meta's checkpoints, and the same weights for transformers: scaled RoPE; a trained tied head.
 CHECKPOINTS = [
     ("meta_reference/llama31_scaled/mp1", "meta_reference/llama31_scaled/hf"),
     ("stories260K/meta", "stories260K/hf"),
@@ -231,7 +231,8 @@ CHECKPOINTS = [
 def transformers_gradient(folder: Any, batch: Batch) -> dict[str, np.ndarray]:
     """Returns the gradient of transformers' model in float64, with our names and axes.
 
-    It reads whole texts alone. Its weights are [out, in], its heads one dimension.
+    The model supports no packed batches. Its weights are [out, in], with all heads in one
+    dimension.
     """
     torch, transformers = peer("torch"), peer("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -273,7 +274,9 @@ def test_the_gradient_of_a_converted_checkpoint_is_that_of_transformers(
         model_config, model = load_reference(shared_data / meta)
         batch = random_batch(False, 3, 24, model_config.vocab_size)
         expected = transformers_gradient(shared_data / huggingface, batch)
-        grads, _ = trained_gradient(tiny_config(model_config), model, placed(batch, 1, True))
+        grads, _ = trained_gradient(
+            tiny_config(model_config), model, shard_batch(batch, 1, packed=False)
+        )
     assert_close(grads, expected)
 
 
@@ -281,19 +284,19 @@ STEPS, CLIP, EPS = 5, 1.2, 1e-2
 
 
 def adamw_config() -> Config:
-    """Returns five steps: two of warm-up, then all of the cosine. The first ones are clipped."""
+    """Returns five steps: two of warm-up, then the full cosine. The first ones are clipped."""
     config = tiny_config(small_model(), steps=STEPS, micro_batches=4, z_loss=1e-3)
     return replace(config, optimizer=replace(config.optimizer, clip_norm=CLIP, eps=EPS))
 
 
 @functools.cache
 def torch_steps():
-    """Returns the weights after PyTorch's steps on the textbook's gradients, all in float64.
+    """Runs PyTorch's AdamW on the textbook's gradients in float64.
 
-    Then (loss, norm, rate) of each step, and for each weight how far float32 may be off. A
-    gradient's error is BOUND of its largest entry. AdamW's update m / (√v + eps) carries it on at
-    most 3 / eps times as large: m and √v change by no more than it, and m is below 2 √v. Each step
-    also rounds the weight.
+    Returns the weights after the last step; (loss, norm, rate) of each step; and the largest error of
+    each weight in float32. The error of a gradient is BOUND of its largest entry. AdamW's update
+    m / (√v + eps) amplifies it by at most 3 / eps: m and √v change by no more than the error, and m
+    is below 2 √v. Each step also rounds the weight.
     """
     torch = peer("torch")
     config = adamw_config().optimizer
@@ -312,7 +315,7 @@ def torch_steps():
     rising = schedules.LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup - 1)
     falling = schedules.CosineAnnealingLR(optimizer, STEPS - warmup, last)
     schedule = schedules.SequentialLR(optimizer, [rising, falling], milestones=[warmup - 1])
-    metrics, slack = [], dict.fromkeys(weights, 0.0)
+    metrics, tolerance = [], dict.fromkeys(weights, 0.0)
     for _ in range(STEPS):
         now = {name: weight.numpy() for name, weight in weights.items()}
         grads, loss = textbook_gradient(now, random_batch(True), 1e-3)
@@ -322,16 +325,16 @@ def torch_steps():
         (rate,) = set(schedule.get_last_lr())
         metrics.append((loss, float(norm), rate))
         for name, weight in weights.items():
-            slack[name] += rate * 3 / config.eps * BOUND * float(weight.grad.abs().max())
-            slack[name] += 2.0**-24 * float(weight.abs().max())
+            tolerance[name] += rate * 3 / config.eps * BOUND * float(weight.grad.abs().max())
+            tolerance[name] += 2.0**-24 * float(weight.abs().max())
         optimizer.step()
         schedule.step()
-    return {name: weight.numpy() for name, weight in weights.items()}, metrics, slack
+    return {name: weight.numpy() for name, weight in weights.items()}, metrics, tolerance
 
 
-@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR], ids=label)
-def test_five_steps_are_those_of_torchs_adamw(mesh):
-    expected, metrics, slack = torch_steps()
+@pytest.mark.parametrize("mesh", [ONE, DATA_FSDP_TENSOR], ids=case_id)
+def test_five_steps_are_those_of_pytorchs_adamw(mesh):
+    expected, metrics, tolerance = torch_steps()
     assert metrics[0][1] > CLIP > metrics[-1][1]
     config = adamw_config()
     step = jax.jit(lambda *args: train_step(config, *args), compiler_options=quick_compilation())
@@ -339,10 +342,16 @@ def test_five_steps_are_those_of_torchs_adamw(mesh):
     with jax.set_mesh(mesh_of(mesh)):
         model = random_model(config.model)
         state = jax.jit(adamw(config.optimizer).init)(model)
-        batch = placed(random_batch(True), config.training.micro_batches, False)
+        batch = shard_batch(random_batch(True), config.training.micro_batches, packed=True)
         for number in range(STEPS):
-            model, state, told = step(model, state, batch, jnp.int32(number))
-            found.append([float(told.loss), float(told.grad_norm), float(told.learning_rate)])
+            model, state, reported = step(model, state, batch, jnp.int32(number))
+            found.append(
+                [float(reported.loss), float(reported.grad_norm), float(reported.learning_rate)]
+            )
     np.testing.assert_allclose(found, metrics, rtol=BOUND)
-    off = {name: np.abs(weight - expected[name]).max() for name, weight in leaves(model).items()}
-    assert {name: error for name, error in off.items() if not error <= slack[name]} == {}
+    differences = {
+        name: np.abs(weight - expected[name]).max() for name, weight in leaves(model).items()
+    }
+    assert {
+        name: error for name, error in differences.items() if not error <= tolerance[name]
+    } == {}

@@ -1,4 +1,4 @@
-"""Several processes train as one: real processes, over the loopback."""
+"""Several processes on this machine train one run, over the loopback interface."""
 
 import shutil
 import signal
@@ -26,39 +26,39 @@ from llama_jax.training.metrics import read_metrics
 
 STEPS, ROWS = 12, 8
 
-# The command line, which also notes the windows of the training text that this process reads.
+# The command line, which also prints the training windows that this process reads.
 RECORDING = """
 import sys
 from llama_jax.cli.main import main
 from llama_jax.data import batches
 
 read = batches.Windows.__getitem__
-def noted(self, index):
+def recorded(self, index):
     if "train" in str(self.tokens._tokens[0].filename):
         print("window", index, flush=True)
     return read(self, index)
-batches.Windows.__getitem__ = noted
+batches.Windows.__getitem__ = recorded
 sys.exit(main(sys.argv[1:]))
 """
 
 
-# The command line; on host 1 the step is compiled for ever, outside of Python.
+# The command line; on host 1 the compilation of the step never ends, outside of Python.
 COMPILING = """
 import ctypes, sys
 from llama_jax.cli import main as cli
 from llama_jax.training import loop
 
-def compile_for_ever(*_):
+def compile_forever(*_):
     print("compiles", flush=True)
     lock = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(lock)
 if sys.argv[-1] == "1":
-    loop._compiled = compile_for_ever
+    loop._compile_step = compile_forever
 sys.exit(cli.main(sys.argv[1:]))
 """
 
-# The command line; on host 1 the disk is full from the second save on.
+# The command line; on host 1 the second save finds a full disk.
 FULL = """
 import resource, sys
 from llama_jax.cli import main as cli
@@ -88,13 +88,13 @@ def config(folder, data, **training):
     )
 
 
-def written(path, settings):
+def write_config(path, settings):
     path.write_text(yaml_file.dump(settings))
     return path
 
 
 def losses(run):
-    """Returns the loss of every step, each of which must stand in the file once, in order."""
+    """Returns the loss of each step; each must be in the file once, in order."""
     records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     return np.array([r["loss"] for r in records])
@@ -107,25 +107,25 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(runs, token_folder):
-    """A run of one process."""
+    """The folder of a run of one process."""
     loop.run(config(runs / "alone", token_folder))
     return runs / "alone"
 
 
 @pytest.fixture(scope="module")
 def two(alone, runs, token_folder):
-    """Two processes, from the first step to the last."""
-    path = written(runs / "two.yaml", config(runs / "two", token_folder))
-    group = Group(runs / "two-said", 2, "train", path, program=("-c", RECORDING))
+    """Two processes that train from the first step to the last."""
+    path = write_config(runs / "two.yaml", config(runs / "two", token_folder))
+    group = Group(runs / "two-output", 2, "train", path, program=("-c", RECORDING))
     assert group.wait() == [0, 0], group.outputs("err")
     return group
 
 
 @pytest.fixture(scope="module")
 def four(alone, runs, token_folder):
-    """Four processes, the last of which is told to stop."""
-    path = written(runs / "four.yaml", config(runs / "four", token_folder))
-    group = Group(runs / "four-said", 4, "train", path)
+    """Four processes, of which the last gets SIGTERM."""
+    path = write_config(runs / "four.yaml", config(runs / "four", token_folder))
+    group = Group(runs / "four-output", 4, "train", path)
     group.wait_for_step(runs / "four", 2)
     group.processes[3].send_signal(signal.SIGTERM)
     assert group.wait() == [0, 0, 0, 0], group.outputs("err")
@@ -143,17 +143,17 @@ def test_two_processes_have_the_losses_of_one(two, alone, runs):
 
 
 @pytest.mark.slow
-def test_each_host_reads_its_own_rows_alone(two):
+def test_each_host_reads_only_its_own_rows(two):
     read = [
-        {int(line.split()[1]) for line in said.splitlines() if line.startswith("window ")}
-        for said in two.outputs("out")
+        {int(line.split()[1]) for line in output.splitlines() if line.startswith("window ")}
+        for output in two.outputs("out")
     ]
     assert [len(windows) for windows in read] == [STEPS * ROWS // 2] * 2
     assert read[0].isdisjoint(read[1])
 
 
 @pytest.mark.slow
-def test_host_0_alone_speaks_and_writes(two, alone, runs):
+def test_only_host_0_prints_and_writes(two, alone, runs):
     (out, quiet_out), (err, quiet) = two.outputs("out"), two.outputs("err")
     assert "on 8 cpu device(s) of 2 hosts (data 2 × fsdp 2 × " in err
     assert f"step {STEPS}/{STEPS}" in err
@@ -165,7 +165,7 @@ def test_host_0_alone_speaks_and_writes(two, alone, runs):
 
 
 @pytest.mark.slow
-def test_sigterm_on_any_host_saves_one_step_on_all(four, alone, runs):
+def test_sigterm_on_any_host_saves_the_same_step_on_all(four, alone, runs):
     step = len(losses(runs / "four"))
     assert 2 <= step < STEPS
     assert TrainingCheckpoints(runs / "four" / "checkpoints").steps[-1] == step
@@ -176,79 +176,81 @@ def test_sigterm_on_any_host_saves_one_step_on_all(four, alone, runs):
 
 
 @pytest.mark.slow
-def test_what_four_saved_one_continues(four, alone, runs, token_folder):
+def test_one_process_resumes_a_checkpoint_of_four(four, alone, runs, token_folder):
     shutil.copytree(runs / "four", runs / "one")
     assert loop.run(config(runs / "one", token_folder)).finished
     np.testing.assert_allclose(losses(runs / "one"), losses(alone), rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_what_four_saved_two_continue_also_when_one_is_killed(four, alone, runs, token_folder):
+def test_two_processes_resume_a_checkpoint_of_four_also_after_a_kill(
+    four, alone, runs, token_folder
+):
     run = runs / "killed"
     shutil.copytree(runs / "four", run)
-    path = written(runs / "killed.yaml", config(run, token_folder))
-    group = Group(runs / "killed-said", 2, "train", path)
+    path = write_config(runs / "killed.yaml", config(run, token_folder))
+    group = Group(runs / "killed-output", 2, "train", path)
     group.wait_for_step(run, STEPS - 3)
     group.processes[1].kill()
-    begun = time.monotonic()
+    start = time.monotonic()
     assert group.wait(60) == [1, -signal.SIGKILL]
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - start < 20
     last = group.outputs("err")[0].splitlines()[-1]
     assert last.startswith("llama-jax: host 1 (")
     assert "has died or can't be reached" in last
-    before = losses(run)
-    again = Group(runs / "again-said", 2, "train", path)
+    before_kill = losses(run)
+    again = Group(runs / "again-output", 2, "train", path)
     assert again.wait() == [0, 0], again.outputs("err")
     resumed = losses(run)
-    np.testing.assert_array_equal(resumed[: len(before)], before)  # bit for bit
+    np.testing.assert_array_equal(resumed[: len(before_kill)], before_kill)  # bit for bit
     np.testing.assert_allclose(resumed, losses(alone), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
-    path = written(runs / "early.yaml", config(runs / "early", token_folder))
-    group = Group(runs / "early-said", 2, "train", path, program=("-c", COMPILING))
+    path = write_config(runs / "early.yaml", config(runs / "early", token_folder))
+    group = Group(runs / "early-output", 2, "train", path, program=("-c", COMPILING))
     group.wait_until(lambda: "compiles" in group.outputs("out")[1])
     group.processes[1].send_signal(signal.SIGTERM)
     assert group.wait(60) == [0, 0], group.outputs("err")
-    for said in group.outputs("err"):
-        last = said.splitlines()[-1]
+    for err in group.outputs("err"):
+        last = err.splitlines()[-1]
         assert last.startswith("llama-jax: host 1 (")
         assert "stopped on SIGTERM: there was nothing to save; start again with: " in last
-        assert "Traceback" not in said
+        assert "Traceback" not in err
     assert TrainingCheckpoints(runs / "early" / "checkpoints").steps == []
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_on_one_host_ends_all_with_its_sentence(alone, runs, token_folder):
+def test_a_failed_save_on_one_host_ends_all_with_its_message(alone, runs, token_folder):
     run = runs / "full"
-    path = written(runs / "full.yaml", config(run, token_folder))
-    group = Group(runs / "full-said", 2, "train", path, program=("-c", FULL))
+    path = write_config(runs / "full.yaml", config(run, token_folder))
+    group = Group(runs / "full-output", 2, "train", path, program=("-c", FULL))
     assert group.wait(120) == [1, 1], group.outputs("err")
-    for said in group.outputs("err"):
-        last = [line for line in said.splitlines() if line.startswith("llama-jax: ")][-1]
+    for err in group.outputs("err"):
+        last = [line for line in err.splitlines() if line.startswith("llama-jax: ")][-1]
         assert last.startswith("llama-jax: host 1 (")
         assert f"can't save step 8 in {run / 'checkpoints'} (" in last
         assert "File too large): the checkpoints of steps 4 are unchanged; fix the cause" in last
-        assert "Traceback" not in said
-    again = Group(runs / "full-again-said", 2, "train", path)
+        assert "Traceback" not in err
+    again = Group(runs / "full-again-output", 2, "train", path)
     assert again.wait() == [0, 0], again.outputs("err")
     assert "resumes after step 4 of 12" in again.outputs("err")[0]
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
-def test_hosts_that_disagree_on_the_configuration_are_told_the_key(runs, token_folder):
-    path = written(runs / "apart.yaml", config(runs / "apart", token_folder))
-    apart = [["training.steps=5"], ["training.steps=6"]]
-    group = Group(runs / "apart-said", 2, "train", path, own_arguments=apart)
+def test_the_key_on_which_hosts_disagree_is_reported(runs, token_folder):
+    path = write_config(runs / "apart.yaml", config(runs / "apart", token_folder))
+    overrides = [["training.steps=5"], ["training.steps=6"]]
+    group = Group(runs / "apart-output", 2, "train", path, own_arguments=overrides)
     assert group.wait() == [2, 2]
-    for said in group.outputs("err"):
-        assert "training.steps is 5 on host 0, but 6 on host 1 (" in said
-        assert "Traceback" not in said
+    for err in group.outputs("err"):
+        assert "training.steps is 5 on host 0, but 6 on host 1 (" in err
+        assert "Traceback" not in err
     assert not (runs / "apart").exists()
 
 
-def test_a_run_folder_that_hosts_do_not_share_is_refused(monkeypatch, tmp_path):
+def test_a_run_folder_that_hosts_do_not_share_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "VISIBLE_SECONDS", 0.3)
     (tmp_path / ".lock").write_text("that of another run")
     with pytest.raises(InputError, match="is not that of host 0: training"):

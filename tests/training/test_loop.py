@@ -1,4 +1,4 @@
-"""A run survives whatever stops it, and goes on as if nothing had happened."""
+"""A run that stops for any reason resumes with the same losses."""
 
 import fcntl
 import json
@@ -56,47 +56,52 @@ def config(folder, data, *, mesh=(2, 2, 2), peak_lr=1e-2, every=4, **training):
 
 
 def losses(folder):
-    """Returns the loss of every step, each of which must stand in the file once, in order."""
+    """Returns the loss of each step; each must be in the file once, in order."""
     records = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     return np.array([r["loss"] for r in records])
 
 
 @pytest.fixture(scope="module")
-def whole(token_folder, tmp_path_factory):
-    """A run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
+def uninterrupted(token_folder, tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
     outcome = loop.run(config(folder, token_folder))
     assert outcome.finished
     assert len(losses(folder)) == STEPS
     return folder
 
 
-def test_the_loss_falls_and_everything_is_in_the_folder(whole, token_folder):
-    assert losses(whole)[-4:].mean() < losses(whole)[:4].mean() - 0.5
-    assert {p.name for p in whole.iterdir()} == {
+def test_the_loss_falls_and_the_run_folder_is_complete(uninterrupted, token_folder):
+    assert losses(uninterrupted)[-4:].mean() < losses(uninterrupted)[:4].mean() - 0.5
+    assert {p.name for p in uninterrupted.iterdir()} == {
         ".lock", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "tokenizer.model",
     }  # fmt: skip
-    assert yaml_file.load(whole / "config.yaml") == config(whole, token_folder)
-    assert orbax.TrainingCheckpoints(whole / "checkpoints").steps == [20, 24]
-    records = read_metrics(whole / "metrics.jsonl")
+    assert yaml_file.load(uninterrupted / "config.yaml") == config(uninterrupted, token_folder)
+    assert orbax.TrainingCheckpoints(uninterrupted / "checkpoints").steps == [20, 24]
+    records = read_metrics(uninterrupted / "metrics.jsonl")
     assert [r["step"] for r in records if "validation_loss" in r] == [8, 16, 24]
     assert {"grad_norm", "learning_rate", "tokens_per_second", "step_seconds"} <= records[0].keys()
     assert records[-2]["tokens_seen"] == STEPS * 8 * 16
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_run_of_a_finished_one_touches_nothing(whole, token_folder, capsys):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"}
-    outcome = loop.run(config(whole, token_folder))
+def test_a_finished_run_that_is_started_again_writes_nothing(uninterrupted, token_folder, capsys):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.name != ".lock"}
+    outcome = loop.run(config(uninterrupted, token_folder))
     assert outcome.finished
-    assert outcome.validation_loss == read_metrics(whole / "metrics.jsonl")[-1]["validation_loss"]
-    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != ".lock"} == before
+    assert (
+        outcome.validation_loss
+        == read_metrics(uninterrupted / "metrics.jsonl")[-1]["validation_loss"]
+    )
+    assert {
+        p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.name != ".lock"
+    } == before
     assert "is finished: 24 steps are done" in capsys.readouterr().err
 
 
 def start_process(settings, tmp_path):
-    """Starts the command line in a process of its own, on 8 simulated devices."""
+    """Starts the command line in another process, on 8 simulated devices."""
     path = tmp_path / "run.yaml"
     path.write_text(yaml_file.dump(settings))
     command = [sys.executable, "-m", "llama_jax", "train", str(path)]
@@ -114,29 +119,31 @@ def wait_for_step(process, folder, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_killed_at_any_moment_it_resumes_with_the_same_losses(seed, whole, token_folder, tmp_path):
+def test_killed_at_any_moment_it_resumes_with_the_same_losses(
+    seed, uninterrupted, token_folder, tmp_path
+):
     rng = random.Random(seed)
     folder = tmp_path / "run"
     process = start_process(config(folder, token_folder), tmp_path)
-    # A random step, and a random moment in it: within a step, a save, or a validation.
+    # A random step and a random time after it: during a step, a save or a validation.
     wait_for_step(process, folder, rng.randrange(1, STEPS - 2))
     time.sleep(rng.uniform(0, 0.2))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "loss.png").exists()
-    # Seed 0 goes on on another mesh; there sums are rounded in another order.
+    # Seed 0 resumes on another mesh, where sums are rounded in another order.
     mesh = (1, 2, 4) if seed == 0 else (2, 2, 2)
     assert loop.run(config(folder, token_folder, mesh=mesh)).finished
     if seed == 0:
-        np.testing.assert_allclose(losses(folder), losses(whole), rtol=1e-5)
+        np.testing.assert_allclose(losses(folder), losses(uninterrupted), rtol=1e-5)
     else:
-        np.testing.assert_array_equal(losses(folder), losses(whole))
+        np.testing.assert_array_equal(losses(folder), losses(uninterrupted))
     assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
+def test_a_signal_saves_and_exits_with_0(number, uninterrupted, token_folder, tmp_path):
     folder = tmp_path / "run"
     settings = config(folder, token_folder, every=1000)
     process = start_process(settings, tmp_path)
@@ -148,11 +155,11 @@ def test_a_signal_saves_and_exits_with_0(number, whole, token_folder, tmp_path):
     assert f"saved after step {step}; continue with: llama-jax train" in stderr
     assert len(losses(folder)) == step
     assert loop.run(settings).finished
-    np.testing.assert_array_equal(losses(folder), losses(whole))
+    np.testing.assert_array_equal(losses(folder), losses(uninterrupted))
 
 
 def test_a_failed_save_ends_the_run_before_its_next_step(
-    whole, token_folder, tmp_path, monkeypatch
+    uninterrupted, token_folder, tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
     settings = config(folder, token_folder, every=8)
@@ -171,17 +178,17 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
             loop.run(settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = str(raised.value)
-    assert said.startswith(f"can't save step 16 in {folder / 'checkpoints'} (")
-    assert "File too large): the checkpoints of steps 8 are unchanged; fix the cause" in said
+    message = str(raised.value)
+    assert message.startswith(f"can't save step 16 in {folder / 'checkpoints'} (")
+    assert "File too large): the checkpoints of steps 8 are unchanged; fix the cause" in message
     assert len(losses(folder)) == 16
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["8"]
     monkeypatch.undo()
     assert loop.run(settings).finished
-    np.testing.assert_array_equal(losses(folder), losses(whole))
+    np.testing.assert_array_equal(losses(folder), losses(uninterrupted))
 
 
-def test_metrics_that_can_not_be_written_are_a_fault(token_folder, tmp_path):
+def test_metrics_that_cannot_be_written_are_a_fault(token_folder, tmp_path):
     log = MetricsLog(tmp_path, config(tmp_path, token_folder), 0)
     log._file.close()
     log._file = open("/dev/full", "w")  # noqa: SIM115 (`log` closes it)
@@ -190,7 +197,9 @@ def test_metrics_that_can_not_be_written_are_a_fault(token_folder, tmp_path):
     log.close()
 
 
-def test_wandb_that_is_missing_is_told_before_anything_is_made(token_folder, tmp_path, monkeypatch):
+def test_a_missing_wandb_is_an_error_before_the_run_folder_exists(
+    token_folder, tmp_path, monkeypatch
+):
     settings = config(tmp_path / "run", token_folder)
     settings = replace(settings, logging=replace(settings.logging, wandb="mine"))
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -199,21 +208,21 @@ def test_wandb_that_is_missing_is_told_before_anything_is_made(token_folder, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_runs_in_folders_of_one_name_are_two_at_wandb(token_folder, tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **run: begun.append(run)))
+def test_two_folders_of_the_same_name_are_two_runs_at_wandb(token_folder, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **run: runs.append(run)))
     for parent in ("a", "b", "a"):  # the run in `a` is resumed
         folder = tmp_path / parent / "run"
         folder.mkdir(parents=True, exist_ok=True)
         settings = config(folder, token_folder)
         logging = replace(settings.logging, wandb="mine")
         MetricsLog(folder, replace(settings, logging=logging), 0).close()
-    ids = [run["id"] for run in begun]
-    assert [run["name"] for run in begun] == ["run"] * 3
+    ids = [run["id"] for run in runs]
+    assert [run["name"] for run in runs] == ["run"] * 3
     assert ids[0] == ids[2] != ids[1]
 
 
-def test_a_run_that_stopped_early_can_be_made_longer(token_folder, tmp_path, capsys):
+def test_a_finished_run_continues_with_more_steps(token_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     loop.run(config(folder, token_folder, steps=4))
     outcome = loop.run(config(folder, token_folder, steps=6))
@@ -221,27 +230,29 @@ def test_a_run_that_stopped_early_can_be_made_longer(token_folder, tmp_path, cap
     assert "training.steps changes from 4 to 6" in capsys.readouterr().err
 
 
-def test_where_a_run_started_from_may_have_moved(whole, token_folder, tmp_path, capsys):
+def test_a_resumed_run_needs_no_init_from_folder(uninterrupted, token_folder, tmp_path, capsys):
     folder = tmp_path / "run"
-    loop.run(config(folder, token_folder, steps=2, init_from=str(whole)))
+    loop.run(config(folder, token_folder, steps=2, init_from=str(uninterrupted)))
     moved = config(folder, token_folder, steps=3, init_from=str(tmp_path / "elsewhere"))
     assert loop.run(moved).step == 3
-    assert f"training.init_from changes from {whole} to" in capsys.readouterr().err
+    assert f"training.init_from changes from {uninterrupted} to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"peak_lr": 2e-2}, "was trained with optimizer.peak_lr = 0.01, and now it is 0.02"),
         ({"seed": 7}, "was trained with training.seed = 0, and now it is 7"),
     ],
 )
-def test_another_configuration_does_not_resume(whole, token_folder, changes, sentence):
-    with pytest.raises(InputError, match=sentence):
-        loop.run(config(whole, token_folder, **changes))
+def test_a_run_does_not_resume_with_another_configuration(
+    uninterrupted, token_folder, changes, message
+):
+    with pytest.raises(InputError, match=message):
+        loop.run(config(uninterrupted, token_folder, **changes))
 
 
-def test_other_data_do_not_resume(token_folder, tmp_path):
+def test_a_run_does_not_resume_with_other_data(token_folder, tmp_path):
     folder = tmp_path / "run"
     loop.run(config(folder, token_folder, steps=2))
     other = tmp_path / "other"
@@ -250,27 +261,29 @@ def test_other_data_do_not_resume(token_folder, tmp_path):
     tokenize.tokenize_corpus(
         [files], other, tokenizer=tokenizer, validation_fraction=0.1, progress=False
     )
-    with pytest.raises(InputError, match="are not those that the run"):
+    with pytest.raises(InputError, match="differ from those that the run"):
         loop.run(config(folder, other, steps=4))
 
 
-def test_two_processes_do_not_train_in_one_folder(token_folder, tmp_path):
+def test_only_one_process_trains_in_a_folder(token_folder, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process is training in"):
             loop.run(config(tmp_path, token_folder))
 
 
-def test_a_run_starts_from_a_model_folder(whole, token_folder, tmp_path):
+def test_a_run_starts_from_a_model_folder(uninterrupted, token_folder, tmp_path):
     outcome = loop.run(
-        config(tmp_path / "tuned", token_folder, steps=2, init_from=str(whole), peak_lr=1e-6)
+        config(
+            tmp_path / "tuned", token_folder, steps=2, init_from=str(uninterrupted), peak_lr=1e-6
+        )
     )
     assert outcome.finished
-    assert losses(tmp_path / "tuned")[0] < losses(whole)[:4].mean() - 0.5
+    assert losses(tmp_path / "tuned")[0] < losses(uninterrupted)[:4].mean() - 0.5
 
 
-def test_what_a_run_starts_from_must_be_its_model(whole, token_folder, tmp_path, capsys):
-    settings = config(tmp_path / "run", token_folder, init_from=str(whole))
+def test_init_from_must_have_the_model_of_the_run(uninterrupted, token_folder, tmp_path, capsys):
+    settings = config(tmp_path / "run", token_folder, init_from=str(uninterrupted))
     other = replace(settings, model=tiny_model(hidden_dim=128))
     with pytest.raises(InputError, match=r"model.hidden_dim is 128, but the model in .* has 64"):
         loop.run(other)
@@ -280,26 +293,28 @@ def test_what_a_run_starts_from_must_be_its_model(whole, token_folder, tmp_path,
     (tmp_path / "int8").mkdir()
     shape = {**asdict(tiny_model()), "quantized": "int8"}
     (tmp_path / "int8" / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(InputError, match="are int8, for inference alone"):
+    with pytest.raises(InputError, match="are int8, for inference only"):
         init_from.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
 
 
-def test_what_a_run_starts_from_must_have_the_tokenizer_of_the_data(whole, token_folder, tmp_path):
+def test_init_from_must_have_the_tokenizer_of_the_data(uninterrupted, token_folder, tmp_path):
     texts = tmp_path / "texts.jsonl"
     lines = ({"text": f"{i} other words, of other letters: {'xyz' * i}"} for i in range(40))
     texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    # What the run itself tokenizes gets the tokenizer of the model.
-    settings = config(tmp_path / "run", tmp_path / "made", init_from=str(whole))
+    # The run tokenizes a corpus with the tokenizer of the model.
+    settings = config(tmp_path / "run", tmp_path / "tokenized", init_from=str(uninterrupted))
     start.prepare_data(replace(settings, data=replace(settings.data, corpus=(str(texts),))))
-    hashes = [read_meta(folder)["tokenizer_sha256"] for folder in (tmp_path / "made", token_folder)]
+    hashes = [
+        read_meta(folder)["tokenizer_sha256"] for folder in (tmp_path / "tokenized", token_folder)
+    ]
     assert hashes[0] == hashes[1]
     tokenize.tokenize_corpus([str(texts)], tmp_path / "other", n_vocab=300, progress=False)
-    with pytest.raises(InputError, match="was made with another tokenizer than that of"):
-        loop.run(config(tmp_path / "run", tmp_path / "other", init_from=str(whole)))
+    with pytest.raises(InputError, match="was tokenized with another tokenizer than that of"):
+        loop.run(config(tmp_path / "run", tmp_path / "other", init_from=str(uninterrupted)))
 
 
-def test_two_files_of_one_tokenizer_are_one(whole, token_folder, tmp_path):
-    """The tokenizer.json that is written from a tokenizer.model makes what that makes."""
+def test_two_formats_of_one_tokenizer_are_equal(uninterrupted, token_folder, tmp_path):
+    """A tokenizer.json that was converted from a tokenizer.model gives the same tokens."""
     (tmp_path / "model").mkdir()
     files = huggingface_files(load_tokenizer(token_folder))
     (tmp_path / "model" / "tokenizer.json").write_bytes(files["tokenizer.json"])
@@ -310,7 +325,7 @@ def test_two_files_of_one_tokenizer_are_one(whole, token_folder, tmp_path):
 
 def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, tmp_path):
     folder = tmp_path / "run"
-    # Far too high a learning rate for float32: after the first step the weights overflow.
+    # This learning rate is too high for float32: after the first step the weights overflow.
     settings = config(folder, token_folder, peak_lr=1e38, every=1000)
     with pytest.raises(loop.RunStopped, match=r"not finite in 10 steps in a row, up to step (\d+)"):
         loop.run(settings)
@@ -318,27 +333,27 @@ def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, t
     assert [r["skipped"] for r in records[-10:]] == [1] * 10
     assert records[-11]["skipped"] == 0
     assert records[-1]["grad_norm"] is None
-    saved = orbax.TrainingCheckpoints(folder / "checkpoints").steps
-    assert saved == [records[-1]["step"]]
+    steps = orbax.TrainingCheckpoints(folder / "checkpoints").steps
+    assert steps == [records[-1]["step"]]
 
 
-def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_the_metrics_is_ignored(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
-        ({"mixture": {"nowhere": 1.0}}, "no folder of token shards at nowhere: make it with"),
+        ({"mixture": {"nowhere": 1.0}}, "no folder of token shards at nowhere: create it with"),
         ({"batch_size": 4}, r"data × fsdp \(8\) does not divide the 4 rows"),
     ],
 )
-def test_runs_that_can_not_start_say_why(token_folder, tmp_path, changes, sentence):
+def test_a_run_that_cannot_start_gives_the_reason(token_folder, tmp_path, changes, message):
     settings = config(tmp_path / "run", token_folder, mesh=(1, 8, 1))
     values = {"mixture": {str(token_folder): 1.0}, "batch_size": 8, "seq_len": 16} | changes
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match=message):
         loop.run(replace(settings, data=DataConfig(**values)))
 
 

@@ -1,4 +1,4 @@
-"""Each part of a step has its name in the compiled program, and so in a profile."""
+"""Each part of a step has its name in the compiled program, and therefore in a profile."""
 
 import re
 from functools import partial
@@ -17,11 +17,16 @@ TOKENS = jax.ShapeDtypeStruct((8, 16), jnp.int32)
 
 
 def scopes(lowered: jax.stages.Lowered, *, backward: bool = False) -> set[str]:
-    """Returns the parts of `op_name` in the compiled program, of the backward pass or of others."""
+    """Returns the parts of `op_name` of all operations in the compiled program.
+
+    Args:
+        lowered: the program.
+        backward: the operations of the backward pass, instead of all others.
+    """
     text = lowered.compile(quick_compilation()).as_text()
     named = [op for op in re.findall(r'op_name="([^"]*)"', text) if " " not in op]
-    wanted = [op for op in named if ("transpose(jvp" in op) == backward]
-    return {part for op in wanted for part in re.split(r"[/()]", op)}
+    selected = [op for op in named if ("transpose(jvp" in op) == backward]
+    return {part for op in selected for part in re.split(r"[/()]", op)}
 
 
 def test_a_compiled_step_names_its_parts():
@@ -32,7 +37,9 @@ def test_a_compiled_step_names_its_parts():
         step = train_step.lower(config, *state, batch, jax.ShapeDtypeStruct((), jnp.int32))
     parts = LAYER | {"tok_embeddings", "norm"}
     assert scopes(step) >= parts | {"loss", "optimizer"}
-    assert scopes(step, backward=True) >= parts  # that of the loss is made with the loss
+    assert (
+        scopes(step, backward=True) >= parts
+    )  # the gradient of the loss is computed in the forward pass
 
 
 def test_a_compiled_forward_pass_names_its_parts():

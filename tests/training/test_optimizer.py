@@ -8,19 +8,19 @@ from conftest import tiny_model
 
 from llama_jax.config.run import OptimizerConfig
 from llama_jax.model.weights import Llama
-from llama_jax.training.optimizer import decayed, learning_rate
+from llama_jax.training.optimizer import decay_mask, learning_rate
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(2000, 250_000), (1, 10), (0, 5), (10, 10)])
-def test_the_schedule_is_the_papers(warmup, steps):
+def test_the_schedule_is_that_of_the_paper(warmup, steps):
     config = OptimizerConfig(peak_lr=3e-4, warmup_steps=warmup)
     schedule = learning_rate(config, steps)
 
     def expected(step):  # 1 is the first
         if step <= warmup:
             return 3e-4 * step / warmup
-        along = (step - warmup) / (max(steps, warmup + 1) - warmup)
-        return 3e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2)
+        progress = (step - warmup) / (max(steps, warmup + 1) - warmup)
+        return 3e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
     for step in sorted({1, 2, warmup, warmup + 1, steps // 2, steps - 1, steps} - {0}):
         assert float(schedule(step - 1)) == pytest.approx(expected(step), rel=1e-5)
@@ -32,10 +32,10 @@ def test_the_schedule_is_the_papers(warmup, steps):
 @pytest.mark.usefixtures("one_device")
 def test_matrices_decay_and_norms_do_not():
     model = jax.eval_shape(partial(Llama, tiny_model()), jax.random.key(0))
-    leaves = jax.tree.leaves_with_path(decayed(model))
-    marks = {jax.tree_util.keystr(path): mark for path, mark in leaves}
-    exempt = {name for name, mark in marks.items() if not mark}
-    assert exempt == {name for name in marks if "norm" in name}
+    leaves = jax.tree.leaves_with_path(decay_mask(model))
+    decays = {jax.tree_util.keystr(path): value for path, value in leaves}
+    exempt = {name for name, value in decays.items() if not value}
+    assert exempt == {name for name in decays if "norm" in name}
     assert len(exempt) == 3
-    assert len(marks) == 12
-    assert np.sum(list(marks.values())) == 9
+    assert len(decays) == 12
+    assert np.sum(list(decays.values())) == 9

@@ -1,4 +1,4 @@
-"""The training step: equal on every mesh, in any number of pieces, and safe from NaN."""
+"""The training step: equal on each mesh and in any number of chunks, and safe from NaN."""
 
 from functools import partial
 
@@ -36,24 +36,24 @@ def make_batch():
 BATCH = make_batch()
 
 
-def placed(micro_batches=1):
+def shard_batch(micro_batches=1):
     shape = (micro_batches, B // micro_batches, T)
     return Batch(*(shard_array(field.reshape(shape), "ABT") for field in BATCH))
 
 
 @pytest.fixture(scope="module")
-def here():
-    """Weights, optimizer state, and what one device makes of the batch."""
+def one_device_result():
+    """Weights and optimizer state, and the gradients of the batch on one device."""
     with jax.set_mesh(one_device_mesh()):
         state = jax.jit(partial(init_state, CONFIG))(jax.random.key(1))
-        return state, gradients(CONFIG, state[0], placed())
+        return state, gradients(CONFIG, state[0], shard_batch())
 
 
 def on_this_mesh(state):
     """Returns a copy of `state`, which a step may donate, on the current mesh."""
-    wanted = eval_shape_on_mesh(partial(init_state, CONFIG), jax.random.key(0))
+    targets = eval_shape_on_mesh(partial(init_state, CONFIG), jax.random.key(0))
     copy = jax.tree.map(np.array, state)
-    return jax.device_put(copy, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    return jax.device_put(copy, jax.tree.map(lambda leaf: leaf.sharding, targets))
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
@@ -61,13 +61,13 @@ def assert_close(ours, theirs, tolerance=1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(b).max())))
 
 
-def test_loss_is_the_mean_over_counted_targets(here):
-    (model, _), (_, loss, targets) = here
+def test_loss_is_the_mean_over_counted_targets(one_device_result):
+    (model, _), (_, loss, targets) = one_device_result
     with jax.set_mesh(one_device_mesh()):
         logits = jax.jit(forward, static_argnums=0)(
             CONFIG.model, model, *BATCH._replace(targets=BATCH.positions)[:1], *BATCH[2:]
         )
-        nll, counted = eval_step(CONFIG, model, placed())
+        nll, counted = eval_step(CONFIG, model, shard_batch())
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     rows, columns = np.nonzero(BATCH.targets >= 0)
@@ -77,11 +77,11 @@ def test_loss_is_the_mean_over_counted_targets(here):
     assert float(nll) == pytest.approx(expected.sum(), rel=1e-6)
 
 
-def test_z_loss_is_in_the_gradient_and_not_in_the_loss(here):
-    (model, _), (grads, loss, _) = here
+def test_z_loss_is_in_the_gradient_but_not_in_the_loss(one_device_result):
+    (model, _), (grads, loss, _) = one_device_result
     config = tiny_config(z_loss=0.0)
     with jax.set_mesh(one_device_mesh()):
-        plain, same_loss, _ = gradients(config, model, placed())
+        plain, same_loss, _ = gradients(config, model, shard_batch())
 
         def penalty(model):
             logits = forward(CONFIG.model, model, BATCH.tokens, *BATCH[2:])
@@ -94,28 +94,35 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_loss(here):
 
 
 @pytest.mark.parametrize("mesh", [*MESHES[1:], (2, 1, 2, 2)])
-def test_loss_and_gradients_agree_on_every_mesh(here, mesh):
-    state, expected = here
+def test_loss_and_gradients_agree_on_every_mesh(one_device_result, mesh):
+    state, expected = one_device_result
     with jax.set_mesh(mesh_of(mesh)):
         model, _ = on_this_mesh(state)
-        assert_close(gradients(CONFIG, model, placed()), expected)
+        assert_close(gradients(CONFIG, model, shard_batch()), expected)
 
 
 # Each axis alone, and each pair of them: (data, fsdp, tensor, context).
-WAYS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 1), (1, 1, 1, 8), (2, 4, 1, 1), (2, 1, 4, 1)]
-WAYS += [(2, 1, 1, 4), (1, 4, 2, 1), (1, 2, 1, 4), (1, 1, 2, 4)]
+MESHES_BY_AXIS = [
+    (8, 1, 1, 1),
+    (1, 8, 1, 1),
+    (1, 1, 4, 1),
+    (1, 1, 1, 8),
+    (2, 4, 1, 1),
+    (2, 1, 4, 1),
+]
+MESHES_BY_AXIS += [(2, 1, 1, 4), (1, 4, 2, 1), (1, 2, 1, 4), (1, 1, 2, 4)]
 
 
 @pytest.fixture(scope="module")
-def losses_here(here):
-    return losses_of_20_steps(here[0], (1, 1, 1, 1))
+def one_device_losses(one_device_result):
+    return losses_of_20_steps(one_device_result[0], (1, 1, 1, 1))
 
 
 def losses_of_20_steps(state, mesh):
     losses = []
     with jax.set_mesh(mesh_of(mesh)):
         model, opt_state = on_this_mesh(state)
-        batch = placed()
+        batch = shard_batch()
         for step in range(20):
             model, opt_state, metrics = train_step(CONFIG, model, opt_state, batch, jnp.int32(step))
             losses.append(float(metrics.loss))
@@ -123,13 +130,15 @@ def losses_of_20_steps(state, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", WAYS)
-def test_every_parallel_way_gives_the_losses_of_one_device(here, losses_here, mesh):
-    assert losses_here[-1] < 0.5 * losses_here[0]  # it learns the batch
-    np.testing.assert_allclose(losses_of_20_steps(here[0], mesh), losses_here, rtol=1e-5)
+@pytest.mark.parametrize("mesh", MESHES_BY_AXIS)
+def test_each_mesh_gives_the_losses_of_one_device(one_device_result, one_device_losses, mesh):
+    assert one_device_losses[-1] < 0.5 * one_device_losses[0]  # it fits the batch
+    np.testing.assert_allclose(
+        losses_of_20_steps(one_device_result[0], mesh), one_device_losses, rtol=1e-5
+    )
 
 
-def test_the_logits_of_a_batch_are_never_there_at_once(monkeypatch):
+def test_the_logits_of_a_batch_are_never_materialized_at_once(monkeypatch):
     B, T, V = 32, 64, 16_384
     config = tiny_config(tiny_model(vocab_size=V))
 
@@ -138,41 +147,43 @@ def test_the_logits_of_a_batch_are_never_there_at_once(monkeypatch):
         with jax.set_mesh(one_device_mesh()):
             model, _ = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
             batch = Batch(*(jax.ShapeDtypeStruct((1, B, T), jnp.int32) for _ in range(4)))
-            made = jax.jit(lambda model, batch: gradients.__wrapped__(config, model, batch))
-            return made.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
+            program = jax.jit(lambda model, batch: gradients.__wrapped__(config, model, batch))
+            return program.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
 
     logits = 4 * B * T * V
     assert temporaries(1 << 40) > logits
     assert temporaries(1 << 20) < 0.5 * logits
 
 
-def test_bfloat16_trains_too(here):
+def test_bfloat16_trains_too(one_device_result):
     """The loss falls as in float32, within bfloat16's 8 bits."""
     config = tiny_config(tiny_model(dtype="bfloat16", reduce_dtype="bfloat16"))
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        model, opt_state = on_this_mesh(here[0])
+        model, opt_state = on_this_mesh(one_device_result[0])
         losses = []
         for step in range(5):
             model, opt_state, metrics = train_step(
-                config, model, opt_state, placed(), jnp.int32(step)
+                config, model, opt_state, shard_batch(), jnp.int32(step)
             )
             losses.append(float(metrics.loss))
-    assert losses[0] == pytest.approx(float(here[1][1]), rel=2**-7)
+    assert losses[0] == pytest.approx(float(one_device_result[1][1]), rel=2**-7)
     assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
-def test_a_step_is_adamw_by_the_book(here, mesh):
-    state, (grads, loss, _) = here
+def test_a_step_is_that_of_adamw(one_device_result, mesh):
+    state, (grads, loss, _) = one_device_result
     with jax.set_mesh(mesh_of(mesh)):
         model, opt_state = on_this_mesh(state)
-        new_model, new_state, metrics = train_step(CONFIG, model, opt_state, placed(), jnp.int32(0))
+        new_model, new_state, metrics = train_step(
+            CONFIG, model, opt_state, shard_batch(), jnp.int32(0)
+        )
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     rate = 1e-2 / 2  # the first of two warm-up steps
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-6)
     assert float(metrics.learning_rate) == pytest.approx(rate)
-    assert norm > 1  # so that clipping matters
+    assert norm > 1  # so that clipping has an effect
 
     def expected(path, weight, grad):
         weight, g = np.asarray(weight), np.asarray(grad, np.float64) / norm
@@ -180,34 +191,36 @@ def test_a_step_is_adamw_by_the_book(here, mesh):
         decay = 0 if "norm" in jax.tree_util.keystr(path) else 0.1
         return weight - rate * (m / (np.sqrt(v) + 1e-8) + decay * weight)
 
-    wanted = jax.tree.map_with_path(expected, state[0], grads)
-    for a, b, g in zip(*map(jax.tree.leaves, (new_model, wanted, grads)), strict=True):
-        # Where a gradient is all but zero, rounding decides the sign of Adam's first update.
-        clear = np.abs(np.asarray(g)) > 1e-6
-        np.testing.assert_allclose(np.asarray(a)[clear], b[clear], atol=1e-5)
+    expected_model = jax.tree.map_with_path(expected, state[0], grads)
+    for a, b, g in zip(*map(jax.tree.leaves, (new_model, expected_model, grads)), strict=True):
+        # Where a gradient is nearly zero, rounding decides the sign of Adam's first update.
+        large = np.abs(np.asarray(g)) > 1e-6
+        np.testing.assert_allclose(np.asarray(a)[large], b[large], atol=1e-5)
     assert int(new_state[0].count) == 1
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(here):
-    state, _ = here
+def test_a_gradient_that_is_not_finite_changes_no_weights(one_device_result):
+    state, _ = one_device_result
     with jax.set_mesh(one_device_mesh()):
         model, opt_state = on_this_mesh(state)
         broken = np.array(model.layers.w2[...])
         broken[0, 0, 0] = np.inf
         model.layers.w2[...] = jax.device_put(broken, model.layers.w2.sharding)
         before = [np.array(x) for x in jax.tree.leaves((model, opt_state))]
-        model, opt_state, metrics = train_step(CONFIG, model, opt_state, placed(), jnp.int32(3))
+        model, opt_state, metrics = train_step(
+            CONFIG, model, opt_state, shard_batch(), jnp.int32(3)
+        )
     assert bool(metrics.skipped)
     assert not np.isfinite(metrics.grad_norm)
     for a, b in zip(jax.tree.leaves((model, opt_state)), before, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_whole_batch_masked_is_a_finite_step(here):
-    state, _ = here
+def test_a_batch_without_counted_targets_is_a_finite_step(one_device_result):
+    state, _ = one_device_result
     with jax.set_mesh(one_device_mesh()):
         model, opt_state = on_this_mesh(state)
-        batch = placed()._replace(targets=placed().targets * 0 - 1)
+        batch = shard_batch()._replace(targets=shard_batch().targets * 0 - 1)
         _, _, metrics = train_step(CONFIG, model, opt_state, batch, jnp.int32(0))
     assert (float(metrics.loss), int(metrics.targets), bool(metrics.skipped)) == (0.0, 0, False)
 
