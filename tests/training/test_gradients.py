@@ -231,8 +231,7 @@ CHECKPOINTS = [
 def transformers_gradient(folder: Any, batch: Batch) -> dict[str, np.ndarray]:
     """Returns the gradient of transformers' model in float64, with our names and axes.
 
-    The model supports no packed batches. Its weights are [out, in], with all heads in one
-    dimension.
+    It supports no packed batches. Its weights are [out, in], with all heads in one dimension.
     """
     torch, transformers = peer("torch"), peer("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -274,9 +273,8 @@ def test_the_gradient_of_a_converted_checkpoint_is_that_of_transformers(
         model_config, model = load_reference(shared_data / meta)
         batch = random_batch(False, 3, 24, model_config.vocab_size)
         expected = transformers_gradient(shared_data / huggingface, batch)
-        grads, _ = trained_gradient(
-            tiny_config(model_config), model, shard_batch(batch, 1, packed=False)
-        )
+        batch = shard_batch(batch, 1, packed=False)
+        grads, _ = trained_gradient(tiny_config(model_config), model, batch)
     assert_close(grads, expected)
 
 
@@ -293,8 +291,8 @@ def adamw_config() -> Config:
 def torch_steps():
     """Runs PyTorch's AdamW on the textbook's gradients in float64.
 
-    Returns the weights after the last step; (loss, norm, rate) of each step; and the largest error of
-    each weight in float32. The error of a gradient is BOUND of its largest entry. AdamW's update
+    Returns the weights after the last step; (loss, norm, rate) of each step; and each weight's
+    largest error in float32. The error of a gradient is BOUND of its largest entry. AdamW's update
     m / (√v + eps) amplifies it by at most 3 / eps: m and √v change by no more than the error, and m
     is below 2 √v. Each step also rounds the weight.
     """
@@ -344,14 +342,8 @@ def test_five_steps_are_those_of_pytorchs_adamw(mesh):
         state = jax.jit(adamw(config.optimizer).init)(model)
         batch = shard_batch(random_batch(True), config.training.micro_batches, packed=True)
         for number in range(STEPS):
-            model, state, reported = step(model, state, batch, jnp.int32(number))
-            found.append(
-                [float(reported.loss), float(reported.grad_norm), float(reported.learning_rate)]
-            )
+            model, state, ours = step(model, state, batch, jnp.int32(number))
+            found.append([float(ours.loss), float(ours.grad_norm), float(ours.learning_rate)])
     np.testing.assert_allclose(found, metrics, rtol=BOUND)
-    differences = {
-        name: np.abs(weight - expected[name]).max() for name, weight in leaves(model).items()
-    }
-    assert {
-        name: error for name, error in differences.items() if not error <= tolerance[name]
-    } == {}
+    error = {name: np.abs(weight - expected[name]).max() for name, weight in leaves(model).items()}
+    assert {name: e for name, e in error.items() if not e <= tolerance[name]} == {}
