@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""Encodes text as token ids, and decodes them."""

@@ -1,21 +1,22 @@
-"""Builds the files of tokenizers: a SentencePiece model, or a tokenizer.json."""
+"""Builds tokenizer files: a SentencePiece model, or a tokenizer.json."""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (generated at import)
 )
 
 from llama_jax.errors import InputError
 
-# SentencePiece's types of pieces (GGUF's have the same numbers).
+# SentencePiece's piece types (GGUF uses the same numbers).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# How Llama 3 splits a text before it merges bytes (Meta's llama3, tokenizer.py).
+# The words into which Llama 3 splits a text before it merges bytes (Meta's llama3, tokenizer.py).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,10 +24,10 @@ LLAMA3_PATTERN = (
 
 
 def infer_piece_types(pieces: Sequence[str], control: Collection[int]) -> list[int]:
-    """Returns the types of the pieces of a LLaMA vocabulary that doesn't tell them.
+    """Returns the piece types of a LLaMA vocabulary that doesn't store them.
 
     Args:
-        pieces: by id; the unknown piece is number 0.
+        pieces: by id; the unknown piece has id 0.
         control: ids of the begin and the end token.
     """
     types = [BYTE if re.fullmatch("<0x[0-9A-F]{2}>", piece) else NORMAL for piece in pieces]
@@ -47,30 +48,31 @@ def build_sentencepiece_model(
     add_dummy_prefix: bool = True,
     remove_extra_whitespaces: bool = False,
 ) -> bytes:
-    """Returns a SentencePiece `tokenizer.model` (BPE, nothing normalised), as LLaMA's is.
+    """Returns a SentencePiece `tokenizer.model` like LLaMA's: BPE without normalization.
 
     Args:
         pieces: by id.
-        scores: the higher, the earlier merged.
-        types: NORMAL, UNKNOWN, ….
-        path: where they are from, for messages.
+        scores: by id; pieces with higher scores are merged first.
+        types: by id: NORMAL, UNKNOWN, ….
+        path: source of the pieces, for messages.
         bos_id: begin token.
         eos_id: end token.
-        add_dummy_prefix: texts get a space in front.
-        remove_extra_whitespaces: runs of spaces become one, and those at the ends none.
+        add_dummy_prefix: whether to put a space before each text.
+        remove_extra_whitespaces: whether to collapse runs of spaces, and remove spaces at both ends
+            of a text.
 
     Raises:
-        InputError: the pieces are not a vocabulary.
+        InputError: a piece occurs twice, or the arguments don't match in length.
     """
-    check_pieces(pieces, path)
+    check_unique_pieces(pieces, path)
     if not len(pieces) == len(scores) == len(types) or not max(bos_id, eos_id) < len(pieces):
         raise InputError(
             f"{path}: its {len(pieces)} pieces, {len(scores)} scores, {len(types)} types, begin"
-            f" token {bos_id} and end token {eos_id} don't fit together: fetch it again"
+            f" token {bos_id} and end token {eos_id} don't match: fetch it again"
         )
     model = ModelProto()
-    for piece, score, kind in zip(pieces, scores, types, strict=True):
-        model.pieces.add(piece=piece, score=score, type=kind)
+    for piece, score, piece_type in zip(pieces, scores, types, strict=True):
+        model.pieces.add(piece=piece, score=score, type=piece_type)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(pieces)
@@ -85,55 +87,55 @@ def build_sentencepiece_model(
     return model.SerializeToString(deterministic=True)
 
 
-def check_pieces(pieces: Sequence[str], path: Path) -> None:
-    """Checks that no piece stands twice in the vocabulary of the tokenizer at `path`.
+def check_unique_pieces(pieces: Sequence[str], path: Path) -> None:
+    """Checks that no piece occurs twice in the vocabulary of the tokenizer at `path`.
 
     Raises:
-        InputError: one does.
+        InputError: a piece occurs twice.
     """
     if len(set(pieces)) != len(pieces):
-        seen: set[str] = set()
-        twice = next(piece for piece in pieces if piece in seen or seen.add(piece))
+        duplicate = next(piece for piece, count in Counter(pieces).items() if count > 1)
         raise InputError(
-            f"{path} is damaged, fetch it again: {twice[:80]!r} stands twice among its pieces"
+            f"{path} is damaged: the piece {duplicate[:80]!r} occurs twice: fetch it again"
         )
 
 
 def byte_alphabet() -> list[str]:
-    """Returns the character that a byte-level tokenizer.json writes for each byte.
+    """Returns, for each byte, the character that a byte-level tokenizer.json writes for it.
 
-    Printable characters of Latin-1 stand for themselves, the others follow from U+0100 on.
+    Printable Latin-1 characters represent themselves; the other bytes use U+0100 and following.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def merges_of(pieces: Iterable[str], rank: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yields the merges that lead to `pieces`: every pair of known pieces, in the order of rank."""
+def derive_merges(pieces: Iterable[str], rank: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yields the merges that result in `pieces`: all pairs of known pieces, ordered by rank."""
     for piece in pieces:
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        pairs = [(a, b) for a, b in cuts if a in rank and b in rank]
+        splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        pairs = [(a, b) for a, b in splits if a in rank and b in rank]
         yield from sorted(pairs, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
 
 
-def tokenizer_json(
+def build_tokenizer_json(
     vocab: Mapping[str, int],
     merges: Iterable[Sequence[str]],
     added: Mapping[str, bool],
     bos: tuple[str, int] | None,
-    parts: Mapping[str, Any],
+    components: Mapping[str, Any],
     **model: Any,
 ) -> bytes:
     """Returns a `tokenizer.json` with a BPE model.
 
     Args:
-        vocab: ids of the pieces, without or with those added.
-        merges: in order.
-        added: the pieces that text is searched for as they stand, by id; True: has no text.
-        bos: begin token and its id, where texts begin with it.
-        parts: normalizer, pre_tokenizer and decoder.
-        model: further settings of the BPE model.
+        vocab: ids by piece; it may contain the added tokens.
+        merges: pairs of pieces, in the order of their rank.
+        added: the tokens that are searched for in a text before it is split, in the order of their
+            ids; True: a special token, which decodes to no text.
+        bos: begin token and its id, if texts start with it.
+        components: normalizer, pre_tokenizer and decoder.
+        model: more settings of the BPE model.
     """
     base = len(vocab)
     added_tokens = [
@@ -153,10 +155,10 @@ def tokenizer_json(
         "truncation": None,
         "padding": None,
         "added_tokens": added_tokens,
-        "normalizer": parts.get("normalizer"),
-        "pre_tokenizer": parts.get("pre_tokenizer"),
-        "post_processor": _begin_with(*bos) if bos else None,
-        "decoder": parts["decoder"],
+        "normalizer": components.get("normalizer"),
+        "pre_tokenizer": components.get("pre_tokenizer"),
+        "post_processor": _bos_template(*bos) if bos else None,
+        "decoder": components["decoder"],
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -174,44 +176,56 @@ def tokenizer_json(
     return (json.dumps(content, ensure_ascii=False) + "\n").encode()
 
 
-def _begin_with(token: str, number: int) -> dict[str, Any]:
-    def begin(kind: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": token, "type_id": kind}}
+def _bos_template(token: str, token_id: int) -> dict[str, Any]:
+    def bos(type_id: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": token, "type_id": type_id}}
 
-    def text(name: str, kind: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": kind}}
+    def text(name: str, type_id: int) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": type_id}}
 
     return {
         "type": "TemplateProcessing",
-        "single": [begin(0), text("A", 0)],
-        "pair": [begin(0), text("A", 0), begin(1), text("B", 1)],
-        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+        "single": [bos(0), text("A", 0)],
+        "pair": [bos(0), text("A", 0), bos(1), text("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
     }
 
 
-def sequence(kind: str, *parts: dict[str, Any]) -> dict[str, Any]:
-    """Returns normalizers, pretokenizers or decoders as one."""
-    return {"type": "Sequence", kind: list(parts)}
+def sequence(key: str, *components: dict[str, Any]) -> dict[str, Any]:
+    """Returns a component that applies others in order.
+
+    Args:
+        key: `normalizers`, `pretokenizers` or `decoders`.
+        components: in the order of application.
+    """
+    return {"type": "Sequence", key: list(components)}
 
 
-def replace(pattern: str, content: str, *, regex: bool = False) -> dict[str, Any]:
-    """Returns the part of a tokenizer.json that replaces one text by another."""
-    how = "Regex" if regex else "String"
-    return {"type": "Replace", "pattern": {how: pattern}, "content": content}
+def replacement(pattern: str, content: str, *, regex: bool = False) -> dict[str, Any]:
+    """Returns the component that replaces `pattern` with `content`."""
+    return {
+        "type": "Replace",
+        "pattern": {"Regex" if regex else "String": pattern},
+        "content": content,
+    }
 
 
 def byte_level(*, split_words: bool) -> dict[str, Any]:
-    """Returns the part of a tokenizer.json that writes bytes as characters, or reads them.
+    """Returns the component that writes each byte as a character; as a decoder, the inverse.
 
     Args:
-        split_words: first split the text as GPT-2 does.
+        split_words: whether to split the text into GPT-2's words first.
     """
-    how = {"add_prefix_space": False, "trim_offsets": True, "use_regex": split_words}
-    return {"type": "ByteLevel", **how}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": split_words,
+    }
 
 
-def llama3_parts() -> dict[str, Any]:
-    """Returns how Llama 3's tokenizer.json splits a text and puts it together."""
+def llama3_components() -> dict[str, Any]:
+    """Returns the pre_tokenizer and the decoder of Llama 3's tokenizer.json."""
     split: dict[str, Any] = {
         "type": "Split",
         "pattern": {"Regex": LLAMA3_PATTERN},

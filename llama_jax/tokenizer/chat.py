@@ -1,4 +1,4 @@
-"""Chats as text for a model: the formats of Llama 2 and Llama 3, and the Jinja templates."""
+"""Encodes chats: in the formats of Llama 2 and Llama 3, or with a Jinja template."""
 
 import atexit
 import contextlib
@@ -18,8 +18,9 @@ from llama_jax.tokenizer import template_process
 
 ROLES = ("system", "user", "assistant")
 
-# What `llama2_turns` and `llama3_ids` do, for programs that read a template. In these the content
-# of a message can't be told from the format, so theirs is the reader's to check.
+# The formats of `format_llama2_turns` and `encode_llama3_chat`, for programs that need a template.
+# A template doesn't separate a message from the format: the program that renders it must check that
+# no message contains the format's marks.
 LLAMA2_TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}
@@ -60,11 +61,11 @@ class Message(TypedDict):
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Checks what every format asks for.
+    """Checks the rules that all formats share.
 
     Raises:
-        InputError: there is no message, one is not a role and a text, or the last is not the
-            user's.
+        InputError: there is no message, a message has no valid role or no text, or the last message
+            is not the user's.
     """
     if not messages:
         raise InputError("the chat is empty: give at least one message of the user")
@@ -78,26 +79,26 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise InputError(f"message {number} of the chat has no text: give content as a string")
     if messages[-1]["role"] != "user":
         raise InputError(
-            f"the chat ends with a message of the {messages[-1]['role']}: end it with one of the"
-            " user, which the model is to answer"
+            f"the chat ends with a message of the {messages[-1]['role']}: end it with a message of"
+            " the user, which the model answers"
         )
 
 
-def llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-    """Yields the text of each turn (what the user said and the answer) and whether it is finished.
+def format_llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+    """Yields the text of each turn (user message and answer), and whether it has an answer.
 
-    Each stands between the begin and the end token, the last one without the end token: the format
-    of Llama 2 Chat (Meta's llama/generation.py, `chat_completion`).
+    In the format of Llama 2 Chat, each turn is between the begin and the end token; the last turn,
+    which has no answer, has no end token (Meta's llama/generation.py, `chat_completion`).
 
     Raises:
-        InputError: user and assistant don't take turns, or a text holds a mark of the format.
+        InputError: user and assistant don't take turns, or a message contains a mark of the format.
     """
     check_messages(messages)
     for number, message in enumerate(messages, 1):
         for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
             if mark in message["content"]:
                 raise InputError(
-                    f"message {number} of the chat holds {mark}, which marks turns: remove it"
+                    f"message {number} of the chat contains {mark}, which marks turns: remove it"
                 )
     turns = list(messages)
     if turns[0]["role"] == "system" and len(turns) > 1:
@@ -114,32 +115,34 @@ def llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
     yield f"[INST] {turns[-1]['content'].strip()} [/INST]", False
 
 
-def llama3_ids(
+def encode_llama3_chat(
     encode: Callable[[str], list[int]], special: Callable[[str], int], messages: Sequence[Message]
 ) -> list[int]:
     """Returns the ids of a chat in the format of Llama 3 (Meta's llama3, `ChatFormat`).
 
     Args:
-        encode: gives the ids of a plain text.
-        special: gives the id of a special token.
-        messages: ends with one of the user.
+        encode: returns the ids of plain text.
+        special: returns the id of a special token.
+        messages: the last message is the user's.
 
     Raises:
-        InputError: a message is not a role and a text, or the last is not the user's.
+        InputError: a message has no valid role or no text, or the last message is not the user's.
     """
     check_messages(messages)
-    start, end, done = map(special, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    start, end, end_of_turn = map(
+        special, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    )
 
     def header(role: str) -> list[int]:
         return [start, *encode(role), end, *encode("\n\n")]
 
     ids = [special("<|begin_of_text|>")]
     for message in messages:
-        ids += [*header(message["role"]), *encode(message["content"].strip()), done]
+        ids += [*header(message["role"]), *encode(message["content"].strip()), end_of_turn]
     return ids + header("assistant")
 
 
-def template_ids(
+def encode_with_template(
     template: str,
     messages: Sequence[Message],
     tokens: Mapping[str, str],
@@ -150,29 +153,33 @@ def template_ids(
 ) -> list[int]:
     """Returns the ids of a chat in the format of a template.
 
-    Only the template writes special tokens: the text of one in a message is a text like any other.
+    Only the template can write special tokens: the text of a special token in a message is encoded
+    as ordinary text.
 
     Args:
-        template, messages, tokens: as of `render`.
-        special: the ids of the special tokens, by their texts.
-        encode: gives the ids of a text in which special tokens are text.
-        parse: gives the ids of a text in which the text of a special token gives that token.
+        template, messages, tokens: see `render_template`.
+        special: ids of the special tokens, by their text.
+        encode: returns the ids of a text; it encodes the text of special tokens as ordinary text.
+        parse: returns the ids of a text; it encodes the text of a special token as that token.
 
     Raises:
-        InputError: as `render`; or a text holds half of a surrogate pair.
+        InputError: see `render_template`; or a text contains half of a surrogate pair.
     """
     pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    # A mark that no message can hold splits these texts while the template is at work.
+    # A random mark, which no message can contain, splits special tokens in messages before the
+    # template is rendered. The mark is removed afterwards.
     mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
 
-    def marked(found: re.Match[str]) -> str:
-        return found[0][:1] + mark + found[0][1:]
+    def insert_mark(match: re.Match[str]) -> str:
+        return match[0][:1] + mark + match[0][1:]
 
-    def guarded(message: Message) -> Message:
-        return Message(role=message["role"], content=re.sub(pattern, marked, message["content"]))
+    def guard(message: Message) -> Message:
+        content = re.sub(pattern, insert_mark, message["content"])
+        return Message(role=message["role"], content=content)
 
     check_messages(messages)
-    text = render(template, list(map(guarded, messages)) if pattern else messages, tokens)
+    guarded = list(map(guard, messages)) if pattern else messages
+    text = render_template(template, guarded, tokens)
     if mark not in text:
         return parse(text)
     ids = []
@@ -181,19 +188,19 @@ def template_ids(
     return ids
 
 
-def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
-    """Returns the text that a chat template makes, up to where the model is to answer.
+def render_template(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+    """Returns the text of a chat template up to the position of the model's answer.
 
-    The templates are those of Hugging Face's `apply_chat_template`; they run in Jinja's sandbox, in
-    a process with limits of time and memory.
+    Templates follow Hugging Face's `apply_chat_template`. They run in Jinja's sandbox, in a
+    separate process with limits on time and memory.
 
     Args:
         template: Jinja source.
-        messages: end with one of the user.
-        tokens: the texts of special tokens by the names that templates use (`bos_token`, …).
+        messages: the last message is the user's.
+        tokens: texts of special tokens, by the names that templates use (`bos_token`, …).
 
     Raises:
-        InputError: the template is broken, exceeds the limits, or refuses these messages.
+        InputError: the template has a syntax error, exceeds the limits, or rejects these messages.
     """
     check_messages(messages)
     context = {
@@ -202,75 +209,76 @@ def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]
         "documents": None,
         "add_generation_prompt": True,
     }
-    result = _result(json.dumps({"template": template, "context": context | dict(tokens)}))
+    result = _run_job(json.dumps({"template": template, "context": context | dict(tokens)}))
     if "text" in result:
         return result["text"]
     if "line" in result:
         raise InputError(
-            f"the model's chat template is broken at line {result['line']} ({result['error']}):"
-            " correct chat_template"
+            f"the model's chat template has a syntax error at line {result['line']}"
+            f" ({result['error']}): correct chat_template"
         )
     if "limit" in result:
         raise InputError(
-            f"the model's chat template exceeds the limits of a rendering ({result['limit']}):"
+            f"the model's chat template exceeds the limits for rendering ({result['limit']}):"
             " correct chat_template"
         )
     raise InputError(
-        f"the model's chat template refuses these messages ({result['error']}): change them, or the"
+        f"the model's chat template rejects these messages ({result['error']}): change them, or the"
         " template"
     )
 
 
-_rendering = threading.Lock()
+_render_lock = threading.Lock()
 
 
-def _result(job: str) -> dict[str, Any]:
-    """Returns the result of a job of `template_process`.
+def _run_job(job: str) -> dict[str, Any]:
+    """Sends a job to `template_process` and returns the result.
 
     Raises:
-        RuntimeError: the process can't be started, or something else ended it.
+        RuntimeError: the process can't start, or exits for another reason than its limits.
     """
-    with _rendering:
-        if _process().poll() is not None:  # ended from outside, between two jobs
-            _process.cache_clear()
-        process = _process()
+    with _render_lock:
+        if _renderer_process().poll() is not None:  # it was killed between two jobs
+            _renderer_process.cache_clear()
+        process = _renderer_process()
         assert process.stdin is not None
         assert process.stdout is not None
-        answer = ""
+        line = ""
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended before it read the job
+            with contextlib.suppress(BrokenPipeError):  # the process ended before it read the job
                 print(job, file=process.stdin, flush=True)
-            answer = process.stdout.readline()
+            line = process.stdout.readline()
         finally:
-            if not answer.endswith("\n"):
-                _process.cache_clear()
-                _end(process)
-    if answer.endswith("\n"):
-        return json.loads(answer)
+            if not line.endswith("\n"):
+                _renderer_process.cache_clear()
+                _kill(process)
+    if line.endswith("\n"):
+        return json.loads(line)
     if process.returncode == -signal.SIGPROF:
-        return {"limit": f"more than {template_process.SECONDS} s of processor time"}
+        return {"limit": f"more than {template_process.CPU_SECONDS} s of processor time"}
     if process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
         return {"limit": "more stack than its process has"}
     raise RuntimeError(f"the process that renders chat templates ended: {process.returncode}")
 
 
 @functools.cache
-def _process() -> subprocess.Popen[str]:
-    """Starts the process that renders; it ends with this one, whose end closes its input."""
+def _renderer_process() -> subprocess.Popen[str]:
+    """Starts the rendering process. It exits when this process exits, which closes its input."""
     process = subprocess.Popen(
         [sys.executable, "-P", template_process.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="ascii",
-        start_new_session=True,  # Ctrl-C is for this process, which may still have chats to answer
+        # Ctrl-C must reach only this process, which may still have to answer chats.
+        start_new_session=True,
     )
-    atexit.register(_end, process)
+    atexit.register(_kill, process)
     return process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     with contextlib.suppress(BrokenPipeError):
         process.communicate()
-    atexit.unregister(_end)
+    atexit.unregister(_kill)

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as the files that a model folder holds."""
+"""Converts the tokenizer of a GGUF file to the files of a model folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,27 +9,27 @@ from llama_jax.tokenizer.build import (
     CONTROL,
     USER_DEFINED,
     build_sentencepiece_model,
+    build_tokenizer_json,
     byte_level,
-    check_pieces,
+    check_unique_pieces,
     infer_piece_types,
-    llama3_parts,
+    llama3_components,
     sequence,
-    tokenizer_json,
 )
 from llama_jax.tokenizer.gguf_header import MAGIC, read_header
 from llama_jax.tokenizer.settings import to_json
 
-# The names of Llama 3's way to split a text; llama.cpp begins its texts with the begin token.
+# The names of Llama 3's pre-tokenizer. With these, llama.cpp puts the begin token before a text.
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
 def is_gguf(data: bytes) -> bool:
-    """Tells whether a file begins as a GGUF file does."""
+    """Returns whether a file starts with the magic bytes of GGUF."""
     return data.startswith(MAGIC)
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Tells whether a GGUF file holds a tokenizer, of whatever kind.
+    """Returns whether a GGUF file contains a tokenizer of any kind.
 
     Raises:
         InputError: the file is damaged.
@@ -38,106 +38,106 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
-    """Returns the files that a model folder with the tokenizer of a GGUF file holds.
+    """Returns the files of a model folder with the tokenizer of a GGUF file, by name.
 
-    `tokenizer.model` (the kind "llama") or `tokenizer.json` (the kind "gpt2": byte pairs),
-    `tokenizer_config.json` (begin and end tokens, chat template) and `generation_config.json`
-    (the ids that end a text).
+    They are `tokenizer.model` (kind "llama") or `tokenizer.json` (kind "gpt2": byte pairs),
+    `tokenizer_config.json` (begin and end tokens, chat template) and `generation_config.json` (end
+    ids).
 
     Raises:
-        InputError: the file is damaged, has no tokenizer, or one of a kind that is not LLaMA's.
+        InputError: the file is damaged, or has no tokenizer of the LLaMA family.
     """
     path = Path(path)
-    said = read_header(path, "tokenizer.").metadata
-    kind = said.get("tokenizer.ggml.model")
+    metadata = read_header(path, "tokenizer.").metadata
+    kind = metadata.get("tokenizer.ggml.model")
     try:
         if kind == "llama":
-            return _sentencepiece_files(path, said)
+            return _sentencepiece_files(path, metadata)
         if kind == "gpt2":
-            return _byte_pair_files(path, said)
+            return _byte_pair_files(path, metadata)
     except KeyError as error:
         raise InputError(
-            f"{path} has no {error.args[0]}: its tokenizer is not complete, fetch it again"
+            f"{path} has no {error.args[0]}: its tokenizer is incomplete: fetch it again"
         ) from error
     except (TypeError, IndexError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: its tokenizer is damaged ({error}): fetch it again") from error
     raise InputError(
-        f"{path} has a tokenizer of the kind {str(kind)[:80]!a}, but only llama and gpt2 are of the"
-        " LLaMA family: give the file of a LLaMA"
+        f"{path} has a tokenizer of the kind {str(kind)[:80]!a}, but the LLaMA family uses only"
+        " llama and gpt2: give the file of a LLaMA model"
     )
 
 
-def _sentencepiece_files(path: Path, said: Mapping[str, Any]) -> dict[str, bytes]:
-    pieces = said["tokenizer.ggml.tokens"]
-    bos, eos = (
-        said.get("tokenizer.ggml.bos_token_id", 1),
-        said.get("tokenizer.ggml.eos_token_id", 2),
-    )
-    types = said.get("tokenizer.ggml.token_type") or infer_piece_types(pieces, control=(bos, eos))
+def _sentencepiece_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    pieces = metadata["tokenizer.ggml.tokens"]
+    bos = metadata.get("tokenizer.ggml.bos_token_id", 1)
+    eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
+    types = metadata.get("tokenizer.ggml.token_type") or infer_piece_types(pieces, (bos, eos))
     model = build_sentencepiece_model(
         pieces,
-        said["tokenizer.ggml.scores"],
+        metadata["tokenizer.ggml.scores"],
         types,
         path,
         bos_id=bos,
         eos_id=eos,
-        add_dummy_prefix=said.get("tokenizer.ggml.add_space_prefix", True),
-        remove_extra_whitespaces=said.get("tokenizer.ggml.remove_extra_whitespaces", False),
+        add_dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
+        remove_extra_whitespaces=metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
     )
-    add_bos = said.get("tokenizer.ggml.add_bos_token", True)
-    side = _side_files(said, bos, eos, add_bos, {"tokenizer_class": "LlamaTokenizer"})
-    return {"tokenizer.model": model, **side}
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+    configs = _config_files(metadata, bos, eos, add_bos, {"tokenizer_class": "LlamaTokenizer"})
+    return {"tokenizer.model": model, **configs}
 
 
-def _byte_pair_files(path: Path, said: Mapping[str, Any]) -> dict[str, bytes]:
-    pre = said.get("tokenizer.ggml.pre", "default")
-    pieces = said["tokenizer.ggml.tokens"]
-    check_pieces(pieces, path)
-    bos = said.get("tokenizer.ggml.bos_token_id")
-    eos = said["tokenizer.ggml.eos_token_id"]
+def _byte_pair_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pieces = metadata["tokenizer.ggml.tokens"]
+    check_unique_pieces(pieces, path)
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    eos = metadata["tokenizer.ggml.eos_token_id"]
     bos = eos if bos is None else bos
-    add_bos = said.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3)
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3)
     if pre in _LLAMA3:
-        parts = llama3_parts()
+        components = llama3_components()
     elif pre == "smollm":
         digits = {"type": "Digits", "individual_digits": True}
-        parts = {"pre_tokenizer": sequence("pretokenizers", digits, byte_level(split_words=True))}
+        pre_tokenizer = sequence("pretokenizers", digits, byte_level(split_words=True))
+        components = {"pre_tokenizer": pre_tokenizer}
     elif pre in ("gpt-2", "default"):
-        parts = {"pre_tokenizer": byte_level(split_words=True)}
+        components = {"pre_tokenizer": byte_level(split_words=True)}
     else:
         raise InputError(
-            f"{path} splits texts in the way {pre!r}, which is not of the LLaMA family: give the"
+            f"{path} has the pre-tokenizer {pre!r}, which is not one of the LLaMA family: give the"
             " model's own tokenizer.json"
         )
-    types = said["tokenizer.ggml.token_type"]
-    kinds = zip(pieces, types, strict=True)
-    content = tokenizer_json(
+    types = metadata["tokenizer.ggml.token_type"]
+    typed_pieces = zip(pieces, types, strict=True)
+    content = build_tokenizer_json(
         {piece: i for i, piece in enumerate(pieces)},
-        [merge.split(" ", 1) for merge in said["tokenizer.ggml.merges"]],
-        {piece: kind == CONTROL for piece, kind in kinds if kind in (CONTROL, USER_DEFINED)},
+        [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        {piece: t == CONTROL for piece, t in typed_pieces if t in (CONTROL, USER_DEFINED)},
         (pieces[bos], bos) if add_bos else None,
-        {"decoder": byte_level(split_words=True), **parts},
+        {"decoder": byte_level(split_words=True), **components},
         ignore_merges=pre in _LLAMA3,
     )
-    side = _side_files(said, bos, eos, add_bos, {"tokenizer_class": "PreTrainedTokenizerFast"})
-    return {"tokenizer.json": content, **side}
+    tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    configs = _config_files(metadata, bos, eos, add_bos, tokenizer_class)
+    return {"tokenizer.json": content, **configs}
 
 
-def _side_files(
-    said: Mapping[str, Any], bos: int, eos: int, add_bos: bool, config: dict[str, Any]
+def _config_files(
+    metadata: Mapping[str, Any], bos: int, eos: int, add_bos: bool, config: dict[str, Any]
 ) -> dict[str, bytes]:
-    pieces = said["tokenizer.ggml.tokens"]
+    pieces = metadata["tokenizer.ggml.tokens"]
     config |= {"bos_token": pieces[bos], "eos_token": pieces[eos]}
     for name, key in (("unk_token", "unknown_token_id"), ("pad_token", "padding_token_id")):
-        if (i := said.get(f"tokenizer.ggml.{key}")) is not None:
+        if (i := metadata.get(f"tokenizer.ggml.{key}")) is not None:
             config[name] = pieces[i]
     config |= {"add_bos_token": bool(add_bos), "clean_up_tokenization_spaces": False}
-    if "tokenizer.chat_template" in said:
-        config["chat_template"] = said["tokenizer.chat_template"]
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom"))
-    ends = sorted({eos} | {said[key] for key in keys if key in said})
+    ends = sorted({eos} | {metadata[key] for key in keys if key in metadata})
     generation = {"bos_token_id": bos, "eos_token_id": ends}
     return {
         "tokenizer_config.json": to_json(config),

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: its metadata and its table of tensors.
+"""Reads the header of a GGUF file: its metadata and its table of tensors.
 
-Time and memory are bounded, whatever the file claims: at most `_MAX_BYTES` are looked at.
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Time and memory are bounded for any content: the reader parses at most `_MAX_BYTES`.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
@@ -16,9 +16,9 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import open_regular
 
 MAGIC = b"GGUF"
-_MAX_BYTES = 32 << 20  # a Llama 3's header has 8 MB, nearly all of it the tokenizer
-_MAX_ENTRIES = 1 << 16  # of the metadata, and of the table of tensors
-_MAX_STRINGS = 1 << 20  # of an array: a Llama 3 has 280,000 merges
+_MAX_BYTES = 32 << 20  # the header of a Llama 3 has 8 MB, mostly its tokenizer
+_MAX_ENTRIES = 1 << 16  # in the metadata, and in the table of tensors
+_MAX_STRINGS = 1 << 20  # in an array; a Llama 3 has 280,000 merges
 _MAX_DIMS = 4
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {
@@ -28,63 +28,66 @@ _NUMBERS = {
 
 
 class TensorInfo(NamedTuple):
-    """A line of the table of tensors, as the file says it: nothing about it is checked yet."""
+    """An entry of the table of tensors, as the file states it: not checked."""
 
     name: str
-    shape: tuple[int, ...]  # row-major, so the reverse of the file's
+    shape: tuple[int, ...]  # row-major: the reverse of the order in the file
     ggml_type: int
-    offset: int  # from where the data begin [bytes]
+    offset: int  # from the start of the data section [bytes]
 
 
 class GGUFHeader(NamedTuple):
-    """What a GGUF file says before its data."""
+    """The metadata and the table of tensors of a GGUF file."""
 
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
-    nbytes: int
+    nbytes: int  # size of the header
 
 
 def read_header(path: Path, wanted: str | tuple[str, ...]) -> GGUFHeader:
-    """Returns the header of a GGUF file, without the metadata whose keys begin otherwise.
+    """Returns the header of a GGUF file.
 
-    Arrays that are not wanted are skipped: to read all of a Llama 3's takes half a second.
+    Args:
+        path: the file.
+        wanted: prefixes of the metadata keys to return. The other arrays are skipped: reading all
+            arrays of a Llama 3 takes half a second.
 
     Raises:
-        InputError: it is not a GGUF file, or is damaged or cut short.
+        InputError: the file is not a GGUF file, or is damaged or truncated.
     """
     try:
         with open_regular(path) as file:
             size = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
-                return _header(path, _Values(data), wanted)
+                return _parse_header(path, _ValueReader(data), wanted)
     except (struct.error, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
+        raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
 
 
-def _header(path: Path, values: "_Values", wanted: str | tuple[str, ...]) -> GGUFHeader:
+def _parse_header(path: Path, values: "_ValueReader", wanted: str | tuple[str, ...]) -> GGUFHeader:
     magic, version, n_tensors, n_keys = values.numbers("<4sIQQ")
     if magic != MAGIC or version not in (2, 3):
         raise InputError(
-            f"{path} is no GGUF file of version 2 or 3 (little-endian): convert it anew"
+            f"{path} is not a GGUF file of version 2 or 3 (little-endian): convert it again"
         )
     if max(n_tensors, n_keys) > _MAX_ENTRIES:
-        raise ValueError(f"it claims {n_tensors} tensors and {n_keys} keys")
+        raise ValueError(f"its header states {n_tensors} tensors and {n_keys} keys")
     keys, metadata = set[str](), dict[str, Any]()
     for _ in range(n_keys):
-        key, (kind,) = values.string(), values.numbers("<I")
-        value = values.of(kind, key.startswith(wanted))
+        key, (value_type,) = values.string(), values.numbers("<I")
+        value = values.value(value_type, key.startswith(wanted))
         if value is not None:
             metadata[key] = value
         keys.add(key)
-    tensors = [_tensor(values) for _ in range(n_tensors)]
+    tensors = [_parse_tensor_info(values) for _ in range(n_tensors)]
     if len(keys) < n_keys or len({tensor.name for tensor in tensors}) < n_tensors:
         raise ValueError("a name occurs twice")
-    return GGUFHeader(metadata, tensors, values.at)
+    return GGUFHeader(metadata, tensors, values.position)
 
 
-def _tensor(values: "_Values") -> TensorInfo:
+def _parse_tensor_info(values: "_ValueReader") -> TensorInfo:
     name, (dims,) = values.string(), values.numbers("<I")
     if dims > _MAX_DIMS:
         raise ValueError(f"a tensor has {dims} dimensions")
@@ -92,48 +95,50 @@ def _tensor(values: "_Values") -> TensorInfo:
     return TensorInfo(name, tuple(reversed(shape)), ggml_type, offset)
 
 
-class _Values:
-    """Reads the values of a header one after another."""
+class _ValueReader:
+    """Reads the values of a header in order."""
 
     def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 0
+        self.data, self.position = data, 0
 
-    def take(self, size: int) -> bytes:
+    def read_bytes(self, size: int) -> bytes:
         """Returns the next bytes."""
-        part = self.data[self.at : self.at + size]
+        part = self.data[self.position : self.position + size]
         if len(part) != size:
-            raise ValueError(f"its header goes beyond byte {len(self.data)}")
-        self.at += size
+            raise ValueError(f"its header extends past byte {len(self.data)}")
+        self.position += size
         return part
 
-    def numbers(self, form: str) -> tuple[Any, ...]:
+    def numbers(self, struct_format: str) -> tuple[Any, ...]:
         """Returns the next numbers of a `struct` format."""
-        return struct.unpack(form, self.take(struct.calcsize(form)))
+        return struct.unpack(struct_format, self.read_bytes(struct.calcsize(struct_format)))
 
     def string(self) -> str:
         """Returns the next string."""
-        return self.take(*self.numbers("<Q")).decode()
+        return self.read_bytes(*self.numbers("<Q")).decode()
 
-    def of(self, kind: int, wanted: bool) -> Any:
-        """Returns the next value, None where it is not wanted."""
-        if kind == _STRING:
+    def value(self, value_type: int, wanted: bool) -> Any:
+        """Returns the next value, or None if it is not wanted."""
+        if value_type == _STRING:
             value = self.string()
-        elif kind == _ARRAY:
-            inner, length = self.numbers("<IQ")
-            value = self._array(inner, length, wanted)
+        elif value_type == _ARRAY:
+            element_type, length = self.numbers("<IQ")
+            value = self._array(element_type, length, wanted)
         else:
-            (value,) = self.numbers(_NUMBERS[kind])
+            (value,) = self.numbers(_NUMBERS[value_type])
         return value if wanted else None
 
-    def _array(self, kind: int, length: int, wanted: bool) -> list[Any] | None:
-        if kind in _NUMBERS:
-            dtype = np.dtype(_NUMBERS[kind])
-            raw = self.take(dtype.itemsize * length)
+    def _array(self, element_type: int, length: int, wanted: bool) -> list[Any] | None:
+        if element_type in _NUMBERS:
+            dtype = np.dtype(_NUMBERS[element_type])
+            raw = self.read_bytes(dtype.itemsize * length)
             return np.frombuffer(raw, dtype).tolist() if wanted else None
-        if kind != _STRING or length > _MAX_STRINGS:
-            raise ValueError(f"it claims an array of {length} values of the type {kind}")
+        if element_type != _STRING or length > _MAX_STRINGS:
+            raise ValueError(
+                f"its header states an array of {length} values of the type {element_type}"
+            )
         if wanted:
             return [self.string() for _ in range(length)]
         for _ in range(length):
-            self.take(*self.numbers("<Q"))
+            self.read_bytes(*self.numbers("<Q"))
         return None

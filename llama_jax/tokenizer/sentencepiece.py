@@ -1,4 +1,4 @@
-"""The tokenizer of LLaMA and Llama 2: SentencePiece's tokenizer.model, or llama2.c's."""
+"""The tokenizer of LLaMA and Llama 2: SentencePiece's tokenizer.model, or llama2.c's file."""
 
 import hashlib
 import re
@@ -9,38 +9,40 @@ from pathlib import Path
 
 import sentencepiece as spm
 from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (generated at import)
 )
 
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import BYTE, build_sentencepiece_model, infer_piece_types
 from llama_jax.tokenizer.huggingface import TokenizerJson
-from llama_jax.tokenizer.settings import check_ids, check_text, folder_files, read_settings
+from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
 from llama_jax.tokenizer.split_points import ESCAPED, SafeSplit, never_split, safe_split_by_pairs
 
-# SHA-256 of the charsmap that `train_tokenizer` makes: it replaces U+2581 and U+FDD0 alone.
-_ESCAPES = "95a5358aa29b833dc99be672ba76631392d46f7db36301c145ab8b0f557cd39a"
+# SHA-256 of the charsmap of `train_tokenizer`, which replaces only U+2581 and U+FDD0.
+_ESCAPING_CHARSMAP = "95a5358aa29b833dc99be672ba76631392d46f7db36301c145ab8b0f557cd39a"
 
-_LLAMA2C_START = b"\x00\x00\x00\x00\x05\x00\x00\x00<unk>"  # score, length and text of the first
+_LLAMA2C_START = (
+    b"\x00\x00\x00\x00\x05\x00\x00\x00<unk>"  # score, length and text of the first piece
+)
 
 
 class SentencePiece:
-    """A SentencePiece model and what the JSON files beside it say.
+    """A SentencePiece model with the settings of the files next to it.
 
-    `end_ids` are the model's own end token and those of generation_config.json. Chats have the
-    form of the folder's chat template, or else that of Llama 2 Chat.
+    `end_ids` are the model's own end token and the end ids of generation_config.json. The chat
+    format is the folder's chat template; without one, the format of Llama 2 Chat.
 
     Args:
         path: the file, for messages.
-        data: what is in it.
-        files: those beside it, by name.
+        data: its content.
+        files: content of the files next to it, by name.
     """
 
     def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
         files = files or {}
         self.path = path
-        self._processor = _processor(path, data)
+        self._processor = _parse_model(path, data)
         self.n_vocab: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
@@ -48,49 +50,50 @@ class SentencePiece:
         self.end_ids = frozenset({self.eos_id}) | self._settings.end_ids
         self.add_bos = self._settings.add_bos is not False
         self.template = self._settings.template
-        self.files = folder_files("tokenizer.model", data, files, self._settings)
+        self.files = model_folder_files("tokenizer.model", data, files, self._settings)
+        # In later Mistral models [INST] is a control token: their chat format is not Llama 2's.
         inst = self._processor.piece_to_id("[INST]")
-        self.chats_as_llama2 = not self._processor.is_control(inst)  # as in Mistral's later ones
+        self.has_llama2_chats = not self._processor.is_control(inst)
         self._json = files.get("tokenizer.json")
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
     ) -> list[int]:
-        """Returns the ids of `text`, between <s> and </s> where asked for.
+        """Returns the ids of `text`, on request between <s> and </s>.
 
         Raises:
-            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+            InputError: the text contains half of a surrogate pair, which UTF-8 can't encode.
         """
         check_text(text)
-        processor = self._without_prefix if continued else self._processor
+        processor = self._without_space_prefix if continued else self._processor
         return [self.bos_id] * bos + processor.encode(text) + [self.eos_id] * eos
 
     def safe_split(self, text: str) -> int:
-        """Returns after how many characters a long text may be cut; 0: nowhere."""
-        return self._safe_split(text)
+        """Returns after how many characters a long text can be split; 0: nowhere."""
+        return self._find_safe_split(text)
 
     @cached_property
-    def _safe_split(self) -> SafeSplit:
+    def _find_safe_split(self) -> SafeSplit:
         model = ModelProto.FromString(self.files["tokenizer.model"])
         spec, trainer = model.normalizer_spec, model.trainer_spec
         charsmap = spec.precompiled_charsmap
         if (
             trainer.model_type != trainer.BPE
-            or not trainer.byte_fallback  # else unknown characters that follow each other are one
+            or not trainer.byte_fallback  # without it, adjacent unknown characters are one token
             or trainer.treat_whitespace_as_suffix
             or not spec.escape_whitespaces
-            or (charsmap and hashlib.sha256(charsmap).hexdigest() != _ESCAPES)
+            or (charsmap and hashlib.sha256(charsmap).hexdigest() != _ESCAPING_CHARSMAP)
         ):
             return never_split
-        # Spaces beside a cut would be removed as those at the ends of a text.
-        changed = ESCAPED + " " if spec.remove_extra_whitespaces else ESCAPED
-        return safe_split_by_pairs((p.piece for p in model.pieces if p.type != BYTE), changed)
+        # Spaces next to a split would be removed, as at the ends of a text.
+        altered = ESCAPED + " " if spec.remove_extra_whitespaces else ESCAPED
+        return safe_split_by_pairs((p.piece for p in model.pieces if p.type != BYTE), altered)
 
     @cached_property
-    def _without_prefix(self) -> spm.SentencePieceProcessor:
+    def _without_space_prefix(self) -> spm.SentencePieceProcessor:
         model = ModelProto.FromString(self.files["tokenizer.model"])
         model.normalizer_spec.add_dummy_prefix = False
-        return _processor(self.path, model.SerializeToString())
+        return _parse_model(self.path, model.SerializeToString())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`.
@@ -101,13 +104,13 @@ class SentencePiece:
         return self._processor.decode(check_ids(ids, self.n_vocab, self.path))
 
     def parse(self, text: str) -> list[int]:
-        """Returns the ids of `text`; the text of a control token gives that token.
+        """Returns the ids of `text`; the text of a control token is encoded as that token.
 
-        The tokenizer.json beside it reads the text, for which chat templates are written; where
-        there is none, each stretch between control tokens is a text of its own.
+        If there is a tokenizer.json next to the model, it encodes the text: chat templates are
+        written for it. Without one, each part between control tokens is encoded as a separate text.
 
         Raises:
-            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+            InputError: the text contains half of a surrogate pair, which UTF-8 can't encode.
         """
         check_text(text)
         if self._parser is not None:
@@ -119,26 +122,26 @@ class SentencePiece:
         return ids
 
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
-        """Returns the ids of a chat, up to where the model is to answer.
+        """Returns the ids of a chat, up to the position of the model's answer.
 
         Raises:
-            InputError: the messages are not a chat that the format knows.
+            InputError: the messages don't match the chat format, or the format is unknown.
         """
-        if self.template is None and not self.chats_as_llama2:
+        if self.template is None and not self.has_llama2_chats:
             raise InputError(
-                f"{self.path} has control tokens for chats, but the folder doesn't say how they are"
-                " used: lay the model's tokenizer_config.json beside it"
+                f"{self.path} has control tokens for chats, but the folder doesn't define their"
+                " use: put the model's tokenizer_config.json next to it"
             )
         if self.template is None:
-            turns = chat.llama2_turns(messages)
+            turns = chat.format_llama2_turns(messages)
             return [i for text, done in turns for i in self.encode(text, bos=True, eos=done)]
         p = self._processor
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
         tokens |= self._settings.tokens
-        reader = self._parser or self
-        ids = chat.template_ids(
+        encoder = self._parser or self
+        ids = chat.encode_with_template(
             self.template, messages, tokens,
-            special=reader.special, encode=reader.encode, parse=reader.parse,
+            special=encoder.special, encode=encoder.encode, parse=encoder.parse,
         )  # fmt: skip
         return check_ids(ids, self.n_vocab, self.path)
 
@@ -150,18 +153,18 @@ class SentencePiece:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """The control tokens."""
+        """The ids of the control tokens, by their text."""
         p = self._processor
         return {p.id_to_piece(i): i for i in range(self.n_vocab) if p.is_control(i)}
 
 
-def _processor(path: Path, data: bytes) -> spm.SentencePieceProcessor:
+def _parse_model(path: Path, data: bytes) -> spm.SentencePieceProcessor:
     try:
         processor = spm.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{path} is not a SentencePiece model, nor in tiktoken's format, or is cut short: give"
-            " a tokenizer.model"
+            f"{path} is neither a SentencePiece model nor in tiktoken's format, or it is truncated:"
+            " give a tokenizer.model"
         ) from error
     if min(processor.bos_id(), processor.eos_id()) < 0:
         raise InputError(
@@ -171,34 +174,35 @@ def _processor(path: Path, data: bytes) -> spm.SentencePieceProcessor:
 
 
 def is_llama2c(data: bytes) -> bool:
-    """Tells whether a file begins as llama2.c's tokenizer.bin does."""
+    """Returns whether a file starts like llama2.c's tokenizer.bin."""
     return data[4 : 4 + len(_LLAMA2C_START)] == _LLAMA2C_START
 
 
 def from_llama2c(data: bytes, path: Path) -> bytes:
     """Returns the SentencePiece model in llama2.c's tokenizer.bin.
 
-    The file holds the length of the longest piece, then of each piece its score, its length and
-    its UTF-8 text; spaces stand for U+2581, and the control tokens between line breaks. It doesn't
-    say whether extra spaces are removed: they are kept, as llama2.c's run.c does.
+    The file contains the length of the longest piece, and for each piece its score, its length and
+    its UTF-8 text. The text has spaces instead of U+2581; control tokens are between line breaks.
+    The file doesn't state whether extra spaces are removed: this tokenizer preserves them, as
+    llama2.c's run.c does.
 
     Raises:
-        InputError: the file is cut short or damaged.
+        InputError: the file is truncated or damaged.
     """
     pieces: list[str] = []
     scores: list[float] = []
-    at = 4
+    position = 4
     try:
-        while at < len(data):
-            score, length = struct.unpack_from("<fi", data, at)
-            at += 8 + length
-            if length < 0 or at > len(data):
-                raise ValueError("a piece that ends outside the file")
-            pieces.append(data[at - length : at].decode().replace(" ", "▁"))
+        while position < len(data):
+            score, length = struct.unpack_from("<fi", data, position)
+            position += 8 + length
+            if length < 0 or position > len(data):
+                raise ValueError("a piece ends outside the file")
+            pieces.append(data[position - length : position].decode().replace(" ", "▁"))
             scores.append(score)
     except (struct.error, ValueError) as error:
         raise InputError(
-            f"{path} is not a tokenizer.bin of llama2.c, or is cut short ({error}): fetch it again"
+            f"{path} is not a tokenizer.bin of llama2.c, or is truncated ({error}): fetch it again"
         ) from error
     pieces[1:3] = [piece.strip("\n") for piece in pieces[1:3]]
     types = infer_piece_types(pieces, control=range(1, min(3, len(pieces))))

@@ -1,4 +1,4 @@
-"""What the JSON files beside a tokenizer say: begin and end tokens, the chat template."""
+"""Reads the settings of a tokenizer from the files next to it: special tokens, chat template."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.errors import InputError
 from llama_jax.runtime.regular_file import read_regular
 
-SIDE_FILES = (
+CONFIG_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
@@ -19,29 +19,29 @@ SIDE_FILES = (
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What a model folder says about its tokenizer, as far as it says it."""
+    """The settings of a tokenizer; each may be missing in a model folder."""
 
     tokens: Mapping[str, str]  # texts of the special tokens: bos_token, eos_token, …
     bos_ids: frozenset[int]  # at most one
-    end_ids: frozenset[int]  # of the model: generation_config.json, or else config.json
-    add_bos: bool | None  # whether texts begin with the begin token
-    template: str | None  # of chats, in Jinja
+    end_ids: frozenset[int]  # from generation_config.json, or else config.json
+    add_bos: bool | None  # whether texts start with the begin token
+    template: str | None  # for chats, in Jinja
 
 
-def side_files(folder: Path) -> dict[str, bytes]:
-    """Returns the files in `folder` that settings are read from, by name."""
-    paths = [folder / name for name in (*SIDE_FILES, "config.json")]
+def read_config_files(folder: Path) -> dict[str, bytes]:
+    """Returns the content of the files in `folder` that contain settings, by name."""
+    paths = [folder / name for name in (*CONFIG_FILES, "config.json")]
     return {path.name: read_regular(path) for path in paths if path.is_file()}
 
 
 def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings:
-    """Returns what `files`, which lie in `folder`, say.
+    """Returns the settings in `files`, which come from `folder`.
 
     Raises:
-        InputError: one of them is not the JSON it should be.
+        InputError: a file is not JSON, or a setting has a wrong type.
     """
-    config = _read(files, "tokenizer_config.json", folder)
-    named = _read(files, "special_tokens_map.json", folder) | config
+    config = _read_json(files, "tokenizer_config.json", folder)
+    named = _read_json(files, "special_tokens_map.json", folder) | config
     tokens = {}
     for name, token in named.items():
         if name.endswith("_token"):
@@ -50,9 +50,11 @@ def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings
                 tokens[name] = text
     ids: dict[str, frozenset[int]] = {}
     for name in ("config.json", "generation_config.json"):
-        said = _read(files, name, folder)
+        content = _read_json(files, name, folder)
         for key in ("bos_token_id", "eos_token_id"):
-            ids[key] = _ids(said.get(key), f"{key} of {folder / name}") or ids.get(key, frozenset())
+            ids[key] = _token_ids(content.get(key), f"{key} of {folder / name}") or ids.get(
+                key, frozenset()
+            )
     return TokenizerSettings(
         tokens=tokens,
         bos_ids=ids["bos_token_id"],
@@ -62,7 +64,7 @@ def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings
     )
 
 
-def _read(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
@@ -74,11 +76,11 @@ def _read(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]
     return content
 
 
-def _ids(value: Any, place: str) -> frozenset[int]:
+def _token_ids(value: Any, location: str) -> frozenset[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int for i in values):
-        raise InputError(f"{place} is {value!r}: give a token's id, or a list of them")
-    return frozenset(i for i in values if i >= 0)  # -1 says that there is none
+        raise InputError(f"{location} is {value!r}: give a token id, or a list of token ids")
+    return frozenset(i for i in values if i >= 0)  # -1 means none
 
 
 def _template(files: Mapping[str, bytes], config: dict[str, Any], folder: Path) -> str | None:
@@ -97,64 +99,67 @@ def _template(files: Mapping[str, bytes], config: dict[str, Any], folder: Path) 
         except (TypeError, KeyError, StopIteration) as error:
             raise InputError(
                 f"chat_template of {folder / 'tokenizer_config.json'} is a list without a template"
-                ' of the name "default": give one'
+                ' named "default": add one'
             ) from error
     if template is not None and not isinstance(template, str):
         raise InputError(
-            f"chat_template of {folder / 'tokenizer_config.json'} is no text: give a Jinja template"
+            f"chat_template of {folder / 'tokenizer_config.json'} is not a string: give a"
+            " Jinja template"
         )
     return template
 
 
 def check_text(text: str) -> None:
-    """Checks that UTF-8 can write `text`.
+    """Checks that UTF-8 can encode `text`.
 
     Raises:
-        InputError: it holds half of a surrogate pair.
+        InputError: the text contains half of a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            "the text holds half of a surrogate pair, which UTF-8 can't write: remove it"
+            "the text contains half of a surrogate pair, which UTF-8 can't encode: remove it"
         ) from error
 
 
 def check_ids(ids: Iterable[int], n_vocab: int, path: Path) -> list[int]:
-    """Returns `ids` as integers of Python.
+    """Returns `ids` as Python integers.
 
     Raises:
-        InputError: one is outside the vocabulary of the tokenizer at `path`.
+        InputError: an id is outside the vocabulary of the tokenizer at `path`.
     """
     ids = [int(i) for i in ids]
-    strange = [i for i in ids if not 0 <= i < n_vocab]
-    if strange:
+    outside = [i for i in ids if not 0 <= i < n_vocab]
+    if outside:
         raise InputError(
-            f"token {strange[0]} is outside the {n_vocab} tokens of {path}: the model and the"
+            f"token {outside[0]} is outside the {n_vocab} tokens of {path}: the model and the"
             " tokenizer don't belong together"
         )
     return ids
 
 
-def folder_files(
-    name: str, data: bytes, files: Mapping[str, bytes], s: TokenizerSettings
+def model_folder_files(
+    name: str, data: bytes, files: Mapping[str, bytes], settings: TokenizerSettings
 ) -> dict[str, bytes]:
-    """Returns the files of a folder that holds a tokenizer with its settings and no model.
+    """Returns the files that a model folder needs for a tokenizer and its settings, by name.
 
     Args:
-        name: of the tokenizer's own file.
-        data: what is in it.
-        files: those beside it.
-        s: what they say.
+        name: name of the tokenizer's own file.
+        data: its content.
+        files: content of the files next to it, by name.
+        settings: read from `files`.
     """
-    kept = {key: files[key] for key in (*SIDE_FILES, "tokenizer.json") if key in files}
-    if s.end_ids and "generation_config.json" not in files:  # config.json, which is the model's
-        said: dict[str, Any] = {"eos_token_id": sorted(s.end_ids)}
-        said |= {"bos_token_id": next(iter(s.bos_ids))} if s.bos_ids else {}
-        kept["generation_config.json"] = to_json(said)
-    return kept | {name: data}
+    result = {key: files[key] for key in (*CONFIG_FILES, "tokenizer.json") if key in files}
+    # The end ids can come from config.json, which belongs to the model and isn't among the files.
+    if settings.end_ids and "generation_config.json" not in files:
+        generation: dict[str, Any] = {"eos_token_id": sorted(settings.end_ids)}
+        if settings.bos_ids:
+            generation["bos_token_id"] = next(iter(settings.bos_ids))
+        result["generation_config.json"] = to_json(generation)
+    return result | {name: data}
 
 
 def to_json(content: Any) -> bytes:
-    """Returns `content` as the bytes of a JSON file that people can read."""
+    """Returns `content` as an indented JSON file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

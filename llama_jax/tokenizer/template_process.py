@@ -1,13 +1,14 @@
-"""Renders chat templates in a process of its own, which `chat.render` starts as a script.
+"""Renders chat templates in a separate process, which `chat.render_template` starts as a script.
 
-A template comes with the model, from whoever made that. Jinja's sandbox keeps it from Python, but
-not from filling memory (`'a' | center(2000000000)`) or from looping without end, and no list of
-what to forbid is complete: so the operating system sets the limits, for each rendering anew.
+A template comes with the model, from an unknown author. Jinja's sandbox prevents access to Python,
+but not a template that fills memory (`'a' | center(2000000000)`) or loops forever, and no list of
+forbidden operations is complete. So the operating system enforces limits: on memory for the
+process, and on processor time for each job.
 
 Each line on standard input is a job in JSON, `{"template", "context"}`. Each line on standard
-output is its result: `{"text"}`, or `{"limit"}`, the one that it exceeds, or `{"error"}`, with
-`"line"` where the template is no Jinja. A job that exceeds the processor time ends the process
-without a result.
+output is the result of a job: `{"text"}`; or `{"limit"}`, the limit that the job exceeds; or
+`{"error"}`, with `"line"` if the template has a syntax error. A job that exceeds its processor time
+kills the process without a result.
 """
 
 import contextlib
@@ -25,13 +26,13 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2  # of processor time, for one rendering; a chat of a megabyte takes less than a tenth
-MEMORY = 2**29  # of the process [bytes]
-EXTRA_OUTPUT = 2**20  # what a template may add to four times the text that it is given [characters]
+CPU_SECONDS = 2  # for one job; a chat of a megabyte takes less than 0.1 s
+MEMORY_BYTES = 2**29  # for the process
+EXTRA_OUTPUT = 2**20  # characters of output that are allowed beyond four times the input
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block `{% generation %}`, which marks what the model said: it changes no text."""
+    """The block `{% generation %}`, which marks the model's messages. The text is unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -41,16 +42,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    def tojson(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-        # Jinja's own would escape what HTML gives a meaning to.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+def _compile(template: str) -> jinja2.Template:
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # Jinja's own filter would escape the special characters of HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
+    def strftime_now(date_format: str) -> str:
+        return datetime.now().strftime(date_format)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -60,16 +61,16 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def result(line: str) -> dict[str, Any]:
-    """Returns the result of a job: its text, or why there is none."""
+def run_job(line: str) -> dict[str, Any]:
+    """Runs a job and returns its result: the text, or the reason for the failure."""
     job = json.loads(line)
     try:
-        text = _compiled(job["template"]).render(job["context"])
+        text = _compile(job["template"]).render(job["context"])
     except jinja2.TemplateSyntaxError as error:
         return {"error": str(error.message)[:1000], "line": error.lineno}
     except MemoryError:
         raise
-    except Exception as error:  # a template can do whatever Python can fail at
+    except Exception as error:  # a template can raise any exception
         return {"error": str(error)[:1000]}
     if len(text) > 4 * len(line) + EXTRA_OUTPUT:
         return {"limit": f"a text of {len(text)} characters"}
@@ -77,18 +78,18 @@ def result(line: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Does jobs until standard input ends."""
+    """Runs jobs until the end of standard input."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with contextlib.suppress(ValueError, OSError):  # macOS doesn't support this limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
-            answer = json.dumps(result(line))
+            result = json.dumps(run_job(line))
         except MemoryError:
-            answer = json.dumps({"limit": f"more than {MEMORY >> 20} MiB of memory"})
+            result = json.dumps({"limit": f"more than {MEMORY_BYTES >> 20} MiB of memory"})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(answer, flush=True)
+        print(result, flush=True)
 
 
 if __name__ == "__main__":

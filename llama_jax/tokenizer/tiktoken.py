@@ -11,7 +11,7 @@ import tiktoken
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import LLAMA3_PATTERN
-from llama_jax.tokenizer.settings import check_ids, check_text, folder_files, read_settings
+from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
 
 # The special tokens follow the ranks, in this order (Meta's llama-models, llama3/tokenizer.py).
 _NAMED = (
@@ -32,23 +32,23 @@ _RESERVED = (f"reserved_special_token_{i}" for i in range(2, 2 + 256 - len(_NAME
 SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (*_NAMED, *_RESERVED))
 END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
-# Meta's tokenizer cuts a text into parts of so many characters, and these where so many characters
-# follow one another that are all white space, or all not.
+# Meta's tokenizer splits a text into parts of this many characters, and then splits a run of
+# white space, or of other characters, that is longer than _MAX_RUN.
 _MAX_PART = 400_000
 _MAX_RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1},}}")
 
 
 class Tiktoken:
-    """Llama 3's tokenizer.model and what the JSON files beside it say.
+    """Llama 3's tokenizer.model with the settings of the files next to it.
 
-    `end_ids` are <|end_of_text|>, <|eom_id|> and <|eot_id|>, and those of generation_config.json.
-    Chats have the form of the folder's chat template, or else that of Llama 3 Instruct.
+    `end_ids` are <|end_of_text|>, <|eom_id|>, <|eot_id|> and the end ids of generation_config.json.
+    The chat format is the folder's chat template; without one, the format of Llama 3 Instruct.
 
     Args:
         path: the file, for messages.
-        data: what is in it.
-        files: those beside it, by name.
+        data: its content.
+        files: content of the files next to it, by name.
     """
 
     def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
@@ -69,15 +69,15 @@ class Tiktoken:
         self.end_ids = frozenset(map(self.special.__getitem__, END_TOKENS)) | self._settings.end_ids
         self.add_bos = self._settings.add_bos is not False
         self.template = self._settings.template
-        self.files = folder_files("tokenizer.model", data, files, self._settings)
+        self.files = model_folder_files("tokenizer.model", data, files, self._settings)
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
     ) -> list[int]:
-        """Returns the ids of `text`, between begin and end of text where asked for.
+        """Returns the ids of `text`, on request between the begin and the end token.
 
         Raises:
-            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+            InputError: the text contains half of a surrogate pair, which UTF-8 can't encode.
         """
         check_text(text)
         encode = self._encoding.encode_ordinary
@@ -85,11 +85,11 @@ class Tiktoken:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def safe_split(self, text: str) -> int:
-        """Returns where Meta's tokenizer cuts a text in any case."""
+        """Returns after how many characters Meta's tokenizer splits the text itself; 0: nowhere."""
         return (len(text) - 1) // _MAX_PART * _MAX_PART
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; special tokens have none.
+        """Returns the text of `ids`; special tokens decode to no text.
 
         Raises:
             InputError: an id is outside the vocabulary.
@@ -99,54 +99,54 @@ class Tiktoken:
         return text.decode(errors="replace")
 
     def parse(self, text: str) -> list[int]:
-        """Returns the ids of `text`; the text of a special token gives that token.
+        """Returns the ids of `text`; the text of a special token is encoded as that token.
 
         Raises:
-            InputError: the text holds half of a surrogate pair, which UTF-8 can't write.
+            InputError: the text contains half of a surrogate pair, which UTF-8 can't encode.
         """
         check_text(text)
         encode = self._encoding.encode
         return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
 
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
-        """Returns the ids of a chat, up to where the model is to answer.
+        """Returns the ids of a chat, up to the position of the model's answer.
 
         Raises:
-            InputError: the messages are not a chat that the format knows.
+            InputError: the messages don't match the chat format.
         """
         if self.template is None:
-            return chat.llama3_ids(self.encode, self.special.__getitem__, messages)
+            return chat.encode_llama3_chat(self.encode, self.special.__getitem__, messages)
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
         tokens |= self._settings.tokens
-        return chat.template_ids(
+        return chat.encode_with_template(
             self.template, messages, tokens,
             special=self.special, encode=self.encode, parse=self.parse,
         )  # fmt: skip
 
 
 def split_long(text: str) -> Iterator[str]:
-    """Yields the parts into which Meta's tokenizer cuts a text before it encodes them."""
+    """Yields the parts into which Meta's tokenizer splits a text; it encodes each separately."""
     for start in range(0, len(text), _MAX_PART):
         part = text[start : start + _MAX_PART]
-        at = 0
+        position = 0
         for run in _LONG_RUN.finditer(part):
-            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield part[at:cut]
-                at = cut
-        yield part[at:]
+            for end in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield part[position:end]
+                position = end
+        yield part[position:]
 
 
 def is_tiktoken(data: bytes) -> bool:
-    """Tells whether a file begins as one in tiktoken's format does."""
+    """Returns whether a file starts like a file in tiktoken's format."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data) is not None
 
 
 def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
-    """Returns the pieces in a file of tiktoken's format, with their ranks from 0 on.
+    """Returns the ranks of the pieces in a file of tiktoken's format; the lowest rank is 0.
 
     Raises:
-        InputError: a line is not a piece in base64 and a rank, a piece stands twice, or a rank or
-            a byte is missing.
+        InputError: a line is not a base64 piece and a rank, a piece occurs twice, or a rank or a
+            single byte is missing.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -154,11 +154,11 @@ def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
             encoded, rank = line.split()
             piece = base64.b64decode(encoded, validate=True)
             if not piece or ranks.setdefault(piece, int(rank)) != int(rank):
-                raise ValueError("a piece that is empty or stands twice")
+                raise ValueError("the piece is empty or occurs twice")
         except (ValueError, binascii.Error) as error:
             raise InputError(
                 f"{path}:{number}: not a new piece in base64 and its rank: the tokenizer is"
-                " damaged, or cut short: fetch it again"
+                " damaged or truncated: fetch it again"
             ) from error
     missing = set(range(len(ranks))).difference(ranks.values())
     if missing:
@@ -167,7 +167,7 @@ def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
         )
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise InputError(
-            f"{path}: a single byte is missing: the tokenizer is cut short or damaged: fetch it"
+            f"{path}: a single byte is missing: the tokenizer is truncated or damaged: fetch it"
             " again"
         )
     return ranks

@@ -1,4 +1,4 @@
-"""Text to token ids and back, behind one interface for every tokenizer of the family."""
+"""Loads any tokenizer of the LLaMA family; all have the interface `Tokenizer`."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.gguf import gguf_tokenizer_files, is_gguf
 from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.sentencepiece import SentencePiece, from_llama2c, is_llama2c
-from llama_jax.tokenizer.settings import side_files
+from llama_jax.tokenizer.settings import read_config_files
 from llama_jax.tokenizer.tiktoken import Tiktoken, is_tiktoken
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer.
+    """The interface of all tokenizers.
 
     >>> ids = tokenizer.encode("Once upon a time", bos=True)
     >>> ids[0] == tokenizer.bos_id
@@ -30,67 +30,68 @@ class Tokenizer(Protocol):
     path: Path
     n_vocab: int
     bos_id: int
-    eos_id: int  # what encode(…, eos=True) puts at the end
-    end_ids: frozenset[int]  # any of these ends a text
-    template: str | None  # of chats, in Jinja; None where the format is Llama's own, or none
-    add_bos: bool  # whether the model's prompts begin with bos_id
-    files: dict[str, bytes]  # what a model folder holds so that load_tokenizer gives this again
+    eos_id: int  # encode(…, eos=True) appends it
+    end_ids: frozenset[int]  # each of these ends a text
+    template: str | None  # for chats, in Jinja; None: the format is Llama's own, or there is none
+    add_bos: bool  # whether the model's prompts start with bos_id
+    files: dict[str, bytes]  # from which load_tokenizer loads this tokenizer again, by name
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
     ) -> list[int]:
-        """Returns the ids of `text`, between the begin and the end token where asked for.
+        """Returns the ids of `text`, on request between the begin and the end token.
 
-        The text of a special token is a text like any other. A `continued` text is the part of a
-        longer one that follows an exact cut: it gets no space in front.
+        The text of a special token is encoded as ordinary text. A `continued` text is the rest of a
+        longer text after a safe split: the tokenizer puts no space before it.
         """
         ...
 
     def safe_split(self, text: str) -> int:
-        """Returns after how many characters the beginning of a long text may be cut; 0: nowhere.
+        """Returns after how many characters a long text can be split; 0: nowhere.
 
-        >>> cut = tokenizer.safe_split(text)
-        >>> ids = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:], continued=True)
+        The two parts have the ids of the text, whatever follows the text:
+
+        >>> end = tokenizer.safe_split(text)
+        >>> ids = tokenizer.encode(text[:end]) + tokenizer.encode(text[end:], continued=True)
         >>> ids == tokenizer.encode(text)
         True
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`; control tokens have none.
+        """Returns the text of `ids`; control tokens decode to no text.
 
-        Bytes that are not (yet) a character of UTF-8 come as U+FFFD.
+        Bytes that are not (yet) a complete UTF-8 character decode to U+FFFD.
         """
         ...
 
     def parse(self, text: str) -> list[int]:
-        """Returns the ids of `text`; the text of a special token gives that token."""
+        """Returns the ids of `text`; the text of a special token is encoded as that token."""
         ...
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of a chat, from the begin token up to where the model is to answer.
+        """Returns the ids of a chat, from the begin token up to the position of the model's answer.
 
         Raises:
-            InputError: the messages are not a chat that the model's format knows, or there is no
-                format.
+            InputError: the messages don't match the model's chat format, or it has no chat format.
         """
         ...
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer in a file, or in a model folder; its content tells the kind.
+    """Loads the tokenizer of a file or of a model folder; the content decides the kind.
 
     >>> tokenizer = lj.load_tokenizer("models/tiny")
     >>> tokenizer.n_vocab
     320
 
     Kinds: SentencePiece's `tokenizer.model` (LLaMA, Llama 2), tiktoken's `tokenizer.model`
-    (Llama 3), `tokenizer.json`, llama2.c's `tokenizer.bin`, and any `.gguf` file. A folder's first
-    of these in that order is taken. The JSON files beside it (tokenizer_config.json,
+    (Llama 3), `tokenizer.json`, llama2.c's `tokenizer.bin`, and any `.gguf` file. In a folder, the
+    first of these, in this order, is loaded. The JSON files next to it (tokenizer_config.json,
     generation_config.json, …) add end ids and the chat template.
 
     Raises:
-        InputError: there is none, or it can't be read.
+        InputError: there is no tokenizer, or it can't be loaded.
     """
     path = Path(path)
     if path.is_dir():
@@ -99,24 +100,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
-            " folder that holds one"
+            " folder that contains one"
         )
     with open_regular(path) as file:
         if is_gguf(file.read(4)):
-            return _of_files(path, gguf_tokenizer_files(path))
+            return _tokenizer_from_files(path, gguf_tokenizer_files(path))
     data = read_regular(path)
-    files = side_files(path.parent)
+    files = read_config_files(path.parent)
     if is_llama2c(data):
         return SentencePiece(path, from_llama2c(data, path), files)
     if data.lstrip()[:1] == b"{":
-        return _of_files(path, files | {"tokenizer.json": data})
-    beside = path.with_name("tokenizer.json")
-    if not is_tiktoken(data) and beside.is_file():
-        files["tokenizer.json"] = read_regular(beside)  # reads what a chat template makes
-    return _of_files(path, files | {"tokenizer.model": data})
+        return _tokenizer_from_files(path, files | {"tokenizer.json": data})
+    tokenizer_json = path.with_name("tokenizer.json")
+    if not is_tiktoken(data) and tokenizer_json.is_file():
+        files["tokenizer.json"] = read_regular(tokenizer_json)  # encodes rendered chat templates
+    return _tokenizer_from_files(path, files | {"tokenizer.model": data})
 
 
-def _of_files(path: Path, files: Mapping[str, bytes]) -> Tokenizer:
+def _tokenizer_from_files(path: Path, files: Mapping[str, bytes]) -> Tokenizer:
     if "tokenizer.model" not in files:
         return TokenizerJson(path, files["tokenizer.json"], files)
     data = files["tokenizer.model"]

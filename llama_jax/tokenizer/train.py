@@ -1,4 +1,4 @@
-"""Trains the tokenizer of a corpus, as LLaMA's was."""
+"""Trains a tokenizer on a corpus, with LLaMA's settings."""
 
 import io
 import tempfile
@@ -7,53 +7,53 @@ from pathlib import Path
 
 import sentencepiece as spm
 from sentencepiece.sentencepiece_model_pb2 import (
-    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+    ModelProto,  # pyright: ignore[reportAttributeAccessIssue] (generated at import)
 )
 
 from llama_jax.errors import InputError
 
-# SentencePiece writes a space as U+2581, so on decoding a real U+2581 would come back as a space.
-# Escape it with a code point that Unicode reserves for internal use, and escape that with itself.
+# SentencePiece writes a space as U+2581, so a U+2581 in the text would decode to a space. These
+# rules escape it with U+FDD0, which Unicode reserves for internal use, and U+FDD0 with itself.
 _ESCAPE = "2581\tFDD0 FDD2\nFDD0\tFDD0 FDD1\n"
 _UNESCAPE = "FDD0 FDD2\t2581\nFDD0 FDD1\tFDD0\n"
 
-
-MAX_LINE_BYTES = 1 << 16  # bytes; longer lines are left out
+MAX_LINE_BYTES = 1 << 16  # longer lines are not used
 
 
 def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> None:
-    """Trains a tokenizer as LLaMA's was (arXiv 2302.13971, section 2.1) and writes it to `path`.
+    """Trains a tokenizer with LLaMA's settings (arXiv 2302.13971, section 2.1), and saves it.
 
-    Byte-pair encoding; numbers are split into digits, unknown characters into UTF-8 bytes, and
-    nothing is normalised: decode(encode(text)) is text, for every text that UTF-8 can write.
+    The tokenizer uses byte-pair encoding and splits numbers into digits and unknown characters into
+    UTF-8 bytes. It doesn't normalize: decode(encode(text)) == text for every text that UTF-8 can
+    encode.
 
     Args:
-        texts: what to learn from; a line is a training sentence, if it is not too long.
+        texts: the corpus; each line of at most MAX_LINE_BYTES is a training sentence.
         path: the `tokenizer.model` to write.
-        n_vocab: number of tokens, with 3 control tokens and 256 bytes among them.
+        n_vocab: number of tokens, including 3 control tokens and 256 bytes.
 
     Raises:
-        InputError: the texts are empty, or hold too little for so many tokens.
+        InputError: the texts are empty, or too short for `n_vocab` tokens.
     """
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def lines() -> Iterator[str]:
         try:
             for text in texts:
                 yield from (line for line in text.split("\n") if line)
-        except BaseException as error:  # SentencePiece would lose it
-            failed.append(error)
+        except BaseException as error:  # SentencePiece would discard it
+            errors.append(error)
             raise
 
     with tempfile.TemporaryDirectory() as folder:
         escape, unescape = Path(folder, "escape.tsv"), Path(folder, "unescape.tsv")
         escape.write_text(_ESCAPE)
         unescape.write_text(_UNESCAPE)
-        trained = io.BytesIO()
+        serialized = io.BytesIO()
         try:
             spm.SentencePieceTrainer.train(
                 sentence_iterator=lines(),
-                model_writer=trained,
+                model_writer=serialized,
                 model_type="bpe",
                 vocab_size=n_vocab,
                 split_digits=True,
@@ -69,14 +69,14 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
                 minloglevel=2,
             )
         except Exception as error:
-            if failed:
-                raise failed[0] from None
+            if errors:
+                raise errors[0] from None
             raise InputError(
                 f"the corpus is too small to train a tokenizer of {n_vocab} tokens: add text or"
-                f" ask for fewer (SentencePiece: {str(error).strip().splitlines()[-1]})"
+                f" choose fewer tokens (SentencePiece: {str(error).strip().splitlines()[-1]})"
             ) from error
-    model = ModelProto.FromString(trained.getvalue())
-    # Without the names of temporary files, equal corpora give equal tokenizers.
+    model = ModelProto.FromString(serialized.getvalue())
+    # The names of temporary files would make the tokenizers of equal corpora differ.
     model.normalizer_spec.ClearField("normalization_rule_tsv")
     model.denormalizer_spec.ClearField("normalization_rule_tsv")
     Path(path).write_bytes(model.SerializeToString(deterministic=True))

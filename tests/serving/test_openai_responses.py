@@ -253,7 +253,7 @@ def test_a_chat_template_that_exceeds_its_limits_disables_only_chats(shared_data
     for path in (shared_data / "stories260K" / "hf").glob("token*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ 'a' | center(2000000000) }}")
-    message = "the model's chat template exceeds the limits of a rendering"
+    message = "the model's chat template exceeds the limits for rendering"
     with serving(load_tokenizer(tmp_path)) as (_, url), new_client(url) as client:
         assert f"the server rejects chat requests: {message}" in caplog.text
         assert complete(client, max_tokens=2).usage.completion_tokens == 2

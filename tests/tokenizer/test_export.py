@@ -34,22 +34,22 @@ def write(files, folder):
 
 @pytest.fixture(scope="module")
 def folders(shared_data, tmp_path_factory):
-    """Each tokenizer, the folder that `huggingface_files` makes of it, and what is read there."""
+    """By name: a tokenizer, its exported folder, and the tokenizer.json in that folder, loaded."""
     root = tmp_path_factory.mktemp("exported")
     packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
     (root / "tokenizer.model").write_bytes(gzip.decompress(packed.read_bytes()))
-    made = {"llama3": load_tokenizer(root)}
+    originals = {"llama3": load_tokenizer(root)}
     for name, file in SENTENCEPIECE.items():
-        made[name] = load_tokenizer(shared_data / "tokenizers" / file)
-    found = {}
-    for name, tokenizer in made.items():
+        originals[name] = load_tokenizer(shared_data / "tokenizers" / file)
+    exported = {}
+    for name, tokenizer in originals.items():
         folder = write(huggingface_files(tokenizer), root / name)
-        found[name] = tokenizer, folder, load_tokenizer(folder / "tokenizer.json")
-    return found
+        exported[name] = tokenizer, folder, load_tokenizer(folder / "tokenizer.json")
+    return exported
 
 
 @pytest.mark.parametrize("name", ["llama3", *SENTENCEPIECE])
-def test_the_tokenizer_json_gives_the_known_vectors(shared_data, folders, name):
+def test_the_tokenizer_json_reproduces_the_reference_ids(shared_data, folders, name):
     vectors = json.loads((shared_data / "tokenizers" / f"{name}_vectors.json").read_text())
     original, _, tokenizer = folders[name]
     assert isinstance(tokenizer, TokenizerJson)
@@ -61,15 +61,15 @@ def test_the_tokenizer_json_gives_the_known_vectors(shared_data, folders, name):
     for case in vectors["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
         assert tokenizer.decode([tokenizer.bos_id, *case["ids"]]) == case["decoded"]
-    if name != "mistral_v3":  # which has a format of its own
+    if name != "mistral_v3":  # which has another chat format
         assert tokenizer.encode_chat(CHAT) == original.encode_chat(CHAT)
 
 
 @pytest.mark.parametrize("name", ["llama3", *SENTENCEPIECE])
-def test_transformers_gives_the_known_vectors(shared_data, folders, name):
+def test_transformers_reproduces_the_reference_ids(shared_data, folders, name):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     vectors = json.loads((shared_data / "tokenizers" / f"{name}_vectors.json").read_text())
-    original, folder, read = folders[name]
+    original, folder, loaded = folders[name]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for case in vectors["cases"]:
         ids = tokenizer(case["text"], split_special_tokens=True)["input_ids"]
@@ -79,8 +79,8 @@ def test_transformers_gives_the_known_vectors(shared_data, folders, name):
         assert tokenizer.decode(case["ids"]) == case["decoded"]
     if name != "mistral_v3":
         encoded = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
-        assert encoded["input_ids"] == original.encode_chat(CHAT) == read.encode_chat(CHAT)
-        if name != "llama3":  # SentencePiece with a template beside it
+        assert encoded["input_ids"] == original.encode_chat(CHAT) == loaded.encode_chat(CHAT)
+        if name != "llama3":  # SentencePiece with a template next to it
             assert encoded["input_ids"] == load_tokenizer(folder).encode_chat(CHAT)
 
 
@@ -100,7 +100,7 @@ def test_the_tokenizer_json_agrees_with_the_original_on_odd_texts(folders, name)
         assert tokenizer.encode(text) == original.encode(text)
 
 
-def test_the_tiktoken_file_comes_back_from_the_tokenizer_json(folders):
+def test_the_tokenizer_json_converts_back_to_the_original_tiktoken_file(folders):
     original, folder, _ = folders["llama3"]
     data = (folder / "tokenizer.json").read_bytes()
     assert tiktoken_bytes(data) == original.path.read_bytes()
@@ -108,7 +108,7 @@ def test_the_tiktoken_file_comes_back_from_the_tokenizer_json(folders):
 
 
 @pytest.mark.parametrize("change", ["merge", "rank", "special", "pattern"])
-def test_no_tiktoken_file_is_made_of_another_vocabulary(change, tmp_path):
+def test_another_tokenizer_json_has_no_tiktoken_file(change, tmp_path):
     from test_tiktoken import small_file
 
     (tmp_path / "tokenizer.model").write_bytes(small_file())
@@ -127,7 +127,7 @@ def test_no_tiktoken_file_is_made_of_another_vocabulary(change, tmp_path):
     assert tiktoken_bytes(json.dumps(content).encode()) is None
 
 
-def test_our_own_tokenizers_keep_every_character(tmp_path):
+def test_exported_tokenizers_of_our_own_preserve_every_character(tmp_path):
     text = "def add(a, b):\n    return a + b  # 2024, 1234567890\n" * 50 + "naïve café ▁ x\n" * 20
     train_tokenizer([text], tmp_path / "tokenizer.model", 320)
     original = load_tokenizer(tmp_path)
@@ -142,7 +142,7 @@ def test_our_own_tokenizers_keep_every_character(tmp_path):
     assert not any("\ufffd" in text for text in texts)
 
 
-def test_what_came_from_hugging_face_goes_back_as_it_was(folders):
+def test_the_files_of_a_hugging_face_folder_are_exported_unchanged(folders):
     folder = folders["tok512"][1]
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert huggingface_files(load_tokenizer(folder)) == files
@@ -150,7 +150,7 @@ def test_what_came_from_hugging_face_goes_back_as_it_was(folders):
     assert huggingface_files(load_tokenizer(folder / "tokenizer.json")) == files
 
 
-def test_a_tokenizer_json_alone_says_what_it_can(folders, tmp_path):
+def test_a_tokenizer_json_alone_gives_begin_and_end_tokens(folders, tmp_path):
     for name in ("llama3", "llama_spm"):
         original, folder, _ = folders[name]
         alone = write({"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, tmp_path / name)
@@ -166,14 +166,14 @@ def test_a_tokenizer_json_alone_says_what_it_can(folders, tmp_path):
         assert (again.bos_id, again.end_ids) == (original.bos_id, original.end_ids)
 
 
-def test_damaged_tokenizer_json_files_are_refused(folders, tmp_path):
+def test_damaged_tokenizer_json_files_are_rejected(folders, tmp_path):
     data = (folders["tok512"][1] / "tokenizer.json").read_bytes()
     path = tmp_path / "tokenizer.json"
     damaged = {
-        "is not a tokenizer.json, or is cut short": data[:5000],
+        "is not a tokenizer.json, or is truncated": data[:5000],
         "is not a tokenizer.json": b'{"model": 1}',
-        "ids up to 511 one is missing": data.replace(b'"ed": 266', b'"ed": 267'),
-        "or stands twice": data.replace(b'"<0x0B>"', b'"<0x0C>"'),
+        "one of its ids up to 511 is missing": data.replace(b'"ed": 266', b'"ed": 267'),
+        "or occurs twice": data.replace(b'"<0x0B>"', b'"<0x0C>"'),
     }
     assert data.count(b'"ed": 266') == 1
     for message, content in damaged.items():
@@ -182,7 +182,7 @@ def test_damaged_tokenizer_json_files_are_refused(folders, tmp_path):
             load_tokenizer(tmp_path)
     path.write_bytes(data)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<begin>"}}')
-    with pytest.raises(InputError, match=r"has no '<begin>', which tokenizer_config\.json"):
+    with pytest.raises(InputError, match=r"has no '<begin>', but the tokenizer_config\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = load_tokenizer(tmp_path)

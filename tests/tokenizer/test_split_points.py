@@ -1,4 +1,4 @@
-"""The pieces of a long text have the tokens of the uncut text."""
+"""The spans of a split text have the tokens of the unsplit text."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.train import train_tokenizer
 
-# Joined at random they make what a splitting, a merge or a normalization could reach across.
+# Random sequences of these contain words, merges and normalizations that could cross a split.
 UNITS = [
     *"abZ.!?'-_0 \t\n\r,;\"#",
     "the ",
@@ -42,25 +42,25 @@ UNITS += [
 UNITS += ["[INST]", "[REFERENCE_DOC_19]", "def f(x):\n    return x", "ﬁ", "ＡＢ", "ß"]
 
 
-def hostile(seed):
+def random_text(seed):
     rng = random.Random(seed)
     chosen = rng.choices(UNITS, k=rng.randint(2, 20))
     return "".join(rng.choices(chosen, k=400))
 
 
-def changed(tokenizer, **parts):
-    """The tokenizer with other parts in its tokenizer.json."""
-    content = json.loads(tokenizer.files["tokenizer.json"]) | parts
+def with_components(tokenizer, **components):
+    """Returns the tokenizer with other components in its tokenizer.json."""
+    content = json.loads(tokenizer.files["tokenizer.json"]) | components
     return TokenizerJson(tokenizer.path, json.dumps(content).encode())
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
-DIGITS = {"type": "Digits", "individual_digits": True}  # SmolLM2 has GPT-2's splitting after it
+DIGITS = {"type": "Digits", "individual_digits": True}  # SmolLM2 splits digits, then GPT-2's words
 
 
 @pytest.fixture(scope="module")
 def known(shared_data, tmp_path_factory):
-    """Tokenizers of every kind that can be cut, by name."""
+    """Tokenizers of every kind with safe splits, by name."""
     root = tmp_path_factory.mktemp("tokenizers")
     packed = shared_data / "tokenizers/llama3_tiktoken_128000.model.gz"
     ranks = gzip.decompress(packed.read_bytes()).splitlines(keepends=True)
@@ -70,27 +70,29 @@ def known(shared_data, tmp_path_factory):
     files = {"llama3": root / "llama3.model", "own": root / "own.model"}
     for name in ("llama_sentencepiece_32000", "mistral_v3_32768", "tok512"):
         files[name] = shared_data / "tokenizers" / f"{name}.model"
-    found = {name: load_tokenizer(path) for name, path in files.items()}
+    loaded = {name: load_tokenizer(path) for name, path in files.items()}
     for name in ("llama3", "own", "llama_sentencepiece_32000"):
-        data = huggingface_files(found[name])["tokenizer.json"]
-        found[f"{name}.json"] = TokenizerJson(root, data)
-    llama2 = found["llama_sentencepiece_32000.json"]
+        data = huggingface_files(loaded[name])["tokenizer.json"]
+        loaded[f"{name}.json"] = TokenizerJson(root, data)
+    llama2 = loaded["llama_sentencepiece_32000.json"]
     for scheme in ("first", "always"):  # as newer versions write it
-        how = METASPACE | {"prepend_scheme": scheme}
-        found[f"metaspace {scheme}"] = changed(llama2, normalizer=None, pre_tokenizer=how)
+        metaspace = METASPACE | {"prepend_scheme": scheme}
+        loaded[f"metaspace {scheme}"] = with_components(
+            llama2, normalizer=None, pre_tokenizer=metaspace
+        )
     gpt2 = sequence("pretokenizers", DIGITS, byte_level(split_words=True))
-    found["gpt2"] = changed(found["llama3.json"], pre_tokenizer=gpt2)
-    return found
+    loaded["gpt2"] = with_components(loaded["llama3.json"], pre_tokenizer=gpt2)
+    return loaded
 
 
-def check(tokenizer, text, part=1000):
+def check_spans(tokenizer, text, part=1000):
     parts = [text[i : i + part] for i in range(0, len(text), part)]
-    pieces = list(split_points.split_text(parts, tokenizer.safe_split))
-    assert "".join(pieces) == text
-    assert all(pieces)
-    ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
+    spans = list(split_points.split_text(parts, tokenizer.safe_split))
+    assert "".join(spans) == text
+    assert all(spans)
+    ids = [i for n, span in enumerate(spans) for i in tokenizer.encode(span, continued=n > 0)]
     assert ids == tokenizer.encode(text), text
-    return pieces
+    return spans
 
 
 NAMES = ["llama3", "llama3.json", "own", "own.json", "llama_sentencepiece_32000", "tok512"]
@@ -99,26 +101,26 @@ NAMES += ["metaspace always", "gpt2"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pieces_have_the_tokens_of_the_text(shared_data, known, name, monkeypatch):
+def test_the_spans_have_the_tokens_of_the_text(shared_data, known, name, monkeypatch):
     text = (shared_data / "text/tinyshakespeare.txt").read_text()[:50_000]
     monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 1000)
     monkeypatch.setattr(tiktoken, "_MAX_PART", 3000)
-    pieces = check(known[name], text)
-    assert len(pieces) >= len(text) // 4000
-    assert max(map(len, pieces)) <= 4000
+    spans = check_spans(known[name], text)
+    assert len(spans) >= len(text) // 4000
+    assert max(map(len, spans)) <= 4000
     monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 20)
     monkeypatch.setattr(tiktoken, "_MAX_PART", 90)
-    counts = [len(check(known[name], hostile(seed), 37)) for seed in range(100)]
+    counts = [len(check_spans(known[name], random_text(seed), 37)) for seed in range(100)]
     assert sum(counts) > 10 * len(counts)
 
 
-def test_a_text_without_an_exact_cut_is_cut_in_the_end(known, monkeypatch):
+def test_a_text_without_a_safe_split_is_split_at_the_maximum_length(known, monkeypatch):
     monkeypatch.setattr(split_points, "SPAN_CHARACTERS", 100)
     monkeypatch.setattr(split_points, "MAX_SPAN_CHARACTERS", 400)
     tokenizer = known["own"]
-    pieces = list(split_points.split_text(["the" * 1000], tokenizer.safe_split))
-    assert [len(piece) for piece in pieces] == [399, *[400] * 6, 201]
-    ids = [i for n, p in enumerate(pieces) for i in tokenizer.encode(p, continued=n > 0)]
+    spans = list(split_points.split_text(["the" * 1000], tokenizer.safe_split))
+    assert [len(span) for span in spans] == [399, *[400] * 6, 201]
+    ids = [i for n, span in enumerate(spans) for i in tokenizer.encode(span, continued=n > 0)]
     assert tokenizer.decode(ids) == "the" * 1000
 
 
@@ -133,7 +135,7 @@ def test_a_text_without_an_exact_cut_is_cut_in_the_end(known, monkeypatch):
         {"added_tokens": [{"content": "a", "special": False, "rstrip": True}]},
     ],
 )
-def test_what_is_not_known_is_not_cut(known, change):
+def test_texts_of_an_unknown_kind_of_tokenizer_are_not_split(known, change):
     content = json.loads(known["llama3.json"].files["tokenizer.json"])
     text = "some words\nand a line " * 10
     assert split_points.safe_split_of_json(content)(text) > 0

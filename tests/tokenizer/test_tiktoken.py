@@ -12,7 +12,7 @@ from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 
 def small_file(n: int = 300) -> bytes:
-    """A tokenizer.model of n ranks: the bytes, and pairs with a space."""
+    """Returns a tokenizer.model with n ranks: all bytes, and pairs of a space and a byte."""
     pieces = [bytes([i]) for i in range(256)] + [b" " + bytes([i]) for i in range(33, n - 223)]
     return b"".join(b"%s %d\n" % (base64.b64encode(p), i) for i, p in enumerate(pieces))
 
@@ -25,7 +25,7 @@ def llama3(shared_data, tmp_path_factory):
     return load_tokenizer(path.parent)
 
 
-def test_the_vectors_of_llama_3_hold_exactly(shared_data, llama3):
+def test_llama_3_reproduces_the_reference_ids(shared_data, llama3):
     expected = json.loads((shared_data / "tokenizers" / "llama3_vectors.json").read_text())
     assert llama3.n_vocab == expected["vocab_size"]
     assert llama3.bos_id == expected["bos_id"]
@@ -41,18 +41,18 @@ def test_the_vectors_of_llama_3_hold_exactly(shared_data, llama3):
         assert llama3.decode(framed) == case["text"]
 
 
-def test_long_texts_are_cut_where_meta_cuts_them():
-    def one_by_one(text: str):
-        """What Meta's tokenizer does, character by character."""
+def test_long_texts_are_split_as_in_metas_code():
+    def reference_split(text: str):
+        """Splits a text as Meta's tokenizer does, one character after another."""
         for start in range(0, len(text), 400_000):
-            part, begin, run = text[start : start + 400_000], 0, 0
+            part, part_start, run = text[start : start + 400_000], 0, 0
             for i, character in enumerate(part):
                 same = i > 0 and character.isspace() == part[i - 1].isspace()
                 run = run + 1 if same else 1
                 if run > 25_000:
-                    yield part[begin:i]
-                    begin, run = i, 1
-            yield part[begin:]
+                    yield part[part_start:i]
+                    part_start, run = i, 1
+            yield part[part_start:]
 
     rng = random.Random(0)
     lengths = [1, 1, 7, 24_999, 25_000, 25_001, 50_001, 60_000]
@@ -60,12 +60,12 @@ def test_long_texts_are_cut_where_meta_cuts_them():
         units = rng.choices(["a", "b", " ", "\n", "🦙", "\x1c", "\u3000", "a b"], k=12)
         text = "".join(unit * rng.choice(lengths) for unit in units)
         parts = list(split_long(text))
-        assert parts == list(one_by_one(text))
+        assert parts == list(reference_split(text))
         assert "".join(parts) == text
     assert list(split_long("")) == []
 
 
-def test_a_small_vocabulary_works_and_characters_are_streamed_whole(tmp_path):
+def test_a_small_vocabulary_streams_complete_characters(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(small_file(300))
     tokenizer = load_tokenizer(tmp_path)
     assert isinstance(tokenizer, Tiktoken)
@@ -82,7 +82,7 @@ def test_a_small_vocabulary_works_and_characters_are_streamed_whole(tmp_path):
     assert not any("\ufffd" in text for text in texts)
 
 
-def test_damaged_files_and_bad_texts_are_refused(tmp_path):
+def test_damaged_files_and_invalid_texts_are_rejected(tmp_path):
     path = tmp_path / "tokenizer.model"
     lines = small_file().splitlines(keepends=True)
     damaged = {
@@ -98,7 +98,7 @@ def test_damaged_files_and_bad_texts_are_refused(tmp_path):
         with pytest.raises(InputError, match=message):
             load_tokenizer(path)
     path.write_bytes(b"?" + small_file())
-    with pytest.raises(InputError, match="nor in tiktoken's format"):
+    with pytest.raises(InputError, match="neither a SentencePiece model nor in tiktoken's format"):
         load_tokenizer(path)
     path.write_bytes(small_file())
     tokenizer = load_tokenizer(path)

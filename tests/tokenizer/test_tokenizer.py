@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
         ("mistral_v3_32768.model", "mistral_v3_vectors.json"),
     ],
 )
-def test_known_vectors_hold_exactly(shared_data, model, vectors):
+def test_sentencepiece_models_reproduce_the_reference_ids(shared_data, model, vectors):
     expected = json.loads((shared_data / "tokenizers" / vectors).read_text())
     tokenizer = load_tokenizer(shared_data / "tokenizers" / model)
     assert tokenizer.n_vocab == expected["vocab_size"]
@@ -39,7 +39,7 @@ def test_known_vectors_hold_exactly(shared_data, model, vectors):
         assert tokenizer.decode(case["ids"]) == case["decoded"]
 
 
-def test_encoding_and_decoding_gives_back_every_byte(trained):
+def test_a_decoded_text_equals_the_encoded_text(trained):
     rng = random.Random(0)
     odd = [
         "a",
@@ -70,21 +70,21 @@ def test_numbers_are_split_into_digits(trained):
     assert [p for p in pieces if p.strip().isdigit()] == list("1234567890")
 
 
-def test_the_begin_and_end_tokens_are_put_where_asked(trained):
+def test_begin_and_end_tokens_are_added_on_request(trained):
     plain = trained.encode("a")
     assert trained.encode("a", bos=True) == [1, *plain]
     assert trained.encode("a", eos=True) == [*plain, 2]
     assert trained.encode("") == []
 
 
-def test_a_streamed_text_comes_in_whole_characters(trained):
+def test_a_streamed_text_has_complete_characters(trained):
     ids = trained.encode("é🦙 x ▁")
     texts = list(stream_text(trained, ids[:1], iter(ids[1:])))
     assert "".join(texts) == "é🦙 x ▁"
     assert not any("\ufffd" in text for text in texts)
 
 
-def test_the_json_files_beside_a_model_add_end_ids_and_the_template(shared_data, tmp_path):
+def test_the_files_next_to_a_model_add_end_ids_and_the_template(shared_data, tmp_path):
     model = (shared_data / "tokenizers" / "tok512.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(model)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
@@ -102,7 +102,7 @@ def test_the_json_files_beside_a_model_add_end_ids_and_the_template(shared_data,
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.end_ids == {2, 9}
     assert tokenizer.template == "b"
-    # The files of a model folder say all of this again, though its config.json is another.
+    # `files` contains all of these settings, although it has no config.json.
     again = tmp_path / "again"
     again.mkdir()
     for name, data in tokenizer.files.items():
@@ -116,25 +116,25 @@ def test_the_json_files_beside_a_model_add_end_ids_and_the_template(shared_data,
     [
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("generation_config.json", "[]", "generation_config.json is not a JSON object"),
-        ("generation_config.json", '{"eos_token_id": "2"}', "give a token's id, or a list of them"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "give a token id, or a list of"),
         ("tokenizer_config.json", '{"chat_template": 1}', "give a Jinja template"),
-        ("tokenizer_config.json", '{"chat_template": [{}]}', "list without a template of the name"),
+        ("tokenizer_config.json", '{"chat_template": [{}]}', "list without a template named"),
     ],
 )
-def test_damaged_files_beside_a_model_are_refused(trained, tmp_path, name, content, message):
+def test_damaged_files_next_to_a_model_are_rejected(trained, tmp_path, name, content, message):
     (tmp_path / "tokenizer.model").write_bytes(trained.path.read_bytes())
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         load_tokenizer(tmp_path)
 
 
-def test_the_tokenizer_of_llama2c_is_read(shared_data, tmp_path):
+def test_the_tokenizer_of_llama2c_is_loaded(shared_data, tmp_path):
     folder = shared_data / "tokenizers"
     tokenizer = load_tokenizer(folder / "tok512.bin")
     model = load_tokenizer(folder / "tok512.model")
     assert (tokenizer.n_vocab, tokenizer.bos_id, tokenizer.end_ids) == (512, 1, {2})
     cases = json.loads((folder / "tok512_vectors.json").read_text())["cases"]
-    # The model of this file removes extra spaces, which the file can't say.
+    # The model from which this file was converted removes extra spaces; the file can't state that.
     cases = [case for case in cases if case["decoded"] == case["text"]]
     assert len(cases) == 39
     for case in cases:
@@ -147,12 +147,12 @@ def test_the_tokenizer_of_llama2c_is_read(shared_data, tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_bad_tokenizers_and_texts_are_refused(trained, tmp_path):
+def test_invalid_tokenizers_and_texts_are_rejected(trained, tmp_path):
     with pytest.raises(InputError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path)
     broken = tmp_path / "broken.model"
     broken.write_bytes(trained.path.read_bytes()[:300])
-    with pytest.raises(InputError, match="is not a SentencePiece model"):
+    with pytest.raises(InputError, match="is neither a SentencePiece model"):
         load_tokenizer(broken)
     with pytest.raises(InputError, match="too small to train a tokenizer of 4096"):
         train_tokenizer(["a few words"], tmp_path / "x.model", 4096)

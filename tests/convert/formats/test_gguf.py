@@ -210,16 +210,16 @@ def test_a_shifted_file_is_refused(tmp_path, kind):
         (header(1, array(8, 1 << 15) + bytes(8 << 15)), "contains a None model"),
         (
             header(1, array(0, 1 << 60) + bytes(99)),
-            r"damaged or cut short \(its header goes beyond",
+            r"damaged or truncated \(its header extends past",
         ),
         (
             header(1, array(8, 1 << 60) + bytes(99)),
-            "it claims an array of 1152921504606846976 values of",
+            "its header states an array of 1152921504606846976 values of",
         ),
-        (header(1, text(b"k") + struct.pack("<IQ", 8, 1 << 40)), "its header goes beyond byte"),
+        (header(1, text(b"k") + struct.pack("<IQ", 8, 1 << 40)), "its header extends past byte"),
         (
             header(1, array(9, 1) + struct.pack("<IQ", 0, 0)),
-            "it claims an array of 1 values of the type 9",
+            "its header states an array of 1 values of the type 9",
         ),
         (header(1 << 40, b""), "claims 0 tensors and 1099511627776 keys"),
         (header(0, b"", 1 << 40), "claims 1099511627776 tensors and 0 keys"),
