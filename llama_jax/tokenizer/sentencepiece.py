@@ -163,8 +163,8 @@ def _parse_model(path: Path, data: bytes) -> spm.SentencePieceProcessor:
         processor = spm.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"{path} is neither a SentencePiece model nor in tiktoken's format, or it is truncated:"
-            " give a tokenizer.model"
+            f"{path} is not a SentencePiece model, not in tiktoken's format, or truncated: give a"
+            " tokenizer.model"
         ) from error
     if min(processor.bos_id(), processor.eos_id()) < 0:
         raise InputError(

@@ -152,7 +152,7 @@ def test_invalid_tokenizers_and_texts_are_rejected(trained, tmp_path):
         load_tokenizer(tmp_path)
     broken = tmp_path / "broken.model"
     broken.write_bytes(trained.path.read_bytes()[:300])
-    with pytest.raises(InputError, match="is neither a SentencePiece model"):
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
         load_tokenizer(broken)
     with pytest.raises(InputError, match="too small to train a tokenizer of 4096"):
         train_tokenizer(["a few words"], tmp_path / "x.model", 4096)
