@@ -221,8 +221,8 @@ def test_a_shifted_file_is_refused(tmp_path, kind):
             header(1, array(9, 1) + struct.pack("<IQ", 0, 0)),
             "its header states an array of 1 values of the type 9",
         ),
-        (header(1 << 40, b""), "claims 0 tensors and 1099511627776 keys"),
-        (header(0, b"", 1 << 40), "claims 1099511627776 tensors and 0 keys"),
+        (header(1 << 40, b""), "its header states 0 tensors and 1099511627776 keys"),
+        (header(0, b"", 1 << 40), "its header states 1099511627776 tensors and 0 keys"),
         (header(2, 2 * (text(b"k") + struct.pack("<II", 4, 0))), "a name occurs twice"),
     ],
 )
@@ -232,7 +232,8 @@ def test_refusing_metadata_of_any_length_takes_little_memory(tmp_path, raw, why)
     for size in (len(raw), 256 << 30):  # the file is sparse
         os.truncate(path, size)
         tracemalloc.start()
-        with pytest.raises(InputError, match=f"{why}|fetch it again"):
+        expected = why if size == len(raw) else f"{why}|fetch it again"
+        with pytest.raises(InputError, match=expected):
             open_source(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
