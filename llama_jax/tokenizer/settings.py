@@ -151,7 +151,7 @@ def model_folder_files(
         settings: read from `files`.
     """
     result = {key: files[key] for key in (*CONFIG_FILES, "tokenizer.json") if key in files}
-    # The end ids can come from config.json, which belongs to the model and isn't among the files.
+    # The end ids can come from config.json, which belongs to the model and isn't returned.
     if settings.end_ids and "generation_config.json" not in files:
         generation: dict[str, Any] = {"eos_token_id": sorted(settings.end_ids)}
         if settings.bos_ids:
