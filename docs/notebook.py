@@ -79,10 +79,10 @@ START = "The llama on the hill"
 print(START + lj.complete(config, model, tokenizer, START, max_new_tokens=24))
 warm = lj.Sampling(temperature=0.8, top_p=0.95)
 for seed in range(2):
-    made = lj.complete(
+    generated = lj.complete(
         config, model, tokenizer, PROMPT, max_new_tokens=24, sampling=warm, seed=seed
     )
-    print(f"--- seed {seed}\n{PROMPT}{made}")
+    print(f"--- seed {seed}\n{PROMPT}{generated}")
 
 # %% [markdown]
 # ## A few steps of training
@@ -114,8 +114,8 @@ for step in range(STEPS):
 print("loss [nats per token]:", " ".join(f"{loss:.2f}" for loss in losses))
 
 # %%
-made = lj.complete(run.model, tuned, tokenizer, START, max_new_tokens=24, stops=["\n"])
-print(START + made)
+generated = lj.complete(run.model, tuned, tokenizer, START, max_new_tokens=24, stops=["\n"])
+print(START + generated)
 
 # %% [markdown]
 # `lj.save_model("models/mine", run.model, tuned, tokenizer)` keeps it, for `lj.load` and for every

@@ -90,14 +90,14 @@ def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mes
 _default = threading.local()  # .mesh: the last mesh that `set_default_mesh` set in this thread
 
 
-def set_default_mesh(make: Callable[[], Mesh]) -> None:
-    """Sets this thread's current mesh to the one that `make` returns, unless the caller set one.
+def set_default_mesh(create: Callable[[], Mesh]) -> None:
+    """Sets this thread's current mesh to the one that `create` returns, unless the caller set one.
 
     So a notebook can load a model without creating a mesh. The next default replaces this one.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh == getattr(_default, "mesh", None):
-        _default.mesh = make()
+        _default.mesh = create()
         jax.set_mesh(_default.mesh)
 
 

@@ -30,7 +30,6 @@ _COUNTERS = {
     "bytes_read": "Bytes of weights and KV cache that decoding has read.",
     "compile_seconds": "Time spent on compilation.",
 }
-_METRIC_NAMES = {"generated_tokens": "made_tokens"}  # where they differ from the field's name
 
 
 class _EngineCollector(Collector):
@@ -44,8 +43,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"llama_jax_{name}", documentation, value)
         for name, documentation in _COUNTERS.items():
             value = getattr(statistics, name)
-            metric = f"llama_jax_{_METRIC_NAMES.get(name, name)}"
-            yield CounterMetricFamily(metric, documentation, value)
+            yield CounterMetricFamily(f"llama_jax_{name}", documentation, value)
         if self._copy_bandwidth is not None:
             yield GaugeMetricFamily(
                 "llama_jax_copy_bandwidth_bytes_per_second",

@@ -43,8 +43,8 @@ def test_two_processes_generate_the_tokens_of_one(tmp_path):
     argv = tmp_path / "model", json.dumps(PROMPT)
     group = Group(tmp_path / "group", 2, *argv, program=("-c", PROGRAM))
     assert group.wait() == [0, 0], group.outputs("err")
-    for said in group.outputs("out"):
-        assert json.loads(said.splitlines()[-1]) == {
+    for output in group.outputs("out"):
+        assert json.loads(output.splitlines()[-1]) == {
             "tokens": expected,
             "devices": 8,
             "own": 4,

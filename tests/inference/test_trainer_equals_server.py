@@ -65,8 +65,8 @@ def stories260k(folder):
 
 def random_weights():
     config = tiny_model(**SHAPE)
-    make = jax.jit(partial(Llama, config), compiler_options=quick_compilation())
-    model = make(jax.random.key(0))
+    init = jax.jit(partial(Llama, config), compiler_options=quick_compilation())
+    model = init(jax.random.key(0))
     return config, model, np.random.default_rng(0).integers(3, 512, CONTEXT + 400).tolist()
 
 

@@ -192,7 +192,7 @@ def test_metrics_count_requests_and_tokens(tokenizer):
     }
     assert samples["llama_jax_time_to_first_token_seconds_count", COMPLETION] == 1
     assert samples["llama_jax_http_request_duration_seconds_count", COMPLETION] == 2
-    assert samples["llama_jax_made_tokens_total", None] == 22
+    assert samples["llama_jax_generated_tokens_total", None] == 22
     assert samples["llama_jax_decode_seconds_total", None] == 1.5
     assert samples["llama_jax_finished_total", None] == 2
     assert samples["llama_jax_running", None] == 0
