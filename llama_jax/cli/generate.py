@@ -96,8 +96,9 @@ def continue_text(
 
     from llama_jax.checkpoint import folders
     from llama_jax.inference.complete import default_max_new_tokens, prompt_ids
-    from llama_jax.inference.detokenize import cut_at_stop, stream_text
+    from llama_jax.inference.detokenize import stream_text
     from llama_jax.inference.load import choose_compute_dtype, load
+    from llama_jax.inference.stop_strings import cut_at_stop
     from llama_jax.inference.stream import stream
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.runtime.compile_cache import compile_statistics, enable_compile_cache

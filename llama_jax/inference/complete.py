@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.detokenize import cut_at_stop, stream_text
+from llama_jax.inference.detokenize import stream_text
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.stop_strings import cut_at_stop
 from llama_jax.inference.stream import stream
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.tokenizer.chat import Message

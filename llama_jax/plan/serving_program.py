@@ -21,7 +21,7 @@ from llama_jax.plan import topology
 from llama_jax.plan.compiler import CompiledProgram, compile_program
 from llama_jax.plan.topology import Pod
 
-_BLOCK = 16  # tokens of one dispatch, as in `generate.stream`
+_BLOCK = 16  # tokens of one dispatch, as in `inference.stream.stream`
 _ALTERNATIVES = "--batch or --context"
 
 _decode_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)

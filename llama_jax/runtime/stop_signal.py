@@ -1,4 +1,8 @@
-"""Handles SIGTERM while a run has nothing to save: before its first step and after its last."""
+"""Handles SIGTERM while a run has nothing to save: before its first step and after its last.
+
+In between, `training/loop.py` records the signal, and `hosts.stop_before` finds the step before
+which all hosts save and stop.
+"""
 
 import contextlib
 import os

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llama_jax.inference.detokenize import Detokenizer, StopStrings
+from llama_jax.inference.detokenize import Detokenizer
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import (
     Event,
@@ -15,6 +15,7 @@ from llama_jax.inference.engine.requests import (
     Request,
     RequestEnded,
 )
+from llama_jax.inference.stop_strings import StopStrings
 from llama_jax.serving.openai_requests import RequestError, engine_error, shutdown_error
 from llama_jax.tokenizer.tokenizer import Tokenizer
 

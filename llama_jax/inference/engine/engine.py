@@ -33,6 +33,11 @@ from llama_jax.inference.engine.requests import (
     Ticket,
     check_request,
 )
+from llama_jax.inference.engine.slots import (
+    cache_sizes,
+    common_prefix_length,
+    slots_needed,
+)
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.cache import copy_row, resize_cache
@@ -92,7 +97,7 @@ class Engine:
         self.rows, self.context = rows, context
         self._config, self._model, self._queue = config, model, queue
         self._mesh = jax.sharding.get_mesh()
-        self._sizes = row_programs.cache_sizes(context)
+        self._sizes = cache_sizes(context)
         self._rows = [_Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()  # with a reentrant lock
@@ -231,9 +236,7 @@ class Engine:
 
         The prefix leaves out the prompt's last token: its prefill gives the first new token.
         """
-        common = {
-            row: row_programs.common_prefix_length(row.tokens, prompt[:-1]) for row in self._rows
-        }
+        common = {row: common_prefix_length(row.tokens, prompt[:-1]) for row in self._rows}
         source = max(self._rows, key=lambda row: (common[row], row in free))
         oldest = min(free, key=lambda row: row.assigned_at)
         row = source if source in free and common[source] else oldest
@@ -242,7 +245,7 @@ class Engine:
     def _resize_cache(self) -> None:
         """Resizes the cache to the smallest size that has the slots that all requests need."""
         requests = [row.ticket.request for row in self._rows if row.ticket is not None]
-        needed = max(row_programs.slots_needed(request) for request in requests)
+        needed = max(slots_needed(request) for request in requests)
         slots = next(size for size in self._sizes if size >= needed)
         if slots == self._state.cache.slots:
             return

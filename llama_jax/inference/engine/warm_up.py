@@ -8,6 +8,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.engine import row_programs
 from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.engine.slots import cache_sizes
 from llama_jax.inference.generate import DecodeState
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
@@ -16,7 +17,7 @@ from llama_jax.parallel.mesh import shard_array
 
 def n_programs(context: int) -> int:
     """Returns how many programs `warm_up` compiles for a context of `context` tokens."""
-    return len(row_programs.cache_sizes(context)) * (len(row_programs.CHUNK_SIZES) + 2)
+    return len(cache_sizes(context)) * (len(row_programs.CHUNK_SIZES) + 2)
 
 
 def warm_up(
@@ -36,7 +37,7 @@ def warm_up(
         progress: called before each compilation with the share of the programs that are compiled
             [0 … 1) and the next program ('5 of 12: decode, 2,048 slots').
     """
-    sizes, total, done = row_programs.cache_sizes(context), n_programs(context), 0
+    sizes, total, done = cache_sizes(context), n_programs(context), 0
 
     def report(program: str, slots: int) -> None:
         nonlocal done
