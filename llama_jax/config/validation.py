@@ -1,4 +1,4 @@
-"""Turns a pydantic ValidationError into one sentence."""
+"""Converts a pydantic ValidationError to one sentence."""
 
 import re
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Turns the engine's events for one HTTP request into increments of text."""
+"""Converts the engine's events for one HTTP request to increments of text."""
 
 import asyncio
 import contextlib
