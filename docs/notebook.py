@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A LLaMA in a notebook
 #
-# Cells for VS Code, PyCharm or Jupyter (by jupytext), and a script:
-# `python docs/notebook.py models/smollm2`. Without a folder it takes the quickstart's.
+# Run the cells in VS Code, PyCharm or Jupyter (with jupytext), or all of them as a script:
+# `python docs/notebook.py models/smollm2`. The default folder is the quickstart's.
 
 # %%
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 
 import llama_jax as lj
 
-IN_JUPYTER = "ipykernel" in sys.modules  # where the arguments are not ours
+IN_JUPYTER = "ipykernel" in sys.modules  # then sys.argv is the kernel's
 FOLDER = sys.argv[1] if sys.argv[1:] and not IN_JUPYTER else "runs/quickstart"
 
 config, model = lj.load(FOLDER)
@@ -23,7 +23,7 @@ tokenizer = lj.load_tokenizer(FOLDER)
 # %% [markdown]
 # ## The weights
 #
-# A model is a tree of arrays and nothing else. Their names are Meta's, their axes [in…, out…].
+# A model is a tree of arrays. Their names are Meta's; their axes are [in…, out…].
 
 # %%
 print(f"{config.n_params:,} parameters, {config.n_layers} layers like this one:")
@@ -34,7 +34,7 @@ for name, weight in vars(model.layers[0]).items():
 # %% [markdown]
 # ## The next token
 #
-# `np.asarray` takes a result from the devices; from there on it is plain NumPy.
+# `np.asarray` copies a result from the devices to a NumPy array.
 
 # %%
 PROMPT = "The sun rises in the east and sets in the"
@@ -49,21 +49,22 @@ for token in np.argsort(-logprobs_BTV[0, -1])[:5]:
     print(f"  {np.exp(logprobs_BTV[0, -1, token]):6.1%} {tokenizer.decode([*prompt, token])!r}")
 
 # %% [markdown]
-# ## What the layers know
+# ## Predictions of the earlier layers
 #
-# A model without its last layers is a model too. What does each depth think of the tokens that
-# really come next? (The 'logit lens'.)
+# A model without its last layers is still a model. This figure shows the log-probability that each
+# depth gives to the real next tokens (the 'logit lens').
 
 # %%
 depths = np.unique(np.linspace(1, config.n_layers, min(6, config.n_layers), dtype=int))
-known = []
+next_token_logprobs = []
 for depth in depths:
     shallow = model._replace(layers=model.layers[:depth])
     logprobs_BTV = np.asarray(jax.nn.log_softmax(forward(config, shallow, tokens_BT)))
-    known.append(np.take_along_axis(logprobs_BTV[0, :-1], tokens_BT[0, 1:, None], axis=1)[:, 0])
+    logprobs_T1 = np.take_along_axis(logprobs_BTV[0, :-1], tokens_BT[0, 1:, None], axis=1)
+    next_token_logprobs.append(logprobs_T1[:, 0])
 
 figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-image = axes.imshow(known, aspect="auto", origin="lower")
+image = axes.imshow(next_token_logprobs, aspect="auto", origin="lower")
 axes.set_xticks(range(len(prompt) - 1), [repr(tokenizer.decode([i])) for i in prompt[1:]])
 axes.set_yticks(range(len(depths)), [f"{depth} layers" for depth in depths])
 figure.colorbar(image, label="log-probability [nats]")
@@ -72,7 +73,7 @@ figure.savefig("lens.png")
 # %% [markdown]
 # ## Text
 #
-# `complete` takes a text, or a chat: `[{"role": "user", "content": "…"}]`.
+# `complete` accepts a text, or a chat: `[{"role": "user", "content": "…"}]`.
 
 # %%
 START = "The llama on the hill"
@@ -87,8 +88,9 @@ for seed in range(2):
 # %% [markdown]
 # ## A few steps of training
 #
-# The step of the real runs. A configuration names its data as well; here they are made by hand.
-# Of a file to a trained model in one call: `lj.train(lj.load_config("configs/quickstart.yaml"))`.
+# This cell calls the same train step as `llama-jax train`. A run reads its batches from the folders
+# that its configuration names; this cell builds one batch from a text.
+# `lj.train(lj.load_config("configs/quickstart.yaml"))` does a complete run in one call.
 
 # %%
 TEXT = "The llama on the hill wears a blue hat, and its house is made of straw.\n"
@@ -98,9 +100,9 @@ ids = tokenizer.encode(TEXT, bos=True, eos=True)[: config.context + 1]
 T = len(ids) - 1
 run = lj.Config(
     model=replace(config, param_dtype="float32"),
-    data={"mixture": {"by hand": 1}, "seq_len": T, "batch_size": 1},
+    data={"mixture": {"unused": 1}, "seq_len": T, "batch_size": 1},
     optimizer={"peak_lr": 1e-3, "warmup_steps": 2},
-    training={"init_from": FOLDER, "out": "by hand", "steps": STEPS},
+    training={"init_from": FOLDER, "out": "unused", "steps": STEPS},
 )
 tuned, opt_state = lj.initial_state(run)
 
@@ -118,5 +120,5 @@ generated = lj.complete(run.model, tuned, tokenizer, START, max_new_tokens=24, s
 print(START + generated)
 
 # %% [markdown]
-# `lj.save_model("models/mine", run.model, tuned, tokenizer)` keeps it, for `lj.load` and for every
-# command of `llama-jax`.
+# `lj.save_model("models/mine", run.model, tuned, tokenizer)` writes a model folder for `lj.load`
+# and for every command of `llama-jax`.

@@ -88,8 +88,8 @@ def test_the_notebook_inspects_a_model_and_trains(names, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "45,216 parameters, 2 layers" in out
     assert out.count("--- seed") == 2
-    assert np.shape(names["known"]) == (2, len(names["prompt"]) - 1)
-    assert np.max(names["known"]) < 0  # logarithms of probability
+    assert np.shape(names["next_token_logprobs"]) == (2, len(names["prompt"]) - 1)
+    assert np.max(names["next_token_logprobs"]) < 0  # logarithms of probability
     assert Path("lens.png").stat().st_size > 1000
     losses = names["losses"]
     assert len(losses) == 20
