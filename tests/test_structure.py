@@ -1,10 +1,14 @@
-"""The structure of the package: imports point downwards, files are short."""
+"""The structure of the package: imports point downwards, files are short, names are field terms."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 # From bottom to top. A folder may import only from the layers below it.
@@ -81,6 +85,46 @@ def test_no_file_is_longer_than_350_lines():
     paths = [*modules(), *(p for d in ("tests", "benchmarks") for p in (ROOT / d).rglob("*.py"))]
     lengths = {p: len(p.read_text().splitlines()) for p in paths}
     assert {p: n for p, n in lengths.items() if n > 350} == {}
+
+
+# Each has a field term: cached or saved, reported, transposed, complete, metadata, generated, plan.
+PRIVATE_WORDS = {"kept", "told", "turned", "whole", "said", "made", "foretell"}
+
+
+def identifiers(path: Path) -> set[str]:
+    """Returns the names that a file defines or uses: functions, classes, arguments, variables."""
+    return {
+        name
+        for node in ast.walk(ast.parse(path.read_text()))
+        for field in ("id", "attr", "name", "asname", "arg")
+        if isinstance(name := getattr(node, field, None), str)
+    }
+
+
+def test_no_identifier_is_a_private_word():
+    assert identifiers(Path(__file__)) >= {"PRIVATE_WORDS", "identifiers", "path", "walk"}
+    found = {
+        str(path.relative_to(ROOT)): words
+        for path in modules()
+        if (words := {name.strip("_").lower() for name in identifiers(path)} & PRIVATE_WORDS)
+    }
+    assert found == {}
+
+
+BENCHMARKS = sorted(
+    path.name
+    for path in (ROOT / "benchmarks").glob("*.py")
+    if path.name not in ("__main__.py", "alternate.py", "result.py")  # no scripts
+)
+
+
+@pytest.mark.parametrize("call", ["-m benchmarks", *(f"benchmarks/{name}" for name in BENCHMARKS)])
+def test_each_benchmark_starts_and_describes_its_options(call):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, *call.split(), "--help"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
 
 
 def test_the_readme_lists_every_folder():
