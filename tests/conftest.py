@@ -1,4 +1,4 @@
-"""Shared by all tests: 8 simulated devices, a tiny model, the folder of reference data."""
+"""Fixtures for all tests: 8 simulated devices, a tiny model, the folder of reference data."""
 
 import atexit
 import functools
@@ -50,11 +50,8 @@ REFERENCES = [
 
 # Meshes (data, fsdp, tensor) on which every result must be equal.
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
-CONTEXT_MESHES = [
-    (1, 1, 1, 8),
-    (1, 2, 1, 4),
-    (2, 1, 2, 2),
-]  # (data, fsdp, tensor, context), for training
+# Meshes (data, fsdp, tensor, context), for training.
+CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]
 
 
 @pytest.fixture(scope="session")
