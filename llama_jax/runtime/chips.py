@@ -1,9 +1,11 @@
-"""Facts about each kind of accelerator, and the compiler options for it.
+"""Peaks, memory and network of each kind of accelerator, and its compiler options.
 
 Training and `llama-jax plan` read the same table, so that a plan describes the program that runs.
 """
 
 from dataclasses import dataclass, field
+
+from llama_jax.runtime.compiler_options import LARGE_TILES, OVERLAP, SPARSE_CORE_OFFLOAD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +15,7 @@ class Chip:
     Attributes:
         device_kind: prefix of `jax.Device.device_kind`.
         bf16_tflops: peak of dense bfloat16 matmuls on one device [TFLOP/s].
-        compiler_options: XLA options of the training step; comments give the reasons.
+        compiler_options: XLA options of the training step; `compiler_options.py` gives the reasons.
     """
 
     device_kind: str
@@ -47,39 +49,6 @@ class PlannableChip(Chip):
     chip_config_name: str = "default"
 
 
-# Chips whose SparseCore can drive the network while the TensorCore computes: it runs all-gathers
-# and reduce-scatters. All-reduces stay with the TensorCore: tried on v5p, the compiler of libtpu
-# 0.0.42.1 overflows its stack at large ones.
-_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
-_SPARSE_CORE = {
-    _OFFLOAD + "all_gather": "true",
-    # The same over two dimensions of the network at once.
-    _OFFLOAD + "2d_all_gather": "true",
-    _OFFLOAD + "reduce_scatter": "true",
-    # The SparseCore uses the TensorCore's layout, and one program serves both cores of a chip.
-    "xla_tpu_use_tc_device_shape_on_sc": "true",
-    "xla_sc_disable_megacore_partitioning": "true",
-    # The offload of all-gathers requires both: they are traced, and not fused into matmuls.
-    "xla_tpu_enable_all_gather_offload_tracing": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
-}
-
-# Twice the default VMEM for the tiles of a matmul: a layer of 7B takes 27.7 ms instead of 28.2, by
-# the compiler's cycle count 46.1 million instead of 54.6. Four times gives 27.5 ms, but compiling
-# takes three times as long again.
-_TILES = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
-
-# Chips without a SparseCore, or with an old one: the TensorCore drives the network as well.
-_OVERLAP = {
-    # All-gathers of weights run in steps inside the matmuls that they overlap.
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    # One all-gather may span several matmuls.
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-}
-
 PLANNABLE_CHIPS = {
     "v4": PlannableChip(
         device_kind="TPU v4",
@@ -91,7 +60,7 @@ PLANNABLE_CHIPS = {
         ici_link_gb_per_s=45.0,
         clock_ghz=1.05,
         chip_config_name="megacore",
-        compiler_options=_OVERLAP,
+        compiler_options=OVERLAP,
     ),
     "v5e": PlannableChip(
         device_kind="TPU v5 lite",
@@ -102,7 +71,7 @@ PLANNABLE_CHIPS = {
         ici_dimensions=2,
         ici_link_gb_per_s=45.0,
         clock_ghz=1.5,
-        compiler_options=_OVERLAP,
+        compiler_options=OVERLAP,
     ),
     "v5p": PlannableChip(
         device_kind="TPU v5",
@@ -114,7 +83,7 @@ PLANNABLE_CHIPS = {
         ici_link_gb_per_s=90.0,
         clock_ghz=1.75,
         chip_config_name="megacore",
-        compiler_options=_SPARSE_CORE | _TILES,
+        compiler_options=SPARSE_CORE_OFFLOAD | LARGE_TILES,
     ),
     "v6e": PlannableChip(
         device_kind="TPU v6 lite",
@@ -125,7 +94,7 @@ PLANNABLE_CHIPS = {
         ici_dimensions=2,
         ici_link_gb_per_s=90.0,
         clock_ghz=1.75,
-        compiler_options=_SPARSE_CORE,
+        compiler_options=SPARSE_CORE_OFFLOAD,
     ),
 }
 
