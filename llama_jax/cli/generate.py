@@ -99,7 +99,7 @@ def continue_text(
     from llama_jax.inference.detokenize import stream_text
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.inference.stop_strings import cut_at_stop
-    from llama_jax.inference.stream import stream
+    from llama_jax.inference.stream import cache_slots, stream
     from llama_jax.parallel.mesh import tensor_mesh
     from llama_jax.runtime.compile_cache import compile_statistics, enable_compile_cache
     from llama_jax.tokenizer.tokenizer import load_tokenizer
@@ -133,7 +133,7 @@ def continue_text(
         print()
         if stats:
             _print_status(timer.report_speed(len(ids)))
-            slots = 1 << max(5, (len(ids) + max_new_tokens).bit_length())
+            slots = cache_slots(len(ids), max_new_tokens)
             _print_status(timer.report_bandwidth(config, model, slots))
     return timer.n_tokens
 

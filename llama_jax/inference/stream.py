@@ -64,16 +64,12 @@ def stream(
     tokens[0, : len(prompt)] = prompt
     in_prompt = np.zeros((1, config.vocab_size), bool)
     in_prompt[0, list(prompt)] = True
-    # One slot more than tokens, as `decode` asks.
-    slots = _round_up(max(tokens.shape[1], len(prompt) + max_new_tokens) + 1)
+    slots = cache_slots(len(prompt), max_new_tokens)
     lengths = shard_array(np.array([len(prompt)], np.int32), "B")
     cache, logits = prefill(config, model, shard_array(tokens, "BT"), lengths, slots=slots)
     rows = init_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], in_prompt)
     state = DecodeState(cache, logits, rows)
-    remaining, n = (
-        max_new_tokens,
-        1,
-    )  # a first dispatch of one token, for a short time to first token
+    remaining, n = max_new_tokens, 1  # the first dispatch: one token, for a short time to it
     while remaining > 0:
         generated, state = decode(config, model, state, n, capacity=block)
         n = block
@@ -81,6 +77,15 @@ def stream(
         tokens = tokens[tokens != NO_TOKEN].tolist()
         yield from tokens
         remaining = 0 if {*tokens} & end_ids else remaining - len(tokens)
+
+
+def cache_slots(n_prompt: int, max_new_tokens: int) -> int:
+    """Returns the slots of the KV cache with which `stream` continues a prompt.
+
+    They contain the padded prompt, or the prompt and its continuation if that is longer, and one
+    slot more, which `decode` needs.
+    """
+    return _round_up(max(_round_up(n_prompt), n_prompt + max_new_tokens) + 1)
 
 
 def _round_up(number: int) -> int:

@@ -11,6 +11,7 @@ import pytest
 from conftest import run
 from fake_engine import FakeEngine
 
+from llama_jax.inference import generate
 from llama_jax.serving import server
 from llama_jax.serving.server import startup_message
 from llama_jax.tokenizer.tokenizer import load_tokenizer
@@ -25,6 +26,34 @@ def test_generate_writes_only_the_text_to_standard_output(capsys, model_folder):
     assert run(capsys, *command)[1] == out
     sampled = [run(capsys, *command, "--temperature", 2, "--seed", s)[1] for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_stats_count_the_bytes_of_the_cache_that_decoding_reads(
+    capsys, model_folder, monkeypatch
+):
+    slots = []
+
+    def prefill(*args, **options):
+        slots.append(options["slots"])
+        return generate.prefill(*args, **options)
+
+    def step_bytes(config, model, batch, slots_of_report):
+        assert (batch, [slots_of_report]) == (1, slots)
+        return 2_000_000
+
+    monkeypatch.setattr("llama_jax.inference.stream.prefill", prefill)
+    monkeypatch.setattr("llama_jax.inference.bandwidth.step_bytes", step_bytes)
+    monkeypatch.setattr("llama_jax.inference.bandwidth.copy_bandwidth", lambda: 1e9)
+    # The prompt is padded to 64 tokens, so 64 slots don't suffice for it and one slot more.
+    n_prompt = len(load_tokenizer(model_folder).encode("xyz" * 12, bos=True))
+    assert 32 < n_prompt < 54
+    command = ["generate", model_folder, "--prompt", "xyz" * 12, "--max-new-tokens", 10]
+    code, _, err = run(capsys, *command, "--ignore-eos", "--stats")
+    assert (code, slots) == (0, [128])
+    assert f"prompt: {n_prompt} tokens, first new token after " in err
+    assert re.search(
+        r"memory: a step reads 2 MB: .* of this machine's copy bandwidth, 1.0 GB/s", err
+    )
 
 
 def test_stories260k_generates_the_expected_text_byte_for_byte(capsys, shared_data, tmp_path):
