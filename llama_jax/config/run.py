@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses whose fields have descriptions."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -75,11 +75,23 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule. The defaults are LLaMA's (arXiv 2302.13971, section 2.3)."""
 
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="learning rate after the warm-up: cosine falls until the last of"
+        " training.steps; wsd (warm-up, stable, decay; MiniCPM, arXiv 2404.06395, section 4) stays"
+        " at peak_lr and falls in the last decay_steps, so a run can be extended",
+    )
     peak_lr: PositiveFloat = Field(default=3e-4, description="learning rate after warm-up")
     warmup_steps: NonNegativeInt = Field(default=2000, description="steps of linear warm-up")
     final_lr_fraction: Fraction = Field(
         default=0.1,
-        description="learning rate of the last step divided by peak_lr (cosine decay in between)",
+        description="learning rate of the last step divided by peak_lr (for wsd: if it decays)",
+    )
+    decay_steps: NonNegativeInt = Field(
+        default=0,
+        description="for wsd: number of last steps in which the learning rate falls from peak_lr to"
+        " final_lr_fraction of it, as 1 - sqrt (Hägele et al., arXiv 2405.18392, section 3, who use"
+        " 20 % of the steps); 0: no decay",
     )
     b1: Fraction = Field(default=0.9, description="decay rate of the first moment")
     b2: Fraction = Field(default=0.95, description="decay rate of the second moment")
@@ -90,6 +102,15 @@ class OptimizerConfig:
         default=0.1, description="weight decay of the matrices; norm scales have none"
     )
     clip_norm: PositiveFloat = Field(default=1.0, description="largest global norm of the gradient")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError(
+                f"decay_steps ({self.decay_steps}) is for the schedule wsd: set schedule to wsd, or"
+                " omit decay_steps (cosine decays in all steps after the warm-up)"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -193,6 +214,12 @@ class Config:
             raise ValueError(
                 f"data.seq_len ({self.data.seq_len}) is longer than model.context"
                 f" ({self.model.context})"
+            )
+        warmup, decay = self.optimizer.warmup_steps, self.optimizer.decay_steps
+        if decay > max(self.training.steps - warmup, 0):
+            raise ValueError(
+                f"optimizer.decay_steps ({decay}) is larger than training.steps"
+                f" ({self.training.steps}) minus optimizer.warmup_steps ({warmup})"
             )
         if self.model.param_dtype != "float32":
             raise ValueError(

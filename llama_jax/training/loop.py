@@ -71,7 +71,7 @@ def run(config: Config) -> RunOutcome:
     with lock_run_folder(folder), jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
         newest = hosts.broadcast_decision(lambda: max(checkpoints.steps, default=None))
-        hosts.broadcast_decision(lambda: prepare(config, folder, newest))
+        hosts.broadcast_decision(lambda: prepare(config, folder, checkpoints.steps))
         data = Batches(config.data, config.training.micro_batches)
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
         check_vocabulary(config, data)

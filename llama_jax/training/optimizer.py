@@ -1,5 +1,6 @@
-"""AdamW with the paper's schedule (arXiv 2302.13971, section 2.3)."""
+"""AdamW with LLaMA's schedule, cosine (arXiv 2302.13971, section 2.3), or with WSD."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +14,12 @@ from llama_jax.model.weights import Llama
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the schedule: step (0 is the first) -> learning rate.
 
-    A linear warm-up reaches the peak in step `warmup_steps`, then a cosine reaches
-    `final_lr_fraction` of the peak in the last of `steps`. No step has a rate of 0.
+    A linear warm-up reaches the peak in step `warmup_steps`; the first step's rate is above 0. Then
+    a cosine, or the decay in the last `decay_steps` of WSD, reaches `final_lr_fraction` of the peak
+    in the last of `steps`.
     """
+    if config.schedule == "wsd":
+        return partial(_wsd, config, steps)
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_lr,
@@ -24,6 +28,24 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         end_value=config.peak_lr * config.final_lr_fraction,
     )
     return lambda step: schedule(step + 1)
+
+
+def _wsd(config: OptimizerConfig, steps: int, step: Any) -> jax.Array:
+    """Returns the learning rate of `step` (0 is the first) in a WSD run of `steps` steps.
+
+    Warm-up, stable, decay: MiniCPM, arXiv 2404.06395, section 4. With x, the completed fraction of
+    the decay, the decay is 1 - (1 - final_lr_fraction) √x: the shape '1-sqrt' of Hägele et al.,
+    arXiv 2405.18392, section 3. Their comparison finds it better than a linear decay.
+
+    The operations are the same for all `steps` and `decay_steps`, only constants differ, and before
+    the decay the rate is multiplied by exactly 1. So runs of different lengths are equal bit for
+    bit until one of them decays.
+    """
+    number = jnp.asarray(step) + 1
+    warmup = jnp.minimum(number / max(config.warmup_steps, 1), 1.0)
+    x = (number - (steps - config.decay_steps)) / max(config.decay_steps, 1)
+    depth = 1 - config.final_lr_fraction if config.decay_steps else 0.0
+    return config.peak_lr * warmup * (1 - depth * jnp.sqrt(jnp.clip(x, 0.0, 1.0)))
 
 
 def adamw(config: OptimizerConfig) -> Any:

@@ -25,6 +25,8 @@ CHANGEABLE += ("data.validation_fraction", "training.out", "training.steps")
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
 CHANGEABLE += ("training.init_from",)  # used only before the first checkpoint
 CHANGEABLE += ("training.eval_batches", "checkpoint", "logging")
+# The learning rate of the remaining steps; `schedule_change` prints the consequence.
+CHANGEABLE += ("optimizer.schedule", "optimizer.decay_steps", "optimizer.final_lr_fraction")
 
 VISIBLE_SECONDS = 60.0  # in this time any network file system shows the writes of another host
 
@@ -76,13 +78,17 @@ def _check_shared(folder: Path, mark: str) -> None:
         time.sleep(0.2)
 
 
-def check_unchanged(config: Config, folder: Path) -> None:
+def check_unchanged(config: Config, folder: Path) -> Config:
     """Compares the configuration with that of the run, and prints the allowed changes.
+
+    Returns:
+        The configuration of the run until now.
 
     Raises:
         InputError: a key outside of `CHANGEABLE` has changed.
     """
-    previous = dict(flatten(dataclasses.asdict(folders.read_run_config(folder))))
+    previous_config = folders.read_run_config(folder)
+    previous = dict(flatten(dataclasses.asdict(previous_config)))
     for name, value in flatten(dataclasses.asdict(config)):
         old = previous.get(name)
         if value == old:
@@ -94,6 +100,7 @@ def check_unchanged(config: Config, folder: Path) -> None:
                 f"{folder} was trained with {name} = {old}, and now it is {value}: change it back"
                 " to resume, or choose another training.out"
             )
+    return previous_config
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,22 +20,23 @@ from llama_jax.runtime.console import print_status
 from llama_jax.training import init_from
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.run_folder import check_unchanged
+from llama_jax.training.schedule_change import print_schedule_change
 from llama_jax.training.step import init_state
 
 
-def prepare(config: Config, folder: Path, newest: int | None) -> None:
+def prepare(config: Config, folder: Path, saved_steps: list[int]) -> None:
     """Checks the run folder and prepares the data, once for all hosts.
 
     Args:
         config: of the run.
         folder: of the run.
-        newest: step of the newest checkpoint, or None.
+        saved_steps: the steps of the run's checkpoints.
 
     Raises:
         InputError: the run can't start or resume with this configuration.
     """
-    if newest is not None:
-        check_unchanged(config, folder)
+    if saved_steps:
+        print_schedule_change(config, check_unchanged(config, folder), saved_steps)
     else:
         if (folder / "config.yaml").exists():
             print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")

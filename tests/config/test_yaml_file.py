@@ -40,6 +40,13 @@ def test_a_saved_configuration_reads_back_equal(minimal, tmp_path):
     assert hash(yaml_file.load(tmp_path / "again.yaml")) == hash(config)
 
 
+def test_a_decay_may_fill_all_steps_after_the_warm_up(minimal):
+    wsd = ["optimizer.schedule=wsd", "optimizer.warmup_steps=4", "optimizer.decay_steps=6"]
+    assert yaml_file.load(minimal, wsd).optimizer.decay_steps == 6
+    config = yaml_file.load(minimal, ["optimizer.schedule=wsd"])  # 2000 steps of warm-up
+    assert (config.optimizer.decay_steps, config.training.steps) == (0, 10)
+
+
 def test_every_file_in_configs_is_valid_and_starts_with_its_command():
     paths = sorted((ROOT / "configs").glob("*.yaml"))
     assert paths
@@ -60,8 +67,8 @@ def test_included_files_are_found_by_name_from_any_folder(tmp_path, monkeypatch)
         yaml_file.load("no-such")
 
 
-def test_there_are_at_most_63_keys_and_the_manual_explains_each():
-    assert len(yaml_file.KEYS) <= 63
+def test_there_are_at_most_65_keys_and_the_manual_explains_each():
+    assert len(yaml_file.KEYS) <= 65
     manual = yaml_file.manual()
     for section in dataclasses.fields(Config):
         assert f"\n{section.name}:" in manual
@@ -82,6 +89,22 @@ BAD_OVERRIDES = [
     ("optimizer.peak_lr=fast", "optimizer.peak_lr must be a valid number, not 'fast'"),
     ("optimizer.peak_lr=-1", "optimizer.peak_lr must be greater than 0, not -1"),
     ("optimizer.b2=1.5", "optimizer.b2 must be less than or equal to 1, not 1.5"),
+    ("optimizer.schedule=step", "optimizer.schedule must be 'cosine' or 'wsd', not 'step'"),
+    (
+        "optimizer.decay_steps=5",
+        "optimizer: decay_steps (5) is for the schedule wsd: set schedule to wsd, or omit"
+        " decay_steps (cosine decays in all steps after the warm-up)",
+    ),
+    (
+        "optimizer={schedule: wsd, decay_steps: 7, warmup_steps: 4}",
+        "optimizer.decay_steps (7) is larger than training.steps (10) minus optimizer.warmup_steps"
+        " (4)",
+    ),
+    (
+        "optimizer={schedule: wsd, decay_steps: 1}",
+        "optimizer.decay_steps (1) is larger than training.steps (10) minus optimizer.warmup_steps"
+        " (2000)",
+    ),
     ("training.steps=true", "training.steps must be a valid integer, not True"),
     ("training.steps=1.5", "training.steps must be a valid integer, not 1.5"),
     ("training.steps=", "training.steps must be a valid integer, not None"),

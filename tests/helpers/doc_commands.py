@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 # Commands of the pages that tests can't run, with the reason. Stubs only record their arguments.
 NOT_RUN = {
     "cmake": "builds llama.cpp, which is not installed",
+    "cp": "copies the folder of a run, which no test of the page trains",
     "curl": "sends a request: test_docs does that if a server runs; otherwise it needs the network",
     "docker": "needs a registry and root",
     "envsubst": "its output is only for kubectl",

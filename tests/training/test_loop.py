@@ -200,7 +200,12 @@ def test_a_finished_run_continues_with_more_steps(token_folder, tmp_path, capsys
     loop.run(config(folder, token_folder, steps=4))
     outcome = loop.run(config(folder, token_folder, steps=6))
     assert outcome.step == 6
-    assert "training.steps changes from 4 to 6" in capsys.readouterr().err
+    status = capsys.readouterr().err
+    assert "training.steps changes from 4 to 6" in status
+    assert (
+        "a cosine extends over all training.steps, now 6 instead of 4: the learning rate of step 5"
+        " and later ones changes" in status
+    )
 
 
 def test_a_resumed_run_needs_no_init_from_folder(full_run, token_folder, tmp_path, capsys):
