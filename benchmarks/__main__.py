@@ -60,7 +60,7 @@ def table(results: list[Result]) -> str:
     lines = ["| benchmark | ours | peer | theirs | ratio | |", "|---|---|---|---|---|---|"]
     for r in results:
         ours, theirs = (f"{x:,.{1 if x < 1000 else 0}f}" for x in (r.ours, r.theirs))
-        cells = r.what, f"{ours} {r.unit}", r.against, theirs, f"**{r.ratio:.2f}**", r.note
+        cells = r.name, f"{ours} {r.unit}", r.peer, theirs, f"**{r.ratio:.2f}**", r.note
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -103,10 +103,10 @@ def main() -> None:
     for to in args.to:
         seconds = time_action(to, lambda to=to: convert(to))
         print(f"{'':12} {seconds / copy_seconds:.1f} times the copy")
-        what = f"converting Meta's files to {to} and verifying them, {args.layers} layers of 7B"
+        name = f"converting Meta's files to {to} and verifying them, {args.layers} layers of 7B"
         result = Result(
-            what=what, unit="MB/s", ours=total / 1e6 / seconds,
-            against="a plain copy with fsync", theirs=total / 1e6 / copy_seconds,
+            name=name, unit="MB/s", ours=total / 1e6 / seconds,
+            peer="a plain copy with fsync", theirs=total / 1e6 / copy_seconds,
             ratio=copy_seconds / seconds,
         )  # fmt: skip
         append_result(args.json, result)

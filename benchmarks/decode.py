@@ -190,10 +190,10 @@ def main() -> None:
         pairs = zip(*(seconds[name] for name in ("llama_jax", "transformers")), strict=True)
         ratio = statistics.median(b / a for a, b in pairs)
         print(f"llama_jax / transformers: {ratio:.2f}")
-        what = f"decoding {args.shape or 'SmolLM2-135M'}, {args.dtype}, batch {args.batch}"
+        name = f"decoding {args.shape or 'SmolLM2-135M'}, {args.dtype}, batch {args.batch}"
         share = read * rates["llama_jax"] / args.batch / copied
         result = Result(
-            what=what, unit="tokens/s", ours=rates["llama_jax"], against="transformers",
+            name=name, unit="tokens/s", ours=rates["llama_jax"], peer="transformers",
             theirs=rates["transformers"], ratio=ratio,
             note=f"{share:.0%} of the bandwidth of a copy, {copied / 1e9:.1f} GB/s",
         )  # fmt: skip

@@ -158,8 +158,8 @@ def compare(args: argparse.Namespace, kind: str) -> None:
         ratio = statistics.median(ratios)
         print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
         result = Result(
-            what=f"a training step, {args.shape}, {kind}", unit="tokens/s",
-            ours=rates["llama_jax"], against="torch.compile", theirs=rates["transformers"],
+            name=f"a training step, {args.shape}, {kind}", unit="tokens/s",
+            ours=rates["llama_jax"], peer="torch.compile", theirs=rates["transformers"],
             ratio=ratio, note=mfu.strip(),
         )  # fmt: skip
         append_result(args.json, result)

@@ -10,20 +10,20 @@ class Result(NamedTuple):
     """Our rate and that of a peer, or of a physical limit, in the same run. More is better.
 
     Attributes:
-        what: the benchmark and its settings.
+        name: the benchmark and its settings.
         unit: of both rates.
         ours: our rate.
-        against: name of the peer or of the limit.
+        peer: name of the peer or of the limit.
         theirs: its rate.
         ratio: ours / theirs. Sides that alternate report the median over the pairs of rounds, which
             differs from the ratio of the medians.
         note: details for the last column of the table.
     """
 
-    what: str
+    name: str
     unit: str
     ours: float
-    against: str
+    peer: str
     theirs: float
     ratio: float
     note: str = ""

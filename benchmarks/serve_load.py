@@ -118,8 +118,8 @@ async def test(url: str, process: subprocess.Popen[bytes], args: argparse.Namesp
         print(f"{args.at_once} at once    {tokens / concurrent_seconds:7.1f} tokens/s", end="")
         print(f", {ratio:.2f} times as many (cancelled requests not counted)")
         result = Result(
-            what=f"serving, {args.at_once} concurrent requests", unit="tokens/s",
-            ours=tokens / concurrent_seconds, against="one request at a time",
+            name=f"serving, {args.at_once} concurrent requests", unit="tokens/s",
+            ours=tokens / concurrent_seconds, peer="one request at a time",
             theirs=tokens / alone_seconds, ratio=ratio,
             note=f"{different} of {len(valid)} differ from the same request alone,"
             f" {len(statuses)} malformed rejected",

@@ -165,8 +165,8 @@ def main() -> None:
         print(f"llama_jax / transformers, median of pairs: {ratio:.2f}")
         ours, theirs = (BATCH * LENGTH / statistics.median(times) for times in seconds.values())
         result = Result(
-            what=f"a training step, {args.dtype}", unit="tokens/s", ours=ours,
-            against="transformers, eager", theirs=theirs, ratio=ratio,
+            name=f"a training step, {args.dtype}", unit="tokens/s", ours=ours,
+            peer="transformers, eager", theirs=theirs, ratio=ratio,
         )  # fmt: skip
         append_result(args.json, result)
 
