@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint.orbax import save_model
+    from llama_jax.checkpoint.model_folders import save_model
     from llama_jax.config.family import FAMILY
     from llama_jax.config.run import Config
     from llama_jax.config.yaml_file import load as load_config
@@ -54,7 +54,7 @@ _MODULES = {
     "load": "inference.load.load",
     "load_config": "config.yaml_file.load",
     "load_tokenizer": "tokenizer.tokenizer.load_tokenizer",
-    "save_model": "checkpoint.orbax.save_model",
+    "save_model": "checkpoint.model_folders.save_model",
     "train": "training.loop.run",
     "train_step": "training.step.train_step",
 }

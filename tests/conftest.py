@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.folders import read_model_config
-from llama_jax.checkpoint.orbax import load_model, save_model
+from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.cli.main import main
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig

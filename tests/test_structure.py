@@ -65,9 +65,9 @@ def test_there_are_no_import_cycles():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
-def test_only_one_module_imports_orbax():
+def test_no_module_imports_orbax():
     users = {p.name for p in modules() if re.search(r"^(from|import) orbax", p.read_text(), re.M)}
-    assert users == {"orbax.py"}
+    assert not users  # tests check that Orbax reads our checkpoints
 
 
 def test_only_the_parallel_folder_names_the_mesh_axes():

@@ -1,10 +1,8 @@
 """Recognizes checkpoints by their files, and reads their configurations; reads no weights."""
 
-import json
 import os
 import shlex
 import struct
-from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,8 +12,10 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import Config
 from llama_jax.config.validation import first_problem
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular, read_regular
-from llama_jax.runtime.storage import check_local
+from llama_jax.runtime import manifest
+from llama_jax.runtime.damage import Damaged
+from llama_jax.runtime.manifest import verified_manifest
+from llama_jax.runtime.storage import AnyPath, open_file, parse_path, read_file, read_many
 
 CheckpointFormat = Literal["meta", "huggingface", "gguf", "llama2c", "orbax"]
 LLAMA2C_MAGIC = b"24ka"  # 'ak42', little-endian; since version 1
@@ -23,12 +23,12 @@ _NAMES = {"meta": "Meta", "huggingface": "Hugging Face", "gguf": "GGUF", "llama2
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
 
-def is_run_folder(folder: Path) -> bool:
+def is_run_folder(folder: AnyPath) -> bool:
     """Returns whether `folder` is a run folder (and not a model folder)."""
     return (folder / "config.yaml").is_file()
 
 
-def checkpoint_format(path: Path) -> CheckpointFormat | None:
+def checkpoint_format(path: AnyPath) -> CheckpointFormat | None:
     """Returns the format of the checkpoint at `path`, by its file names and first bytes.
 
     'orbax' for model folders and run folders; None if no file describes a model.
@@ -38,7 +38,7 @@ def checkpoint_format(path: Path) -> CheckpointFormat | None:
         OSError: the file can't be read.
     """
     if not path.is_dir():
-        with open_regular(path) as file:
+        with open_file(path) as file:
             start = file.read(28)
         return "gguf" if start[:4] == b"GGUF" else "llama2c" if _is_llama2c(start) else None
     if (path / "params.json").exists():
@@ -60,17 +60,17 @@ def _is_llama2c(start: bytes) -> bool:
     return plausible and dim % heads == 0
 
 
-def read_model_config(folder: str | Path) -> ModelConfig:
+def read_model_config(folder: str | AnyPath) -> ModelConfig:
     """Returns the configuration of the model in a model folder or run folder.
 
     Raises:
         InputError: the folder is neither, or its configuration is damaged.
     """
-    folder = Path(check_local(str(folder)))
+    folder = parse_path(folder)
     if is_run_folder(folder):
         return read_run_config(folder).model
     path = folder / "config.json"
-    content = read_regular(path) if path.is_file() else None
+    content = read_file(path) if path.is_file() else None
     theirs = content and b'"model_type"' in content and not (folder / "weights").exists()
     if content is None or theirs:
         raise _not_ours(folder)
@@ -81,11 +81,11 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             f"{path} is not the configuration of a llama_jax model"
             f" ({first_problem(error).sentence()}): correct it"
         ) from error
-    _check_receipt(folder / "receipt.json", config)
+    _check_unchanged(path, config)
     return config
 
 
-def _not_ours(path: Path) -> InputError:
+def _not_ours(path: AnyPath) -> InputError:
     """Returns the error for a path that is no model or run folder.
 
     If it is a checkpoint of another format, the message contains the command that converts it.
@@ -109,7 +109,7 @@ def _not_ours(path: Path) -> InputError:
     )
 
 
-def _conversion(source: Path, kind: CheckpointFormat) -> tuple[str, str]:
+def _conversion(source: AnyPath, kind: CheckpointFormat) -> tuple[str, str]:
     """Returns the shell command that converts a checkpoint, and the folder that it creates."""
     if kind == "gguf" and source.is_dir():
         source = min(source.glob("*.gguf"))
@@ -118,7 +118,7 @@ def _conversion(source: Path, kind: CheckpointFormat) -> tuple[str, str]:
     if name == "original":  # Meta's files in Hugging Face's folders of Llama 3
         name = path.parent.name
     elif path.parent.name == "snapshots":  # in Hugging Face's cache: models--ORG--NAME
-        name = path.parents[1].name.rpartition("--")[2]
+        name = path.parent.parent.name.rpartition("--")[2]
     folder, number = f"models/{name}", 1
     while os.path.lexists(folder):
         number += 1
@@ -130,43 +130,42 @@ def _conversion(source: Path, kind: CheckpointFormat) -> tuple[str, str]:
     return shlex.join(words), folder
 
 
-def _argument(path: Path) -> str:
+def _argument(path: AnyPath) -> str:
     """Returns a path as a command-line argument: a leading dash would make it an option."""
     return f"./{path}" if str(path).startswith("-") else str(path)
 
 
-def _check_receipt(path: Path, config: ModelConfig) -> None:
-    """Checks that the configuration is the one with which the weights were converted.
+def _check_unchanged(path: AnyPath, config: ModelConfig) -> None:
+    """Refuses a configuration that differs from the one with which the weights were written.
 
-    Raises:
-        InputError: it differs from the receipt's.
+    How the model is computed (dtype, attention …) may change.
     """
-    if not path.is_file():
-        return
     try:
-        converted = ModelConfig(**json.loads(read_regular(path))["config"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: convert the model again") from error
-    changed = config.differences(converted)
+        written = ModelConfig(**verified_manifest(path.parent)["config"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise Damaged(path.parent, f"{manifest.NAME} is not that of a model folder") from error
+    changed = config.differences(written)
     if changed:
         key = changed[0]
-        value, expected = (f"{getattr(c, key)}"[:80] for c in (config, converted))
+        now, then = (f"{getattr(c, key)}"[:80] for c in (config, written))
         raise InputError(
-            f"{path.with_name('config.json')} has {key} {value}, but the weights were converted"
-            f" with {expected} ({path.name}): correct it"
+            f"{path} contains {key} {now}, but the weights were written with {then}: correct it"
         )
 
 
-def read_run_config(folder: Path) -> Config:
+def read_run_config(folder: AnyPath) -> Config:
     """Returns the configuration with which a run was started."""
     return yaml_file.load(folder / "config.yaml")
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a run folder, ascending, without Orbax.
+def committed_steps(checkpoints: AnyPath) -> tuple[list[int], list[int]]:
+    """Returns the steps of the checkpoints with and without a manifest, each ascending.
 
-    Orbax writes a checkpoint under a temporary name and renames it: a folder whose name is a step
-    is complete.
+    Args:
+        checkpoints: the folder `checkpoints` of a run.
     """
-    names = (path.name for path in (folder / "checkpoints").glob("*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdecimal())
+    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    steps = sorted(int(path.name) for path in found if path.name.isdecimal())
+    manifests = read_many(checkpoints, [f"{step}/{manifest.NAME}" for step in steps])
+    complete = [s for s in steps if manifests[f"{s}/{manifest.NAME}"] is not None]
+    return complete, [s for s in steps if s not in complete]

@@ -3,9 +3,9 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import parse_path
 
 MANUAL = """\
 Convert a LLaMA checkpoint into another format, and prove that the weights are identical.
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from llama_jax.runtime.process_memory import release_freed_memory
 
     if args.verify:
-        counts = verify(Path(args.source), args.folder and Path(args.folder))
+        counts = verify(parse_path(args.source), args.folder and parse_path(args.folder))
         print(f"{args.source}: {_proof(**counts)}")
         return 0
     if args.folder is None:

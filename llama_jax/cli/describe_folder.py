@@ -1,7 +1,5 @@
 """Describes a folder on one screen. Imports no JAX, so that `llama-jax info` answers at once."""
 
-from pathlib import Path
-
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig
@@ -10,11 +8,12 @@ from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.training.metrics import read_metrics
 
 
-def describe(folder: Path) -> str:
+def describe(folder: AnyPath) -> str:
     """Returns lines about a run folder, a model folder or a folder of token shards.
 
     Raises:
@@ -49,7 +48,7 @@ def _describe_model(config: ModelConfig) -> list[str]:
     ]
 
 
-def _describe_model_folder(folder: Path) -> list[str]:
+def _describe_model_folder(folder: AnyPath) -> list[str]:
     config = folders.read_model_config(folder)
     lines = [f"model folder {folder}", *_describe_model(config)]
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -62,7 +61,7 @@ def _describe_model_folder(folder: Path) -> list[str]:
     return lines
 
 
-def _describe_receipt(folder: Path) -> str:
+def _describe_receipt(folder: AnyPath) -> str:
     match read_receipt(folder):
         case {
             "source": {"kind": str(kind), "name": str(name)},
@@ -83,10 +82,10 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> str:
     )
 
 
-def _describe_run(folder: Path) -> list[str]:
+def _describe_run(folder: AnyPath) -> list[str]:
     config = folders.read_run_config(folder)
     records = read_metrics(folder / "metrics.jsonl")
-    steps = folders.saved_steps(folder)
+    steps, incomplete = folders.committed_steps(folder / "checkpoints")
     done = steps[-1] if steps else 0
     state = "finished" if done >= config.training.steps else "not finished: train resumes it"
     lines = [
@@ -98,6 +97,8 @@ def _describe_run(folder: Path) -> list[str]:
         f"progress    {done} of {config.training.steps} steps saved ({state})",
         f"checkpoints {', '.join(map(str, steps)) or 'none'}",
     ]
+    if incomplete:
+        lines.append(f"incomplete  {', '.join(map(str, incomplete))} (not used)")
     losses = [r for r in records if r.get("loss") is not None]
     validations = [r for r in records if r.get("validation_loss") is not None]
     if losses:
@@ -108,7 +109,7 @@ def _describe_run(folder: Path) -> list[str]:
     return lines
 
 
-def _describe_tokens(folder: Path) -> list[str]:
+def _describe_tokens(folder: AnyPath) -> list[str]:
     meta = read_meta(folder)
     lines = [f"token shards {folder}", f"sources     {', '.join(meta['sources'])}"]
     lines.append(_describe_tokenizer(load_tokenizer(folder)))
@@ -116,7 +117,7 @@ def _describe_tokens(folder: Path) -> list[str]:
         TokenStream(folder, name)  # opens every file and checks its length
         lines.append(
             f"{name:11} {split['tokens']:,} tokens in {split['documents']:,} documents"
-            f" ({split['bytes']:,} bytes), {len(split['shards'])} file(s), unigram entropy"
-            f" {split['unigram_entropy']:.3f} nats per token"
+            f" ({split['bytes']:,} bytes), unigram entropy {split['unigram_entropy']:.3f} nats per"
+            " token"
         )
     return lines

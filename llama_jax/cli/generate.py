@@ -5,11 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.arguments import add_folder, add_int8, add_sampling, read_sampling
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 if TYPE_CHECKING:
     from llama_jax.config.model import ModelConfig
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """Continues the text on standard output; returns the exit code."""
     start = time.monotonic()
     n_tokens = continue_text(
-        Path(args.folder),
+        parse_path(args.folder),
         args.prompt,
         args.max_new_tokens,
         read_sampling(args),
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def continue_text(
-    folder: Path,
+    folder: AnyPath,
     prompt: str,
     max_new_tokens: int | None,
     sampling: "Sampling",

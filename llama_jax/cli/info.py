@@ -1,7 +1,8 @@
 """`llama-jax info`."""
 
 import argparse
-from pathlib import Path
+
+from llama_jax.runtime.storage import parse_path
 
 MANUAL = """\
 Describe a run folder, a model folder or a folder of token shards on one screen.
@@ -21,5 +22,5 @@ def run(args: argparse.Namespace) -> int:
     """Prints the description; returns the exit code."""
     from llama_jax.cli.describe_folder import describe
 
-    print(describe(Path(args.folder)))
+    print(describe(parse_path(args.folder)))
     return 0

@@ -18,7 +18,7 @@ from llama_jax import __version__
 from llama_jax.cli import convert, generate, info, perplexity, plan, serve, tokenize, train
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import stop_signal
-from llama_jax.runtime.storage import check_local
+from llama_jax.runtime.storage import check_path
 
 COMMANDS = {
     "train": train,
@@ -95,15 +95,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """Checks that no path is a URL.
+    """Checks that every path names a kind of storage that is supported.
 
     Raises:
-        InputError: a path is a URL.
+        InputError: one doesn't.
     """
     for name in _PATHS:
         given = getattr(args, name, None) or []
         for path in [given] if isinstance(given, str) else given:
-            check_local(path)
+            check_path(path)
 
 
 def _handle_sigterm(argv: Sequence[str]) -> contextlib.AbstractContextManager[None]:

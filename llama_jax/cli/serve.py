@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from llama_jax.cli.arguments import add_folder, add_int8
 from llama_jax.errors import InputError, install_command, missing_extra
+from llama_jax.runtime.storage import parse_path
 
 MANUAL = f"""\
 Serve the model in a run folder or model folder over HTTP, with OpenAI's API.
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{flag} must be at least {minimum}, not {value}")
     if not 0 < args.timeout < float("inf"):
         raise InputError(f"--timeout must be above 0, not {args.timeout}")
-    folder = Path(args.folder)
+    folder = parse_path(args.folder)
     settings = server.ServerSettings(
         name=args.model or folder.resolve().name,
         api_key=_read_api_key(args.api_key),

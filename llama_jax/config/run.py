@@ -7,13 +7,13 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llama_jax.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt
-from llama_jax.runtime.storage import check_local
+from llama_jax.runtime.storage import check_path
 
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
-LocalPath = Annotated[str, AfterValidator(check_local)]
+StoragePath = Annotated[str, AfterValidator(check_path)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,19 +39,19 @@ class DataConfig:
     """The training data: folders of token shards, and the corpus that one is created from."""
 
     mixture: Annotated[
-        dict[LocalPath, PositiveFloat],
+        dict[StoragePath, PositiveFloat],
         Field(
             description="map from a folder of token shards (created by `llama-jax tokenize`) to its"
             " sampling weight"
         ),
     ] = dataclasses.field(hash=False)  # a dict has no hash, and Config needs one
-    corpus: tuple[LocalPath, ...] = Field(
+    corpus: tuple[StoragePath, ...] = Field(
         default=(),
         description="files, folders or globs of text and JSONL (.gz, .zst) from which the only"
         " folder of `mixture` is created if it is missing; python-stdlib is the source code of"
         " Python's standard library",
     )
-    tokenizer: LocalPath | None = Field(
+    tokenizer: StoragePath | None = Field(
         default=None,
         description="tokenizer (file or folder) for `corpus`; null: the tokenizer of"
         " training.init_from, or else a tokenizer that is trained on `corpus`",
@@ -117,10 +117,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length of the run, initial weights, micro-batches, validation."""
 
-    out: LocalPath = Field(
+    out: StoragePath = Field(
         description="run folder; it is created if it is missing, and resumed if it has checkpoints"
     )
-    init_from: LocalPath | None = Field(
+    init_from: StoragePath | None = Field(
         default=None,
         description="model folder or run folder with the initial weights, used until the run has a"
         " checkpoint; null: random weights",
@@ -160,6 +160,11 @@ class CheckpointConfig:
     keep_every: PositiveInt | None = Field(
         default=None,
         description="also retain every checkpoint whose step is a multiple of this; null: none",
+    )
+    on_damage: Literal["previous", "stop"] = Field(
+        default="previous",
+        description="what a run does when its newest checkpoint is damaged: resume from the one"
+        " before it, or stop",
     )
 
 

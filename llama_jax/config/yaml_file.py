@@ -20,9 +20,10 @@ from llama_jax.config.family import FAMILY
 from llama_jax.config.run import Config
 from llama_jax.config.validation import Problem, first_problem
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | AnyPath, overrides: Sequence[str] = ()) -> Config:
     """Returns the configuration in the YAML file `path`, changed by `overrides`.
 
     >>> lj.load_config("tiny.yaml", ["training.steps=3"]).training.steps
@@ -51,17 +52,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return document.config()
 
 
-def find(path: str | Path) -> Path:
+def find(path: str | AnyPath) -> AnyPath:
     """Returns the path of the configuration file that `path` names.
 
     If there is no such file, `quickstart` and `configs/quickstart.yaml` name the file that is
     included in llama_jax; likewise for the other included files.
     """
-    if not Path(path).is_file():
+    path = parse_path(path)
+    if not path.is_file():
         for name, included in _included().items():
-            if Path(path) in (Path(name), Path("configs", f"{name}.yaml")):
+            if path in (Path(name), Path("configs", f"{name}.yaml")):
                 return included
-    return Path(path)
+    return path
 
 
 def _included() -> dict[str, Path]:

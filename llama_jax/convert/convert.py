@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.model_folders import manifest_of, write_files
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert import receipt
 from llama_jax.convert.detect import open_source
@@ -21,13 +22,15 @@ from llama_jax.convert.formats import huggingface, meta, model_folder
 from llama_jax.convert.layout import AXES, Layout, Weight, weights
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import map_in_order, sync_in_background
+from llama_jax.convert.stream import local_files, map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.convert.verify import verify_output
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.manifest import write_manifest
 from llama_jax.runtime.process_memory import available_memory, check_memory, peak_resident, resident
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 OutputFormat = Literal["orbax", "hf", "meta"]
 GIB = 1 << 30
@@ -39,7 +42,7 @@ _COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as 
 class ConversionResult:
     """The output folder of a conversion, its warnings and its statistics."""
 
-    folder: Path
+    folder: AnyPath
     notes: tuple[str, ...]  # warnings about the checkpoint
     bytes_written: int
     identical: int  # weights from which the source's bits were restored
@@ -48,14 +51,14 @@ class ConversionResult:
 
 
 def convert(
-    path: str | Path,
-    folder: str | Path,
+    path: str | AnyPath,
+    folder: str | AnyPath,
     *,
     to: OutputFormat = "orbax",
     dtype: str | None = None,
     max_ram: int | None = None,
     model: str | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | AnyPath | None = None,
     shards: int = 1,
     mesh: Mapping[str, int] | None = None,
     quantize: Literal["int8"] | None = None,
@@ -92,18 +95,24 @@ def convert(
             LLaMA; it doesn't fit into memory or into the format; or the folder already exists.
         Fault: the system can't write the folder.
     """
-    folder = Path(folder)
+    folder = parse_path(folder)
     check_absent(folder)
-    source = open_source(Path(path), model)
+    source = open_source(parse_path(path), model)
     plan = _plan(source, to, dtype, quantize, shards, max_ram)
     extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
     notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]
-    with new_folder(folder) as partial_folder, sync_in_background(partial_folder):
+    with (
+        new_folder(folder) as new,
+        local_files(new, needed=to != "orbax") as partial_folder,
+        sync_in_background(partial_folder),
+    ):
         with _open_writer(partial_folder, plan, to, mesh or {}) as writer:
             records, weight_notes = _stream_weights(plan, writer, progress)
         notes += weight_notes
-        for name, data in extra.files.items():
-            (partial_folder / name).write_bytes(data)
+        files = {**writer.files, **extra.files}
+        write_files(partial_folder, extra.files)
+        if to == "orbax":
+            write_manifest(partial_folder, manifest_of(plan.config, files))
         report = receipt.make_receipt(
             source, plan.layout, plan.config, extra.end_ids, extra.files, records, notes
         )
@@ -112,7 +121,10 @@ def convert(
         output = open_source(partial_folder)
         counts = verify_output(report, output, compared, plan.memory_budget, progress)
         report["verified"] = counts
-        (partial_folder / receipt.FILE).write_text(json.dumps(report, indent=1))
+        files[receipt.FILE] = json.dumps(report, indent=1).encode()
+        write_files(partial_folder, {receipt.FILE: files[receipt.FILE]})
+        if to == "orbax":  # now with the receipt
+            write_manifest(partial_folder, manifest_of(plan.config, files))
     return ConversionResult(
         folder, tuple(notes), plan.output_bytes(), **counts, peak=peak_resident()
     )
@@ -235,7 +247,13 @@ def _conversion_bytes(source: Source, dtypes: Mapping[Weight, np.dtype], weight:
 
 
 class CheckpointWriter(Protocol):
-    """Writes the tensors of one format into a folder."""
+    """Writes the tensors of one format into a folder.
+
+    Attributes:
+        files: the small files that it has written and a manifest must cover, by relative name.
+    """
+
+    files: dict[str, bytes]
 
     def write(self, tensors: Any) -> None:
         """Writes tensors, given as (shard, name, array)."""
@@ -247,10 +265,11 @@ class CheckpointWriter(Protocol):
 
 
 def _open_writer(
-    folder: Path, plan: _Plan, to: OutputFormat, mesh: Mapping[str, int]
+    folder: AnyPath, plan: _Plan, to: OutputFormat, mesh: Mapping[str, int]
 ) -> CheckpointWriter:
     if to == "orbax":
         return model_folder.ModelFolderWriter(folder, plan.config, plan.dtypes, mesh)
+    assert isinstance(folder, Path)  # as `local_files` yields it
     writer = meta.MetaWriter if to == "meta" else huggingface.HuggingFaceWriter
     return writer(folder, plan.config, plan.layout, plan.dtypes)
 

@@ -1,13 +1,13 @@
 """Detects the format of a checkpoint and opens it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.convert.formats import gguf, huggingface, llama2c, meta, model_folder
 from llama_jax.convert.source import Source, validate_source
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 
 _KINDS = (
     "a Meta folder (params.json), a Hugging Face folder (config.json), a .gguf file, a llama2.c"
@@ -20,7 +20,7 @@ _READERS = {
 _WEIGHTS = (".pth", ".safetensors", ".bin")
 
 
-def open_source(path: Path, model: str | None = None) -> Source:
+def open_source(path: AnyPath, model: str | None = None) -> Source:
     """Opens the checkpoint at `path`, of any format, and validates its names, shapes and types.
 
     Args:
@@ -43,7 +43,7 @@ def open_source(path: Path, model: str | None = None) -> Source:
     return validate_source(source)
 
 
-def _open(path: Path) -> Source:
+def _open(path: AnyPath) -> Source:
     try:
         kind = folders.checkpoint_format(path)
     except FileNotFoundError as error:

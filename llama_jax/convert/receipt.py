@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.convert.layout import Layout, Weight
 from llama_jax.convert.source import Source, read_json
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 
 FILE = "receipt.json"
 
 
-def read_receipt(folder: Path) -> dict[str, Any]:
+def read_receipt(folder: AnyPath) -> dict[str, Any]:
     """Returns the receipt in a folder that a conversion wrote.
 
     Raises:

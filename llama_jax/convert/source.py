@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from llama_jax.config.validation import first_problem
 from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import read_regular
+from llama_jax.runtime.storage import AnyPath, read_file
 
 # Tensors that other programs store in addition to the weights: the configuration determines them.
 _DERIVED = re.compile(r"rope\.freqs|.*\.rope\.freqs|.*\.inv_freq")
@@ -30,7 +29,7 @@ class Source:
     """A checkpoint whose tensors are read one at a time."""
 
     kind: str  # meta, huggingface, gguf, llama2c or orbax
-    path: Path
+    path: AnyPath
     config: ModelConfig
     layout: Layout
     shards: tuple[Mapping[str, StoredTensor], ...]  # of each shard: name in the file -> tensor
@@ -114,14 +113,14 @@ def config_dtypes(shards: tuple[Mapping[str, StoredTensor], ...]) -> dict[str, s
     return {"param_dtype": stored, "dtype": "float32" if stored == "float32" else "bfloat16"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
         InputError: the file is missing, can't be read, or doesn't contain a JSON object.
     """
     try:
-        content = json.loads(read_regular(path).decode("utf-8"))
+        content = json.loads(read_file(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: the checkpoint needs it, fetch it too") from error
     except (ValueError, RecursionError) as error:
@@ -135,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_config(where: Path, **fields: Any) -> ModelConfig:
+def model_config(where: AnyPath, **fields: Any) -> ModelConfig:
     """Returns the configuration with these fields, which the caller has read from `where`.
 
     Raises:
@@ -147,7 +146,7 @@ def model_config(where: Path, **fields: Any) -> ModelConfig:
         raise InputError(f"{where}: {first_problem(error).sentence()}: correct the file") from error
 
 
-def positive_int(metadata: Mapping[str, Any], key: str, where: Path) -> int:
+def positive_int(metadata: Mapping[str, Any], key: str, where: AnyPath) -> int:
     """Returns the positive integer under `key` in the metadata of the file `where`.
 
     Raises:
@@ -161,7 +160,7 @@ def positive_int(metadata: Mapping[str, Any], key: str, where: Path) -> int:
 
 
 def positive_float(
-    metadata: Mapping[str, Any], key: str, default: float | None, where: Path
+    metadata: Mapping[str, Any], key: str, default: float | None, where: AnyPath
 ) -> float:
     """Returns the positive number under `key` in the metadata of the file `where`.
 

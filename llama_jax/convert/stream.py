@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
+
+from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.storage import AnyPath, upload_file
 
 _SYNC_SECONDS = 0.5
 _SYNC_THREADS = 8
@@ -52,11 +56,29 @@ def map_in_order(
 
 
 @contextmanager
-def sync_in_background(folder: Path) -> Iterator[None]:
+def local_files(folder: AnyPath, needed: bool) -> Iterator[AnyPath]:
+    """Yields the folder to write into: a local one if `folder` is in a bucket and files are needed.
+
+    The files of Hugging Face and Meta can only be uploaded once they are complete.
+    """
+    if isinstance(folder, Path) or not needed:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="llama_jax-") as local:
+        yield Path(local)
+        for path in sorted(Path(local).iterdir()):
+            upload_file(path, folder / path.name)
+
+
+@contextmanager
+def sync_in_background(folder: AnyPath) -> Iterator[None]:
     """Syncs the files in `folder` to the disk during the block, and waits for the rest at its end.
 
     Without this the system starts to write late, so that the work and the disk take turns.
     """
+    if isinstance(folder, BucketPath):  # its requests end when the data is stored
+        yield
+        return
     ended = threading.Event()
     synced = dict[Path, tuple[int, int]]()  # path -> size and time of the last change
 

@@ -1,13 +1,13 @@
 """Collects the small files of a converted checkpoint: tokenizer, chat template, config.json."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.formats.huggingface import config_json
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.tokenizer.export import huggingface_files, tiktoken_bytes
 from llama_jax.tokenizer.gguf import has_tokenizer
 from llama_jax.tokenizer.huggingface import TokenizerJson
@@ -29,7 +29,7 @@ class TokenizerFiles(NamedTuple):
 
 
 def collect_tokenizer_files(
-    source: Source, config: ModelConfig, to: str, given: str | Path | None
+    source: Source, config: ModelConfig, to: str, given: str | AnyPath | None
 ) -> TokenizerFiles:
     """Returns the files that the format `to` requires in addition to the weights.
 
@@ -42,7 +42,7 @@ def collect_tokenizer_files(
     Raises:
         InputError: the tokenizer is damaged, or of an unknown kind.
     """
-    path = _find_tokenizer(source) if given is None else Path(given)
+    path = _find_tokenizer(source) if given is None else parse_path(given)
     try:
         tokenizer = path and load_tokenizer(path)
     except OSError as error:
@@ -73,7 +73,7 @@ def collect_tokenizer_files(
     return TokenizerFiles(files, tokenizer, notes)
 
 
-def _find_tokenizer(source: Source) -> Path | None:
+def _find_tokenizer(source: Source) -> AnyPath | None:
     """Returns the path of the checkpoint's tokenizer: in its folder, or in the parent of Meta's.
 
     Meta released LLaMA with one tokenizer next to the folders of all sizes.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,13 +17,15 @@ from llama_jax.convert.stream import map_in_order
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.process_memory import check_memory
-from llama_jax.runtime.regular_file import read_regular
+from llama_jax.runtime.storage import AnyPath, read_file
 
 _COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as restored
 _STRINGS = ("name", "dtype", "sha256")  # fields of a tensor's record
 
 
-def verify(folder: Path, source: Path | None = None, *, progress: bool = True) -> dict[str, int]:
+def verify(
+    folder: AnyPath, source: AnyPath | None = None, *, progress: bool = True
+) -> dict[str, int]:
     """Verifies again that a converted folder restores its source; returns `verify_output`'s counts.
 
     Args:
@@ -43,7 +44,7 @@ def verify(folder: Path, source: Path | None = None, *, progress: bool = True) -
     present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in report["files"].items():
         path = folder / name
-        if name not in present or receipt.bytes_hash(read_regular(path)) != digest:
+        if name not in present or receipt.bytes_hash(read_file(path)) != digest:
             raise InputError(
                 f"{folder}: {quote(name)} is not the file that the conversion wrote: convert again"
             )
@@ -123,7 +124,7 @@ def verify_output(
     return {"identical": count, "converted": len(order) - count}
 
 
-def _damaged(folder: Path) -> InputError:
+def _damaged(folder: AnyPath) -> InputError:
     return InputError(f"{folder / receipt.FILE} is damaged: convert again")
 
 

@@ -6,7 +6,7 @@ number of hosts reads the same batches.
 """
 
 from collections.abc import Callable
-from functools import cache
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +15,9 @@ from llama_jax.config.run import DataConfig
 from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Batch, Windows
 from llama_jax.errors import InputError
+
+AHEAD = 4  # batches that are being read: from this step's to the third after it
+READERS = 64  # rows that are read at the same time; a bucket takes 50 ms for each
 
 
 class Batches:
@@ -49,6 +52,8 @@ class Batches:
             else grain.MapDataset.mix(shuffled, list(config.mixture.values()))
         )
         self._held_out = [Windows(tokens, config) for tokens in self.splits["validation"]]
+        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._ahead = dict[int, dict[int, Future[Batch]]]()  # by step and row
 
     @property
     def fingerprint(self) -> list[str]:
@@ -74,8 +79,33 @@ class Batches:
         A counts micro-batches, B the rows of one. Row r of micro-batch a is sample a·B + r of the
         step, so the micro-batches, concatenated in order, are the unsplit batch.
         """
-        first = step * self.config.batch_size
-        return self._shard_batch(lambda row: cast(Batch, self._train[first + row]))
+        for later in range(step, step + AHEAD):
+            self._read_ahead(later)
+        rows = self._ahead.pop(step)
+        self._ahead = {s: reads for s, reads in self._ahead.items() if s > step}
+        return self._shard_batch(lambda row: rows[row].result())
+
+    def _read_ahead(self, step: int) -> None:
+        """Starts to read the rows of this host's devices in the batch of a step."""
+        if step not in self._ahead:
+            first = step * self.config.batch_size
+            self._ahead[step] = {
+                row: self._readers.submit(self._sample, first + row) for row in self._rows()
+            }
+
+    def _sample(self, number: int) -> Batch:
+        """Returns sample `number` of the training data."""
+        return cast(Batch, self._train[number])
+
+    def _rows(self) -> list[int]:
+        """Returns the rows of a batch that this host's devices need, in order."""
+        shape, sharding = self._layout()
+        indices = sharding.addressable_devices_indices_map(shape).values()
+        rows = set[int]()
+        for a, b, _ in indices:
+            micro_batches, of_each = range(*a.indices(shape[0])), range(*b.indices(shape[1]))
+            rows |= {i * shape[1] + j for i in micro_batches for j in of_each}
+        return sorted(rows)
 
     def validation(self, index: int, batches: int) -> Batch:
         """Returns held-out batch `index` of `batches`, shaped like a training batch.
@@ -97,23 +127,29 @@ class Batches:
             blank = np.zeros(self.config.seq_len, np.int32)
             return Batch(blank, blank - 1, blank, blank)
 
-        return self._shard_batch(read)
+        reads = {row: self._readers.submit(read, row) for row in self._rows()}
+        return self._shard_batch(lambda row: reads[row].result())
 
     def count_validation_batches(self, limit: int) -> int:
         """Returns the number of held-out batches, at most `limit`."""
         windows = sum(len(source) for source in self._held_out)
         return min(limit, -(-windows // self.config.batch_size))
 
-    def _shard_batch(self, read: Callable[[int], Batch]) -> Batch:
-        """Returns global arrays; this process reads only the rows of its own devices."""
+    def _layout(self) -> tuple[tuple[int, int, int], Any]:
+        """Returns the shape [A, B, T] of a batch's arrays, and their sharding."""
         import jax
 
         from llama_jax.parallel.sharding import activation_spec
 
         A = self.micro_batches
-        B, T = self.config.batch_size // A, self.config.seq_len
-        read = cache(read)
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), activation_spec("ABT"))
+        shape = A, self.config.batch_size // A, self.config.seq_len
+        return shape, jax.NamedSharding(jax.sharding.get_mesh(), activation_spec("ABT"))
+
+    def _shard_batch(self, read: Callable[[int], Batch]) -> Batch:
+        """Returns global arrays; this process reads only the rows of its own devices."""
+        import jax
+
+        (A, B, T), sharding = self._layout()
 
         def field(number: int) -> Any:
             def shard(index: Any) -> np.ndarray:

@@ -1,40 +1,36 @@
 """Token shards: the only module that writes or reads their format.
 
-A folder of token shards contains `meta.json`, the tokenizer and one folder for each split. A split
-folder contains, for each shard, `tokens-NNNNN.npy` (the documents one after another) and
-`ends-NNNNN.npy` (the end of each document, as a position in the split).
+A folder of token shards contains `meta.json`, which is written last, the tokenizer and one folder
+for each split. A split folder contains two zarr arrays: `tokens`, the documents one after another,
+and `starts`, one bit per token, set where a document starts. Each is stored in shards, of which a
+reader fetches chunks by byte ranges, from a disk or a bucket. Every chunk has a checksum (CRC-32C).
 """
 
-import contextlib
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from llama_jax.config.validation import first_problem
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular, read_regular
+from llama_jax.runtime import storage
+from llama_jax.runtime.damage import Damaged, classify_errors
+from llama_jax.runtime.manifest import check_files, read_manifest, write_manifest
+from llama_jax.runtime.manifest import file_hash as hash_bytes
+from llama_jax.runtime.storage import AnyPath, parse_path, write_file
 from llama_jax.tokenizer.tokenizer import file_hash
 
 # This module doesn't import JAX: `llama-jax info` reads shards without it.
 
-SHARD_TOKENS = 1 << 27  # 256 MiB of uint16
-_FORMAT = 1
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16, in the memory of the writer
+CHUNK_TOKENS = 1 << 15  # 64 KiB of uint16; a window of 2,048 tokens is in one or two chunks
+_FORMAT = 2
 _META = "meta.json"
-
-
-def _tokens_name(shard: int) -> str:
-    return f"tokens-{shard:05d}.npy"
-
-
-def _ends_name(shard: int) -> str:
-    return f"ends-{shard:05d}.npy"
 
 
 class EncodedSpan(NamedTuple):
@@ -47,95 +43,112 @@ class EncodedSpan(NamedTuple):
     last: bool  # whether the document ends with this span
 
 
-class NpyWriter:
-    """Writes a one-dimensional .npy file in several steps, byte for byte as `np.save` does."""
+def _zarr(length: int, shard: int, chunk: int, dtype: str) -> dict[str, Any]:
+    """Returns the metadata of a one-dimensional array in zarr's version 3."""
 
-    def __init__(self, path: Path, dtype: type[np.generic]):
-        self.path = path
-        self.length = 0
-        self._dtype = np.dtype(dtype)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed in close)
-        self._write_header()
+    def grid(size: int) -> dict[str, Any]:
+        return {"name": "regular", "configuration": {"chunk_shape": [size]}}
 
-    def _write_header(self) -> None:
-        # NumPy pads the header, so its size doesn't depend on the length.
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.length,),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": [chunk], "codecs": checked, "index_codecs": checked},
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [length],
+        "data_type": dtype,
+        "chunk_grid": grid(shard),
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [sharding],
+        "fill_value": 0,
+    }
 
-    def append(self, values: np.ndarray) -> None:
-        """Writes more values."""
-        self._file.write(values.astype(self._dtype).data)
-        self.length += len(values)
 
-    def close(self) -> None:
-        """Writes the final length into the header and closes the file."""
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def discard(self) -> None:
-        """Closes an unfinished file."""
-        with contextlib.suppress(OSError):  # the error of a full disk was already reported
-            self._file.close()
+def _array_metadata(length: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """Returns the metadata of both arrays of a split of so many tokens."""
+    return {
+        "tokens": _zarr(length, SHARD_TOKENS, CHUNK_TOKENS, dtype),
+        "starts": _zarr(-(-length // 8), SHARD_TOKENS // 8, CHUNK_TOKENS // 8, "uint8"),
+    }
 
 
 class SplitWriter:
-    """Writes the tokens of one split, in shards of SHARD_TOKENS tokens."""
+    """Writes the tokens of one split, shard by shard."""
 
-    def __init__(self, folder: Path, n_vocab: int):
+    def __init__(self, folder: AnyPath, n_vocab: int):
+        import tensorstore as ts
+
         self.folder = folder
-        self.dtype = np.uint16 if n_vocab <= 1 << 16 else np.uint32
+        self.dtype = "uint16" if n_vocab <= 1 << 16 else "uint32"
         self.tokens = self.documents = self.bytes = 0
         self.counts_V = np.zeros(n_vocab, np.int64)
-        self.shards: list[dict[str, Any]] = []
-        folder.mkdir()
-        self._open_shard()
-
-    def _open_shard(self) -> None:
-        shard = len(self.shards)
-        self._tokens = NpyWriter(self.folder / _tokens_name(shard), self.dtype)
-        self._ends = NpyWriter(self.folder / _ends_name(shard), np.int64)
+        self._hashes = hashlib.sha256(), hashlib.sha256()  # of the tokens and the starts
+        self._pending = list[EncodedSpan]()  # spans that no shard contains yet
+        self._pending_tokens = 0
+        # The length is not known yet; `finish` writes it.
+        self._stores = {
+            name: ts.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": storage.kvstore_spec(folder / name),
+                    "metadata": metadata,
+                    "store_data_equal_to_fill_value": True,
+                },
+                open=True,
+                assume_metadata=True,
+                context=storage.context(),
+            ).result()
+            for name, metadata in _array_metadata(1 << 50, self.dtype).items()
+        }
+        self._writes = list[Any]()
 
     def append(self, span: EncodedSpan) -> None:
-        """Appends the tokens of a span; opens a new shard after each SHARD_TOKENS tokens."""
-        ids = span.ids
+        """Appends the tokens of a span; writes a shard after each SHARD_TOKENS tokens."""
         # The begin token isn't counted: no position predicts it.
-        self.counts_V += np.bincount(ids[span.first :], minlength=len(self.counts_V))
+        self.counts_V += np.bincount(span.ids[span.first :], minlength=len(self.counts_V))
         self.bytes += span.n_bytes
-        self.tokens += len(ids)
-        while self._tokens.length + len(ids) >= SHARD_TOKENS:
-            room = SHARD_TOKENS - self._tokens.length
-            self._tokens.append(ids[:room])
-            ids = ids[room:]
-            self.finish_shard()
-            self._open_shard()
-        self._tokens.append(ids)
-        if span.last:
-            self.documents += 1
-            self._ends.append(np.array([self.tokens]))
+        self.documents += span.last
+        self._pending.append(span)
+        self._pending_tokens += len(span.ids)
+        while self._pending_tokens >= SHARD_TOKENS:
+            self._write(SHARD_TOKENS)
 
-    def finish_shard(self) -> None:
-        """Completes the files of the current shard."""
-        files = (self._tokens, self._ends)
-        for file in files:
-            file.close()
-        hashes = {file.path.name: file_hash(file.path) for file in files}
-        tokens, documents = (file.length for file in files)
-        self.shards.append({"tokens": tokens, "documents": documents, "sha256": hashes})
+    def _write(self, n: int) -> None:
+        """Writes `n` pending tokens; waits for the shard before, so that one is in memory."""
+        ids = np.concatenate([span.ids for span in self._pending])
+        lengths = [len(span.ids) for span in self._pending]
+        at = np.cumsum([0, *lengths[:-1]])
+        starts = np.zeros(len(ids), bool)
+        starts[at[[bool(span.first and len(span.ids)) for span in self._pending]]] = True
+        rest, rest_starts = ids[n:], starts[n:]
+        tokens, bits = ids[:n].astype(self.dtype), np.packbits(starts[:n])
+        for content, array in zip(self._hashes, (tokens, bits), strict=True):
+            content.update(array.data)
+        for write in self._writes:
+            write.result()
+        first = self.tokens
+        self._writes = [
+            self._stores["tokens"][first : first + n].write(tokens),
+            self._stores["starts"][first // 8 : first // 8 + len(bits)].write(bits),
+        ]
+        self.tokens += n
+        self._pending_tokens = len(rest)
+        # A rest is part of one span: the shards end as soon as they are full.
+        self._pending = [EncodedSpan(rest, 0, "", bool(rest_starts[:1].any()), False)]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tokens.discard()
-        self._ends.discard()
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the entry of the split in `meta.json`."""
+    def finish(self) -> dict[str, Any]:
+        """Writes the last shard and the metadata; returns the entry of the split in `meta.json`."""
+        if self._pending_tokens:
+            self._write(self._pending_tokens)
+        for write in self._writes:
+            write.result()
+        files = dict[str, str]()
+        for name, metadata in _array_metadata(self.tokens, self.dtype).items():
+            data = json.dumps(metadata).encode()
+            write_file(self.folder / name / "zarr.json", data)
+            files[f"{self.folder.name}/{name}/zarr.json"] = hash_bytes(data)
         share = self.counts_V[self.counts_V > 0] / max(1, self.counts_V.sum())
         return {
             "tokens": self.tokens,
@@ -143,74 +156,72 @@ class SplitWriter:
             "bytes": self.bytes,
             # Nats per token: the best loss on this split for a model without context.
             "unigram_entropy": math.fsum(-share * np.log(share)),
-            "shards": self.shards,
+            "sha256": [content.hexdigest() for content in self._hashes],
+            "files": files,
         }
 
 
 class TokenStream:
-    """One split of a folder of token shards, memory-mapped and read as one long stream."""
+    """One split of a folder of token shards, read as one long stream."""
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | AnyPath, split: str):
+        import tensorstore as ts
+
+        self.folder = parse_path(folder)
+        self.split = split
         self.meta = read_meta(self.folder)
         self.summary = self.meta["splits"][split]
-        shards = self.summary["shards"]
-        self._tokens = [
-            self._map(split, _tokens_name(i), shard["tokens"]) for i, shard in enumerate(shards)
-        ]
-        self._ends = [
-            self._map(split, _ends_name(i), shard["documents"]) for i, shard in enumerate(shards)
-        ]
-        self._starts = np.cumsum([0, *(len(shard) for shard in self._tokens)])
+        with classify_errors(self.folder):
+            check_files(self.folder, self.summary["files"])
+            self._check_shards()
+            opening = [
+                ts.open(
+                    {
+                        "driver": "zarr3",
+                        "kvstore": storage.kvstore_spec(self.folder / split / name),
+                        "fill_missing_data_reads": False,
+                        "cache_pool": "cache_pool#tokens",  # for the index of each shard
+                        "recheck_cached_data": False,
+                        "recheck_cached_metadata": False,
+                    },
+                    read=True,
+                    context=storage.context(),
+                )
+                for name in ("tokens", "starts")
+            ]
+            self._tokens, self._starts = (array.result() for array in opening)
 
-    def _map(self, split: str, name: str, length: int) -> np.ndarray:
-        path = self.folder / split / name
-        try:
-            open_regular(path).close()
-            # An empty file can't be memory-mapped.
-            array = np.load(path, mmap_mode="r" if length else None, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
-            problem = "is missing" if not path.exists() else "is damaged or truncated"
-            raise InputError(
-                f"{path} {problem}: create the folder again with `tokenize`"
-            ) from error
-        if len(array) != length:
-            raise InputError(
-                f"{path} contains {len(array):,} entries, but meta.json lists {length:,}: create"
-                " the folder again with `tokenize`"
-            )
-        return array
+    def _check_shards(self) -> None:
+        """Checks that no shard is missing. Its content is checked when it is read."""
+        for name in ("tokens", "starts"):
+            folder = self.folder / self.split / name / "c"
+            found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            for shard in range(-(-len(self) // self.meta["shard_tokens"])):
+                if str(shard) not in found:
+                    raise Damaged(self.folder, f"{self.split}/{name}/c/{shard} is missing")
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self.summary["tokens"]
 
     def content_hash(self) -> str:
-        """Returns a SHA-256 over the hashes of all shards, in hexadecimal."""
-        hashes = [shard["sha256"] for shard in self.summary["shards"]]
-        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        """Returns a SHA-256 over the tokens and the starts of documents, in hexadecimal."""
+        return hash_bytes("".join(self.summary["sha256"]).encode())
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens [start, stop) and the starts of documents among them.
 
         Both are integer arrays; the tokens are int32, and the starts are relative to `start`.
+
+        Raises:
+            Damaged: a chunk is missing, or its checksum differs.
+            Fault: the machine could not read it.
         """
-        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
-        tokens, ends = [], []
-        for i in range(first, last + 1):
-            base = self._starts[i]
-            tokens.append(self._tokens[i][max(0, start - base) : stop - base])
-            low, high = np.searchsorted(self._ends[i], (start, stop), side="left")
-            ends.append(self._ends[i][low:high])
-        return np.concatenate(tokens).astype(np.int32), np.concatenate(ends) - start
-
-
-@dataclass
-class _ShardEntry:
-    tokens: NonNegativeInt
-    documents: NonNegativeInt
-    sha256: dict[str, str]  # by file name
+        first = start // 8
+        with classify_errors(self.folder):
+            reads = (self._tokens[start:stop].read(), self._starts[first : -(-stop // 8)].read())
+            tokens, bits = (read.result() for read in reads)
+        starts = np.unpackbits(bits)[start - 8 * first :][: stop - start]
+        return tokens.astype(np.int32), np.flatnonzero(starts)
 
 
 @dataclass
@@ -219,7 +230,8 @@ class _SplitEntry:
     documents: NonNegativeInt
     bytes: NonNegativeInt
     unigram_entropy: float
-    shards: list[_ShardEntry]
+    sha256: list[str]  # of the tokens and the starts
+    files: dict[str, str]  # SHA-256 by name
 
 
 @dataclass
@@ -235,61 +247,63 @@ class _Meta:
     sources: list[str]
     tokenizer_sha256: str
     n_vocab: PositiveInt
+    shard_tokens: PositiveInt
     splits: _SplitEntries
 
 
 def write_meta(
-    folder: Path,
+    folder: AnyPath,
     *,
     sources: Sequence[str],
-    tokenizer: Path,
+    tokenizer: AnyPath,
     n_vocab: int,
     writers: Mapping[str, SplitWriter],
 ) -> dict[str, Any]:
-    """Writes the `meta.json` of a folder whose shards are complete, and returns its content.
+    """Finishes all splits, writes the `meta.json` of their folder, and returns its content.
 
     Args:
         folder: contains the shards.
         sources: the corpus, as the user named it.
         tokenizer: file of the tokenizer that encoded the corpus.
         n_vocab: number of its tokens.
-        writers: by split; each has finished its last shard.
+        writers: by split.
     """
     meta = {
         "format": _FORMAT,
         "sources": list(sources),
         "tokenizer_sha256": file_hash(tokenizer),
         "n_vocab": n_vocab,
-        "dtype": np.dtype(writers["train"].dtype).name,
-        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "dtype": writers["train"].dtype,
+        "shard_tokens": SHARD_TOKENS,
+        "splits": {split: writer.finish() for split, writer in writers.items()},
     }
-    (folder / _META).write_text(json.dumps(meta, indent=1))
+    write_manifest(folder, meta, _META)
     return meta
 
 
-def is_token_folder(folder: Path) -> bool:
+def is_token_folder(folder: AnyPath) -> bool:
     """Returns whether a folder contains the `meta.json` of token shards."""
     return (folder / _META).exists()
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: AnyPath) -> dict[str, Any]:
     """Returns the `meta.json` of a folder of token shards.
 
     Raises:
         InputError: the file is missing or damaged, or has another format.
     """
-    try:
-        meta = json.loads(read_regular(folder / _META))
-        if meta["format"] == _FORMAT:
+    with classify_errors(folder):
+        meta = read_manifest(folder, _META)
+    if meta is None:
+        problem = "has no meta.json"
+    elif meta.get("format") != _FORMAT:
+        problem = f"has the unknown format {str(meta.get('format'))[:80]!a}"
+    else:
+        try:
             TypeAdapter(_Meta).validate_python(meta)
             return meta
-        problem = f"has the unknown format {str(meta['format'])[:80]!a}"
-    except FileNotFoundError:
-        problem = "has no meta.json"
-    except ValidationError as error:
-        problem = f"has a damaged meta.json ({first_problem(error).sentence()})"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        problem = "has a damaged meta.json"
+        except ValidationError as error:
+            problem = f"has a damaged meta.json ({first_problem(error).sentence()})"
     raise InputError(
         f"{folder} {problem}: create a folder of token shards with `llama-jax tokenize`"
     )

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.storage import AnyPath, open_file, parse_path
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -37,7 +39,7 @@ class Document(NamedTuple):
     split: str
 
 
-def find_files(sources: Sequence[str]) -> list[Path]:
+def find_files(sources: Sequence[str]) -> list[AnyPath]:
     """Returns the files of `sources`, sorted within each source.
 
     Args:
@@ -48,12 +50,14 @@ def find_files(sources: Sequence[str]) -> list[Path]:
     Raises:
         InputError: a source matches no file.
     """
-    found: list[Path] = []
+    found: list[AnyPath] = []
     for source in sources:
         if source == "python-stdlib":
             files = _standard_library()
-        elif Path(source).is_dir():
-            files = [path for path in Path(source).rglob("*") if _is_corpus_file(path)]
+        elif (path := parse_path(source)).is_dir():
+            files = [file for file in path.rglob("*") if _is_corpus_file(file)]
+        elif isinstance(path, BucketPath):
+            files = path.matches()
         else:
             files = [Path(name) for name in glob.glob(source, recursive=True)]
         files = sorted(file for file in files if file.is_file())
@@ -63,7 +67,7 @@ def find_files(sources: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _standard_library() -> Iterator[Path]:
+def _standard_library() -> Iterator[AnyPath]:
     root = Path(sysconfig.get_paths()["stdlib"])
     excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     for path in root.rglob("*.py"):
@@ -71,7 +75,7 @@ def _standard_library() -> Iterator[Path]:
             yield path
 
 
-def _is_utf8(path: Path) -> bool:
+def _is_utf8(path: AnyPath) -> bool:
     try:
         path.read_bytes().decode()
     except UnicodeDecodeError:
@@ -79,7 +83,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _is_corpus_file(path: Path) -> bool:
+def _is_corpus_file(path: AnyPath) -> bool:
     """Returns whether a file in a folder is part of the corpus: by its name, or .json content."""
     suffix = _inner_suffix(path)
     if suffix != ".json" or not path.is_file():
@@ -89,11 +93,11 @@ def _is_corpus_file(path: Path) -> bool:
     return bool(array) or isinstance(record.get("text"), str)
 
 
-def _inner_suffix(path: Path) -> str:
+def _inner_suffix(path: AnyPath) -> str:
     return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
-def is_json_lines(path: Path) -> bool:
+def is_json_lines(path: AnyPath) -> bool:
     """Returns True if each line of a file is a JSON object with a text, False if it is one text.
 
     Files named .jsonl or .ndjson are JSON lines; .txt, .md, .py and .rst are one text. For any
@@ -119,7 +123,7 @@ def is_json_lines(path: Path) -> bool:
     )
 
 
-def _read_start(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_start(path: AnyPath) -> tuple[str, dict[str, Any]]:
     """Returns the first characters of a file, and the JSON object on its first line ({}: none)."""
     with _open_text(path) as file:
         start = file.read(_PART_CHARACTERS)
@@ -136,7 +140,7 @@ def _read_start(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _open_text(path: Path) -> Iterator[IO[str]]:
+def _open_text(path: AnyPath) -> Iterator[IO[str]]:
     """Opens a UTF-8 file, plain or compressed, without translating line ends.
 
     Raises:
@@ -144,7 +148,7 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
     """
     try:
         with contextlib.ExitStack() as stack:
-            file: Any = stack.enter_context(open(path, "rb"))
+            file: Any = stack.enter_context(open_file(path))
             if path.suffix == ".gz":
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
             elif path.suffix == ".zst":
@@ -160,7 +164,7 @@ def _open_text(path: Path) -> Iterator[IO[str]]:
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
 
 
-def read_text(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
+def read_text(path: AnyPath, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
     """Yields the parts of a text file from character `start` to `end`.
 
     Raises:
@@ -174,7 +178,7 @@ def read_text(path: Path, start: int = 0, end: int = sys.maxsize) -> Iterator[st
             position += len(part)
 
 
-def read_json_lines(path: Path) -> Iterator[str]:
+def read_json_lines(path: AnyPath) -> Iterator[str]:
     """Yields the `text` of each line.
 
     Raises:
@@ -201,7 +205,7 @@ def _text_field(line: str, location: str) -> str:
     return text
 
 
-def read_documents(files: Sequence[Path], validation_fraction: float) -> Iterator[Document]:
+def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iterator[Document]:
     """Yields all non-empty documents in order; one in every 1/fraction documents is held out.
 
     If there are too few documents for that (a single book), the last part of each document is held
@@ -230,7 +234,7 @@ def _parts_unless_empty(parts: Iterator[str]) -> Iterator[str] | None:
     return itertools.chain([first], parts) if first else None
 
 
-def _validation_start(path: Path, fraction: float) -> int:
+def _validation_start(path: AnyPath, fraction: float) -> int:
     """Returns the number of characters before the held-out part of a text."""
     limit = round(sum(map(len, read_text(path))) * (1 - fraction))
     boundary = position = 0

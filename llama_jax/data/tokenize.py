@@ -17,7 +17,6 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from llama_jax.data.text_files import SPLITS, Document, find_files, read_documen
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.storage import AnyPath, file_size, write_file
 from llama_jax.tokenizer.split_points import SafeSplit, split_text
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.tokenizer.train import MAX_LINE_BYTES, train_tokenizer
@@ -84,7 +84,7 @@ def _exit_with_parent(pipe: Connection) -> None:
 _load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _encode_task(tokenizer: Path, task: list[_TextSpan]) -> list[EncodedSpan]:
+def _encode_task(tokenizer: AnyPath, task: list[_TextSpan]) -> list[EncodedSpan]:
     encode = _load_tokenizer_once(tokenizer).encode
     return [
         EncodedSpan(
@@ -99,12 +99,12 @@ def _encode_task(tokenizer: Path, task: list[_TextSpan]) -> list[EncodedSpan]:
 
 
 def _train_on_corpus(
-    files: Sequence[Path], validation_fraction: float, model: Path, n_vocab: int
+    files: Sequence[AnyPath], validation_fraction: float, model: AnyPath, n_vocab: int
 ) -> None:
     documents = read_documents(files, validation_fraction)
     lines = split_lines(documents, "train", MAX_LINE_BYTES)
     compressed = (path.suffix in _COMPRESSED for path in files)
-    size = sum(path.stat().st_size * 4**c for path, c in zip(files, compressed, strict=True))
+    size = sum(file_size(path) * 4**c for path, c in zip(files, compressed, strict=True))
     every = max(1, -(-size // _TRAINING_BYTES))
     train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
 
@@ -133,7 +133,7 @@ def _group_into_tasks(spans: Iterable[_TextSpan]) -> Iterator[list[_TextSpan]]:
 
 
 def _encode_in_order(
-    tasks: Iterable[list[_TextSpan]], tokenizer: Path, workers: int
+    tasks: Iterable[list[_TextSpan]], tokenizer: AnyPath, workers: int
 ) -> Generator[EncodedSpan, None, None]:
     """Yields the encoded spans in order, with a bounded number of tasks in memory."""
     if workers == 1:
@@ -151,10 +151,10 @@ def _encode_in_order(
 
 def tokenize_corpus(
     sources: Sequence[str],
-    out: str | Path,
+    out: str | AnyPath,
     *,
     n_vocab: int | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | AnyPath | None = None,
     validation_fraction: float = 0.05,
     workers: int | None = None,
     progress: bool = True,
@@ -177,13 +177,13 @@ def tokenize_corpus(
     """
     check_absent(out)
     files = find_files(sources)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file_size(file) for file in files)
     workers = workers or max(1, min(os.cpu_count() or 1, size // _TASK_CHARACTERS))
     with new_folder(out) as partial:
         model = partial / "tokenizer.model"
         if tokenizer is not None:
             for name, data in load_tokenizer(tokenizer).files.items():
-                (partial / name).write_bytes(data)
+                write_file(partial / name, data)
             model = load_tokenizer(partial).path
         elif n_vocab is not None:
             if progress:
@@ -200,10 +200,7 @@ def tokenize_corpus(
         loaded = load_tokenizer(model)
         spans = _text_spans(read_documents(files, validation_fraction), loaded.safe_split)
         with contextlib.ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(SplitWriter(partial / split, loaded.n_vocab))
-                for split in SPLITS
-            }
+            writers = {split: SplitWriter(partial / split, loaded.n_vocab) for split in SPLITS}
             # The amount of text in compressed files is unknown: the bar then has no total.
             plain = all(file.suffix not in _COMPRESSED for file in files)
             advance = stack.enter_context(
@@ -215,8 +212,6 @@ def tokenize_corpus(
             for span in encoded_spans:
                 writers[span.split].append(span)
                 advance(span.n_bytes)
-            for writer in writers.values():
-                writer.finish_shard()
         for split, writer in writers.items():
             if not writer.documents and (split == "train" or validation_fraction):
                 raise InputError(

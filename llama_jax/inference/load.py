@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.checkpoint import orbax
+from llama_jax.checkpoint import model_folders
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.config.model import ModelConfig
@@ -19,10 +18,11 @@ from llama_jax.model.weights import UnstackedLlama, quantize_model, unstack_laye
 from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
 from llama_jax.parallel.sharding import weight_spec
 from llama_jax.runtime.cpu import cpu_has_bfloat16
+from llama_jax.runtime.storage import AnyPath
 
 
 def load(
-    folder: str | Path, config: ModelConfig | None = None, quantize: str | None = None
+    folder: str | AnyPath, config: ModelConfig | None = None, quantize: str | None = None
 ) -> tuple[ModelConfig, UnstackedLlama]:
     """Loads a model from a model folder or a run folder, directly onto the current mesh.
 
@@ -46,8 +46,8 @@ def load(
         quantize: 'int8' quantizes the matrices; None leaves them as they are.
 
     Raises:
-        InputError: as `orbax.load_model`; or `quantize` is set and the model is already quantized;
-            or the mesh that the caller set doesn't divide the model.
+        InputError: as `model_folders.load_model`; or `quantize` is set and the model is already
+            quantized; or the mesh that the caller set doesn't divide the model.
     """
     config = config or choose_compute_dtype(read_model_config(folder))
     set_default_mesh(partial(tensor_mesh, config))
@@ -57,7 +57,7 @@ def load(
     can_copy = head_shards() % config.n_kv_heads == 0
     check_divides(jax.sharding.get_mesh(), all_heads if can_copy else config)
     if copies == 1:
-        config, model = orbax.load_model(folder, config)
+        config, model = model_folders.load_model(folder, config)
         config, model = quantize_model(config, model) if quantize else (config, model)
         return config, unstack_layers(model)
     expanded = replace(config, n_kv_heads=copies * config.n_kv_heads)
@@ -65,7 +65,7 @@ def load(
     for name in ("wk", "wv"):
         leaves = jax.tree.map(partial(_stored_leaf, config), getattr(like.layers, name))
         setattr(like.layers, name, leaves)
-    _, model = orbax.load_model(folder, config, like=like)
+    _, model = model_folders.load_model(folder, config, like=like)
     for name in ("wk", "wv"):
         weight = jax.tree.map(partial(_copy_heads, copies), getattr(model.layers, name))
         setattr(model.layers, name, weight)

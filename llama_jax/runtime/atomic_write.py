@@ -18,22 +18,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.errors import Fault, InputError
+from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.damage import root_cause
+from llama_jax.runtime.storage import AnyPath, parse_path, read_many, remove_tree
+
+INCOMPLETE = ".incomplete"  # in a bucket, while a folder is being written
 
 # Errors of the path itself: a file among its folders, a link to itself, a name that is too long.
 _BAD_NAME = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | AnyPath) -> Iterator[AnyPath]:
     """Yields an empty folder to fill, and renames it to `path` when the block ends.
 
-    An error in the block removes the folder.
+    An error in the block removes the folder. In a bucket, which can't rename, it yields `path`
+    itself, and `.incomplete` marks the folder until the block ends.
 
     Raises:
         InputError: `path` exists or is impossible, or another process is writing it.
         Fault: the system can't write it.
     """
-    path = Path(path)
+    path = parse_path(path)
+    if isinstance(path, BucketPath):
+        with _new_bucket_folder(path):
+            yield path
+        return
     check_absent(path)
     with _faults(path), _partial(path, wait=False) as partial:
         check_absent(path)  # another process may have finished it meanwhile
@@ -45,6 +55,35 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise _exists(path) from error
             raise
+
+
+@contextlib.contextmanager
+def _new_bucket_folder(path: BucketPath) -> Iterator[None]:
+    """Fills a folder in a bucket. A folder that is marked as incomplete is a leftover.
+
+    Raises:
+        InputError: `path` exists, or another process has started to write it meanwhile.
+        Fault: the store can't be written.
+    """
+    check_absent(path)
+    mark, writer = path / INCOMPLETE, secrets.token_hex(8)
+
+    def is_ours() -> bool:
+        return read_many(path, [INCOMPLETE])[INCOMPLETE] == writer.encode()
+
+    with _faults(path):
+        remove_tree(path)
+        mark.write_text(writer)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # the store's own error is raised already
+                if is_ours():
+                    remove_tree(path)
+            raise
+        if not is_ours():
+            raise InputError(f"another process is writing {path}: choose another folder")
+        mark.unlink()
 
 
 @contextlib.contextmanager
@@ -63,32 +102,40 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def check_absent(path: str | Path) -> None:
-    """Checks that `path` doesn't exist.
+def check_absent(path: str | AnyPath) -> None:
+    """Checks that `path` doesn't exist. A leftover in a bucket doesn't count.
 
     Raises:
         InputError: it exists.
     """
-    if os.path.lexists(path):
+    path = parse_path(path)
+    if isinstance(path, BucketPath):
+        if path.exists() and not (path / INCOMPLETE).is_file():
+            raise _exists(path)
+    elif os.path.lexists(path):
         raise _exists(path)
 
 
-def _exists(path: str | Path) -> InputError:
+def _exists(path: AnyPath) -> InputError:
     return InputError(f"{path} already exists: choose another name, or move it away")
 
 
 @contextlib.contextmanager
-def _faults(path: Path) -> Iterator[None]:
+def _faults(path: AnyPath) -> Iterator[None]:
     """Converts an error of the system into a `Fault` or `InputError` that includes its text."""
     try:
         yield
-    except (Fault, BrokenPipeError):
+    except (InputError, Fault, BrokenPipeError):
         raise
     except Exception as error:
-        # TensorStore, which writes for Orbax, raises other types, with errno in their text.
+        # TensorStore raises ValueError, on a local disk with errno in its text.
         number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
         if number:
             raise Fault(f"can't write {path}: {os.strerror(int(number[1]))}") from error
+        if isinstance(path, BucketPath):
+            if isinstance(error, OSError | ValueError) and str(path) in str(error):
+                raise Fault(f"can't write {path}: {root_cause(error)}") from error
+            raise
         if isinstance(error, OSError) and _is_about(error, path):
             if error.errno in _BAD_NAME:
                 raise InputError(

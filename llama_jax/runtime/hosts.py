@@ -91,6 +91,26 @@ def is_host_zero() -> bool:
     return _channel is None or _channel.process == 0
 
 
+def count() -> int:
+    """Returns the number of hosts."""
+    return 1 if _channel is None else len(_channel.names)
+
+
+def number() -> int:
+    """Returns the number of this host, from 0."""
+    return 0 if _channel is None else _channel.process
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns the values (plain JSON) of all hosts, in their order. All hosts must call it."""
+    if _channel is None:
+        return [value]
+    if _channel.process:
+        _channel.to_coordinator("values", {"": value})
+    received = [values for _, values in sorted(_channel.values.items())]
+    return broadcast_decision(lambda: [value, *(values.get()[""] for values in received)])
+
+
 def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
     """Calls `decide` on host 0 and returns its result (plain JSON) on all hosts.
 

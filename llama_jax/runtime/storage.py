@@ -1,22 +1,162 @@
-"""Checks that paths are on this machine or mounted there."""
+"""Files in folders of this machine and in buckets, with one interface.
 
+An object of a bucket appears complete or not at all. A folder of objects doesn't: its reader needs
+a file that is written last.
+"""
+
+import errno
+import os
 import re
+import shutil
+import urllib.parse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.bucket_path import BucketPath, bucket_spec, context, file_system
+from llama_jax.runtime.regular_file import open_regular, read_regular
 
-# Path("gs://b/x") keeps one slash, and names a local folder `gs:`.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+_SCHEMES = ("gs", "s3")
 
 
-def check_local(path: str) -> str:
+AnyPath = Path | BucketPath
+
+
+def parse_path(path: "str | AnyPath") -> AnyPath:
+    """Returns the path that a text names: in a bucket if it starts with `gs://` or `s3://`.
+
+    Raises:
+        InputError: it is a URL of another kind, or names no bucket.
+    """
+    if isinstance(path, BucketPath):
+        return path
+    path = str(path)  # pathlib removes a slash of a URL
+    url = _URL.match(path)
+    if not url:
+        return Path(path)
+    scheme, bucket, key = urllib.parse.urlsplit(path)[:3]
+    if scheme not in _SCHEMES:
+        raise InputError(
+            f"{path}: URLs of {scheme}: are not supported; give a local path, gs://BUCKET/NAME or"
+            " s3://BUCKET/NAME"
+        )
+    if not bucket:
+        raise InputError(f"{path} names no bucket: write {scheme}://BUCKET/NAME")
+    return BucketPath(scheme, bucket, key)
+
+
+def check_path(path: str) -> str:
     """Returns `path` unchanged.
 
     Raises:
-        InputError: it is a URL.
+        InputError: as `parse_path`.
     """
-    if _URL.match(path):
-        raise InputError(
-            f"{path} is a URL, but only local files can be read and written: mount the bucket as a"
-            " folder, or copy the files, and give that path"
-        )
+    parse_path(path)
     return path
+
+
+def kvstore_spec(path: AnyPath, *, folder: bool = True) -> dict[str, Any]:
+    """Returns TensorStore's specification of a folder (or of one file), local or in a bucket."""
+    end = "/" if folder else ""
+    if isinstance(path, Path):
+        return {"driver": "file", "path": f"{path.absolute()}{end}"}
+    return {**bucket_spec(path.scheme, path.bucket), "path": f"{path.key}{end}"}
+
+
+def open_file(path: AnyPath) -> IO[bytes]:
+    """Opens a regular file, or an object of a bucket, for reading and seeking.
+
+    Raises:
+        InputError: the path is not a regular file; or the extra of this kind of bucket is missing.
+        OSError: it can't be opened.
+    """
+    return path.open() if isinstance(path, BucketPath) else open_regular(path)
+
+
+def file_size(path: AnyPath) -> int:
+    """Returns the size of a file [bytes].
+
+    Raises:
+        InputError: the extra of this kind of bucket is missing.
+        OSError: there is no such file.
+    """
+    if isinstance(path, Path):
+        return path.stat().st_size
+    with path.open() as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def upload_file(source: Path, target: BucketPath) -> None:
+    """Copies a file of any size into a bucket.
+
+    Raises:
+        InputError: the extra of this kind of bucket is missing.
+    """
+    file_system(target).put_file(str(source), str(target))
+
+
+def read_file(path: AnyPath) -> bytes:
+    """Returns the content of a small file.
+
+    Raises:
+        InputError: the path is not a regular file, or it is too large.
+        OSError: it can't be read.
+    """
+    return path.read_bytes() if isinstance(path, BucketPath) else read_regular(path)
+
+
+def write_file(path: AnyPath, data: bytes) -> None:
+    """Creates or replaces a file, which appears complete and is durable when this returns.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    if isinstance(path, BucketPath):
+        path.write_bytes(data)
+        return
+    import tensorstore as ts
+
+    store = ts.KvStore.open(kvstore_spec(path.parent), context=context()).result()
+    try:
+        store.write(path.name, data).result()
+    except ValueError as error:
+        number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def read_many(folder: AnyPath, names: Iterable[str]) -> dict[str, bytes | None]:
+    """Returns the contents of files by relative name, None for each that is missing.
+
+    Files in a bucket are read concurrently.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    found = dict[str, bytes | None]()
+    if isinstance(folder, BucketPath):
+        reads = {name: folder._store.read((folder / name).key) for name in names}
+        for name, read in reads.items():
+            result = folder._request(read)
+            found[name] = result.value if result.state == "value" else None
+        return found
+    for name in names:
+        try:
+            found[name] = read_regular(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            found[name] = None
+    return found
+
+
+def remove_tree(path: AnyPath) -> None:
+    """Removes a folder or a file, if it exists."""
+    if isinstance(path, BucketPath):
+        keys = [path.key, *path._keys(f"{path.key}/")]
+        for future in [path._store.write(key, None) for key in keys]:
+            path._request(future)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import (
@@ -12,6 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 
 # SentencePiece's piece types (GGUF uses the same numbers).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -41,7 +41,7 @@ def build_sentencepiece_model(
     pieces: Sequence[str],
     scores: Sequence[float],
     types: Sequence[int],
-    path: Path,
+    path: AnyPath,
     *,
     bos_id: int = 1,
     eos_id: int = 2,
@@ -87,7 +87,7 @@ def build_sentencepiece_model(
     return model.SerializeToString(deterministic=True)
 
 
-def check_unique_pieces(pieces: Sequence[str], path: Path) -> None:
+def check_unique_pieces(pieces: Sequence[str], path: AnyPath) -> None:
     """Checks that no piece occurs twice in the vocabulary of the tokenizer at `path`.
 
     Raises:

@@ -1,10 +1,10 @@
 """Converts the tokenizer of a GGUF file to the files of a model folder."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.tokenizer.build import (
     CONTROL,
     USER_DEFINED,
@@ -28,7 +28,7 @@ def is_gguf(data: bytes) -> bool:
     return data.startswith(MAGIC)
 
 
-def has_tokenizer(path: Path) -> bool:
+def has_tokenizer(path: AnyPath) -> bool:
     """Returns whether a GGUF file contains a tokenizer of any kind.
 
     Raises:
@@ -37,7 +37,7 @@ def has_tokenizer(path: Path) -> bool:
     return "tokenizer.ggml.model" in read_header(path, "tokenizer.ggml.model").metadata
 
 
-def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
+def gguf_tokenizer_files(path: str | AnyPath) -> dict[str, bytes]:
     """Returns the files of a model folder with the tokenizer of a GGUF file, by name.
 
     They are `tokenizer.model` (kind "llama") or `tokenizer.json` (kind "gpt2": byte pairs),
@@ -47,7 +47,7 @@ def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
     Raises:
         InputError: the file is damaged, or has no tokenizer of the LLaMA family.
     """
-    path = Path(path)
+    path = parse_path(path)
     metadata = read_header(path, "tokenizer.").metadata
     kind = metadata.get("tokenizer.ggml.model")
     try:
@@ -69,7 +69,7 @@ def gguf_tokenizer_files(path: str | Path) -> dict[str, bytes]:
     )
 
 
-def _sentencepiece_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def _sentencepiece_files(path: AnyPath, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     pieces = metadata["tokenizer.ggml.tokens"]
     bos = metadata.get("tokenizer.ggml.bos_token_id", 1)
     eos = metadata.get("tokenizer.ggml.eos_token_id", 2)
@@ -89,7 +89,7 @@ def _sentencepiece_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, b
     return {"tokenizer.model": model, **configs}
 
 
-def _byte_pair_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def _byte_pair_files(path: AnyPath, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     pieces = metadata["tokenizer.ggml.tokens"]
     check_unique_pieces(pieces, path)

@@ -7,13 +7,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import os
 import struct
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular
+from llama_jax.runtime.storage import AnyPath, open_file
 
 MAGIC = b"GGUF"
 _MAX_BYTES = 32 << 20  # the header of a Llama 3 has 8 MB, mostly its tokenizer
@@ -44,7 +43,7 @@ class GGUFHeader(NamedTuple):
     nbytes: int  # size of the header
 
 
-def read_header(path: Path, wanted: str | tuple[str, ...]) -> GGUFHeader:
+def read_header(path: AnyPath, wanted: str | tuple[str, ...]) -> GGUFHeader:
     """Returns the header of a GGUF file.
 
     Args:
@@ -56,7 +55,7 @@ def read_header(path: Path, wanted: str | tuple[str, ...]) -> GGUFHeader:
         InputError: the file is not a GGUF file, or is damaged or truncated.
     """
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             size = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
                 return _parse_header(path, _ValueReader(data), wanted)
@@ -66,7 +65,9 @@ def read_header(path: Path, wanted: str | tuple[str, ...]) -> GGUFHeader:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
 
 
-def _parse_header(path: Path, values: "_ValueReader", wanted: str | tuple[str, ...]) -> GGUFHeader:
+def _parse_header(
+    path: AnyPath, values: "_ValueReader", wanted: str | tuple[str, ...]
+) -> GGUFHeader:
     magic, version, n_tensors, n_keys = values.numbers("<4sIQQ")
     if magic != MAGIC or version not in (2, 3):
         raise InputError(

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import tokenizers
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.settings import (
     check_ids,
@@ -40,7 +40,7 @@ class TokenizerJson:
         files: content of the files next to it, by name.
     """
 
-    def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
+    def __init__(self, path: AnyPath, data: bytes, files: Mapping[str, bytes] | None = None):
         files = files or {}
         self.path = path
         self._data = data
@@ -157,7 +157,7 @@ class TokenizerJson:
         return _parse_tokenizer(self.path, self._data)
 
 
-def _parse_tokenizer(path: Path, data: bytes) -> tokenizers.Tokenizer:
+def _parse_tokenizer(path: AnyPath, data: bytes) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the package defines no exception type

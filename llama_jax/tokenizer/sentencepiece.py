@@ -5,7 +5,6 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import sentencepiece as spm
 from sentencepiece.sentencepiece_model_pb2 import (
@@ -13,6 +12,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import BYTE, build_sentencepiece_model, infer_piece_types
 from llama_jax.tokenizer.huggingface import TokenizerJson
@@ -39,7 +39,7 @@ class SentencePiece:
         files: content of the files next to it, by name.
     """
 
-    def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
+    def __init__(self, path: AnyPath, data: bytes, files: Mapping[str, bytes] | None = None):
         files = files or {}
         self.path = path
         self._processor = _parse_model(path, data)
@@ -158,7 +158,7 @@ class SentencePiece:
         return {p.id_to_piece(i): i for i in range(self.n_vocab) if p.is_control(i)}
 
 
-def _parse_model(path: Path, data: bytes) -> spm.SentencePieceProcessor:
+def _parse_model(path: AnyPath, data: bytes) -> spm.SentencePieceProcessor:
     try:
         processor = spm.SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError) as error:
@@ -178,7 +178,7 @@ def is_llama2c(data: bytes) -> bool:
     return data[4 : 4 + len(_LLAMA2C_START)] == _LLAMA2C_START
 
 
-def from_llama2c(data: bytes, path: Path) -> bytes:
+def from_llama2c(data: bytes, path: AnyPath) -> bytes:
     """Returns the SentencePiece model in llama2.c's tokenizer.bin.
 
     The file contains the length of the longest piece, and for each piece its score, its length and

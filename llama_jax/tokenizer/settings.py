@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import read_regular
+from llama_jax.runtime.storage import AnyPath, read_file
 
 CONFIG_FILES = (
     "tokenizer_config.json",
@@ -28,13 +27,13 @@ class TokenizerSettings:
     template: str | None  # for chats, in Jinja
 
 
-def read_config_files(folder: Path) -> dict[str, bytes]:
+def read_config_files(folder: AnyPath) -> dict[str, bytes]:
     """Returns the content of the files in `folder` that contain settings, by name."""
     paths = [folder / name for name in (*CONFIG_FILES, "config.json")]
-    return {path.name: read_regular(path) for path in paths if path.is_file()}
+    return {path.name: read_file(path) for path in paths if path.is_file()}
 
 
-def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings:
+def read_settings(files: Mapping[str, bytes], folder: AnyPath) -> TokenizerSettings:
     """Returns the settings in `files`, which come from `folder`.
 
     Raises:
@@ -64,7 +63,7 @@ def read_settings(files: Mapping[str, bytes], folder: Path) -> TokenizerSettings
     )
 
 
-def _read_json(files: Mapping[str, bytes], name: str, folder: Path) -> dict[str, Any]:
+def _read_json(files: Mapping[str, bytes], name: str, folder: AnyPath) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
@@ -83,7 +82,7 @@ def _token_ids(value: Any, location: str) -> frozenset[int]:
     return frozenset(i for i in values if i >= 0)  # -1 means none
 
 
-def _template(files: Mapping[str, bytes], config: dict[str, Any], folder: Path) -> str | None:
+def _template(files: Mapping[str, bytes], config: dict[str, Any], folder: AnyPath) -> str | None:
     if "chat_template.jinja" in files:
         try:
             return files["chat_template.jinja"].decode()
@@ -123,7 +122,7 @@ def check_text(text: str) -> None:
         ) from error
 
 
-def check_ids(ids: Iterable[int], n_vocab: int, path: Path) -> list[int]:
+def check_ids(ids: Iterable[int], n_vocab: int, path: AnyPath) -> list[int]:
     """Returns `ids` as Python integers.
 
     Raises:

@@ -4,11 +4,11 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import tiktoken
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import LLAMA3_PATTERN
 from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
@@ -51,7 +51,7 @@ class Tiktoken:
         files: content of the files next to it, by name.
     """
 
-    def __init__(self, path: Path, data: bytes, files: Mapping[str, bytes] | None = None):
+    def __init__(self, path: AnyPath, data: bytes, files: Mapping[str, bytes] | None = None):
         files = files or {}
         self.path = path
         self.ranks = read_ranks(data, path)
@@ -141,7 +141,7 @@ def is_tiktoken(data: bytes) -> bool:
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", data) is not None
 
 
-def read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+def read_ranks(data: bytes, path: AnyPath) -> dict[bytes, int]:
     """Returns the ranks of the pieces in a file of tiktoken's format; the lowest rank is 0.
 
     Raises:

@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular, read_regular
+from llama_jax.runtime.storage import AnyPath, open_file, parse_path, read_file
 from llama_jax.tokenizer.chat import Message
 from llama_jax.tokenizer.gguf import gguf_tokenizer_files, is_gguf
 from llama_jax.tokenizer.huggingface import TokenizerJson
@@ -27,7 +26,7 @@ class Tokenizer(Protocol):
     'Once upon a time'
     """
 
-    path: Path
+    path: AnyPath
     n_vocab: int
     bos_id: int
     eos_id: int  # encode(…, eos=True) appends it
@@ -78,7 +77,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | AnyPath) -> Tokenizer:
     """Loads the tokenizer of a file or of a model folder; the content decides the kind.
 
     >>> tokenizer = lj.load_tokenizer("models/tiny")
@@ -93,7 +92,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         InputError: there is no tokenizer, or it can't be loaded.
     """
-    path = Path(path)
+    path = parse_path(path)
     if path.is_dir():
         named = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
         path = next(iter([*named, *sorted(path.glob("*.gguf"))]), path / TOKENIZER_FILES[0])
@@ -102,10 +101,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
             " folder that contains one"
         )
-    with open_regular(path) as file:
+    with open_file(path) as file:
         if is_gguf(file.read(4)):
             return _tokenizer_from_files(path, gguf_tokenizer_files(path))
-    data = read_regular(path)
+    data = read_file(path)
     files = read_config_files(path.parent)
     if is_llama2c(data):
         return SentencePiece(path, from_llama2c(data, path), files)
@@ -113,18 +112,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _tokenizer_from_files(path, files | {"tokenizer.json": data})
     tokenizer_json = path.with_name("tokenizer.json")
     if not is_tiktoken(data) and tokenizer_json.is_file():
-        files["tokenizer.json"] = read_regular(tokenizer_json)  # encodes rendered chat templates
+        files["tokenizer.json"] = read_file(tokenizer_json)  # encodes rendered chat templates
     return _tokenizer_from_files(path, files | {"tokenizer.model": data})
 
 
-def _tokenizer_from_files(path: Path, files: Mapping[str, bytes]) -> Tokenizer:
+def _tokenizer_from_files(path: AnyPath, files: Mapping[str, bytes]) -> Tokenizer:
     if "tokenizer.model" not in files:
         return TokenizerJson(path, files["tokenizer.json"], files)
     data = files["tokenizer.model"]
     return (Tiktoken if is_tiktoken(data) else SentencePiece)(path, data, files)
 
 
-def file_hash(path: str | Path) -> str:
+def file_hash(path: str | AnyPath) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(read_file(parse_path(path))).hexdigest()

@@ -11,6 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import (
 )
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path, write_file
 
 # SentencePiece writes a space as U+2581, so a U+2581 in the text would decode to a space. These
 # rules escape it with U+FDD0, which Unicode reserves for internal use, and U+FDD0 with itself.
@@ -20,7 +21,7 @@ _UNESCAPE = "FDD0 FDD2\t2581\nFDD0 FDD1\tFDD0\n"
 MAX_LINE_BYTES = 1 << 16  # longer lines are not used
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> None:
+def train_tokenizer(texts: Iterable[str], path: str | AnyPath, n_vocab: int) -> None:
     """Trains a tokenizer with LLaMA's settings (arXiv 2302.13971, section 2.1), and saves it.
 
     The tokenizer uses byte-pair encoding and splits numbers into digits and unknown characters into
@@ -79,4 +80,4 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, n_vocab: int) -> Non
     # The names of temporary files would make the tokenizers of equal corpora differ.
     model.normalizer_spec.ClearField("normalization_rule_tsv")
     model.denormalizer_spec.ClearField("normalization_rule_tsv")
-    Path(path).write_bytes(model.SerializeToString(deterministic=True))
+    write_file(parse_path(path), model.SerializeToString(deterministic=True))

@@ -1,12 +1,11 @@
 """Checks the model folder `training.init_from`, from which a run without a checkpoint starts."""
 
-from pathlib import Path
-
 from llama_jax.checkpoint import folders
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import print_status
+from llama_jax.runtime.storage import parse_path
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, file_hash, load_tokenizer
 
 # The weights can be computed with another value of these; the run prints the change.
@@ -54,7 +53,7 @@ def check_tokenizer(config: Config, data: Batches) -> None:
         InputError: the same text has different tokens.
     """
     source = config.training.init_from
-    if source is None or not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+    if source is None or not any((parse_path(source) / name).is_file() for name in TOKENIZER_FILES):
         return
     tokens = data.splits["train"][0]
     theirs = load_tokenizer(source)

@@ -7,13 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints
+from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.parallel.mesh import check_divides, make_mesh
@@ -21,6 +20,7 @@ from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
 from llama_jax.runtime.console import format_duration, print_status
 from llama_jax.runtime.process_memory import retain_freed_memory
+from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.report import Report, is_due
@@ -36,7 +36,7 @@ class RunStopped(RuntimeError):
 class RunOutcome(NamedTuple):
     """Result of `run`."""
 
-    folder: Path
+    folder: AnyPath
     step: int  # number of steps done in all
     finished: bool  # False: a signal stopped the run, and it can be resumed
     validation_loss: float | None  # nats per token
@@ -67,10 +67,10 @@ def run(config: Config) -> RunOutcome:
     mesh = make_mesh(config.mesh)
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
-    folder = Path(config.training.out)
-    with lock_run_folder(folder), jax.set_mesh(mesh):
-        checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
-        newest = hosts.broadcast_decision(lambda: max(checkpoints.steps, default=None))
+    folder = parse_path(config.training.out)
+    with lock_run_folder(folder) as check_owner, jax.set_mesh(mesh):
+        checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, check_owner)
+        newest = max(checkpoints.steps, default=None)
         hosts.broadcast_decision(lambda: prepare(config, folder, checkpoints.steps))
         data = Batches(config.data, config.training.micro_batches)
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
@@ -80,7 +80,7 @@ def run(config: Config) -> RunOutcome:
         if newest is not None and newest >= config.training.steps:
             print_status(f"{folder} is finished: {newest} steps are done, no step remains")
             return _outcome(folder, newest, data, finished=True)
-        state = TrainingState(config, data, checkpoints, newest)
+        state = TrainingState(config, data, checkpoints)
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder))
         print_summary(config, data, mesh, state.step)
         step_function = _compile_step(config, data, state)
@@ -102,7 +102,7 @@ def _compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
 
 def _train(
     config: Config,
-    folder: Path,
+    folder: AnyPath,
     data: Batches,
     checkpoints: TrainingCheckpoints,
     state: TrainingState,
@@ -146,6 +146,7 @@ def _train(
                 checkpoints.save(
                     Progress(state.step, data.fingerprint), state.model, state.opt_state
                 )
+                report.upload()
             if report.skipped_in_a_row >= config.training.max_skipped:
                 raise RunStopped(
                     f"the gradient was not finite in {report.skipped_in_a_row} steps in a row, up"
@@ -170,7 +171,7 @@ def _validate(config: Config, data: Batches, state: TrainingState) -> float:
     return nll / targets if targets else math.nan
 
 
-def _outcome(folder: Path, step: int, data: Batches, finished: bool) -> RunOutcome:
+def _outcome(folder: AnyPath, step: int, data: Batches, finished: bool) -> RunOutcome:
     losses = [
         record["validation_loss"]
         for record in read_metrics(folder / "metrics.jsonl")

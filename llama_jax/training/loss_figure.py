@@ -1,12 +1,12 @@
 """The figure of a run's losses, loss.png."""
 
-from pathlib import Path
+import io
 
-from llama_jax.runtime.atomic_write import replace_file
+from llama_jax.runtime.storage import AnyPath, write_file
 from llama_jax.training.metrics import read_metrics
 
 
-def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
+def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
     """Draws the losses in metrics.jsonl as loss.png, and returns the path of loss.png.
 
     Args:
@@ -40,8 +40,9 @@ def draw_losses(folder: Path, unigram_entropy: float | None) -> Path:
     axes.legend(frameon=False)
     path = folder / "loss.png"
     try:
-        with replace_file(path) as partial:
-            figure.savefig(partial, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        write_file(path, picture.getvalue())
     finally:
         plt.close(figure)
     return path

@@ -4,14 +4,19 @@ import contextlib
 import importlib.util
 import json
 import math
+import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config.run import Config, LoggingConfig
 from llama_jax.errors import Fault, InputError
-from llama_jax.runtime.atomic_write import replace_file
+from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.chips import chip_of
+from llama_jax.runtime.storage import AnyPath, remove_tree, write_file
+
+UPLOAD_SECONDS = 60.0  # between two uploads of the logs into a bucket; each checkpoint also uploads
 
 
 def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
@@ -45,18 +50,22 @@ class MetricsLog:
             the run computes these steps again.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int):
+    def __init__(self, folder: AnyPath, config: Config, step: int):
         self.path = folder / "metrics.jsonl"
         earlier = [r for r in read_metrics(self.path) if r["step"] <= step]
-        with replace_file(self.path) as partial:
-            partial.write_text("".join(json.dumps(record) + "\n" for record in earlier))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        write_file(self.path, "".join(json.dumps(record) + "\n" for record in earlier).encode())
+        # Objects can't be appended to: in a bucket the files are written here and uploaded.
+        self._folder, self._uploaded = folder, time.monotonic()
+        self._local = Path(tempfile.mkdtemp()) if isinstance(folder, BucketPath) else folder
+        if self._local != folder:
+            (self._local / "metrics.jsonl").write_bytes(self.path.read_bytes())
+        self._file = open(self._local / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.logging.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._tensorboard = SummaryWriter(str(self._local / "tensorboard"), purge_step=step + 1)
         if config.logging.wandb:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
@@ -87,6 +96,27 @@ class MetricsLog:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.upload()
+
+    def upload(self) -> None:
+        """Copies the logs into the bucket of the run folder, if it is in one.
+
+        Raises:
+            Fault: the bucket can't be written.
+        """
+        if self._local == self._folder:
+            return
+        self._uploaded = time.monotonic()
+        if self._tensorboard:
+            self._tensorboard.flush()
+        for path in sorted(self._local.rglob("*")):
+            if path.is_file():
+                target = self._folder / path.relative_to(self._local).as_posix()
+                try:
+                    write_file(target, path.read_bytes())
+                except OSError as error:
+                    raise Fault(f"can't write {target} ({error})") from error
 
     def close(self) -> None:
         """Closes all logs."""
@@ -96,21 +126,23 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+        if self._local != self._folder:
+            with contextlib.suppress(Fault):  # must not replace the error that ended the run
+                self.upload()
+            remove_tree(self._local)
 
 
-def _wandb_id(path: Path) -> str:
+def _wandb_id(path: AnyPath) -> str:
     """Returns the id of the run at Weights & Biases: generated once, then read from `path`.
 
     The name of the run folder can't be the id: two folders of one name would become one run.
     """
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(uuid.uuid4().hex)
-        partial.replace(path)
+        write_file(path, uuid.uuid4().hex.encode())
     return path.read_text().strip()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """Returns the records of a metrics.jsonl, without a last line that is incomplete."""
     if not path.exists():
         return []

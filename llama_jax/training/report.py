@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
+from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import MetricsLog, peak_flops
 from llama_jax.training.progress import StepProgress
@@ -32,7 +32,7 @@ class Report:
         first: number of steps done before.
     """
 
-    def __init__(self, config: Config, folder: Path, data: Batches, first: int):
+    def __init__(self, config: Config, folder: AnyPath, data: Batches, first: int):
         self.config, self.folder, self.data = config, folder, data
         self.log = MetricsLog(folder, config, first) if is_host_zero() else None
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
@@ -86,6 +86,11 @@ class Report:
                 self.log.write(step, {"validation_loss": loss})
             self._validation = f"{loss:.3f}"
         self._done = time.monotonic()
+
+    def upload(self) -> None:
+        """Copies the logs into the bucket of the run folder, if it is in one."""
+        if self.log:
+            self.log.upload()
 
     def close(self) -> None:
         """Closes the files and draws the loss figure."""

@@ -5,18 +5,18 @@ import dataclasses
 import fcntl
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama_jax.checkpoint import folders
 from llama_jax.config import yaml_file
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import hosts
-from llama_jax.runtime.atomic_write import replace_file
+from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.console import print_status
+from llama_jax.runtime.storage import AnyPath, read_many, write_file
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 # A resumed run must continue the same run. Only these keys may change; the change is printed.
@@ -32,8 +32,14 @@ VISIBLE_SECONDS = 60.0  # in this time any network file system shows the writes 
 
 
 @contextlib.contextmanager
-def lock_run_folder(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: AnyPath) -> Iterator[Callable[[], None]]:
     """Creates the run folder, and locks it against other runs during the block.
+
+    Object stores have no locks. There the newest run owns the folder: it writes its mark, and an
+    older one (whose host was cut off, and taken for dead) stops before its next checkpoint.
+
+    Yields:
+        A function that raises `Fault` once another run owns the folder.
 
     Raises:
         InputError: another run has locked it, it can't be written, or hosts don't share it.
@@ -41,11 +47,23 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as opened:
         mark = hosts.broadcast_decision(lambda: _lock(folder, opened))
         _check_shared(folder, mark)
-        yield
+
+        def check_owner() -> None:
+            if isinstance(folder, BucketPath) and (folder / ".lock").read_text() != mark:
+                raise Fault(f"another run has taken over {folder}: this one stops")
+
+        yield check_owner
 
 
-def _lock(folder: Path, opened: contextlib.ExitStack) -> str:
+def _lock(folder: AnyPath, opened: contextlib.ExitStack) -> str:
     """Locks the folder until `opened` closes; returns the random mark in the lock file."""
+    mark = os.urandom(8).hex()
+    if isinstance(folder, BucketPath):
+        try:
+            (folder / ".lock").write_text(mark)
+        except OSError as error:
+            raise Fault(f"can't write the run folder {folder}: {error.strerror}") from error
+        return mark
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115 (`opened` closes it)
@@ -58,7 +76,6 @@ def _lock(folder: Path, opened: contextlib.ExitStack) -> str:
         raise InputError(
             f"another process is training in {folder}: wait for it, or choose another training.out"
         ) from error
-    mark = os.urandom(8).hex()
     lock.truncate(0)
     lock.write(mark)
     lock.flush()
@@ -66,10 +83,10 @@ def _lock(folder: Path, opened: contextlib.ExitStack) -> str:
     return mark
 
 
-def _check_shared(folder: Path, mark: str) -> None:
+def _check_shared(folder: AnyPath, mark: str) -> None:
     """Waits until the lock file on this host contains the `mark` that host 0 wrote."""
     deadline = time.monotonic() + VISIBLE_SECONDS
-    while not (folder / ".lock").is_file() or (folder / ".lock").read_text() != mark:
+    while read_many(folder, [".lock"])[".lock"] != mark.encode():
         if time.monotonic() > deadline:
             raise InputError(
                 f"the run folder {folder.absolute()} is not that of host 0: training.out must be on"
@@ -78,7 +95,7 @@ def _check_shared(folder: Path, mark: str) -> None:
         time.sleep(0.2)
 
 
-def check_unchanged(config: Config, folder: Path) -> Config:
+def check_unchanged(config: Config, folder: AnyPath) -> Config:
     """Compares the configuration with that of the run, and prints the allowed changes.
 
     Returns:
@@ -112,11 +129,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, value
 
 
-def write_run_files(config: Config, data: Batches, folder: Path) -> None:
+def write_run_files(config: Config, data: Batches, folder: AnyPath) -> None:
     """Writes the resolved configuration and the tokenizer into the run folder."""
-    with replace_file(folder / "config.yaml") as partial:
-        partial.write_text(yaml_file.dump(config))
+    write_file(folder / "config.yaml", yaml_file.dump(config).encode())
     for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
         if not (folder / name).exists():
-            with replace_file(folder / name) as partial:
-                partial.write_bytes(content)
+            write_file(folder / name, content)

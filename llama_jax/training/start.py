@@ -1,13 +1,12 @@
 """Before step 1: prepares and checks the data, and initializes or restores the state."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import optax
 
-from llama_jax.checkpoint import orbax
-from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.checkpoint import model_folders
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
@@ -17,6 +16,7 @@ from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import check_divides, make_mesh, set_default_mesh
 from llama_jax.runtime import hosts, stop_signal
 from llama_jax.runtime.console import print_status
+from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.run_folder import check_unchanged
@@ -24,7 +24,7 @@ from llama_jax.training.schedule_change import print_schedule_change
 from llama_jax.training.step import init_state
 
 
-def prepare(config: Config, folder: Path, saved_steps: list[int]) -> None:
+def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
     """Checks the run folder and prepares the data, once for all hosts.
 
     Args:
@@ -64,7 +64,7 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     if source is None:
         return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
     print_status(f"starts from the weights in {source}")
-    _, model = orbax.load_model(source, config.model)
+    _, model = model_folders.load_model(source, config.model)
     return model, jax.jit(adamw(config.optimizer).init)(model)
 
 
@@ -74,20 +74,17 @@ class TrainingState:
     Args:
         config: of the run.
         data: of the run.
-        checkpoints: of the run.
-        step: of the checkpoint to restore, or None to initialize.
+        checkpoints: of the run; the newest is restored. Without one the state is initialized.
 
     Raises:
         InputError: the checkpoint was trained on other data.
     """
 
-    def __init__(
-        self, config: Config, data: Batches, checkpoints: TrainingCheckpoints, step: int | None
-    ):
+    def __init__(self, config: Config, data: Batches, checkpoints: TrainingCheckpoints):
         self.step = 0
-        if step is not None:
+        if checkpoints.steps:
             model, opt_state = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
-            progress, self.model, self.opt_state = checkpoints.restore(step, model, opt_state)
+            progress, self.model, self.opt_state = checkpoints.restore_newest(model, opt_state)
             self.step = progress.step
             if progress.data != data.fingerprint:
                 raise InputError(
@@ -96,7 +93,7 @@ class TrainingState:
                     " training.out"
                 )
             print_status(
-                f"{config.training.out}: resumes after step {step} of {config.training.steps}"
+                f"{config.training.out}: resumes after step {self.step} of {config.training.steps}"
             )
         else:
             self.model, self.opt_state = initial_state(config)
@@ -109,7 +106,7 @@ def prepare_data(config: Config) -> None:
         InputError: the folder is missing and `data.corpus` is empty.
     """
     for name in config.data.mixture:
-        if Path(name).exists():
+        if parse_path(name).exists():
             continue
         if not config.data.corpus:
             raise InputError(

@@ -125,7 +125,11 @@ def bad_commands(tmp_path, model_folder, token_folder):
     other_tokenizer = damaged_copy(lambda f: (f / "tokenizer.model").write_bytes(b"junk"))
     no_weights = damaged_copy(lambda f: shutil.rmtree(f / "weights"))
     truncated = damaged_copy(
-        lambda f: [p.write_bytes(p.read_bytes()[:40]) for p in f.rglob("weights/*/d/*")]
+        lambda f: [
+            path.write_bytes(path.read_bytes()[:40])
+            for path in f.glob("weights/model/*/c/**/*")
+            if path.is_file()
+        ]
     )
     wider = damaged_copy(
         lambda f: (f / "config.json").write_text(
@@ -173,10 +177,10 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", model_folder, "--top-p", "0"], "--top-p must be greater than 0"),
         (["generate", model_folder, "--max-new-tokens", "500"], "don't fit the model's context"),
         (["generate", model_folder, "--max-new-tokens", "0"], "--max-new-tokens must be at least"),
-        (["generate", other_tokenizer], "is not a SentencePiece model"),
+        (["generate", other_tokenizer], "the checksum of tokenizer.model differs"),
         (["generate", no_weights], "is damaged or cut short"),
         (["generate", truncated], "is damaged or cut short"),
-        (["generate", wider], "was written with another model configuration"),
+        (["generate", wider], "contains dim 64, but the weights were written with 32"),
         (["generate", foreign], "is not the configuration of a llama_jax model"),
         (["serve", tmp_path / "no"], "does not exist"),
         (["serve", model_folder, "--rows", "0"], "--rows must be at least 1, not 0"),
@@ -230,25 +234,37 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["convert", "--verify", model_folder], "has no receipt.json"),
         (["info", tmp_path / "no"], "there is no folder"),
         (
-            ["train", good, "training.out=gs://b/x"],
-            "training.out: gs://b/x is a URL, but only local files",
+            ["train", good, "training.out=hdfs://b/x"],
+            "training.out: hdfs://b/x: URLs of hdfs: are not",
         ),
-        (["train", good, "training.init_from=s3://b/x"], "training.init_from: s3://b/x is a URL"),
-        (["train", good, "data.mixture={gs://b/x: 1}"], "gs://b/x is a URL, but only local files"),
+        (
+            ["train", good, "training.init_from=hdfs://b/x"],
+            "training.init_from: hdfs://b/x: URLs of hdfs: are not",
+        ),
+        (["train", good, "data.mixture={hdfs://b/x: 1}"], "hdfs://b/x: URLs of hdfs: are not"),
         (
             ["train", good, "data.corpus=[https://h/x]"],
-            "https://h/x is a URL, but only local files",
+            "https://h/x: URLs of https: are not",
         ),
-        (["train", "gs://b/run.yaml"], "gs://b/run.yaml is a URL, but only local files"),
-        (["tokenize", small, "--out", "gs://b/x", *vocabulary], "gs://b/x is a URL"),
-        (["tokenize", small, "s3://b/t", "--out", out, *vocabulary], "s3://b/t is a URL"),
-        (["tokenize", small, "--out", out, "--tokenizer", "hf://t"], "hf://t is a URL"),
-        (["generate", "gs://b/m"], "gs://b/m is a URL"),
-        (["serve", "gs://b/m"], "gs://b/m is a URL"),
-        (["perplexity", model_folder, "https://h/t.txt"], "https://h/t.txt is a URL"),
-        (["convert", "hf://a/b", out], "hf://a/b is a URL"),
-        (["convert", model_folder, "gs://b/m"], "gs://b/m is a URL"),
-        (["info", "gs://b/m"], "gs://b/m is a URL"),
+        (["train", "hdfs://b/run.yaml"], "hdfs://b/run.yaml: URLs of hdfs: are not"),
+        (
+            ["tokenize", small, "--out", "hdfs://b/x", *vocabulary],
+            "hdfs://b/x: URLs of hdfs: are not",
+        ),
+        (
+            ["tokenize", small, "hdfs://b/t", "--out", out, *vocabulary],
+            "hdfs://b/t: URLs of hdfs: are not",
+        ),
+        (["tokenize", small, "--out", out, "--tokenizer", "hf://t"], "hf://t: URLs of hf: are not"),
+        (["generate", "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
+        (["serve", "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
+        (
+            ["perplexity", model_folder, "https://h/t.txt"],
+            "https://h/t.txt: URLs of https: are not",
+        ),
+        (["convert", "hf://a/b", out], "hf://a/b: URLs of hf: are not"),
+        (["convert", model_folder, "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
+        (["info", "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
         (["info", tmp_path], "neither a run folder nor a model folder"),
     ]
 

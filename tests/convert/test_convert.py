@@ -15,8 +15,9 @@ from conftest import REFERENCES, mesh_of, peer, tiny_config, tiny_model
 from sample_checkpoints import convert_to
 
 from llama_jax.checkpoint.folders import read_model_config
-from llama_jax.checkpoint.orbax import Progress, TrainingCheckpoints, load_model, save_model
+from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.checkpoint.single_weights import WeightsReader
+from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.convert import layout

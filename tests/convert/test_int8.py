@@ -11,7 +11,7 @@ from flax import nnx
 from sample_checkpoints import convert_to
 
 from llama_jax.checkpoint.folders import read_model_config
-from llama_jax.checkpoint.orbax import load_model, save_model
+from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.convert import layout
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError

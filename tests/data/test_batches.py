@@ -4,6 +4,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from conftest import mesh_of
 
 from llama_jax.config.run import DataConfig
@@ -13,6 +14,7 @@ from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Windows
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.runtime.manifest import write_manifest
 
 
 def config(folder, **changes):
@@ -95,8 +97,7 @@ def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(token_folder, other)
     source = Windows(TokenStream(token_folder, "train"), config(token_folder))
-    for path in (other / "train").glob("tokens-*.npy"):
-        np.save(path, np.load(path) ^ 1)  # the same length, other tokens
+    rewrite_tokens(other, lambda tokens: tokens ^ 1)  # the same length, other tokens
     data = Batches(config(token_folder, mixture={str(token_folder): 0.75, str(other): 0.25}))
     index_of = {source[i].tokens.tobytes(): i for i in range(len(source))}
     drawn = [data._train[i].tokens for i in range(1000)]
@@ -125,6 +126,12 @@ def test_validation_reads_every_held_out_window_once(token_folder):
     assert indices == [r * len(windows) // 16 for r in range(16)]
 
 
+def rewrite_tokens(folder, change):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/train/tokens/"}}
+    tokens = tensorstore.open(spec, open=True).result()
+    tokens[...] = change(tokens[...].read().result())
+
+
 def changed_copy(folder, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -133,23 +140,38 @@ def changed_copy(folder, tmp_path, change):
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda f: (f / "meta.json").unlink(), "has no meta.json"),
-        (lambda f: (f / "meta.json").write_text("{"), "has a damaged meta.json"),
-        (lambda f: (f / "meta.json").write_text('{"format": 9}'), "unknown format '9'"),
-        (lambda f: (f / "train/tokens-00000.npy").unlink(), "tokens-00000.npy is missing"),
-        (lambda f: truncate(f / "train/tokens-00000.npy"), "damaged or truncated"),
-        (lambda f: np.save(f / "train/ends-00000.npy", np.arange(3)), "contains 3 entries, but"),
+        (lambda f: (f / "meta.json").write_text("{"), "checksum of meta.json differs"),
+        (lambda f: write_manifest(f, {"format": 9}, "meta.json"), "unknown format '9'"),
+        (lambda f: (f / "train/tokens/c/0").unlink(), "train/tokens/c/0 is missing"),
+        (lambda f: truncate(f / "train/starts/c/0"), "is damaged or cut short"),
+        (lambda f: flip(f / "train/tokens/c/0", 50), "is damaged or cut short"),
+        (lambda f: flip(f / "train/tokens/zarr.json", 50), "checksum of train/tokens/zarr.json"),
+        (lambda f: flip(f / "meta.json", 50), "checksum of meta.json differs"),
     ],
 )
 def test_the_error_for_damaged_shards_names_the_file(token_folder, tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        Batches(config(changed_copy(token_folder, tmp_path, change)))
+    folder = changed_copy(token_folder, tmp_path, change)
+
+    def read_every_window():
+        data = Batches(config(folder))
+        for step in range(len(data.splits["train"][0]) // 16 // 8 + 1):
+            data.train(step)
+
+    with pytest.raises(InputError, match=message), jax.set_mesh(one_device_mesh()):
+        read_every_window()
 
 
 def test_a_corpus_shorter_than_one_window_is_rejected(token_folder):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import MESHES, REFERENCES, load_reference, mesh_of, tiny_model
 
-from llama_jax.checkpoint.orbax import save_model
+from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.inference.detokenize import stream_text

@@ -7,7 +7,7 @@ import numpy as np
 from conftest import tiny_model
 from processes import Group
 
-from llama_jax.checkpoint.orbax import save_model
+from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.inference.stream import stream
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh

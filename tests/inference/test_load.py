@@ -8,7 +8,7 @@ import pytest
 from conftest import mesh_of, tiny_model
 
 import llama_jax as lj
-from llama_jax.checkpoint.orbax import save_model
+from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.errors import InputError
 from llama_jax.inference import load as load_module
 from llama_jax.inference.load import load

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_model
 from processes import Group
 
-from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config import yaml_file
 from llama_jax.config.run import (
     CheckpointConfig,
@@ -62,7 +62,7 @@ sys.exit(cli.main(sys.argv[1:]))
 FULL = """
 import resource, sys
 from llama_jax.cli import main as cli
-from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 
 save = TrainingCheckpoints.save
 def full(checkpoints, progress, *state):

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 
-from llama_jax.checkpoint import orbax
+from llama_jax.checkpoint import training_checkpoints
+from llama_jax.checkpoint.model_folders import manifest_of
 from llama_jax.config import yaml_file
+from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
@@ -32,6 +34,7 @@ from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
 from llama_jax.data.shards import read_meta
 from llama_jax.errors import Fault, InputError
+from llama_jax.runtime.manifest import write_manifest
 from llama_jax.tokenizer.export import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 from llama_jax.training import init_from, loop, start
@@ -77,7 +80,7 @@ def test_the_loss_falls_and_the_run_folder_is_complete(full_run, token_folder):
         ".lock", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "tokenizer.model",
     }  # fmt: skip
     assert yaml_file.load(full_run / "config.yaml") == config(full_run, token_folder)
-    assert orbax.TrainingCheckpoints(full_run / "checkpoints").steps == [20, 24]
+    assert training_checkpoints.TrainingCheckpoints(full_run / "checkpoints").steps == [20, 24]
     records = read_metrics(full_run / "metrics.jsonl")
     assert [r["step"] for r in records if "validation_loss" in r] == [8, 16, 24]
     assert {"grad_norm", "learning_rate", "tokens_per_second", "step_seconds"} <= records[0].keys()
@@ -147,7 +150,7 @@ def test_a_signal_saves_and_exits_with_0(number, full_run, token_folder, tmp_pat
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    step = orbax.TrainingCheckpoints(folder / "checkpoints").steps[-1]
+    step = training_checkpoints.TrainingCheckpoints(folder / "checkpoints").steps[-1]
     assert f"saved after step {step}; continue with: llama-jax train" in stderr
     assert len(losses(folder)) == step
     assert loop.run(settings).finished
@@ -160,15 +163,15 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
     folder = tmp_path / "run"
     settings = config(folder, token_folder, every=8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = orbax.TrainingCheckpoints.save
+    save = training_checkpoints.TrainingCheckpoints.save
 
     def save_to_a_full_disk(checkpoints, progress, *state):
         if progress.step == 16:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         save(checkpoints, progress, *state)
         futures.wait([checkpoints._saving[1]])
 
-    monkeypatch.setattr(orbax.TrainingCheckpoints, "save", save_to_a_full_disk)
+    monkeypatch.setattr(training_checkpoints.TrainingCheckpoints, "save", save_to_a_full_disk)
     try:
         with pytest.raises(Fault) as raised:
             loop.run(settings)
@@ -267,6 +270,7 @@ def test_init_from_must_have_the_model_of_the_run(full_run, token_folder, tmp_pa
     (tmp_path / "int8").mkdir()
     shape = {**asdict(tiny_model()), "quantized": "int8"}
     (tmp_path / "int8" / "config.json").write_text(json.dumps(shape))
+    write_manifest(tmp_path / "int8", manifest_of(ModelConfig(**shape), {}))
     with pytest.raises(InputError, match="are int8, for inference only"):
         init_from.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
 
@@ -307,7 +311,7 @@ def test_ten_gradients_in_a_row_that_are_not_finite_stop_the_run(token_folder, t
     assert [r["skipped"] for r in records[-10:]] == [1] * 10
     assert records[-11]["skipped"] == 0
     assert records[-1]["grad_norm"] is None
-    steps = orbax.TrainingCheckpoints(folder / "checkpoints").steps
+    steps = training_checkpoints.TrainingCheckpoints(folder / "checkpoints").steps
     assert steps == [records[-1]["step"]]
 
 

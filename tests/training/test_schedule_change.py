@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config, tiny_model
 
-from llama_jax.checkpoint.orbax import TrainingCheckpoints
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import (
     CheckpointConfig,

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from llama_jax.convert.files.tensor_file import StoredTensor, TensorFileWriter, mapped_tensor, quote
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular
+from llama_jax.runtime.storage import AnyPath, open_file, parse_path
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -37,7 +37,7 @@ _MAX_HEADER = 16 << 20
 _ADVICE = "fetch it again"
 
 
-def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
+def read_safetensors(path: str | AnyPath) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file by name; each is read on demand.
 
     Checks that every byte of the file belongs to the header or to exactly one tensor, as the format
@@ -46,9 +46,9 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: the file is missing, cut short or damaged, or has a dtype that NumPy lacks.
     """
-    path = Path(path)
+    path = parse_path(path)
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
@@ -87,7 +87,7 @@ def read_safetensors(path: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse(path: AnyPath, raw: bytes) -> dict[str, Any]:
     """Returns the entries of the tensors in a header.
 
     Raises:
@@ -110,7 +110,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+def _entry(path: AnyPath, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """Returns dtype, shape, begin and end of a tensor; the offsets count from the header's end.
 
     Raises:
@@ -136,7 +136,7 @@ class SafetensorsWriter(TensorFileWriter):
     mixed, write the wider ones first: PyTorch doesn't memory-map an unaligned tensor.
     """
 
-    def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
+    def __init__(self, path: Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
         super().__init__(path, header)
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.storage import AnyPath
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def quote(name: object) -> str:
 
 
 def mapped_tensor(
-    path: Path,
+    path: AnyPath,
     name: str,
     dtype: np.dtype,
     start: int,
@@ -89,7 +91,7 @@ def element_span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def _read(
-    path: Path,
+    path: AnyPath,
     name: str,
     dtype: np.dtype,
     start: int,
@@ -102,7 +104,12 @@ def _read(
         empty.flags.writeable = False
         return empty
     try:
-        bytes_ = np.memmap(path, np.uint8, "r", start, (nbytes,))
+        if isinstance(path, BucketPath):
+            with path.open() as file:
+                file.seek(start)
+                bytes_ = np.frombuffer(file.read(nbytes), np.uint8)
+        else:
+            bytes_ = np.memmap(path, np.uint8, "r", start, (nbytes,))
         return np.ndarray(shape, dtype, bytes_, strides=[s * dtype.itemsize for s in strides])
     except (OSError, ValueError) as error:
         raise InputError(
@@ -113,13 +120,13 @@ def _read(
 class TensorFileWriter(ABC):
     """Writes a file of tensors one at a time; an error inside the `with` block removes the file."""
 
-    def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
+    def __init__(self, path: Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
         """Opens `path` for the tensors `{name: (shape, dtype)}`, to be written in this order.
 
         Raises:
             ValueError: the format doesn't have the dtype.
         """
-        self.path = Path(path)
+        self.path = path
         self._header = {name: (tuple(s), np.dtype(d)) for name, (s, d) in header.items()}
         self._remaining = list(reversed(self._header))  # names, the next one last
         self._closed = False

@@ -10,7 +10,6 @@ import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,6 +17,7 @@ import numpy as np
 
 from llama_jax.convert.files.tensor_file import quote, row_major_strides
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 
 _STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),
@@ -68,7 +68,7 @@ class PickledTensor:
     strides: tuple[Any, ...]
 
 
-def load_pickle(path: Path, data: bytes) -> Any:
+def load_pickle(path: AnyPath, data: bytes) -> Any:
     """Returns the value of a pickle: strings, numbers, tuples, lists, dicts, `PickledTensor`s.
 
     Args:
@@ -89,7 +89,7 @@ class _PickleInterpreter:
     only strings and numbers, doesn't recurse, and needs memory proportional to the pickle's length.
     """
 
-    def __init__(self, path: Path, data: bytes):
+    def __init__(self, path: AnyPath, data: bytes):
         self._path, self._data, self._offset = path, data, 0
         self._stack: list[Any] = []
         self._marks: list[int] = []

@@ -32,7 +32,7 @@ from llama_jax.convert.files.torch_pickle import (
     load_pickle,
 )
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular
+from llama_jax.runtime.storage import AnyPath, open_file, parse_path
 
 _LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _MAX_METADATA = 1 << 20  # bytes of the pickle or the zip directory: more than 6,000 tensors
@@ -40,7 +40,7 @@ _CHUNK = 1 << 20  # bytes hashed at a time: they fit the processor's cache
 _SAVE_AGAIN = "load it with torch.load and save it again with torch.save"
 
 
-def read_torch(path: str | Path) -> dict[str, StoredTensor]:
+def read_torch(path: str | AnyPath) -> dict[str, StoredTensor]:
     """Returns the tensors of a PyTorch state dict by name; each is read on demand.
 
     The state dict may be the value of the key `model` or `state_dict` of another dict, whose other
@@ -55,9 +55,11 @@ def read_torch(path: str | Path) -> dict[str, StoredTensor]:
             big-endian, or asks for a function or class that weights don't need. Nothing in it
             is executed.
     """
-    path = Path(path)
+    path = parse_path(path)
     try:
-        with _BoundedReader(open_regular(path).detach()) as file:
+        opened: Any = open_file(path)
+        raw = opened.detach() if isinstance(opened, io.BufferedReader) else opened
+        with _BoundedReader(raw) as file:
             return _read_zip(path, file)
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: give a PyTorch weight file") from error
@@ -76,7 +78,7 @@ class _BoundedReader(io.BufferedReader):
         return data
 
 
-def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
+def _read_zip(path: AnyPath, file: BinaryIO) -> dict[str, StoredTensor]:
     head = file.read(64)
     if head[:1] == b"\x80" and _LEGACY_MAGIC in head:
         raise InputError(f"{path} has the format from before PyTorch 1.6: {_SAVE_AGAIN}")
@@ -113,7 +115,7 @@ def _read_zip(path: Path, file: BinaryIO) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _state_dict(path: Path, value: Any) -> dict[str, Any]:
+def _state_dict(path: AnyPath, value: Any) -> dict[str, Any]:
     """Returns the state dict in the value of a pickle.
 
     Raises:
@@ -140,7 +142,7 @@ def _state_dict(path: Path, value: Any) -> dict[str, Any]:
 
 
 def _locate(
-    path: Path, name: str, tensor: PickledTensor, reader: "_Archive", entry: str
+    path: AnyPath, name: str, tensor: PickledTensor, reader: "_Archive", entry: str
 ) -> StoredTensor:
     """Returns a tensor of the pickle as a tensor in the file, whose bounds are checked.
 
@@ -184,7 +186,7 @@ class _Entry:
     checked: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def check(self, path: Path) -> None:
+    def check(self, path: AnyPath) -> None:
         """Compares the data with their checksum; does nothing on later calls.
 
         Raises:
@@ -203,14 +205,13 @@ class _Entry:
                 )
             self.checked = True
 
-    def _crc32(self, path: Path) -> int:
+    def _crc32(self, path: AnyPath) -> int:
         crc, remaining = 0, self.size
-        buffer = memoryview(bytearray(min(self.size, _CHUNK)))
         try:
-            with open_regular(path) as file:
+            with open_file(path) as file:
                 file.seek(self.begin)
-                while remaining and (n := file.readinto(buffer[:remaining])):
-                    crc, remaining = zlib.crc32(buffer[:n], crc), remaining - n
+                while remaining and (part := file.read(min(remaining, _CHUNK))):
+                    crc, remaining = zlib.crc32(part, crc), remaining - len(part)
             if remaining:
                 raise OSError(0, "the file ends too early")
         except OSError as error:
@@ -224,7 +225,7 @@ class _Entry:
 class _Archive:
     """Finds the entries of a zip archive; refuses compressed and encrypted ones."""
 
-    def __init__(self, path: Path, file: BinaryIO, archive: zipfile.ZipFile):
+    def __init__(self, path: AnyPath, file: BinaryIO, archive: zipfile.ZipFile):
         self._path, self._file, self._zip = path, file, archive
         self._size = file.seek(0, io.SEEK_END)
         self._entries: dict[str, _Entry] = {}
@@ -290,7 +291,7 @@ class TorchWriter(TensorFileWriter):
     Each tensor has its own storage, which begins at a multiple of 64 bytes.
     """
 
-    def __init__(self, path: str | Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
+    def __init__(self, path: Path, header: Mapping[str, tuple[tuple[int, ...], DTypeLike]]):
         super().__init__(path, header)
         for name, (_, dtype) in self._header.items():
             if dtype not in DTYPE_NAMES:

@@ -3,8 +3,7 @@
 import math
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +22,7 @@ from llama_jax.convert.source import (
 )
 from llama_jax.errors import InputError
 from llama_jax.model.rope import rope_frequencies
-from llama_jax.runtime.regular_file import open_regular
+from llama_jax.runtime.storage import AnyPath, open_file
 from llama_jax.tokenizer.gguf_header import GGUFHeader, TensorInfo, read_header
 
 NAMES = {
@@ -47,7 +46,7 @@ _DEQUANTIZED_AT_ONCE = 1 << 22  # numbers
 _MAX_ALIGNMENT = 1 << 16
 
 
-def read(path: Path) -> Source:
+def read(path: AnyPath) -> Source:
     """Returns the checkpoint in a GGUF file.
 
     Raises:
@@ -109,7 +108,7 @@ def read(path: Path) -> Source:
     )
 
 
-def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
+def _tensors(path: AnyPath, header: GGUFHeader) -> dict[str, StoredTensor]:
     """Returns the tensors by name, after checking that they fill the file from header to end.
 
     GGUF has no checksum. Lost or inserted bytes change the length of the file, and shift the zeros
@@ -125,7 +124,7 @@ def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
             " again"
         )
     tensors = dict[str, StoredTensor]()
-    with open_regular(path) as file:
+    with open_file(path) as file:
         end = begin = _align(path, file, header.nbytes, unit)
         for info in header.tensors:
             if begin + info.offset != end:
@@ -144,7 +143,7 @@ def _tensors(path: Path, header: GGUFHeader) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _align(path: Path, file: BinaryIO, end: int, unit: int) -> int:
+def _align(path: AnyPath, file: IO[bytes], end: int, unit: int) -> int:
     """Returns the next multiple of `unit`, after checking that the file is zero up to there.
 
     Raises:
@@ -161,7 +160,7 @@ def _align(path: Path, file: BinaryIO, end: int, unit: int) -> int:
     return end + padding
 
 
-def _tensor(path: Path, info: TensorInfo, start: int) -> tuple[StoredTensor, int]:
+def _tensor(path: AnyPath, info: TensorInfo, start: int) -> tuple[StoredTensor, int]:
     """Returns the tensor that begins at offset `start`, and its size in the file [bytes].
 
     Raises:
@@ -207,7 +206,7 @@ def _shortest(number: float) -> float:
         return float(str(np.float32(number)))
 
 
-def _with_rope_scaling(config: ModelConfig, stored: StoredTensor, path: Path) -> ModelConfig:
+def _with_rope_scaling(config: ModelConfig, stored: StoredTensor, path: AnyPath) -> ModelConfig:
     """Returns the configuration with the rope scaling of Llama 3.1 that matches the file's factors.
 
     Args:

@@ -22,6 +22,7 @@ from llama_jax.convert.source import (
     read_json,
 )
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens.weight",
@@ -41,7 +42,7 @@ _CONTEXT = "max_position_embeddings"
 MAX_FILE_BYTES = 5_000_000_000  # the limit of transformers' files
 
 
-def read(folder: Path) -> Source:
+def read(folder: AnyPath) -> Source:
     """Returns the checkpoint in a Hugging Face folder.
 
     Raises:
@@ -55,7 +56,7 @@ def read(folder: Path) -> Source:
     )
 
 
-def read_config(path: Path, **computed: Any) -> ModelConfig:
+def read_config(path: AnyPath, **computed: Any) -> ModelConfig:
     """Returns the shape that a Hugging Face `config.json` describes.
 
     Args:
@@ -122,7 +123,7 @@ def _method(theirs: dict[str, Any]) -> str:
     return str(quantization)
 
 
-def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | None:
+def _rope_scaling(theirs: dict[str, Any] | None, path: AnyPath) -> RopeScaling | None:
     kind = (theirs or {}).get("rope_type", (theirs or {}).get("type", "default"))
     if theirs is None or kind == "default":
         return None
@@ -143,7 +144,7 @@ def _rope_scaling(theirs: dict[str, Any] | None, path: Path) -> RopeScaling | No
         ) from error
 
 
-def _read_weights(folder: Path) -> dict[str, StoredTensor]:
+def _read_weights(folder: AnyPath) -> dict[str, StoredTensor]:
     """Returns all tensors, from one file or from the files of an index.
 
     Raises:
@@ -162,7 +163,7 @@ def _read_weights(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _read_indexed(folder: Path, index: Path, read_file: Any) -> dict[str, StoredTensor]:
+def _read_indexed(folder: AnyPath, index: AnyPath, read_file: Any) -> dict[str, StoredTensor]:
     """Returns the tensors of all files that `index` maps names to.
 
     Raises:
@@ -196,8 +197,13 @@ class HuggingFaceWriter:
     """Writes safetensors files and their index, weight by weight in the order of the model."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, layout: Layout, dtypes: Mapping[Weight, np.dtype]
+        self,
+        folder: Path,
+        config: ModelConfig,
+        layout: Layout,
+        dtypes: Mapping[Weight, np.dtype],
     ):
+        self.files = dict[str, bytes]()  # these formats have no manifest
         files: list[dict[str, tuple[tuple[int, ...], np.dtype]]] = [{}]
         filled = 0
         for weight, dtype in dtypes.items():

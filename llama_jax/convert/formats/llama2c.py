@@ -2,7 +2,6 @@
 
 import math
 import struct
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from llama_jax.convert.files.tensor_file import StoredTensor, mapped_tensor
 from llama_jax.convert.layout import AXES, LAYER_WEIGHTS, Layout
 from llama_jax.convert.source import Source, model_config
 from llama_jax.errors import InputError
-from llama_jax.runtime.regular_file import open_regular
+from llama_jax.runtime.storage import AnyPath, file_size, open_file
 
 _ATTENTION = ("wq", "wk", "wv", "wo")
 _LEGACY = (
@@ -26,13 +25,13 @@ _VERSION_1 = (
 NAMES = {name: f"{name}[{{}}]" if name in LAYER_WEIGHTS else name for name in AXES}
 
 
-def read(path: Path) -> Source:
+def read(path: AnyPath) -> Source:
     """Returns the checkpoint in a llama2.c file, legacy or version 1 (both float32).
 
     Raises:
         InputError: the file is cut short, or of another version.
     """
-    with open_regular(path) as file:
+    with open_file(path) as file:
         start = file.read(256)
     legacy = start[:4] != LLAMA2C_MAGIC
     if not legacy:
@@ -62,9 +61,10 @@ def read(path: Path) -> Source:
     )
     layout = Layout(NAMES, interleaved=True)
     tensors, end = _tensors(path, config, layout, legacy)
-    if end != path.stat().st_size:
+    size = file_size(path)
+    if end != size:
         raise InputError(
-            f"{path} has {path.stat().st_size:,} bytes, but a model of its header's shape needs"
+            f"{path} has {size:,} bytes, but a model of its header's shape needs"
             f" {end:,}: it is damaged or cut short, fetch it again"
         )
     dropped = {"freq_cis_real, freq_cis_imag": "follow from the configuration"} if legacy else {}
@@ -72,11 +72,11 @@ def read(path: Path) -> Source:
 
 
 def _tensors(
-    path: Path, config: ModelConfig, layout: Layout, legacy: bool
+    path: AnyPath, config: ModelConfig, layout: Layout, legacy: bool
 ) -> tuple[dict[str, StoredTensor], int]:
     """Returns the tensors by name, and the required size of the file [bytes]."""
     tensors = dict[str, StoredTensor]()
-    offset = 28 if legacy else 256
+    offset, size = 28 if legacy else 256, file_size(path)
     head = () if config.tied_head else ("output",)
     dtype = np.dtype("<f4")
 
@@ -89,7 +89,7 @@ def _tensors(
             full = layout.names[name].format(layer)
             tensors[full] = mapped_tensor(path, full, dtype, offset, shape)
             offset += 4 * math.prod(shape)
-            if offset > path.stat().st_size:
+            if offset > size:
                 return tensors, offset + 1
     if legacy and config.tied_head:
         offset += 4 * config.context * config.head_dim

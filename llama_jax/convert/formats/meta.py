@@ -26,6 +26,7 @@ from llama_jax.convert.source import (
 )
 from llama_jax.errors import InputError
 from llama_jax.runtime.process_memory import check_memory
+from llama_jax.runtime.storage import AnyPath, open_file
 
 _ATTENTION, _FFN = ("wq", "wk", "wv", "wo"), ("w1", "w2", "w3")
 NAMES = (
@@ -37,7 +38,7 @@ NAMES = (
 _FILE = re.compile(r"consolidated\.(\d+)\.pth")
 
 
-def read(folder: Path) -> Source:
+def read(folder: AnyPath) -> Source:
     """Returns the checkpoint in a Meta folder.
 
     params.json lacks the context, and the factor of the rope scaling (Meta's code always uses 8;
@@ -86,7 +87,7 @@ def read(folder: Path) -> Source:
     return tied if _is_tied(source) else source
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: AnyPath) -> list[AnyPath]:
     numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
     found = dict(numbered)
     if sorted(i for i, _ in numbered) != list(range(len(found))) or not found:
@@ -98,9 +99,9 @@ def _files(folder: Path) -> list[Path]:
     return [found[i] for i in range(len(found))]
 
 
-def _read_shard(path: Path, number: int) -> dict[str, StoredTensor]:
+def _read_shard(path: AnyPath, number: int) -> dict[str, StoredTensor]:
     tensors = read_torch(path)
-    with zipfile.ZipFile(path) as archive:
+    with open_file(path) as file, zipfile.ZipFile(file) as archive:
         inner = _FILE.fullmatch(archive.namelist()[0].split("/")[0] + ".pth")
     # PyTorch stores the file's name inside the file, which reveals a renamed shard.
     if inner and int(inner[1]) != number:
@@ -112,7 +113,7 @@ def _read_shard(path: Path, number: int) -> dict[str, StoredTensor]:
 
 
 def _with_context_and_rope(
-    config: ModelConfig, params: dict[str, Any], llama2: bool, path: Path
+    config: ModelConfig, params: dict[str, Any], llama2: bool, path: AnyPath
 ) -> ModelConfig:
     """Returns the configuration with its context and rope scaling, which params.json lacks.
 
@@ -218,8 +219,13 @@ class MetaWriter:
     """Writes params.json and the shards into `folder`, weight by weight in the model's order."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, layout: Layout, dtypes: Mapping[Weight, np.dtype]
+        self,
+        folder: Path,
+        config: ModelConfig,
+        layout: Layout,
+        dtypes: Mapping[Weight, np.dtype],
     ):
+        self.files = dict[str, bytes]()  # these formats have no manifest
         headers: list[dict[str, tuple[tuple[int, ...], np.dtype]]]
         headers = [{} for _ in range(layout.shards)]
         for weight, dtype in dtypes.items():

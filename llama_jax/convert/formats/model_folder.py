@@ -1,14 +1,12 @@
 """Model folders and run folders of llama_jax as source, model folders as destination."""
 
-import dataclasses
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from llama_jax.checkpoint import folders
+from llama_jax.checkpoint import folders, model_folders
+from llama_jax.checkpoint.array_files import ArraySpec
 from llama_jax.checkpoint.single_weights import WeightsReader, WeightsWriter
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.files.tensor_file import StoredTensor
@@ -16,6 +14,7 @@ from llama_jax.convert.layout import AXES, LAYER_WEIGHTS, Layout, Weight, weight
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import MESH_AXES, weight_spec
+from llama_jax.runtime.storage import AnyPath
 
 NAMES = {name: f"layers.{name}[{{}}]" if name in LAYER_WEIGHTS else name for name in AXES}
 
@@ -25,7 +24,7 @@ def layout(config: ModelConfig) -> Layout:
     return Layout(NAMES, ours=True, quantized=config.quantized == "int8")
 
 
-def read(folder: Path) -> Source:
+def read(folder: AnyPath) -> Source:
     """Returns the checkpoint in a model folder, or the newest checkpoint of a run folder.
 
     Raises:
@@ -54,11 +53,15 @@ def read(folder: Path) -> Source:
 
 
 class ModelFolderWriter:
-    """Writes config.json and `weights/`, in chunks that match a mesh with these axis sizes."""
+    """Writes config.json and `weights/`, in chunks that match a mesh with these axis sizes.
+
+    Attributes:
+        files: the small files that it has written, by relative name.
+    """
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         config: ModelConfig,
         dtypes: Mapping[Weight, np.dtype],
         mesh: Mapping[str, int],
@@ -70,8 +73,10 @@ class ModelFolderWriter:
                 if weight.layer is not None:
                     letters, full = "L" + letters, f"layers.{full}"
                 splits = tuple(mesh.get(axis, 1) for axis in weight_spec(letters))
-                arrays[full] = (config.shape(letters), array.dtype or dtypes[weight], splits)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+                dtype = array.dtype or dtypes[weight]
+                arrays[full] = ArraySpec(config.shape(letters), dtype, splits)
+        self.files = model_folders.model_files(config, arrays, None)
+        model_folders.write_files(folder, self.files)
         self._writer = WeightsWriter(folder, arrays)
 
     def write(self, tensors: Iterable[tuple[int, str, np.ndarray]]) -> None:

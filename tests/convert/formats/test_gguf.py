@@ -14,7 +14,7 @@ import pytest
 from conftest import peer, tiny_model
 
 from llama_jax.checkpoint.folders import read_model_config
-from llama_jax.checkpoint.orbax import load_model
+from llama_jax.checkpoint.model_folders import load_model
 from llama_jax.config.model import ModelConfig, RopeScaling
 from llama_jax.convert.convert import convert
 from llama_jax.convert.detect import open_source

@@ -1,0 +1,165 @@
+"""Writes arrays as files of a checkpoint: zarr 3, in chunks of at most 16 MiB with a checksum each.
+
+Orbax reads the result like its own. It doesn't write it, because it can't write `s3://` and adds no
+checksums to the data.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from llama_jax.checkpoint.orbax_format import metadata_files
+from llama_jax.model.summary import path_names
+from llama_jax.runtime import storage
+from llama_jax.runtime.storage import AnyPath
+
+CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads only its chunks
+
+
+class ArraySpec(NamedTuple):
+    """An array to write.
+
+    Attributes:
+        shape: with layers stacked.
+        dtype: of the elements.
+        parts: number of parts into which a mesh splits each dimension. No chunk crosses a part.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: tuple[int, ...]
+
+
+def array_specs(tree: Mapping[str, Any]) -> dict[str, ArraySpec]:
+    """Returns the specifications of the arrays of a nested dict, by dotted name."""
+
+    def spec(x: Any) -> ArraySpec:
+        shard = x.sharding.shard_shape(x.shape)
+        return ArraySpec(
+            x.shape, x.dtype, tuple(n // m for n, m in zip(x.shape, shard, strict=True))
+        )
+
+    return {dotted(path): spec(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """Returns the name of an array in files: 'layers.wq'."""
+    return ".".join(path_names(path))
+
+
+def metadata(items: Mapping[str, Mapping[str, ArraySpec]]) -> dict[str, bytes]:
+    """Returns the small files of a checkpoint by relative name: Orbax's, and one for each array."""
+    files = metadata_files({item: [*specs] for item, specs in items.items()})
+    for item, specs in items.items():
+        for name, spec in specs.items():
+            files[f"{item}/{name}/zarr.json"] = json.dumps(_zarr(name, spec)).encode()
+    return files
+
+
+def open_for_writing(
+    folder: AnyPath, specs: Mapping[str, ArraySpec], *, synced: bool = True
+) -> dict[str, Any]:
+    """Returns the arrays of an item, to be written. Their metadata files are written by the caller.
+
+    Args:
+        folder: the folder of the item.
+        specs: the arrays, by dotted name.
+        synced: whether a write ends when its bytes are on the disk.
+    """
+    context = storage.context() if synced else _NOT_SYNCED
+    opening = {
+        name: ts.open(
+            {
+                "driver": "zarr3",
+                "kvstore": storage.kvstore_spec(folder / name),
+                "metadata": _zarr(name, spec),
+                "store_data_equal_to_fill_value": True,
+            },
+            open=True,
+            assume_metadata=True,
+            context=context,
+        )
+        for name, spec in specs.items()
+    }
+    return {name: future.result() for name, future in opening.items()}
+
+
+_NOT_SYNCED = ts.Context({"file_io_sync": False})
+
+
+class HostShard(NamedTuple):
+    """A shard in the memory of this host: its array, its position in it, and its values."""
+
+    name: str
+    position: tuple[slice, ...]
+    values: np.ndarray
+
+
+def copy_shards(tree: Mapping[str, Any], *, replicas: bool = False) -> list[HostShard]:
+    """Copies the shards of this host's devices into its memory; the arrays may then be donated.
+
+    Args:
+        tree: nested dict of arrays.
+        replicas: whether to copy one of each shard on this host, rather than one in the world.
+    """
+    chosen = []
+    for path, array in jax.tree.leaves_with_path(tree):
+        seen = set()
+        for shard in array.addressable_shards:
+            where = str(shard.index)
+            if (shard.replica_id == 0 or replicas) and where not in seen:
+                seen.add(where)
+                shard.data.copy_to_host_async()
+                chosen.append((dotted(path), shard))
+    # A CPU device's buffer is the host's memory: only a copy survives its donation.
+    return [HostShard(name, s.index, np.array(s.data, copy=True)) for name, s in chosen]
+
+
+def write_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> None:
+    """Writes shards, all concurrently, and returns when all are stored."""
+    writes = [stores[shard.name][shard.position].write(shard.values) for shard in shards]
+    for write in writes:
+        write.result()
+
+
+def _zarr(name: str, spec: ArraySpec) -> dict[str, Any]:
+    """Returns the metadata of an array in zarr's version 3."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [*spec.shape],
+        "data_type": spec.dtype.name,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": chunk_shape(name, spec)},
+        },
+        "chunk_key_encoding": {"name": "default"},
+        # Weights don't compress. The checksum detects every flipped bit.
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "fill_value": 0,
+    }
+
+
+def chunk_shape(name: str, spec: ArraySpec) -> list[int]:
+    """Returns the shape of a chunk: of one layer, within one part, and contiguous in memory."""
+    chunk = [size // parts for size, parts in zip(spec.shape, spec.parts, strict=True)]
+    if ".layers." in f".{name}.":
+        chunk[0] = 1
+    while math.prod(chunk) * spec.dtype.itemsize > CHUNK_BYTES:
+        # Halve the first dimension that can be halved. An odd size is halved upwards, which only a
+        # dimension with one part allows: elsewhere a chunk would cross into the next part.
+        first = next(i for i, size in enumerate(chunk) if size > 1)
+        chunk[first] = _smaller_divisor(chunk[first], spec.parts[first])
+    return chunk
+
+
+def _smaller_divisor(size: int, parts: int) -> int:
+    """Returns about half of a chunk's size; a divisor of it if the dimension has several parts."""
+    if parts == 1:
+        return -(-size // 2)
+    return max(n for n in range(1, size // 2 + 1) if size % n == 0)

@@ -1,0 +1,148 @@
+"""Saves and loads model folders; loads the weights of a run.
+
+A model folder contains `weights/` (in Orbax's format), `config.json`, the tokenizer, and
+`manifest.json`, which is written last.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.checkpoint import array_files
+from llama_jax.checkpoint.arrays import load_items
+from llama_jax.checkpoint.folders import committed_steps, is_run_folder, read_model_config
+from llama_jax.checkpoint.tree import abstract_model, dict_to_tree, tree_to_dict
+from llama_jax.config.model import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.model.weights import Llama, UnstackedLlama, restore_layout
+from llama_jax.runtime import hosts
+from llama_jax.runtime.atomic_write import new_folder
+from llama_jax.runtime.manifest import file_hash, verified_manifest, write_manifest
+from llama_jax.runtime.storage import AnyPath, parse_path, write_file
+from llama_jax.tokenizer.tokenizer import Tokenizer
+
+
+def weights_location(folder: AnyPath) -> tuple[AnyPath, list[str]]:
+    """Returns the checkpoint of a model folder, or a run's newest one, and its files.
+
+    Raises:
+        Damaged: its files are not those that were written.
+        InputError: the run has no checkpoint yet.
+    """
+    if not is_run_folder(folder):
+        names = verified_manifest(folder)["files"]
+        weights = [name.removeprefix("weights/") for name in names if name.startswith("weights/")]
+        return folder / "weights", weights
+    steps, _ = committed_steps(folder / "checkpoints")
+    if not steps:
+        raise InputError(f"{folder} has no checkpoint yet: let the run reach its first one")
+    where = folder / "checkpoints" / str(steps[-1])
+    return where, [*verified_manifest(where)["files"]]
+
+
+def save_model(
+    folder: str | AnyPath,
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a model folder, which can be read once it is complete, or not at all.
+
+    On several hosts all hosts must call this: each writes its shards of the weights into the same
+    folder on shared storage, and host 0 creates the folder and writes the other files.
+
+    >>> lj.save_model("models/mine", config, model, tokenizer)
+    >>> lj.load("models/mine")[0] == config
+    True
+
+    Raises:
+        InputError: `folder` already exists, or another process is writing it.
+        Fault: the system can't write it.
+    """
+    folder = parse_path(folder)
+    if isinstance(model, UnstackedLlama):
+        weights = tree_to_dict(restore_layout(model))
+        layers = weights["layers"].values()
+        weights["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    else:
+        weights = tree_to_dict(model)
+    specs = array_files.array_specs(weights)
+    files = model_files(config, specs, tokenizer) if hosts.is_host_zero() else {}
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            partial = stack.enter_context(new_folder(folder)).absolute()
+            write_files(partial, files)
+            return str(partial)
+
+        partial = parse_path(hosts.broadcast_decision(begin))
+        stores = array_files.open_for_writing(partial / "weights" / "model", specs)
+        array_files.write_shards(stores, array_files.copy_shards(weights))
+        hosts.check_equal_on_hosts({})  # all have written
+        if hosts.is_host_zero():
+            write_manifest(partial, manifest_of(config, files))
+    hosts.broadcast_decision(lambda: None)  # all hosts return after host 0 has renamed the folder
+
+
+def model_files(
+    config: ModelConfig, specs: Mapping[str, array_files.ArraySpec], tokenizer: Tokenizer | None
+) -> dict[str, bytes]:
+    """Returns the small files of a model folder by relative name, except its manifest."""
+    weights = array_files.metadata({"model": specs})
+    return {
+        "config.json": json.dumps(dataclasses.asdict(config), indent=1).encode(),
+        **{f"weights/{name}": data for name, data in weights.items()},
+        **(tokenizer.files if tokenizer else {}),
+    }
+
+
+def manifest_of(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Returns the content of the manifest of a model folder with these files.
+
+    `config.json` is compared by its meaning, since users may change how a model is computed.
+    """
+    hashes = {name: file_hash(data) for name, data in files.items() if name != "config.json"}
+    return {"format": 1, "config": dataclasses.asdict(config), "files": hashes}
+
+
+def write_files(folder: AnyPath, files: Mapping[str, bytes]) -> None:
+    """Writes files by relative name into a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(folder / name, data)
+
+
+def load_model(
+    folder: str | AnyPath,
+    config: ModelConfig | None = None,
+    like: Llama | None = None,
+) -> tuple[ModelConfig, Llama]:
+    """Returns a model from a model folder, or from a run's newest checkpoint, on the current mesh.
+
+    Args:
+        folder: a model folder, or a run folder.
+        config: how to compute; default: the folder's configuration. Weights are cast to its
+            `param_dtype`.
+        like: shapes, dtypes and shardings of the weights; default: those of `config`.
+
+    Raises:
+        Damaged: the files are not those that were written.
+        InputError: the folder contains no model, or doesn't fit `config`.
+    """
+    folder = parse_path(folder)
+    own_config = read_model_config(folder)
+    config = config or own_config
+    if config.quantized != own_config.quantized:
+        raise InputError(
+            f"model.quantized is {config.quantized}, but the weights in {folder} are stored as"
+            f" {own_config.quantized}: give the folder from which it was converted"
+        )
+    model = like or abstract_model(config)
+    where, names = weights_location(folder)
+    loaded = load_items(where, names, {"model": tree_to_dict(model)})
+    return config, dict_to_tree(model, loaded["model"])

@@ -1,0 +1,264 @@
+"""The checkpoints of a run: saved in the background, committed at once, verified when restored.
+
+`checkpoints/<step>/` contains the items `model` and `optimizer`, where <step> is the number of
+completed steps. An object store can't rename a folder, so `manifest.json` commits a checkpoint:
+host 0 writes it last, after every host has reported that its shards are stored. A folder without a
+manifest is incomplete, and no run resumes from it.
+"""
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import optax
+
+from llama_jax.checkpoint import array_files, fingerprint
+from llama_jax.checkpoint.arrays import FAULTS, load_items
+from llama_jax.checkpoint.folders import committed_steps
+from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
+from llama_jax.config.run import CheckpointConfig
+from llama_jax.errors import Fault
+from llama_jax.model.weights import Llama
+from llama_jax.runtime import hosts, manifest
+from llama_jax.runtime.console import print_status
+from llama_jax.runtime.damage import Damaged, root_cause
+from llama_jax.runtime.manifest import verified_manifest
+from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
+
+_POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at most 20 times as long
+
+
+class Progress(NamedTuple):
+    """The metadata of a training checkpoint."""
+
+    step: int  # completed steps; also the number of the next step
+    data: list[str]  # fingerprint of the data
+
+
+class TrainingCheckpoints:
+    """The checkpoints of a run.
+
+    With a `config`, superseded checkpoints are removed; without, the checkpoints are only read.
+
+    Args:
+        folder: `checkpoints` in the folder of the run.
+        config: which checkpoints are retained.
+        check_owner: raises `Fault` if another run has taken over the folder; called on host 0
+            before a checkpoint is committed.
+
+    Attributes:
+        steps: the steps of all committed checkpoints, ascending.
+        incomplete: the steps of folders without a manifest, ascending.
+    """
+
+    def __init__(
+        self,
+        folder: AnyPath,
+        config: CheckpointConfig | None = None,
+        check_owner: Callable[[], None] = lambda: None,
+    ):
+        self.folder, self._config, self._check_owner = folder, config, check_owner
+        self.steps, self.incomplete = committed_steps(folder)
+        self._attempt = ""
+        if config:  # on several hosts, which may not see the same folder at the same time
+            self._attempt = hosts.broadcast_decision(lambda: secrets.token_hex(8))
+            self.steps = hosts.broadcast_decision(lambda: self.steps)
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._closing = threading.Event()
+
+    def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
+        """Copies the state to the host and saves it in the background.
+
+        The arrays may be donated as soon as this returns. All hosts call this at the same step.
+
+        Raises:
+            Fault: this save, or the previous one, failed.
+        """
+        self.wait()
+        if progress.step in self.steps:
+            return
+        with self._explain_failure(progress.step):
+            items = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+            computed = fingerprint.start_fingerprints(items)
+            specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
+            files = array_files.metadata(specs) if hosts.is_host_zero() else {}
+            shards = {item: array_files.copy_shards(tree) for item, tree in items.items()}
+        self._saving = (
+            progress.step,
+            self._thread.submit(self._store, progress, specs, files, shards, computed),
+        )
+
+    def _store(
+        self,
+        progress: Progress,
+        specs: dict[str, Any],
+        files: dict[str, bytes],
+        shards: dict[str, Any],
+        computed: Any,
+    ) -> None:
+        """Writes this host's part of a checkpoint and commits it; in the background thread."""
+        folder = self.folder / str(progress.step)
+        if hosts.is_host_zero():
+            if folder.exists():  # incomplete or damaged, and now replaced
+                remove_tree(folder)
+            for name, content in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write_file(folder / name, content)
+        for item, parts in shards.items():
+            stores = array_files.open_for_writing(folder / item, specs[item])
+            array_files.write_shards(stores, parts)
+            parts.clear()  # frees the host's memory
+        content = {
+            "format": 1,
+            **progress._asdict(),
+            "files": {name: manifest.file_hash(data) for name, data in files.items()},
+            "fingerprints": fingerprint.to_text(computed),
+        }
+        self._commit(folder, content)
+        self.steps.append(progress.step)
+        if hosts.is_host_zero():
+            self._remove_superseded()
+
+    def _commit(self, folder: AnyPath, content: dict[str, Any]) -> None:
+        """Writes the manifest on host 0, once all hosts have stored their shards."""
+        count, me = hosts.count(), hosts.number()
+        done = [f"done/{self._attempt}-{host}" for host in range(1, count)]
+        if me:
+            write_file(folder / done[me - 1], b"")
+            self._wait_for(folder, [manifest.NAME])
+            return
+        self._wait_for(folder, done)
+        self._check_owner()
+        manifest.write_manifest(folder, content)
+        remove_tree(folder / "done")
+
+    def _wait_for(self, folder: AnyPath, names: list[str]) -> None:
+        pause = _POLL_SECONDS
+        while names and None in read_many(folder, names).values():
+            if self._closing.wait(pause):
+                raise OSError(f"another host has not stored its part of {folder}")
+            pause = min(2 * pause, 20 * _POLL_SECONDS)
+
+    def _remove_superseded(self) -> None:
+        """Removes old checkpoints, and incomplete folders that a newer checkpoint makes useless."""
+        assert self._config
+        keep, keep_every = self._config.keep, self._config.keep_every
+        old = [s for s in self.steps[:-keep] if not (keep_every and s % keep_every == 0)]
+        for step in old + self.incomplete:
+            # Without its manifest a partly removed folder is not taken for a checkpoint.
+            (self.folder / str(step) / manifest.NAME).unlink(missing_ok=True)
+            remove_tree(self.folder / str(step))
+        self.steps = [step for step in self.steps if step not in old]
+        self.incomplete = []
+
+    def check(self) -> None:
+        """Raises the error of the last save if it has failed. Doesn't wait for a save.
+
+        Raises:
+            Fault: the save failed; earlier checkpoints are unchanged.
+        """
+        if self._saving and self._saving[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save in the background, if there is one.
+
+        Raises:
+            Fault: as `check`.
+        """
+        saving, self._saving = self._saving, None
+        if saving:
+            with self._explain_failure(saving[0]):
+                saving[1].result()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background thread.
+
+        Raises:
+            Fault: as `check`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._closing.set()
+            self._thread.shutdown()
+
+    @contextlib.contextmanager
+    def _explain_failure(self, step: int) -> Iterator[None]:
+        """Replaces an error of saving by a Fault that also names the remaining checkpoints."""
+        try:
+            yield
+        except FAULTS as error:
+            with contextlib.suppress(OSError):  # frees its space: the disk may be full
+                remove_tree(self.folder / str(step))
+            remaining = "there is no earlier checkpoint"
+            if self.steps:
+                numbers = ", ".join(map(str, self.steps))
+                remaining = f"the checkpoints of steps {numbers} are unchanged"
+            raise Fault(
+                f"can't save step {step} in {self.folder} ({root_cause(error)}): {remaining}; fix"
+                " the cause and repeat the command, which resumes from the last checkpoint"
+            ) from error
+
+    def restore_newest(
+        self, model: Llama, opt_state: optax.OptState
+    ) -> tuple[Progress, Llama, optax.OptState]:
+        """Restores the newest checkpoint that is not damaged; prints the damaged ones.
+
+        A damaged checkpoint stays where it is until the run saves its step again.
+
+        Raises:
+            Damaged: the newest is damaged and `on_damage` is `stop`; or all are damaged.
+        """
+        assert self._config
+        for step in sorted(self.steps, reverse=True):
+            try:
+                return self.restore(step, model, opt_state)
+            except Damaged as error:
+                if self._config.on_damage == "stop" or step == self.steps[0]:
+                    raise
+                print_status(
+                    f"{self.folder / str(step)} is damaged ({error.reason}): it stays where it is,"
+                    " and the run resumes from the checkpoint before it"
+                )
+                self.steps.remove(step)
+        raise AssertionError("a run without a checkpoint has nothing to restore")
+
+    def restore(
+        self, step: int, model: Llama, opt_state: optax.OptState
+    ) -> tuple[Progress, Llama, optax.OptState]:
+        """Returns the state saved at `step`, with the shardings of abstract `model`, `opt_state`.
+
+        Every byte is verified: files and chunks by their checksums, the restored arrays by their
+        fingerprints.
+
+        Raises:
+            Damaged: the stored files are not those that were written.
+            InputError: the checkpoint is of a model with other shapes.
+            Fault: the machine could not read it.
+        """
+        where = self.folder / str(step)
+        wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+        damage, found, loaded = None, dict[str, Any](), dict[str, Any]()
+        try:
+            found = verified_manifest(where)
+            loaded = load_items(where, found["files"], wanted)
+        except Damaged as error:
+            damage = error.reason
+        # Each host has read its own shards. The fingerprints are computed by all or by none.
+        for reason in hosts.gather(damage):
+            if reason:
+                raise Damaged(where, reason)
+        restored = fingerprint.fingerprints(loaded)
+        for name, saved in found["fingerprints"].items():
+            if restored[name] != saved:
+                raise Damaged(where, f"{name} is not the array that was saved")
+        return (
+            Progress(found["step"], found["data"]),
+            dict_to_tree(model, loaded["model"]),
+            dict_to_tree(opt_state, loaded["optimizer"]),
+        )

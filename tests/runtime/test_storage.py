@@ -1,0 +1,109 @@
+"""Paths in buckets behave like pathlib's, also when the store fails in between."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import peer
+from object_store import running_store
+
+from llama_jax.errors import InputError
+from llama_jax.runtime import bucket_path
+from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.storage import parse_path, remove_tree
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def store(request):
+    for package in ("moto", "gcp_storage_emulator"):
+        peer(package)
+    with running_store(request.param) as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        bucket_path.open_bucket.cache_clear()
+        yield running
+
+
+@pytest.fixture(params=["local", "bucket"])
+def folder(request, store, tmp_path):
+    folder = tmp_path if request.param == "local" else parse_path(store.url(tmp_path.name))
+    yield folder
+    remove_tree(folder)
+
+
+def test_a_path_in_a_bucket_does_what_a_local_path_does(folder):
+    assert not (folder / "none").exists()
+    for name in ("a.json", "b.txt", "sub/deep/c.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    kinds = [(path.is_file(), path.is_dir()) for path in (folder / "a.json", folder / "sub")]
+    assert kinds == [(True, False), (False, True)]
+    assert not (folder / "su").exists()  # the start of a name is not a name
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "b.txt", "sub"]
+    for pattern, names in {
+        "*.json": ["a.json"],
+        "**/*.json": ["a.json", "c.json"],
+        "sub/*": ["deep"],
+        "[ab].*": ["a.json", "b.txt"],
+        "?.txt": ["b.txt"],
+    }.items():
+        assert sorted(path.name for path in folder.glob(pattern)) == names, pattern
+    path = folder / "sub" / "deep" / "c.json"
+    assert (path.name, path.stem, path.suffix) == ("c.json", "c", ".json")
+    assert path.parent.parent == folder / "sub"
+    assert str(path.relative_to(folder)) == "sub/deep/c.json"
+    assert path.with_name("d").name == "d"
+    path.write_bytes(b"\0\1")
+    assert path.read_bytes() == b"\0\1"
+    (folder / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(folder / "b.txt"))):
+        (folder / "b.txt").read_bytes()
+    remove_tree(folder / "sub")
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+def test_ranges_of_an_object_are_read_alone(folder, store):
+    peer("s3fs")
+    peer("gcsfs")
+    content = os.urandom(20 << 20)
+    (folder / "large").write_bytes(content)
+    with (folder / "large").open("rb") as file:
+        file.seek(1000)
+        assert file.read(10) == content[1000:1010]
+        assert file.seek(0, os.SEEK_END) == len(content)
+
+
+def test_requests_that_fail_are_repeated(store):
+    folder = parse_path(store.url("faulty"))
+    store.faults.refused, store.faults.dropped = 0.2, 0.1
+    for i in range(10):
+        (folder / f"{i}").write_bytes(bytes([i]) * 1000)
+    assert [(folder / f"{i}").read_bytes()[0] for i in range(10)] == list(range(10))
+    store.faults.refused = store.faults.dropped = 0.0
+
+
+def test_a_missing_bucket_is_named(store):
+    with pytest.raises(OSError, match="no-such-bucket"):
+        BucketPath(store.scheme, "no-such-bucket", "x").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("http://host/x", "URLs of http: are not supported; give a local path, gs://"),
+        ("hdfs:/x", "URLs of hdfs: are not supported"),
+        ("gs://", "gs:// names no bucket: write gs://BUCKET/NAME"),
+        ("s3:///x", "s3:///x names no bucket"),
+        ("gs:/b/x", "gs:/b/x names no bucket"),
+    ],
+)
+def test_a_path_that_names_no_store_is_refused(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_path(text)
+
+
+def test_paths_are_parsed():
+    assert parse_path("a/b") == Path("a/b")
+    assert str(parse_path("gs://b/x//")) == "gs://b/x"
+    assert parse_path("s3://b") / "x" / "y" == BucketPath("s3", "b", "x/y")
