@@ -47,7 +47,7 @@ class TrainingCheckpoints:
         folder: `checkpoints` in the folder of the run.
         config: which checkpoints are retained.
         check_owner: raises `Fault` if another run has taken over the folder; called on host 0
-            before a checkpoint is committed.
+            before a checkpoint is started and before it is committed.
 
     Attributes:
         steps: the steps of all committed checkpoints, ascending.
@@ -82,6 +82,8 @@ class TrainingCheckpoints:
         if progress.step in self.steps:
             return
         with self._explain_failure(progress.step):
+            # Before any host writes: a removal would also remove the chunks of a faster host.
+            hosts.broadcast_decision(lambda: self._remove_leftover(progress.step))
             items = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
             computed = fingerprint.start_fingerprints(items)
             specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
@@ -91,6 +93,22 @@ class TrainingCheckpoints:
             progress.step,
             self._thread.submit(self._store, progress, specs, files, shards, computed),
         )
+
+    def _remove_leftover(self, step: int) -> None:
+        """Removes an incomplete or damaged checkpoint of a step that this run saves now.
+
+        Raises:
+            Fault: another run owns the folder. Its checkpoints stay as they are.
+        """
+        self._check_owner()
+        if (self.folder / str(step)).exists():
+            self._remove(step)
+        self.incomplete = [s for s in self.incomplete if s != step]
+
+    def _remove(self, step: int) -> None:
+        # Without its manifest a partly removed folder is not taken for a checkpoint.
+        (self.folder / str(step) / manifest.NAME).unlink(missing_ok=True)
+        remove_tree(self.folder / str(step))
 
     def _store(
         self,
@@ -103,8 +121,6 @@ class TrainingCheckpoints:
         """Writes this host's part of a checkpoint and commits it; in the background thread."""
         folder = self.folder / str(progress.step)
         if hosts.is_host_zero():
-            if folder.exists():  # incomplete or damaged, and now replaced
-                remove_tree(folder)
             for name, content in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write_file(folder / name, content)
@@ -149,9 +165,7 @@ class TrainingCheckpoints:
         keep, keep_every = self._config.keep, self._config.keep_every
         old = [s for s in self.steps[:-keep] if not (keep_every and s % keep_every == 0)]
         for step in old + self.incomplete:
-            # Without its manifest a partly removed folder is not taken for a checkpoint.
-            (self.folder / str(step) / manifest.NAME).unlink(missing_ok=True)
-            remove_tree(self.folder / str(step))
+            self._remove(step)
         self.steps = [step for step in self.steps if step not in old]
         self.incomplete = []
 

@@ -13,7 +13,7 @@ from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config.run import CheckpointConfig
-from llama_jax.errors import InputError
+from llama_jax.errors import Fault, InputError
 from llama_jax.inference.load import load
 from llama_jax.training.step import init_state
 
@@ -76,6 +76,40 @@ def test_the_newest_and_every_kth_checkpoint_remain(saved, tmp_path):
     (tmp_path / "checkpoints").symlink_to(saved)
     assert committed_steps(saved) == ([3, 6, 7], [8])
     assert TrainingCheckpoints(saved).steps == [3, 6, 7]
+
+
+def test_an_incomplete_checkpoint_is_replaced_when_its_step_is_saved_again(saved, state):
+    for step in ("8", "9"):  # as killed processes leave them
+        (saved / step / "model").mkdir(parents=True)
+        (saved / step / "model" / "old").touch()
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        checkpoints = TrainingCheckpoints(saved, CheckpointConfig(keep=9))
+        checkpoints.save(Progress(8, ["a", "b"]), *state)
+        checkpoints.close()
+        assert committed_steps(saved) == ([3, 6, 7, 8], [])
+        assert not (saved / "8" / "model" / "old").exists()
+        abstract = tree.eval_shape_on_mesh(partial(init_state, CONFIG), KEY)
+        _, *restored = TrainingCheckpoints(saved).restore(8, *abstract)
+    assert equal(state, tuple(restored))
+
+
+def test_a_run_that_lost_its_folder_changes_no_checkpoint(saved, state):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
+
+    def refuse():
+        raise Fault("another run has taken over")
+
+    (saved / "8").mkdir()
+    (saved / "8" / "manifest.json").touch()
+    before = files()
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        older = TrainingCheckpoints(saved, CheckpointConfig(), refuse)
+        older.steps.remove(8)  # the newer run has saved it since this one started
+        with pytest.raises(Fault, match="another run has taken over"):
+            older.save(Progress(8, ["a", "b"]), *state)
+        older.close()
+    assert files() == before
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
