@@ -20,7 +20,7 @@ from llama_jax.checkpoint.arrays import FAULTS, load_items
 from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import CheckpointConfig
-from llama_jax.errors import Fault
+from llama_jax.errors import Fault, InputError
 from llama_jax.model.weights import Llama
 from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.console import print_status
@@ -66,9 +66,23 @@ class TrainingCheckpoints:
         if config:  # on several hosts, which may not see the same folder at the same time
             self._attempt = hosts.broadcast_decision(lambda: secrets.token_hex(8))
             self.steps = hosts.broadcast_decision(lambda: self.steps)
+            self._check_versions()
         self._thread = ThreadPoolExecutor(1, "save")
         self._saving: tuple[int, Future[None]] | None = None
         self._closing = threading.Event()
+
+    def _check_versions(self) -> None:
+        """Refuses the checkpoints of version 0.1, which would be taken for incomplete ones.
+
+        Raises:
+            InputError: the folder contains one.
+        """
+        names = [f"{step}/commit_success.txt" for step in self.incomplete]  # written by Orbax
+        if any(read_many(self.folder, names).values()):
+            raise InputError(
+                f"the checkpoints in {self.folder} were written by llama_jax 0.1: finish the run"
+                " with that version, or choose another training.out"
+            )
 
     def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
         """Copies the state to the host and saves it in the background.

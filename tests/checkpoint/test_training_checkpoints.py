@@ -112,6 +112,13 @@ def test_a_run_that_lost_its_folder_changes_no_checkpoint(saved, state):
     assert files() == before
 
 
+def test_checkpoints_of_version_0_1_are_not_taken_for_incomplete_ones(tmp_path):
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "commit_success.txt").write_text("Checkpoint commit was successful")
+    with pytest.raises(InputError, match=r"were written by llama_jax 0.1: finish the run"):
+        TrainingCheckpoints(tmp_path, CheckpointConfig())
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4), (1, 1, 1)])
 def test_a_checkpoint_restores_on_any_mesh_bit_for_bit(saved, state, shape):
     with jax.set_mesh(mesh_of(shape)):
