@@ -138,6 +138,10 @@ class TrainingCheckpoints:
             for name, content in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write_file(folder / name, content)
+            if hosts.is_multi_host():
+                write_file(folder / self._mark(0), b"")
+        else:  # host 0 would remove what another host has already written
+            self._wait_for(folder, [self._mark(0)])
         for item, parts in shards.items():
             stores = array_files.open_for_writing(folder / item, specs[item])
             array_files.write_shards(stores, parts)
@@ -155,16 +159,18 @@ class TrainingCheckpoints:
 
     def _commit(self, folder: AnyPath, content: dict[str, Any]) -> None:
         """Writes the manifest on host 0, once all hosts have stored their shards."""
-        count, me = hosts.count(), hosts.number()
-        done = [f"done/{self._attempt}-{host}" for host in range(1, count)]
-        if me:
-            write_file(folder / done[me - 1], b"")
+        if not hosts.is_host_zero():
+            write_file(folder / self._mark(hosts.number()), b"")
             self._wait_for(folder, [manifest.NAME])
             return
-        self._wait_for(folder, done)
+        self._wait_for(folder, [self._mark(host) for host in range(1, hosts.count())])
         self._check_owner()
         manifest.write_manifest(folder, content)
         remove_tree(folder / "done")
+
+    def _mark(self, host: int) -> str:
+        """Returns the file with which a host reports: host 0 has started, another host is done."""
+        return f"done/{self._attempt}-{host}"
 
     def _wait_for(self, folder: AnyPath, names: list[str]) -> None:
         pause = _POLL_SECONDS

@@ -23,7 +23,7 @@ from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.manifest import check_files, read_manifest, write_manifest
 from llama_jax.runtime.manifest import file_hash as hash_bytes
 from llama_jax.runtime.storage import AnyPath, parse_path, write_file
-from llama_jax.tokenizer.tokenizer import file_hash
+from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
 
 # This module doesn't import JAX: `llama-jax info` reads shards without it.
 
@@ -172,7 +172,7 @@ class TokenStream:
         self.meta = read_meta(self.folder)
         self.summary = self.meta["splits"][split]
         with classify_errors(self.folder):
-            check_files(self.folder, self.summary["files"])
+            check_files(self.folder, self.meta["files"] | self.summary["files"])
             self._check_shards()
             opening = [
                 ts.open(
@@ -248,6 +248,7 @@ class _Meta:
     tokenizer_sha256: str
     n_vocab: PositiveInt
     shard_tokens: PositiveInt
+    files: dict[str, str]  # of the tokenizer; SHA-256 by name
     splits: _SplitEntries
 
 
@@ -275,6 +276,7 @@ def write_meta(
         "n_vocab": n_vocab,
         "dtype": writers["train"].dtype,
         "shard_tokens": SHARD_TOKENS,
+        "files": {n: hash_bytes(data) for n, data in load_tokenizer(folder).files.items()},
         "splits": {split: writer.finish() for split, writer in writers.items()},
     }
     write_manifest(folder, meta, _META)
