@@ -8,6 +8,8 @@ from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
+from llama_jax.runtime.damage import Damaged
+from llama_jax.runtime.manifest import verified_manifest
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.training.metrics import read_metrics
@@ -19,8 +21,7 @@ def describe(folder: AnyPath) -> str:
     Raises:
         InputError: the folder is none of them, or its contents are damaged.
     """
-    if not folder.exists():
-        raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
+    check_exists(folder)
     if is_token_folder(folder):
         lines = _describe_tokens(folder)
     elif folders.is_run_folder(folder):
@@ -28,6 +29,12 @@ def describe(folder: AnyPath) -> str:
     else:
         lines = _describe_model_folder(folder)
     return "\n".join(lines)
+
+
+def check_exists(folder: AnyPath) -> None:
+    """Raises `InputError` if there is no such folder."""
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}: give a run, a model or token shards")
 
 
 def _describe_model(config: ModelConfig) -> list[str]:
@@ -85,7 +92,7 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> str:
 def _describe_run(folder: AnyPath) -> list[str]:
     config = folders.read_run_config(folder)
     records = read_metrics(folder / "metrics.jsonl")
-    steps, incomplete = folders.committed_steps(folder / "checkpoints")
+    steps, damaged, incomplete = _checkpoints(folder / "checkpoints")
     done = steps[-1] if steps else 0
     state = "finished" if done >= config.training.steps else "not finished: train resumes it"
     lines = [
@@ -97,6 +104,7 @@ def _describe_run(folder: AnyPath) -> list[str]:
         f"progress    {done} of {config.training.steps} steps saved ({state})",
         f"checkpoints {', '.join(map(str, steps)) or 'none'}",
     ]
+    lines += [f"damaged     {step} ({reason}; not used)" for step, reason in damaged.items()]
     if incomplete:
         lines.append(f"incomplete  {', '.join(map(str, incomplete))} (not used)")
     losses = [r for r in records if r.get("loss") is not None]
@@ -107,6 +115,21 @@ def _describe_run(folder: AnyPath) -> list[str]:
         last = validations[-1]
         lines.append(f"validation  {last['validation_loss']:.4f} after step {last['step']}")
     return lines
+
+
+def _checkpoints(folder: AnyPath) -> tuple[list[int], dict[int, str], list[int]]:
+    """Returns the steps of the complete, the damaged (with the reason) and the incomplete ones.
+
+    Only small files are verified here; `--verify` reads the arrays.
+    """
+    steps, incomplete = folders.committed_steps(folder)
+    damaged = dict[int, str]()
+    for step in steps:
+        try:
+            verified_manifest(folder / str(step))
+        except Damaged as error:
+            damaged[step] = error.reason
+    return [step for step in steps if step not in damaged], damaged, incomplete
 
 
 def _describe_tokens(folder: AnyPath) -> list[str]:

@@ -1,0 +1,149 @@
+"""Verifies every byte of a run's checkpoints, of a model folder or of token shards.
+
+Runs on the host, with bounded memory; uses no device.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from llama_jax.checkpoint import folders
+from llama_jax.data import shards
+from llama_jax.runtime import storage
+from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.damage import Damaged, classify_errors
+from llama_jax.runtime.manifest import verified_manifest
+from llama_jax.runtime.storage import AnyPath
+
+_BYTES_IN_FLIGHT = 1 << 28  # read at the same time, and not yet verified
+_ZARR = "/zarr.json"
+
+
+class Verdict(NamedTuple):
+    """The result for one folder.
+
+    Attributes:
+        name: 'step 4', or the path of the folder.
+        n_bytes: size of the arrays.
+        damage: how a file differs from the one that was written, or None.
+    """
+
+    name: str
+    n_bytes: int
+    damage: str | None
+
+
+def verify_folder(folder: AnyPath, progress: bool = True) -> list[Verdict]:
+    """Reads every byte of the arrays in a folder, and verifies its checksums.
+
+    Args:
+        folder: a run folder, a model folder or a folder of token shards.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        One verdict for each checkpoint of a run; otherwise one.
+
+    Raises:
+        InputError: the folder is none of these.
+        Fault: the machine could not read it.
+    """
+    if shards.is_token_folder(folder):
+        return [_verify(folder, str(folder), _token_arrays, progress)]
+    if not folders.is_run_folder(folder):
+        return [_verify(folder, str(folder), _model_arrays, progress)]
+    checkpoints = folder / "checkpoints"
+    steps, _ = folders.committed_steps(checkpoints)
+    return [
+        _verify(checkpoints / str(step), f"step {step}", _checkpoint_arrays, progress)
+        for step in steps
+    ]
+
+
+def _verify(
+    folder: AnyPath, name: str, list_arrays: Callable[[AnyPath], list[str]], progress: bool
+) -> Verdict:
+    size = 0
+    try:
+        arrays = _open(folder, list_arrays(folder))
+        size = sum(math.prod(array.shape) * array.dtype.numpy_dtype.itemsize for array in arrays)
+        title = f"verifying {name}"
+        with classify_errors(folder), byte_progress(title, size, progress) as advance:
+            for array in arrays:
+                _read_all(array, advance)
+    except Damaged as error:
+        return Verdict(name, size, error.reason)
+    return Verdict(name, size, None)
+
+
+def _checkpoint_arrays(folder: AnyPath) -> list[str]:
+    """Returns the arrays of a folder with a manifest, whose small files it verifies."""
+    return _arrays_among(verified_manifest(folder)["files"])
+
+
+def _model_arrays(folder: AnyPath) -> list[str]:
+    folders.read_model_config(folder)
+    return _checkpoint_arrays(folder)
+
+
+def _token_arrays(folder: AnyPath) -> list[str]:
+    names = list[str]()
+    for split in shards.read_meta(folder)["splits"]:
+        stream = shards.TokenStream(folder, split)  # verifies the small files
+        names += _arrays_among(stream.summary["files"]) if len(stream) else []
+    return names
+
+
+def _arrays_among(files: Iterable[str]) -> list[str]:
+    return [name.removesuffix(_ZARR) for name in files if name.endswith(_ZARR)]
+
+
+def _open(folder: AnyPath, names: Iterable[str]) -> list[Any]:
+    """Opens arrays by their names relative to a folder, all concurrently."""
+    import tensorstore as ts
+
+    with classify_errors(folder):
+        opening = [
+            ts.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": storage.kvstore_spec(folder / name),
+                    "fill_missing_data_reads": False,
+                },
+                read=True,
+                context=storage.context(),
+            )
+            for name in names
+        ]
+        return [array.result() for array in opening]
+
+
+def _read_all(array: Any, advance: Callable[[int], None]) -> None:
+    """Reads an array file by file. TensorStore verifies the checksum of each chunk."""
+    block = array.chunk_layout.write_chunk.shape or ()  # None for a scalar
+    itemsize = array.dtype.numpy_dtype.itemsize
+    limit = max(1, _BYTES_IN_FLIGHT // (math.prod(block) * itemsize))
+    starts = (range(0, n, size) for n, size in zip(array.shape, block, strict=True))
+    reads = deque[Any]()
+    for corner in itertools.product(*starts):
+        ends = (min(a + b, n) for a, b, n in zip(corner, block, array.shape, strict=True))
+        reads.append(array[tuple(map(slice, corner, ends))].read())
+        if len(reads) >= limit:
+            advance(reads.popleft().result().nbytes)
+    while reads:
+        advance(reads.popleft().result().nbytes)
+
+
+def describe_verdicts(folder: AnyPath, verdicts: Iterable[Verdict]) -> list[str]:
+    """Returns one line for each verdict, and one for incomplete checkpoints of a run."""
+    lines = [
+        f"{v.name}: damaged ({v.damage})"
+        if v.damage
+        else f"{v.name}: verified, {v.n_bytes:,} bytes"
+        for v in verdicts
+    ]
+    if folders.is_run_folder(folder):
+        _, incomplete = folders.committed_steps(folder / "checkpoints")
+        lines += [f"step {step}: incomplete (not used)" for step in incomplete]
+    return lines
