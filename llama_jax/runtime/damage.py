@@ -13,6 +13,7 @@ FAULTS: tuple[type[Exception], ...] = (OSError, MemoryError, ValueError)
 # TensorStore error begins with the name of its status, except for INVALID_ARGUMENT.
 _DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError)
 _STATUS = re.compile(r"(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION): |Error \w+ing ")
+_NOT_DAMAGE = "byte range .* was ignored by server"  # FAILED_PRECONDITION too, of a proxy
 
 
 class Damaged(InputError):
@@ -46,7 +47,9 @@ def classify_errors(where: Any, faults: tuple[type[Exception], ...] = FAULTS) ->
     except (InputError, Fault):
         raise
     except faults as error:
-        if isinstance(error, _DAMAGE) or _STATUS.match(str(error)):
+        text = str(error)
+        certain = _STATUS.match(text) and not re.search(_NOT_DAMAGE, text)
+        if isinstance(error, _DAMAGE) or certain:
             raise Damaged(where, root_cause(error)) from error
         raise Fault(
             f"{where} could not be read ({root_cause(error)}): its files may be intact; fix the"

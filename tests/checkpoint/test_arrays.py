@@ -65,6 +65,9 @@ FAULTS = [
     tensorstore_error("DEADLINE_EXCEEDED: Error reading: Connection timed out"),
     tensorstore_error("ABORTED: Error reading: Stale file handle"),
     tensorstore_error("UNAVAILABLE: Error reading: Connection refused"),
+    tensorstore_error(
+        "FAILED_PRECONDITION: Error reading: Requested byte range [-20, ?) was ignored by server"
+    ),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
 ]
 

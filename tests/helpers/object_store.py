@@ -7,6 +7,7 @@ and 503, drops connections and sends bodies slowly.
 import contextlib
 import http.client
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -90,7 +91,19 @@ def _proxy(port: int, faults: Faults) -> ThreadingHTTPServer:
             answer = upstream.getresponse()
             data = answer.read()
             upstream.close()
-            self.send_response(answer.status)
+            status, end = (
+                answer.status,
+                re.fullmatch(r"bytes=-(\d+)", self.headers.get("Range", "")),
+            )
+            if end and status == 200:  # Google's emulator ignores the range of an object's end
+                first = max(0, len(data) - int(end[1]))
+                headers = {"Content-Range": f"bytes {first}-{len(data) - 1}/{len(data)}"}
+                status, data = 206, data[first:]
+            else:
+                headers = {}
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             dropped = {"transfer-encoding", "content-length", "connection", "date", "server"}
             for name, value in answer.getheaders():
                 if name.lower() not in dropped:

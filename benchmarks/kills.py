@@ -1,0 +1,226 @@
+"""Kills runs that train into a faulty object store, and compares them with an undisturbed run.
+
+    python benchmarks/kills.py [--kills 50] [--processes 4] [--scheme gs]
+
+It needs moto, or the emulator of Google's store. The store adds 20 ms to each request,
+refuses 5% of them with 429 or 503, drops 2% of the connections in the middle of a response, and
+sends 2% of the bodies slowly. SIGKILL ends a run at a random moment after its step is compiled: in
+a step, in a save, or while old checkpoints are removed. The same command then resumes it. Each run
+that ends is compared with the undisturbed one: the loss of every step, every byte of its last
+checkpoint, and the names of all its objects. The exit code is 1 if anything differs.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+import numpy as np
+from object_store import Store, running_store
+
+from llama_jax.checkpoint.folders import committed_steps
+from llama_jax.config import yaml_file
+from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from llama_jax.data.tokenize import tokenize_corpus
+from llama_jax.runtime.storage import AnyPath, parse_path
+
+FAULTS = {"latency": 0.02, "refused": 0.05, "dropped": 0.02, "slow": 0.02}
+START_SECONDS = 300.0  # until the step is compiled, on a busy machine
+
+
+def make_config(tokens: AnyPath, folder: AnyPath, processes: int, steps: int) -> Config:
+    """Returns the configuration of a run of a tiny model."""
+    return Config(
+        model=ModelConfig(
+            dim=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=320,
+            context=64, dtype="float32", remat="none",
+        ),
+        mesh=MeshConfig(data=1, fsdp=processes, tensor=1),
+        data=DataConfig(mixture={str(tokens): 1.0}, batch_size=4, seq_len=16),
+        optimizer=OptimizerConfig(warmup_steps=4, peak_lr=1e-2),
+        training=TrainingConfig(out=str(folder), steps=steps, eval_every=0, eval_batches=1),
+        checkpoint=CheckpointConfig(every=10, keep=2),
+        logging=LoggingConfig(progress=False, tensorboard=False),
+    )  # fmt: skip
+
+
+def write_tokens(texts: Path, folder: AnyPath) -> None:
+    """Tokenizes random words into `folder`."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioukltnrs"), rng.integers(2, 8))) for _ in range(200)]
+    lines = (json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(60))
+    texts.write_text("\n".join(lines))
+    tokenize_corpus([str(texts)], folder, n_vocab=320, validation_fraction=0.1, progress=False)
+
+
+class Run:
+    """The processes of one run, from a start to its end or to a kill."""
+
+    def __init__(self, path: Path, processes: int, environment: dict[str, str]):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._errors = [path.with_suffix(f".err{i}") for i in range(processes)]
+        self._processes = []
+        for i, errors in enumerate(self._errors):
+            command = [sys.executable, "-m", "llama_jax", "train", str(path)]
+            if processes > 1:
+                command += ["--coordinator", f"127.0.0.1:{port}"]
+                command += ["--processes", str(processes), "--process", str(i)]
+            with errors.open("w") as err:
+                self._processes.append(
+                    subprocess.Popen(command, env=environment, stdout=err, stderr=err)
+                )
+
+    @property
+    def errors(self) -> str:
+        """Standard error of host 0 so far."""
+        return self._errors[0].read_text()
+
+    def wait_until_compiled(self) -> None:
+        """Waits until the first step is compiled, or the run has ended."""
+        deadline = time.monotonic() + START_SECONDS
+        while "compiled in" not in self.errors and self.is_running():
+            if time.monotonic() > deadline:
+                self.kill(range(len(self._processes)))
+                raise SystemExit(f"the run didn't start: {self.errors}")
+            time.sleep(0.05)
+
+    def is_running(self) -> bool:
+        """Returns whether all processes run."""
+        return all(process.poll() is None for process in self._processes)
+
+    def kill(self, hosts: range | list[int]) -> None:
+        """Kills hosts with SIGKILL and waits for all: the others end when they notice."""
+        for host in hosts:
+            self._processes[host].send_signal(signal.SIGKILL)
+        for process in self._processes:
+            process.wait(120)
+
+    def wait(self) -> None:
+        """Waits for the end of the run, which must succeed."""
+        for process in self._processes:
+            if process.wait(600):
+                raise SystemExit(f"the run failed: {self.errors}")
+
+
+def contents(folder: AnyPath, step: int) -> dict[str, bytes]:
+    """Returns the losses of a run, and each object of its last checkpoint."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    last = folder / "checkpoints" / str(step)
+    objects = {str(p.relative_to(last)): p for p in last.rglob("*") if p.is_file()}
+    found = {name: path.read_bytes() for name, path in objects.items()}
+    return found | {f"loss {n}": str(loss).encode() for n, loss in losses}
+
+
+def names(folder: AnyPath) -> set[str]:
+    """Returns the names of all objects of a run."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def kill_one_run(
+    path: Path, config: Config, environment: dict[str, str], kills: int, rng: random.Random
+) -> tuple[int, list[str]]:
+    """Runs to the end, with at most so many kills; returns their number, and wrong resumptions."""
+    processes, done, wrong = config.mesh.fsdp, 0, list[str]()
+    checkpoints = parse_path(config.training.out) / "checkpoints"
+    path.write_text(yaml_file.dump(config))
+    while True:
+        complete, incomplete = committed_steps(checkpoints)
+        run = Run(path, processes, environment)
+        run.wait_until_compiled()
+        if done < kills and run.is_running():
+            time.sleep(rng.uniform(0, 12))
+        resumed = f"resumes after step {complete[-1]} of" if complete else "has no checkpoint yet"
+        finished = bool(complete) and complete[-1] == config.training.steps
+        if not finished and resumed not in run.errors and (complete or done):
+            wrong.append(f"with {complete}, without {incomplete}: {run.errors}")
+        if "is damaged" in run.errors:
+            wrong.append(run.errors)
+        if done >= kills or not run.is_running():
+            run.wait()
+            return done, wrong
+        hosts = range(processes) if rng.random() < 0.5 else [rng.randrange(processes)]
+        run.kill(hosts)
+        done += 1
+        print(f"kill {done}: complete {complete}, incomplete {incomplete}", flush=True)
+
+
+@contextlib.contextmanager
+def faulty_store(scheme: str) -> Iterator[tuple[Store, dict[str, str]]]:
+    """Yields a store on this machine, and the environment of a process that uses it."""
+    with running_store(scheme) as store:
+        os.environ |= store.environment  # this process uses it too
+        yield store, os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def main() -> int:
+    """Prints the figures; returns 1 if anything differs."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1, choices=[1, 2, 4])
+    parser.add_argument("--scheme", default="s3", choices=["s3", "gs"])
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, killed, runs, wrong = random.Random(args.seed), 0, 0, list[str]()
+    with tempfile.TemporaryDirectory() as temporary, faulty_store(args.scheme) as (store, env):
+        env["JAX_COMPILATION_CACHE_DIR"] = f"{temporary}/compiled"
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        tokens = parse_path(store.url("tokens"))
+        write_tokens(Path(temporary, "texts.jsonl"), tokens)
+        undisturbed = make_config(tokens, parse_path(store.url("0")), args.processes, args.steps)
+        kill_one_run(Path(temporary, "0.yaml"), undisturbed, env, 0, rng)
+        vars(store.faults).update(FAULTS)
+        start = time.monotonic()
+        while killed < args.kills:
+            runs += 1
+            training = replace(undisturbed.training, out=store.url(str(runs)))
+            config = replace(undisturbed, training=training)
+            path = Path(temporary, f"{runs}.yaml")
+            n, found = kill_one_run(path, config, env, args.kills - killed, rng)
+            killed += n
+            wrong += found
+            folders = [parse_path(c.training.out) for c in (undisturbed, config)]
+            ours, theirs = (contents(folder, args.steps) for folder in folders)
+            different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+            left = names(folders[0]) ^ names(folders[1])
+            wrong += [f"run {runs}: {name} differs" for name in different]
+            wrong += [f"run {runs}: {name} is left behind or missing" for name in left]
+            print(f"run {runs}: {n} kills; {len(different)} differ, {len(left)} left", flush=True)
+        seconds = time.monotonic() - start
+    print(
+        f"{killed} kills of {args.processes} process(es), {runs} runs of {args.steps} steps on"
+        f" {args.scheme}, {seconds:.0f} s: {len(wrong)} wrong"
+    )
+    print("\n".join(wrong))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Runs in buckets, against stores on the loopback interface."""
+
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, mesh_of, peer, run, tiny_config
+from object_store import running_store
+
+from llama_jax.config import yaml_file
+from llama_jax.config.run import DataConfig
+from llama_jax.data import shards
+from llama_jax.data.batches import Batches
+from llama_jax.data.shards import EncodedSpan, SplitWriter
+from llama_jax.runtime import bucket_path
+from llama_jax.runtime.storage import parse_path, remove_tree
+from llama_jax.training.metrics import read_metrics
+
+N_TOKENS = 1 << 23  # in 256 chunks, so that most rows need a request
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def store(request):
+    for package in ("moto", "gcp_storage_emulator"):
+        peer(package)
+    with running_store(request.param) as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        bucket_path.open_bucket.cache_clear()
+        yield running
+
+
+@pytest.mark.slow
+def test_killed_runs_in_a_faulty_bucket_equal_an_undisturbed_run():
+    peer("moto")
+    command = [sys.executable, "benchmarks/kills.py", "--kills", "3", "--steps", "40"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills of 1 process(es)" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_step_never_waits_for_a_distant_bucket(store, token_folder):
+    folder = parse_path(store.url("long"))
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes((token_folder / "tokenizer.model").read_bytes())
+    writers = {split: SplitWriter(folder / split, 320) for split in ("train", "validation")}
+    ids = np.random.default_rng(0).integers(3, 320, N_TOKENS, np.int32)
+    for split, n in (("train", N_TOKENS), ("validation", 1000)):
+        writers[split].append(EncodedSpan(ids[:n], n, split, True, True))
+    shards.write_meta(folder, sources=["x"], tokenizer=tokenizer, n_vocab=320, writers=writers)
+    config = DataConfig(mixture={str(folder): 1.0}, batch_size=4, seq_len=1024)
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        data = Batches(config)
+        store.faults.requests.clear()
+        store.faults.latency = 0.05
+        ready, blocked = [], []
+        for step in range(20):
+            reads = data._ahead.get(step, {})
+            ready.append(len(reads) == 4 and all(read.done() for read in reads.values()))
+            start = time.monotonic()
+            data.train(step)
+            blocked.append(time.monotonic() - start)
+            time.sleep(0.2)  # the devices compute the step
+        store.faults.latency = 0.0
+    # The chunks were really fetched, each by its range of bytes, and none was fetched twice.
+    gets = [path for method, path in store.faults.requests if method == "GET"]
+    assert len([path for path in gets if "/c/" in path or "%2Fc%2F" in path]) > 20
+    assert ready[5:] == [True] * 15, (ready, blocked)
+    assert sum(blocked[5:]) < 0.5 * 0.2 * 15, blocked
+
+
+@pytest.mark.slow
+def test_a_bucket_contains_everything_from_texts_to_a_converted_model(
+    store, token_folder, tmp_path, capsys
+):
+    peer("s3fs" if store.scheme == "s3" else "gcsfs")
+    url = store.url
+    for i, path in enumerate(sorted(token_folder.parent.glob("*.txt"))):
+        parse_path(url(f"texts/{i:02d}.txt")).write_bytes(path.read_bytes())
+    options = ["--vocab-size", "320", "--validation-fraction", "0.1"]
+    code, out, err = run(capsys, "tokenize", url("texts"), "--out", url("tokens"), *options)
+    assert code == 0, err
+    assert f"{url('tokens')}/train: " in out
+
+    def train(out, data):
+        text = yaml_file.dump(tiny_config(out=str(out), steps=6, eval_every=0, eval_batches=1))
+        (tmp_path / "run.yaml").write_text(text.replace("nowhere:", f"{data}:"))
+        overrides = ["checkpoint.every=2", "logging.progress=false", "logging.tensorboard=false"]
+        code, _, err = run(capsys, "train", tmp_path / "run.yaml", *overrides)
+        assert code == 0, err
+        return err
+
+    train(url("run"), url("tokens"))
+    remove_tree(parse_path(url("run/checkpoints/6")))  # as if it had been killed
+    assert "resumes after step 4 of 6" in train(url("run"), url("tokens"))
+    train(tmp_path / "local", url("tokens"))
+    records = [
+        read_metrics(f / "metrics.jsonl") for f in (parse_path(url("run")), tmp_path / "local")
+    ]
+    ours, theirs = ([r["loss"] for r in found if "loss" in r] for found in records)
+    assert ours == theirs
+    for source, target in (("run", "model"), ("model", "hf")):
+        to = ["--to", "hf"] if target == "hf" else []
+        code, _, err = run(capsys, "convert", url(source), url(target), *to)
+        assert code == 0, err
+    texts = []
+    for folder in (url("run"), url("model"), tmp_path / "local"):
+        code, text, err = run(capsys, "generate", folder, "--prompt", "a", "--max-new-tokens", "8")
+        assert code == 0, err
+        texts.append(text)
+    assert texts[0] == texts[1] == texts[2]
+    for folder in ("run", "model", "tokens"):
+        code, out, err = run(capsys, "info", url(folder), "--verify")
+        assert code == 0, err
+        assert ": verified, " in out
+        assert run(capsys, "info", url(folder))[0] == 0
