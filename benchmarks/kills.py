@@ -196,14 +196,15 @@ def main() -> int:
         write_tokens(Path(temporary, "texts.jsonl"), tokens)
         undisturbed = make_config(tokens, parse_path(store.url("0")), args.processes, args.steps)
         kill_one_run(Path(temporary, "0.yaml"), undisturbed, env, 0, rng)
-        vars(store.faults).update(FAULTS)
         start = time.monotonic()
         while killed < args.kills:
             runs += 1
             training = replace(undisturbed.training, out=store.url(str(runs)))
             config = replace(undisturbed, training=training)
             path = Path(temporary, f"{runs}.yaml")
+            vars(store.faults).update(FAULTS)
             n, found = kill_one_run(path, config, env, args.kills - killed, rng)
+            vars(store.faults).update(dict.fromkeys(FAULTS, 0.0))
             killed += n
             wrong += found
             folders = [parse_path(c.training.out) for c in (undisturbed, config)]
