@@ -138,10 +138,6 @@ class TrainingCheckpoints:
             for name, content in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write_file(folder / name, content)
-            if hosts.is_multi_host():
-                write_file(folder / self._mark(0), b"")
-        else:  # host 0 would remove what another host has already written
-            self._wait_for(folder, [self._mark(0)])
         for item, parts in shards.items():
             stores = array_files.open_for_writing(folder / item, specs[item])
             array_files.write_shards(stores, parts)
@@ -169,7 +165,7 @@ class TrainingCheckpoints:
         remove_tree(folder / "done")
 
     def _mark(self, host: int) -> str:
-        """Returns the file with which a host reports: host 0 has started, another host is done."""
+        """Returns the file with which a host reports that its shards are stored."""
         return f"done/{self._attempt}-{host}"
 
     def _wait_for(self, folder: AnyPath, names: list[str]) -> None:

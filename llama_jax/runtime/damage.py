@@ -26,7 +26,8 @@ class Damaged(InputError):
 
     def __init__(self, where: Any, reason: str):
         super().__init__(
-            f"{where} is damaged or cut short ({reason}): replace it by a copy, or create it again"
+            f"{where} is damaged or cut short ({reason}): put a copy in its place, or create it"
+            " again"
         )
         self.reason = reason
 

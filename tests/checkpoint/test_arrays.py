@@ -174,6 +174,6 @@ def test_damage_is_reported_with_its_file_and_no_advice_to_delete_anything(
         restore(copy)
     message = str(raised.value)
     assert message.startswith(f"{copy / '7'} is damaged or cut short (")
-    assert message.endswith("replace it by a copy, or create it again")
+    assert message.endswith("put a copy in its place, or create it again")
     assert "remove" not in message
     assert capfd.readouterr().err == ""

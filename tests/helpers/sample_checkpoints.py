@@ -20,6 +20,7 @@ from llama_jax.convert.convert import convert
 from llama_jax.convert.formats import gguf as our_gguf
 from llama_jax.convert.formats import huggingface, llama2c, meta
 from llama_jax.convert.layout import AXES, Layout, weights
+from llama_jax.runtime.manifest import read_manifest, write_manifest
 from llama_jax.tokenizer.build import build_sentencepiece_model, infer_piece_types
 
 MODEL = tiny_model(n_heads=4, n_kv_heads=2, vocab_size=288, context=2048)
@@ -153,6 +154,10 @@ def write_all_formats(folder: Path) -> dict[str, Path]:
     convert_to(folder / "meta1", folder / "model")
     convert_to(folder / "meta1", folder / "export", to="hf")
     shutil.copytree(folder / "model/weights", folder / "run/checkpoints/3")
+    files = read_manifest(folder / "model")["files"]
+    weights = {n.removeprefix("weights/"): h for n, h in files.items() if n.startswith("weights/")}
+    content = {"format": 1, "step": 3, "data": [], "files": weights, "fingerprints": {}}
+    write_manifest(folder / "run/checkpoints/3", content)
     (folder / "run/config.yaml").write_text(yaml_file.dump(tiny_config(MODEL)))
     (folder / "other").mkdir()
     wide = replace(MODEL, dim=64, n_heads=8, n_kv_heads=4)
