@@ -5,6 +5,7 @@ alone determine the windows of a step's global batch. So the step is the only st
 number of hosts reads the same batches.
 """
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
@@ -21,13 +22,20 @@ READERS = 64  # rows that are read at the same time; a bucket takes 50 ms for ea
 
 
 class Batches:
-    """The batches of a run: `train(step)` and `validation(i)`, sharded over the current mesh."""
+    """The batches of a run: `train(step)` and `validation(i)`, sharded over the current mesh.
 
-    def __init__(self, config: DataConfig, micro_batches: int = 1):
+    Args:
+        config: the data.
+        micro_batches: number of micro-batches in a batch.
+        steps: of the run; no later batch is read ahead. Default: without end.
+    """
+
+    def __init__(self, config: DataConfig, micro_batches: int = 1, steps: int | None = None):
         import grain
 
         self.config = config
         self.micro_batches = micro_batches
+        self.steps = sys.maxsize if steps is None else steps
         folders = list(config.mixture)
         self.splits = {
             split: [TokenStream(folder, split) for folder in folders]
@@ -79,7 +87,7 @@ class Batches:
         A counts micro-batches, B the rows of one. Row r of micro-batch a is sample a·B + r of the
         step, so the micro-batches, concatenated in order, are the unsplit batch.
         """
-        for later in range(step, step + AHEAD):
+        for later in range(step, max(step + 1, min(step + AHEAD, self.steps))):
             self._read_ahead(later)
         rows = self._ahead.pop(step)
         self._ahead = {s: reads for s, reads in self._ahead.items() if s > step}

@@ -72,7 +72,7 @@ def run(config: Config) -> RunOutcome:
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, check_owner)
         newest = max(checkpoints.steps, default=None)
         hosts.broadcast_decision(lambda: prepare(config, folder, checkpoints.steps))
-        data = Batches(config.data, config.training.micro_batches)
+        data = Batches(config.data, config.training.micro_batches, config.training.steps)
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
         check_vocabulary(config, data)
         if newest is None:

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from sample_checkpoints import write_all_formats
 
+from llama_jax.checkpoint import model_folders
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.cli.main import main
@@ -234,10 +235,11 @@ def test_pythons_unpickler_runs_the_code_in_the_hostile_pickles(tmp_path):
 
 @pytest.mark.parametrize("to", ["orbax", "hf", "meta"])
 def test_a_full_disk_is_reported_and_leaves_nothing(intact, tmp_path, monkeypatch, to):
-    def full(self, data):
+    def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(model_folders, "write_file", full)
     with pytest.raises(Fault, match=r"can't write .*out/model: No space left on device$"):
         convert(intact["meta1"], tmp_path / "out/model", to=to, progress=False)
     assert list((tmp_path / "out").iterdir()) == []

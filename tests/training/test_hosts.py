@@ -34,7 +34,7 @@ from llama_jax.data import batches
 
 read = batches.Windows.__getitem__
 def recorded(self, index):
-    if "train" in str(self.tokens._tokens[0].filename):
+    if self.tokens.split == "train":
         print("window", index, flush=True)
     return read(self, index)
 batches.Windows.__getitem__ = recorded
@@ -60,14 +60,18 @@ sys.exit(cli.main(sys.argv[1:]))
 
 # The command line; on host 1 the second save finds a full disk.
 FULL = """
-import resource, sys
+import sys
 from llama_jax.cli import main as cli
+from llama_jax.checkpoint import array_files
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
+
+def write(*_):
+    raise OSError(27, "File too large")
 
 save = TrainingCheckpoints.save
 def full(checkpoints, progress, *state):
     if progress.step == 8:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        array_files.write_shards = write
     save(checkpoints, progress, *state)
 if sys.argv[-1] == "1":
     TrainingCheckpoints.save = full
