@@ -74,7 +74,7 @@ def test_a_changed_configuration_is_refused(shared_data, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     read_model_config(folder)
     (folder / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-6}))
-    with pytest.raises(InputError, match="norm_eps 1e-06, but the weights were converted with"):
+    with pytest.raises(InputError, match="norm_eps 1e-06, but the weights were written with 1e-05"):
         read_model_config(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "receipt.json").write_text("{")
