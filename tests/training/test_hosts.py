@@ -35,7 +35,8 @@ from llama_jax.data import batches
 read = batches.Windows.__getitem__
 def recorded(self, index):
     if self.tokens.split == "train":
-        print("window", index, flush=True)
+        sys.stdout.write(f"window {index}\\n")  # in one piece: several threads read
+        sys.stdout.flush()
     return read(self, index)
 batches.Windows.__getitem__ = recorded
 sys.exit(main(sys.argv[1:]))
