@@ -1,19 +1,29 @@
 """The configuration of a run: frozen dataclasses whose fields have descriptions."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llama_jax.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt
-from llama_jax.runtime.storage import check_path
+from llama_jax.runtime.storage import check_path, parse_path
 
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 StrictBool = Annotated[bool, Field(strict=True)]
 StoragePath = Annotated[str, AfterValidator(check_path)]
+
+
+def _check_local(path: str) -> str:
+    if not isinstance(parse_path(path), Path):
+        raise ValueError(f"{path} is a bucket: give a folder on a disk or RAM disk of each host")
+    return path
+
+
+LocalPath = Annotated[StoragePath, AfterValidator(_check_local)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,6 +158,17 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class LocalCheckpointConfig:
+    """The local checkpoints, which every host saves on its own disk or RAM disk."""
+
+    path: LocalPath = Field(
+        description="folder on a disk or RAM disk of each host, such as /dev/shm/llama_jax; it"
+        " needs space for three times the state of the host's devices"
+    )
+    every: PositiveInt = Field(default=50, description="steps between local checkpoints")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When checkpoints are saved, and which are retained."""
 
@@ -165,6 +186,11 @@ class CheckpointConfig:
         default="previous",
         description="what a run does when its newest checkpoint is damaged: resume from the one"
         " before it, or stop",
+    )
+    local: LocalCheckpointConfig | None = Field(
+        default=None,
+        description="checkpoints on each host's own disk, in addition to the shared ones; a run"
+        " resumes from the newest step that all hosts can restore; null: none",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llama_jax.checkpoint.local_checkpoints import LocalCheckpoints
 from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
@@ -71,7 +72,12 @@ def run(config: Config) -> RunOutcome:
     with lock_run_folder(folder) as check_owner, jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, check_owner)
         newest = max(checkpoints.steps, default=None)
-        hosts.broadcast_decision(lambda: prepare(config, folder, checkpoints.steps))
+        local, saved_steps = None, checkpoints.steps
+        if config.checkpoint.local:
+            last = config.training.steps
+            local = LocalCheckpoints(folder, config.checkpoint.local, newest or 0, last)
+            saved_steps = saved_steps + local.steps
+        hosts.broadcast_decision(lambda: prepare(config, folder, saved_steps))
         data = Batches(config.data, config.training.micro_batches, config.training.steps)
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
         check_vocabulary(config, data)
@@ -80,12 +86,18 @@ def run(config: Config) -> RunOutcome:
         if newest is not None and newest >= config.training.steps:
             print_status(f"{folder} is finished: {newest} steps are done, no step remains")
             return _outcome(folder, newest, data, finished=True)
-        state = TrainingState(config, data, checkpoints)
+        state = TrainingState(config, data, checkpoints, local)
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder))
         print_summary(config, data, mesh, state.step)
         step_function = _compile_step(config, data, state)
-        with _record_stop_signals() as stop, contextlib.closing(checkpoints):
-            finished = _train(config, folder, data, checkpoints, state, step_function, stop)
+        with (
+            _record_stop_signals() as stop,
+            contextlib.closing(checkpoints),
+            contextlib.closing(local) if local else contextlib.nullcontext(),
+        ):
+            finished = _train(config, folder, data, checkpoints, local, state, step_function, stop)
+        if finished and local:
+            local.remove()
         return _outcome(folder, state.step, data, finished)
 
 
@@ -105,6 +117,7 @@ def _train(
     folder: AnyPath,
     data: Batches,
     checkpoints: TrainingCheckpoints,
+    local: LocalCheckpoints | None,
     state: TrainingState,
     step_function: Any,
     stop: list[str],
@@ -136,8 +149,12 @@ def _train(
             pending = (state.step, metrics)
             validate = state.step == steps or is_due(state.step, config.training.eval_every)
             save = state.step == steps or is_due(state.step, config.checkpoint.every)
+            local_every = config.checkpoint.local.every if config.checkpoint.local else 0
+            save_local = is_due(state.step, local_every) and not save
             # After a skipped step, read each step's metrics at once: the run may have to stop.
-            if validate or save or report.skipped_in_a_row or state.step == first + 1:
+            # A checkpoint also needs the metrics up to its step in metrics.jsonl.
+            read_now = validate or save or save_local or state.step == first + 1
+            if read_now or report.skipped_in_a_row:
                 report.step(*pending)
                 pending = None
             if validate:
@@ -146,6 +163,9 @@ def _train(
                 checkpoints.save(
                     Progress(state.step, data.fingerprint), state.model, state.opt_state
                 )
+                report.upload()
+            elif local and save_local:
+                local.save(Progress(state.step, data.fingerprint), state.model, state.opt_state)
                 report.upload()
             if report.skipped_in_a_row >= config.training.max_skipped:
                 raise RunStopped(

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from llama_jax.checkpoint import model_folders
+from llama_jax.checkpoint.local_checkpoints import LocalCheckpoints
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
@@ -75,16 +76,26 @@ class TrainingState:
         config: of the run.
         data: of the run.
         checkpoints: of the run; the newest is restored. Without one the state is initialized.
+        local: checkpoints on the hosts' own disks, of later steps; preferred if they are usable.
 
     Raises:
         InputError: the checkpoint was trained on other data.
     """
 
-    def __init__(self, config: Config, data: Batches, checkpoints: TrainingCheckpoints):
+    def __init__(
+        self,
+        config: Config,
+        data: Batches,
+        checkpoints: TrainingCheckpoints,
+        local: LocalCheckpoints | None,
+    ):
         self.step = 0
-        if checkpoints.steps:
-            model, opt_state = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
-            progress, self.model, self.opt_state = checkpoints.restore_newest(model, opt_state)
+        like = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
+        restored = local.restore_newest(*like) if local else None
+        if restored is None and checkpoints.steps:
+            restored = checkpoints.restore_newest(*like)
+        if restored:
+            progress, self.model, self.opt_state = restored
             self.step = progress.step
             if progress.data != data.fingerprint:
                 raise InputError(
