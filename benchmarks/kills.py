@@ -28,7 +28,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import numpy as np
-from object_store import Store, running_store
+from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
+    Store,
+    running_store,
+)
 
 from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.config import yaml_file
@@ -131,14 +134,18 @@ def contents(folder: AnyPath, step: int) -> dict[str, bytes]:
     records = [json.loads(line) for line in lines]
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     last = folder / "checkpoints" / str(step)
-    objects = {str(p.relative_to(last)): p for p in last.rglob("*") if p.is_file()}
+    objects = {_name(p, last): p for p in last.rglob("*") if p.is_file()}
     found = {name: path.read_bytes() for name, path in objects.items()}
     return found | {f"loss {n}": str(loss).encode() for n, loss in losses}
 
 
 def names(folder: AnyPath) -> set[str]:
     """Returns the names of all objects of a run."""
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {_name(p, folder) for p in folder.rglob("*") if p.is_file()}
+
+
+def _name(path: AnyPath, folder: AnyPath) -> str:
+    return str(path).removeprefix(f"{folder}/")
 
 
 def kill_one_run(
