@@ -142,7 +142,8 @@ def test_the_recipes_for_pods_are_well_formed():
     kinds = Counter(kind for kind, _ in blocks)
     assert kinds == {"bash": 8, "yaml": 2, "dockerfile": 1}
     scripts = [block for kind, block in blocks if kind == "bash"]
-    (jobset,) = [yaml.safe_load(block) for kind, block in blocks if kind == "yaml"]
+    checkpoint, jobset = [yaml.safe_load(block) for kind, block in blocks if kind == "yaml"]
+    assert set(checkpoint["checkpoint"]) == {"every", "local"}
     pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     for script in [*scripts, *pod["containers"][0]["args"]]:
         checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
