@@ -139,7 +139,7 @@ class LocalCheckpoints:
         content = {
             **progress._asdict(),
             **self._layout,
-            "files": {name: manifest.file_hash(data) for name, data in files.items()},
+            "files": {name: manifest.hash_bytes(data) for name, data in files.items()},
             "fingerprints": fingerprint.to_text(computed),
         }
         manifest.write_manifest(folder, content)
@@ -271,7 +271,7 @@ def _print_on_this_host(text: str) -> None:
 
 
 def _digest(found: dict[str, Any]) -> str:
-    return manifest.file_hash(json.dumps(_content(found), sort_keys=True).encode())
+    return manifest.hash_bytes(json.dumps(_content(found), sort_keys=True).encode())
 
 
 def _fill(loaded: Any, like: dict[str, Any]) -> Any:

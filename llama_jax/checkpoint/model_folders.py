@@ -22,7 +22,7 @@ from llama_jax.errors import InputError
 from llama_jax.model.weights import Llama, UnstackedLlama, restore_layout
 from llama_jax.runtime import hosts
 from llama_jax.runtime.atomic_write import new_folder
-from llama_jax.runtime.manifest import file_hash, verified_manifest, write_manifest
+from llama_jax.runtime.manifest import hash_bytes, verified_manifest, write_manifest
 from llama_jax.runtime.storage import AnyPath, parse_path, write_file
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def manifest_of(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, An
 
     `config.json` is compared by its meaning, since users may change how a model is computed.
     """
-    hashes = {name: file_hash(data) for name, data in files.items() if name != "config.json"}
+    hashes = {name: hash_bytes(data) for name, data in files.items() if name != "config.json"}
     return {"format": 1, "config": dataclasses.asdict(config), "files": hashes}
 
 

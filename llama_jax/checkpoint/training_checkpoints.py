@@ -145,7 +145,7 @@ class TrainingCheckpoints:
         content = {
             "format": 1,
             **progress._asdict(),
-            "files": {name: manifest.file_hash(data) for name, data in files.items()},
+            "files": {name: manifest.hash_bytes(data) for name, data in files.items()},
             "fingerprints": fingerprint.to_text(computed),
         }
         self._commit(folder, content)

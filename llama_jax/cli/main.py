@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     args = _parse(argv)
-    # Orbax and asyncio log tracebacks of errors that are reported below in one sentence.
+    # asyncio and users of absl log tracebacks of errors that are reported below in one sentence.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:

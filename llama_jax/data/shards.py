@@ -20,8 +20,7 @@ from llama_jax.config.validation import first_problem
 from llama_jax.errors import InputError
 from llama_jax.runtime import storage
 from llama_jax.runtime.damage import Damaged, classify_errors
-from llama_jax.runtime.manifest import check_files, read_manifest, write_manifest
-from llama_jax.runtime.manifest import file_hash as hash_bytes
+from llama_jax.runtime.manifest import check_files, hash_bytes, read_manifest, write_manifest
 from llama_jax.runtime.storage import AnyPath, parse_path, write_file
 from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
 
@@ -67,7 +66,7 @@ def _zarr(length: int, shard: int, chunk: int, dtype: str) -> dict[str, Any]:
 
 
 def _array_metadata(length: int, dtype: str) -> dict[str, dict[str, Any]]:
-    """Returns the metadata of both arrays of a split of so many tokens."""
+    """Returns the metadata of both arrays of a split with `length` tokens."""
     return {
         "tokens": _zarr(length, SHARD_TOKENS, CHUNK_TOKENS, dtype),
         "starts": _zarr(-(-length // 8), SHARD_TOKENS // 8, CHUNK_TOKENS // 8, "uint8"),

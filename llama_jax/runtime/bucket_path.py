@@ -61,39 +61,32 @@ class BucketPath:
         return PurePosixPath(self.key)
 
     @property
-    def name(self) -> str:  # noqa: D102
+    def name(self) -> str:
         return self._pure.name
 
     @property
-    def stem(self) -> str:  # noqa: D102
+    def stem(self) -> str:
         return self._pure.stem
 
     @property
-    def suffix(self) -> str:  # noqa: D102
+    def suffix(self) -> str:
         return self._pure.suffix
 
     @property
-    def suffixes(self) -> list[str]:  # noqa: D102
-        return self._pure.suffixes
-
-    @property
-    def parent(self) -> "BucketPath":  # noqa: D102
+    def parent(self) -> "BucketPath":
         return BucketPath(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
-    def with_name(self, name: str) -> "BucketPath":  # noqa: D102
+    def with_name(self, name: str) -> "BucketPath":
         return self.parent / name
 
-    def absolute(self) -> "BucketPath":  # noqa: D102
+    def absolute(self) -> "BucketPath":
         return self
 
-    def resolve(self) -> "BucketPath":  # noqa: D102
+    def resolve(self) -> "BucketPath":
         return self
 
-    def relative_to(self, folder: "BucketPath") -> PurePosixPath:  # noqa: D102
+    def relative_to(self, folder: "BucketPath") -> PurePosixPath:
         return self._pure.relative_to(folder.key or ".")
-
-    def is_symlink(self) -> bool:  # noqa: D102
-        return False
 
     @cached_property
     def _store(self) -> Any:
@@ -122,16 +115,16 @@ class BucketPath:
         keys = (key.decode() for key in self._request(self._store.list(span)))
         return sorted(key for key in keys if key.startswith(prefix))  # emulators ignore the span
 
-    def exists(self) -> bool:  # noqa: D102
+    def exists(self) -> bool:
         return self.is_file() or self.is_dir()
 
-    def is_file(self) -> bool:  # noqa: D102
+    def is_file(self) -> bool:
         import tensorstore as ts
 
         alone = ts.KvStore.KeyRange(self.key, self.key + "\0")
         return bool(self.key) and self.key.encode() in self._request(self._store.list(alone))
 
-    def is_dir(self) -> bool:  # noqa: D102
+    def is_dir(self) -> bool:
         return bool(self._keys(f"{self.key}/" if self.key else ""))
 
     def iterdir(self) -> Iterator["BucketPath"]:
@@ -159,7 +152,7 @@ class BucketPath:
         folder = BucketPath(self.scheme, self.bucket, "/".join(names[:fixed]))
         return [path for path in folder.glob("/".join(names[fixed:])) if path.is_file()]
 
-    def rglob(self, pattern: str) -> Iterator["BucketPath"]:  # noqa: D102
+    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
         return self.glob(f"**/{pattern}")
 
     def read_bytes(self) -> bytes:
@@ -173,17 +166,17 @@ class BucketPath:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return found.value
 
-    def read_text(self, encoding: str = "utf-8") -> str:  # noqa: D102
+    def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> None:
         """Creates or replaces an object. Its readers see the old content or the new one."""
         self._request(self._store.write(self.key, data))
 
-    def write_text(self, text: str, encoding: str = "utf-8") -> None:  # noqa: D102
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
         self.write_bytes(text.encode(encoding))
 
-    def unlink(self, missing_ok: bool = True) -> None:  # noqa: D102
+    def unlink(self, missing_ok: bool = True) -> None:
         self._request(self._store.write(self.key, None))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:

@@ -19,8 +19,8 @@ _SEAL = b'"sha256": "%b"\n}\n'
 _SEALED = re.compile(rb'(.*)"sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 
 
-def file_hash(data: bytes) -> str:
-    """Returns the SHA-256 of a file's content, in hexadecimal."""
+def hash_bytes(data: bytes) -> str:
+    """Returns the SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -68,7 +68,7 @@ def check_files(folder: AnyPath, files: Mapping[str, str]) -> None:
     for name, data in read_many(folder, files).items():
         if data is None:
             raise Damaged(folder, f"{name} is missing")
-        if file_hash(data) != files[name]:
+        if hash_bytes(data) != files[name]:
             raise Damaged(folder, f"the checksum of {name} differs")
 
 

@@ -14,8 +14,7 @@ from llama_jax.errors import InputError
 
 # Largest file that is read at once. The largest tokenizers and indexes of models have 35 MB.
 MAX_BYTES = 64 << 20
-# Largest file of a checkpoint. Orbax packs small arrays into files of 2 GiB, and writes arrays in
-# parts of 16 MiB.
+# Largest file of a checkpoint: far above a chunk, which has at most 16 MiB.
 _MAX_PART = 4 << 30
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",

@@ -8,7 +8,7 @@ import pytest
 from llama_jax.cli.describe_folder import describe
 from llama_jax.convert.convert import convert
 from llama_jax.errors import InputError
-from llama_jax.runtime.manifest import file_hash, read_manifest, write_manifest
+from llama_jax.runtime.manifest import hash_bytes, read_manifest, write_manifest
 
 STRANGE_VALUES = ["-1", "1e400", "null", '"x"', "[]", "{}", '{"a": {}}', "[" * 100_000]
 
@@ -66,7 +66,7 @@ def reseal(path):
     elif path.name == "receipt.json":
         content = read_manifest(path.parent)
         content.pop("sha256")
-        content["files"][path.name] = file_hash(path.read_bytes())
+        content["files"][path.name] = hash_bytes(path.read_bytes())
         write_manifest(path.parent, content)
 
 
