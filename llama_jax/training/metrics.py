@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the peak for MFU."""
+"""The metrics of a run: metrics.jsonl, TensorBoard, Weights & Biases, and the MFU."""
 
 import contextlib
 import importlib.util
@@ -25,6 +25,17 @@ def peak_flops(config: LoggingConfig, device_kind: str) -> float | None:
         return config.peak_tflops * 1e12
     chip = chip_of(device_kind)
     return chip.bf16_tflops * 1e12 if chip else None
+
+
+def seconds_at_peak(config: Config, device_kind: str, devices: int) -> float | None:
+    """Returns the time of a step at the peak of the devices [s], or None if that is unknown.
+
+    The MFU of a step is this time divided by its own (PaLM, arXiv 2204.02311, appendix B).
+    """
+    peak = peak_flops(config.logging, device_kind)
+    data = config.data
+    flops = config.model.flops_per_token(data.seq_len) * data.batch_size * data.seq_len
+    return flops / (peak * devices) if peak else None
 
 
 def check_wandb_installed(config: LoggingConfig) -> None:

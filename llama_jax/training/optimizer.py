@@ -48,11 +48,16 @@ def _wsd(config: OptimizerConfig, steps: int, step: Any) -> jax.Array:
     return config.peak_lr * warmup * (1 - depth * jnp.sqrt(jnp.clip(x, 0.0, 1.0)))
 
 
+def clip_scale(config: OptimizerConfig, norm: jax.Array) -> jax.Array:
+    """Returns the factor that clips a gradient of this global norm to `clip_norm`."""
+    return jnp.minimum(1.0, config.clip_norm / norm)
+
+
 def adamw(config: OptimizerConfig) -> Any:
     """Returns an optax transformation: AdamW without clipping and learning rate.
 
-    The training step applies both: clipping needs the norm that the step reports, and the rate its
-    number.
+    The training step applies both: `clip_scale` needs the norm that the step reports, and
+    `learning_rate` its number.
     """
     return optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),

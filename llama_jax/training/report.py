@@ -12,7 +12,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.loss_figure import draw_losses
-from llama_jax.training.metrics import MetricsLog, peak_flops
+from llama_jax.training.metrics import MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
 from llama_jax.training.step import StepMetrics
 
@@ -39,10 +39,9 @@ class Report:
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
         self._dispatched = self._done = time.monotonic()
-        peak = peak_flops(config.logging, jax.devices()[0].device_kind)
-        self._peak = peak and peak * jax.device_count()
+        device = jax.devices()[0].device_kind
+        self._seconds_at_peak = seconds_at_peak(config, device, jax.device_count())
         self._tokens = config.data.batch_size * config.data.seq_len
-        self._flops = config.model.flops_per_token(config.data.seq_len) * self._tokens
 
     def record_dispatch(self) -> None:
         """Records the time at which the host dispatches a step."""
@@ -67,15 +66,15 @@ class Report:
             "tokens_seen": step * self._tokens,
             "skipped": int(skipped),
         }
-        if self._peak:
-            record["mfu"] = self._flops / seconds / self._peak
+        if self._seconds_at_peak:
+            record["mfu"] = self._seconds_at_peak / seconds
         logged = is_due(step, self.config.logging.every) or step == self.config.training.steps
         if self.log and logged:
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
         shown |= {"val": self._validation} if self._validation else {}
         shown |= {"tok/s": f"{record['tokens_per_second']:,.0f}"}
-        shown |= {"MFU": f"{record['mfu']:.1%}"} if self._peak else {}
+        shown |= {"MFU": f"{record['mfu']:.1%}"} if self._seconds_at_peak else {}
         shown |= {"skipped": str(self.skipped)} if self.skipped else {}
         self.progress.update(step, shown)
 

@@ -11,7 +11,7 @@ from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.model.weights import Llama
 from llama_jax.training.loss import loss_sums
-from llama_jax.training.optimizer import adamw, learning_rate
+from llama_jax.training.optimizer import adamw, clip_scale, learning_rate
 
 
 class StepMetrics(NamedTuple):
@@ -78,7 +78,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
-        clip = jnp.minimum(1.0, config.optimizer.clip_norm / norm)
+        clip = clip_scale(config.optimizer, norm)
         rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
         updates, new_state = adamw(config.optimizer).update(
             jax.tree.map(lambda g: g * clip, grads), opt_state, model
