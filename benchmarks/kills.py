@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import numpy as np
 from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
     Store,
-    running_store,
+    store_of_this_process,
 )
 
 from llama_jax.checkpoint.folders import committed_steps
@@ -179,8 +179,7 @@ def kill_one_run(
 @contextlib.contextmanager
 def faulty_store(scheme: str) -> Iterator[tuple[Store, dict[str, str]]]:
     """Yields a store on this machine, and the environment of a process that uses it."""
-    with running_store(scheme) as store:
-        os.environ |= store.environment  # this process uses it too
+    with store_of_this_process(scheme) as store:
         yield store, os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 

@@ -6,6 +6,7 @@ and 503, drops connections and sends bodies slowly.
 
 import contextlib
 import http.client
+import os
 import random
 import re
 import socket
@@ -18,6 +19,9 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
+
+from llama_jax.runtime import bucket_path
 
 BUCKET = "test-bucket"
 _COMMANDS = {
@@ -173,9 +177,29 @@ def running_store(scheme: str) -> Iterator[Store]:
         }  # fmt: skip
         yield Store(scheme, environment, faults)
         proxy.shutdown()
+        proxy.server_close()  # a client that still has the address is refused at once
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def store_of_this_process(scheme: str) -> Iterator[Store]:
+    """Runs a store as `running_store` does; the clients of this process use it meanwhile."""
+    with running_store(scheme) as store, mock.patch.dict(os.environ, store.environment):
+        _forget_clients()
+        yield store
+    _forget_clients()
+
+
+def _forget_clients() -> None:
+    """Clears the caches of clients, which have the address of the store from their start."""
+    bucket_path.open_bucket.cache_clear()
+    with contextlib.suppress(ImportError):
+        import fsspec
+
+        for scheme in _COMMANDS:
+            fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 def _create_bucket(scheme: str, port: int) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from conftest import peer
-from object_store import running_store
+from object_store import store_of_this_process
 
 from llama_jax.errors import InputError
-from llama_jax.runtime import bucket_path
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import parse_path, remove_tree
 
@@ -18,10 +17,7 @@ from llama_jax.runtime.storage import parse_path, remove_tree
 def store(request):
     for package in ("moto", "gcp_storage_emulator"):
         peer(package)
-    with running_store(request.param) as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        bucket_path.open_bucket.cache_clear()
+    with store_of_this_process(request.param) as running:
         yield running
 
 

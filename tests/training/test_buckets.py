@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, mesh_of, peer, run, tiny_config
-from object_store import running_store
+from object_store import store_of_this_process
 
 from llama_jax.config import yaml_file
 from llama_jax.config.run import DataConfig
 from llama_jax.data import shards
 from llama_jax.data.batches import Batches
 from llama_jax.data.shards import EncodedSpan, SplitWriter
-from llama_jax.runtime import bucket_path
 from llama_jax.runtime.storage import parse_path, remove_tree
 from llama_jax.training.metrics import read_metrics
 
@@ -27,10 +26,7 @@ N_TOKENS = 1 << 21  # in 64 chunks, so that most rows need a request
 def store():
     """S3; `tests/runtime/test_storage.py` also uses Google's emulator, which is too slow here."""
     peer("moto")
-    with running_store("s3") as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
-        bucket_path.open_bucket.cache_clear()
+    with store_of_this_process("s3") as running:
         yield running
 
 
