@@ -54,6 +54,14 @@ MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
 CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Frees the compiled programs of a test file: they would take gigabytes and, what ends a
+    process, more memory mappings than Linux allows one (65,530)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real models and reference results, next to a complete checkout."""
