@@ -23,6 +23,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 import numpy as np
 import pytest
+from chat_shards import write_packed_shards
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.model_folders import load_model, save_model
@@ -157,6 +158,22 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [str(folder / "*.txt")], out, n_vocab=320, validation_fraction=0.1, progress=False
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def chat_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 chats of random tokens in windows of 16, with `token_folder`'s tokenizer."""
+    folder = tmp_path_factory.mktemp("packed") / "chats"
+    write_packed_shards(folder, token_folder, "chats")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def preference_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 200 preferences of random tokens, as `chat_folder`."""
+    folder = tmp_path_factory.mktemp("packed") / "preferences"
+    write_packed_shards(folder, token_folder, "preferences")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Batches as a pure function of the step.
 
-A sample is a window of T+1 tokens at a fixed position of the token stream. The seed and the step
-alone determine the windows of a step's global batch. So the step is the only state to save, and any
-number of hosts reads the same batches.
+A sample is a window at a fixed position of the token stream. The seed and the step alone determine
+the windows of a step's global batch. So the step is the only state to save, and any number of hosts
+reads the same batches.
 """
 
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 
 from llama_jax.config.run import DataConfig
 from llama_jax.data.shards import TokenStream
-from llama_jax.data.windows import Batch, Windows
+from llama_jax.data.windows import Batch, open_windows
 from llama_jax.errors import InputError
 
 AHEAD = 4  # batches that are being read: from this step's to the third after it
@@ -41,7 +41,7 @@ class Batches:
             split: [TokenStream(folder, split) for folder in folders]
             for split in ("train", "validation")
         }
-        windows = [Windows(tokens, config) for tokens in self.splits["train"]]
+        windows = [open_windows(tokens, config) for tokens in self.splits["train"]]
         for folder, source in zip(folders, windows, strict=True):
             if not len(source):
                 raise InputError(
@@ -59,7 +59,7 @@ class Batches:
             if len(shuffled) == 1
             else grain.MapDataset.mix(shuffled, list(config.mixture.values()))
         )
-        self._held_out = [Windows(tokens, config) for tokens in self.splits["validation"]]
+        self._held_out = [open_windows(tokens, config) for tokens in self.splits["validation"]]
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._ahead = dict[int, dict[int, Future[Batch]]]()  # by step and row
 
@@ -77,9 +77,11 @@ class Batches:
     def unigram_entropy(self) -> float | None:
         """The unigram entropy of the held-out text [nats per token]; None if there is no text."""
         summaries = [tokens.summary for tokens in self.splits["validation"] if len(tokens)]
-        tokens = sum(summary["tokens"] for summary in summaries)
-        total = sum(summary["tokens"] * summary["unigram_entropy"] for summary in summaries)
-        return total / tokens if tokens else None
+        predicted = [summary.get("trained_tokens", summary["tokens"]) for summary in summaries]
+        total = sum(
+            n * summary["unigram_entropy"] for n, summary in zip(predicted, summaries, strict=True)
+        )
+        return total / sum(predicted) if sum(predicted) else None
 
     def train(self, step: int) -> Batch:
         """Returns the batch of step `step` (0 is the first): arrays [A, B, T].

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.data.shards import EncodedSpan, SplitWriter, write_meta
+from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
+from llama_jax.data.shards import write_meta
 from llama_jax.data.text_files import SPLITS, Document, find_files, read_documents, split_lines
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder

@@ -1,4 +1,4 @@
-"""Windows of T+1 tokens at fixed positions of a token stream."""
+"""Windows of training tokens at fixed positions of a token stream."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from llama_jax.config.run import DataConfig
 from llama_jax.data.shards import TokenStream
+from llama_jax.errors import InputError
 
 
 class Batch(NamedTuple):
@@ -53,3 +54,55 @@ class Windows:
         same_document = segments[1:] == segments[:-1]
         targets = np.where(same_document, tokens[1:], -1).astype(np.int32)
         return Batch(tokens[:-1], targets, positions[:-1], segments[:-1])
+
+
+class PackedWindows:
+    """Random access to the packed windows of T tokens of chats or preferences.
+
+    Raises:
+        InputError: the configuration asks for windows of another length, or for windows whose
+            examples are not separated.
+    """
+
+    def __init__(self, tokens: TokenStream, config: DataConfig):
+        T = tokens.meta["seq_len"]
+        if config.seq_len != T:
+            raise InputError(
+                f"{tokens.folder} contains windows of {T:,} tokens, but data.seq_len is"
+                f" {config.seq_len:,}: set it to {T}, or tokenize again with --seq-len"
+                f" {config.seq_len}"
+            )
+        if not config.isolate_documents:
+            raise InputError(
+                f"{tokens.folder} contains several {tokens.kind} in a window:"
+                " data.isolate_documents must be true"
+            )
+        self.tokens = tokens
+        self.count = len(tokens) // T
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Batch:
+        """Returns window `index` as a Batch of int32 arrays [T].
+
+        Each example (each side of a preference) is a segment; padding is the last segment. Targets
+        are trained tokens, or -1.
+        """
+        tokens, starts, trained = self.tokens.read_window(int(index))
+        T = len(tokens)
+        segments = np.cumsum(starts, dtype=np.int32)
+        positions = np.arange(T, dtype=np.int32)
+        positions -= np.maximum.accumulate(positions * starts)
+        targets = np.full(T, -1, np.int32)
+        targets[:-1] = np.where(trained[1:] & ~starts[1:], tokens[1:], -1)
+        return Batch(tokens, targets, positions, segments)
+
+
+def open_windows(tokens: TokenStream, config: DataConfig) -> Windows | PackedWindows:
+    """Returns the windows of a split.
+
+    Raises:
+        InputError: see `PackedWindows`.
+    """
+    return (Windows if tokens.kind == "text" else PackedWindows)(tokens, config)

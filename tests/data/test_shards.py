@@ -3,7 +3,7 @@ import ast
 import numpy as np
 from conftest import ROOT
 
-from llama_jax.data import shards, tokenize
+from llama_jax.data import shard_writer, tokenize
 from llama_jax.data.shards import TokenStream
 
 
@@ -13,8 +13,8 @@ def test_documents_continue_across_shards_of_a_bounded_size(tmp_path, monkeypatc
         (tmp_path / "texts" / f"{i:02d}.txt").write_text(f"line {i} of a text\n" * (1 + i % 7))
     sources, options = [str(tmp_path / "texts")], {"validation_fraction": 0.1, "progress": False}
     expected = tokenize.tokenize_corpus(sources, tmp_path / "one", n_vocab=290, **options)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 64)
-    monkeypatch.setattr(shards, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(shard_writer, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(shard_writer, "CHUNK_TOKENS", 16)
     model = tmp_path / "one" / "tokenizer.model"
     tokenize.tokenize_corpus(sources, tmp_path / "many", tokenizer=model, **options)
     one, many = (TokenStream(tmp_path / name, "train") for name in ("one", "many"))

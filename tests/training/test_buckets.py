@@ -15,7 +15,7 @@ from llama_jax.config import yaml_file
 from llama_jax.config.run import DataConfig
 from llama_jax.data import shards
 from llama_jax.data.batches import Batches
-from llama_jax.data.shards import EncodedSpan, SplitWriter
+from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
 from llama_jax.runtime.storage import parse_path, remove_tree
 from llama_jax.training.metrics import read_metrics
 

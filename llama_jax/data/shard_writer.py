@@ -1,0 +1,179 @@
+"""Writes the arrays of token shards; `shards` describes the format.
+
+The writer needs the memory of one shard, and knows neither the number of tokens nor that of
+documents in advance.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama_jax.runtime import storage
+from llama_jax.runtime.manifest import hash_bytes
+from llama_jax.runtime.storage import AnyPath, write_file
+
+SHARD_TOKENS = 1 << 25  # 64 MiB of uint16, in the memory of the writer
+CHUNK_TOKENS = 1 << 15  # 64 KiB of uint16; a window of 2,048 tokens is in one or two chunks
+
+
+class EncodedSpan(NamedTuple):
+    """The token ids of a span of a document."""
+
+    ids: np.ndarray
+    n_bytes: int  # of the span's UTF-8 text
+    split: str
+    first: bool  # whether the document starts with this span
+    last: bool  # whether the document ends with this span
+
+
+class PackedWindow(NamedTuple):
+    """Examples that fill a window of T tokens."""
+
+    tokens_T: np.ndarray
+    starts_T: np.ndarray  # bool: first tokens of segments
+    trained_T: np.ndarray  # bool: tokens that the model learns to predict
+    n_examples: int
+    n_tokens: int  # of the examples; padding follows
+    n_bytes: int  # of the examples' UTF-8 text
+
+
+def _zarr(length: int, shard: int, chunk: int, dtype: str) -> dict[str, Any]:
+    """Returns the metadata of a one-dimensional array in zarr's version 3."""
+
+    def grid(size: int) -> dict[str, Any]:
+        return {"name": "regular", "configuration": {"chunk_shape": [size]}}
+
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {"chunk_shape": [chunk], "codecs": checked, "index_codecs": checked},
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [length],
+        "data_type": dtype,
+        "chunk_grid": grid(shard),
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [sharding],
+        "fill_value": 0,
+    }
+
+
+class SplitWriter:
+    """Writes the tokens of one split, shard by shard.
+
+    Args:
+        folder: of the split.
+        n_vocab: number of tokens of the tokenizer.
+        seq_len: T of packed windows; None: the split contains documents.
+    """
+
+    def __init__(self, folder: AnyPath, n_vocab: int, seq_len: int | None = None):
+        import tensorstore as ts
+
+        self.folder = folder
+        self.seq_len = seq_len
+        self.dtype = "uint16" if n_vocab <= 1 << 16 else "uint32"
+        self.tokens = self.documents = self.bytes = 0
+        self.example_tokens = self.trained_tokens = self.max_segments = 0  # of packed windows
+        self.counts_V = np.zeros(n_vocab, np.int64)
+        self._bit_arrays = ["starts"] if seq_len is None else ["starts", "trained"]
+        self._hashes = [hashlib.sha256() for _ in ("tokens", *self._bit_arrays)]
+        # Columns that no shard contains yet: tokens, and a bool for each token and bit array.
+        self._pending = list[list[np.ndarray]]()
+        self._pending_tokens = 0
+        # The length is not known yet; `finish` writes it.
+        self._stores = [
+            ts.open(
+                {
+                    "driver": "zarr3",
+                    "kvstore": storage.kvstore_spec(folder / name),
+                    "metadata": metadata,
+                    "store_data_equal_to_fill_value": True,
+                },
+                open=True,
+                assume_metadata=True,
+                context=storage.context(),
+            ).result()
+            for name, metadata in self._metadata(1 << 50).items()
+        ]
+        self._writes = list[Any]()
+
+    def _metadata(self, length: int) -> dict[str, dict[str, Any]]:
+        """Returns the metadata of the arrays of a split with `length` tokens, by name."""
+        bits = _zarr(-(-length // 8), SHARD_TOKENS // 8, CHUNK_TOKENS // 8, "uint8")
+        tokens = _zarr(length, SHARD_TOKENS, CHUNK_TOKENS, self.dtype)
+        return {"tokens": tokens} | dict.fromkeys(self._bit_arrays, bits)
+
+    def append(self, span: EncodedSpan) -> None:
+        """Appends the tokens of a span; writes a shard after each SHARD_TOKENS tokens."""
+        # The begin token isn't counted: no position predicts it.
+        self.counts_V += np.bincount(span.ids[span.first :], minlength=len(self.counts_V))
+        self.bytes += span.n_bytes
+        self.documents += span.last
+        starts = np.zeros(len(span.ids), bool)
+        starts[:1] = span.first
+        self._append(span.ids, starts)
+
+    def append_window(self, window: PackedWindow) -> None:
+        """Appends a window; writes a shard after each SHARD_TOKENS tokens."""
+        trained = window.tokens_T[window.trained_T]
+        self.counts_V += np.bincount(trained, minlength=len(self.counts_V))
+        self.bytes += window.n_bytes
+        self.documents += window.n_examples
+        self.example_tokens += window.n_tokens
+        self.trained_tokens += len(trained)
+        self.max_segments = max(self.max_segments, int(window.starts_T.sum()))
+        self._append(window.tokens_T, window.starts_T, window.trained_T)
+
+    def _append(self, *columns: np.ndarray) -> None:
+        self._pending.append([*columns])
+        self._pending_tokens += len(columns[0])
+        while self._pending_tokens >= SHARD_TOKENS:
+            self._write(SHARD_TOKENS)
+
+    def _write(self, n: int) -> None:
+        """Writes `n` pending tokens; waits for the shard before, so that one is in memory."""
+        columns = [np.concatenate(parts) for parts in zip(*self._pending, strict=True)]
+        tokens, *bits = (column[:n] for column in columns)
+        arrays = [tokens.astype(self.dtype), *map(np.packbits, bits)]
+        for content, array in zip(self._hashes, arrays, strict=True):
+            content.update(array.data)
+        for write in self._writes:
+            write.result()
+        first = self.tokens
+        offsets = [first, *[first // 8] * len(bits)]
+        self._writes = [
+            store[offset : offset + len(array)].write(array)
+            for store, offset, array in zip(self._stores, offsets, arrays, strict=True)
+        ]
+        self.tokens += n
+        self._pending = [[column[n:] for column in columns]]
+        self._pending_tokens -= n
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the last shard and the metadata; returns the entry of the split in `meta.json`."""
+        if self._pending_tokens:
+            self._write(self._pending_tokens)
+        for write in self._writes:
+            write.result()
+        files = dict[str, str]()
+        for name, metadata in self._metadata(self.tokens).items():
+            data = json.dumps(metadata).encode()
+            write_file(self.folder / name / "zarr.json", data)
+            files[f"{self.folder.name}/{name}/zarr.json"] = hash_bytes(data)
+        share = self.counts_V[self.counts_V > 0] / max(1, self.counts_V.sum())
+        packed = {"example_tokens": self.example_tokens, "trained_tokens": self.trained_tokens}
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            # Nats per token: the best loss on this split for a model without context.
+            "unigram_entropy": math.fsum(-share * np.log(share)),
+            "sha256": [content.hexdigest() for content in self._hashes],
+            "files": files,
+        } | (packed if self.seq_len else {})
