@@ -24,8 +24,8 @@ def documents(path, fraction=0.0):
     ("name", "content"),
     [
         ("c4.json", C4),
-        ("c4.json.gz", gzip.compress(C4)),
-        ("dolma.json.gz", gzip.compress(DOLMA)),
+        ("c4.json.gz", gzip.compress(C4, mtime=0)),
+        ("dolma.json.gz", gzip.compress(DOLMA, mtime=0)),
         ("x.ndjson", C4),
         ("x.jsonl", C4),
         ("part-00000", C4),
