@@ -23,7 +23,7 @@ from llama_jax.checkpoint.training_checkpoints import Progress
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import LocalCheckpointConfig
 from llama_jax.errors import Fault
-from llama_jax.model.weights import Llama
+from llama_jax.model.lora import Trained
 from llama_jax.parallel.replicas import fill_from_replicas, have_all_shards
 from llama_jax.runtime import damage, hosts, manifest
 from llama_jax.runtime.console import print_status
@@ -95,14 +95,14 @@ class LocalCheckpoints:
         consistent = len({digests[host] for host in present}) == 1
         return present if consistent and have_all_shards(self._mesh, present) else []
 
-    def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
+    def save(self, progress: Progress, trained: Trained, opt_state: optax.OptState) -> None:
         """Copies this host's shards into its memory and stores them in the background.
 
         The arrays may be donated as soon as this returns. All hosts call this at the same step.
         After a failed save, such as to a full disk, this host stores no more local checkpoints.
         """
         self.wait()
-        items = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+        items = {"model": tree_to_dict(trained), "optimizer": tree_to_dict(opt_state)}
         computed = fingerprint.start_fingerprints(items)  # by all hosts, also by one that failed
         if self._failed:
             return
@@ -173,20 +173,20 @@ class LocalCheckpoints:
             self.folder.parent.rmdir()
 
     def restore_newest(
-        self, model: Llama, opt_state: optax.OptState
-    ) -> tuple[Progress, Llama, optax.OptState] | None:
+        self, trained: Trained, opt_state: optax.OptState
+    ) -> tuple[Progress, Trained, optax.OptState] | None:
         """Restores the newest of `steps` that is not damaged; None if there is none.
 
         A host without its part, or with a damaged one, gets it from a replica on another host.
 
         Args:
-            model: abstract, with the shardings of the result.
-            opt_state: as `model`.
+            trained: abstract, with the shardings of the result.
+            opt_state: as `trained`.
 
         Raises:
-            InputError: a checkpoint is of a model with other shapes.
+            InputError: a checkpoint is of other shapes.
         """
-        like = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+        like = {"model": tree_to_dict(trained), "optimizer": tree_to_dict(opt_state)}
         for step in reversed(self.steps):
             sources, loaded = self._load(step, like)
             if not sources:
@@ -208,7 +208,7 @@ class LocalCheckpoints:
                 + from_replicas
             )
             self._stored = sorted(s for s in self._manifests if s <= step)
-            restored = dict_to_tree(model, loaded["model"])
+            restored = dict_to_tree(trained, loaded["model"])
             return Progress(*progress), restored, dict_to_tree(opt_state, loaded["optimizer"])
         if self._newest:
             present = [str(self._newest) in found for found in self._found]
@@ -262,7 +262,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _content(found: dict[str, Any]) -> tuple[list[Any], dict[str, str]]:
     """Returns the parts of a manifest that are the same on all hosts."""
-    return [found[name] for name in Progress._fields], found["fingerprints"]
+    return [*Progress.of_manifest(found)], found["fingerprints"]
 
 
 def _print_on_this_host(text: str) -> None:

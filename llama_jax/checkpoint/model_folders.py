@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint import array_files
+from llama_jax.checkpoint import array_files, fingerprint
 from llama_jax.checkpoint.arrays import load_items
 from llama_jax.checkpoint.folders import committed_steps, is_run_folder, read_model_config
 from llama_jax.checkpoint.tree import abstract_model, dict_to_tree, tree_to_dict
@@ -45,6 +45,21 @@ def weights_location(folder: AnyPath) -> tuple[AnyPath, list[str]]:
     return where, [*verified_manifest(where)["files"]]
 
 
+def manifest_hash(folder: str | AnyPath) -> str:
+    """Returns the hash in the manifest of a model folder, or in that of a run's newest checkpoint.
+
+    It covers the fingerprints or the receipt of the weights, so other weights have another hash.
+
+    Raises:
+        Damaged: the files are not those that were written.
+        InputError: the folder contains no model, or the run has no checkpoint yet.
+    """
+    folder = parse_path(folder)
+    read_model_config(folder)
+    where, _ = weights_location(folder)
+    return verified_manifest(where if is_run_folder(folder) else folder)["sha256"]
+
+
 def save_model(
     folder: str | AnyPath,
     config: ModelConfig,
@@ -71,7 +86,7 @@ def save_model(
         weights["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     else:
         weights = tree_to_dict(model)
-    specs = array_files.array_specs(weights)
+    specs, hashes = array_files.array_specs(weights), fingerprint.fingerprints(weights)
     files = model_files(config, specs, tokenizer) if hosts.is_host_zero() else {}
     with contextlib.ExitStack() as stack:
 
@@ -85,7 +100,7 @@ def save_model(
         array_files.write_shards(stores, array_files.copy_shards(weights))
         hosts.check_equal_on_hosts({})  # all have written
         if hosts.is_host_zero():
-            write_manifest(partial, manifest_of(config, files))
+            write_manifest(partial, manifest_of(config, files) | {"fingerprints": hashes})
     hosts.broadcast_decision(lambda: None)  # all hosts return after host 0 has renamed the folder
 
 

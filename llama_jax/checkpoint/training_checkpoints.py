@@ -1,15 +1,16 @@
 """The checkpoints of a run: saved in the background, committed at once, verified when restored.
 
-`checkpoints/<step>/` contains the items `model` and `optimizer`, where <step> is the number of
-completed steps. An object store can't rename a folder, so `manifest.json` commits a checkpoint:
-host 0 writes it last, after every host has reported that its shards are stored. A folder without a
-manifest is incomplete, and no run resumes from it.
+`checkpoints/<step>/` contains the items `model` (all weights, or the low-rank pairs of a LoRA run)
+and `optimizer`, where <step> is the number of completed steps. An object store can't rename a
+folder, so `manifest.json` commits a checkpoint: host 0 writes it last, after every host has
+reported that its shards are stored. A folder without a manifest is incomplete, and no run resumes
+from it.
 """
 
 import contextlib
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.errors import Fault, InputError
-from llama_jax.model.weights import Llama
+from llama_jax.model.lora import Trained
 from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.damage import Damaged, root_cause
@@ -36,6 +37,12 @@ class Progress(NamedTuple):
 
     step: int  # completed steps; also the number of the next step
     data: list[str]  # fingerprint of the data
+    base: str | None = None  # of a LoRA run: `model_folders.manifest_hash` of its base
+
+    @classmethod
+    def of_manifest(cls, content: Mapping[str, Any]) -> "Progress":
+        """Returns the progress in the manifest of a checkpoint; one of version 0.1 has no base."""
+        return cls(content["step"], content["data"], content.get("base"))
 
 
 class TrainingCheckpoints:
@@ -84,7 +91,7 @@ class TrainingCheckpoints:
                 " with that version, or choose another training.out"
             )
 
-    def save(self, progress: Progress, model: Llama, opt_state: optax.OptState) -> None:
+    def save(self, progress: Progress, trained: Trained, opt_state: optax.OptState) -> None:
         """Copies the state to the host and saves it in the background.
 
         The arrays may be donated as soon as this returns. All hosts call this at the same step.
@@ -98,7 +105,7 @@ class TrainingCheckpoints:
         with self._explain_failure(progress.step):
             # Before any host writes: a removal would also remove the chunks of a faster host.
             hosts.broadcast_decision(lambda: self._remove_leftover(progress.step))
-            items = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+            items = {"model": tree_to_dict(trained), "optimizer": tree_to_dict(opt_state)}
             computed = fingerprint.start_fingerprints(items)
             specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
             files = array_files.metadata(specs) if hosts.is_host_zero() else {}
@@ -235,8 +242,8 @@ class TrainingCheckpoints:
             ) from error
 
     def restore_newest(
-        self, model: Llama, opt_state: optax.OptState
-    ) -> tuple[Progress, Llama, optax.OptState]:
+        self, trained: Trained, opt_state: optax.OptState
+    ) -> tuple[Progress, Trained, optax.OptState]:
         """Restores the newest checkpoint that is not damaged; prints the damaged ones.
 
         A damaged checkpoint stays where it is until the run saves its step again.
@@ -247,7 +254,7 @@ class TrainingCheckpoints:
         assert self._config
         for step in sorted(self.steps, reverse=True):
             try:
-                return self.restore(step, model, opt_state)
+                return self.restore(step, trained, opt_state)
             except Damaged as error:
                 if self._config.on_damage == "stop" or step == self.steps[0]:
                     raise
@@ -259,20 +266,20 @@ class TrainingCheckpoints:
         raise AssertionError("a run without a checkpoint has nothing to restore")
 
     def restore(
-        self, step: int, model: Llama, opt_state: optax.OptState
-    ) -> tuple[Progress, Llama, optax.OptState]:
-        """Returns the state saved at `step`, with the shardings of abstract `model`, `opt_state`.
+        self, step: int, trained: Trained, opt_state: optax.OptState
+    ) -> tuple[Progress, Trained, optax.OptState]:
+        """Returns the state saved at `step`, with the shardings of the abstract arguments.
 
         Every byte is verified: files and chunks by their checksums, the restored arrays by their
         fingerprints.
 
         Raises:
             Damaged: the stored files are not those that were written.
-            InputError: the checkpoint is of a model with other shapes.
+            InputError: the checkpoint is of other shapes.
             Fault: the machine could not read it.
         """
         where = self.folder / str(step)
-        wanted = {"model": tree_to_dict(model), "optimizer": tree_to_dict(opt_state)}
+        wanted = {"model": tree_to_dict(trained), "optimizer": tree_to_dict(opt_state)}
         damage, found, loaded = None, dict[str, Any](), dict[str, Any]()
         try:
             found = verified_manifest(where)
@@ -288,7 +295,7 @@ class TrainingCheckpoints:
             if restored[name] != saved:
                 raise Damaged(where, f"{name} is not the array that was saved")
         return (
-            Progress(found["step"], found["data"]),
-            dict_to_tree(model, loaded["model"]),
+            Progress.of_manifest(found),
+            dict_to_tree(trained, loaded["model"]),
             dict_to_tree(opt_state, loaded["optimizer"]),
         )

@@ -1,9 +1,15 @@
 """`llama-jax train`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from llama_jax.cli import generate
 from llama_jax.cli.arguments import add_config
+
+if TYPE_CHECKING:
+    from llama_jax.config.run import Config
+    from llama_jax.model.weights import Llama
+    from llama_jax.training import loop
 
 MANUAL = """\
 Train a model with a configuration file, or resume the run in its run folder.
@@ -59,8 +65,9 @@ def _train(args: argparse.Namespace) -> int:
     from llama_jax.runtime.console import print_status
     from llama_jax.training import loop
 
+    sample_chats = _chat_samples(config)
     try:
-        outcome = loop.run(config)
+        outcome = loop.run(config, sample_chats)
     except loop.RunStopped as error:
         print_status(f"llama-jax train: {error}")
         return 1
@@ -76,7 +83,7 @@ def _train(args: argparse.Namespace) -> int:
             f" held-out text {outcome.unigram_entropy:.3f}"
         )
     # No samples on several hosts: all of them would have to load the model and generate together.
-    prompts = () if hosts.is_multi_host() else config.logging.samples
+    prompts = () if sample_chats or hosts.is_multi_host() else config.logging.samples
     for i, prompt in enumerate(prompts):
         print(f"\n--- sample {i + 1} of {len(prompts)}: {prompt!r}")
         sampling = Sampling(temperature=0.7, top_p=0.95)
@@ -84,3 +91,38 @@ def _train(args: argparse.Namespace) -> int:
     print(f"\nlosses: {outcome.folder / 'loss.png'}")
     print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
     return 0
+
+
+def _chat_samples(config: "Config") -> "loop.Sample | None":
+    """Returns the function that answers `logging.samples` during a run on chats; otherwise None.
+
+    Raises:
+        InputError: a prompt doesn't fit the chat format or the context of the model.
+    """
+    from llama_jax.data.shards import read_meta
+    from llama_jax.inference.samples import continue_prompts
+    from llama_jax.inference.stream import check_prompt
+    from llama_jax.parallel.mesh import context_shards
+    from llama_jax.runtime import hosts
+    from llama_jax.runtime.console import print_status
+    from llama_jax.runtime.storage import parse_path
+    from llama_jax.tokenizer.tokenizer import load_tokenizer
+
+    prompts, folder = config.logging.samples, parse_path(next(iter(config.data.mixture)))
+    if not prompts or not folder.exists() or read_meta(folder)["kind"] == "text":
+        return None
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    for row in ids:
+        check_prompt(config.model, row, _SAMPLE_TOKENS)
+
+    def sample(model: "Llama", step: int) -> None:
+        if context_shards() > 1:
+            print_status("no samples: the mesh splits sequences")
+            return
+        texts = continue_prompts(config.model, model, tokenizer, ids, max_new_tokens=_SAMPLE_TOKENS)
+        for prompt, text in zip(prompts, texts, strict=True):
+            if hosts.is_host_zero():
+                print(f"\n--- step {step}: {prompt!r}\n{text}", flush=True)
+
+    return sample

@@ -1,5 +1,6 @@
 """ModelConfig: the architecture of a model, and how it is computed."""
 
+import math
 from dataclasses import fields
 from typing import Annotated, Literal
 
@@ -10,7 +11,9 @@ from pydantic.dataclasses import dataclass
 # functions, and refuses unknown keys.
 STRICT = ConfigDict(extra="forbid")
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+StrictBool = Annotated[bool, Field(strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -44,7 +47,7 @@ class Architecture:
     """The fields that define a model: with another value of any of them it is another model.
 
     One letter names a dimension everywhere: B batch, T query positions, S key positions, L layers,
-    V vocabulary, D width, N query heads, K key/value heads, H head size, F FFN hidden.
+    V vocabulary, D width, N query heads, K key/value heads, H head size, F FFN hidden, R LoRA rank.
     """
 
     dim: PositiveInt = Field(description="D, width of the residual stream")
@@ -70,7 +73,8 @@ class Architecture:
     quantized: Literal["none", "int8"] = Field(
         default="none",
         description="storage of the matrices: none (as param_dtype), or int8 with a scale for each"
-        " output channel, for inference only; param_dtype is then the type of the norms",
+        " output channel, for inference and for the frozen base of `lora`; param_dtype is then the"
+        " type of the norms",
     )
 
     @model_validator(mode="after")
@@ -94,6 +98,10 @@ class Architecture:
         }
         return tuple(size[letter] for letter in dims)
 
+    def count(self, dims: str) -> int:
+        """Returns the number of elements of an array with the axes `dims`: 'NH' -> N·H."""
+        return math.prod(self.shape(dims))
+
     def differences(self, other: "Architecture") -> list[str]:
         """Returns the names of the fields that make `other` a different model."""
         names = [field.name for field in fields(Architecture)]
@@ -107,16 +115,16 @@ class Architecture:
         ends = 1 if self.tied_head else 2
         return self.n_layers * block + ends * self.vocab_size * self.dim + self.dim
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int, *, frozen: bool = False) -> float:
         """Returns the model FLOPs of training on one token: forward and backward, no recompute.
 
-        6 for each weight of a matrix product (the embedding look-up is not one), and the causal
-        half of attention's scores and values: 6·L·N·H·T. LLaMA's paper and most MFU figures use
-        this count.
+        6 for each weight of a matrix product (the embedding look-up is not one), or 4 if the
+        weights are frozen, and the causal half of attention's scores and values: 6·L·N·H·T. LLaMA's
+        paper and most MFU figures use this count.
         """
         weights = self.n_params - (0 if self.tied_head else self.vocab_size * self.dim)
         attention = 6 * self.n_layers * self.n_heads * self.head_dim * seq_len
-        return 6.0 * weights + attention
+        return (4.0 if frozen else 6.0) * weights + attention
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,8 +136,8 @@ class ComputeConfig:
     )
     param_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="type of the stored weights; training needs float32 (released LLaMA weights are"
-        " float16 or bfloat16)",
+        description="type of the stored weights; training needs float32, except for the frozen base"
+        " of `lora` (released LLaMA weights are float16 or bfloat16)",
     )
     cache_dtype: Literal["same", "int8"] = Field(
         default="same",

@@ -7,13 +7,19 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from llama_jax.config.model import STRICT, ModelConfig, PositiveFloat, PositiveInt
+from llama_jax.config.lora import LoraConfig
+from llama_jax.config.model import (
+    STRICT,
+    ModelConfig,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StrictBool,
+)
 from llama_jax.runtime.storage import check_path, parse_path
 
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-StrictBool = Annotated[bool, Field(strict=True)]
 StoragePath = Annotated[str, AfterValidator(check_path)]
 
 
@@ -133,7 +139,7 @@ class TrainingConfig:
     init_from: StoragePath | None = Field(
         default=None,
         description="model folder or run folder with the initial weights, used until the run has a"
-        " checkpoint; null: random weights",
+        " checkpoint (with `lora` always: its weights are the frozen base); null: random weights",
     )
     steps: PositiveInt = Field(description="optimizer steps of the complete run")
     micro_batches: PositiveInt = Field(
@@ -209,7 +215,9 @@ class LoggingConfig:
         description="peak of one device, for MFU [TFLOP/s]; null: from the table of known devices",
     )
     samples: tuple[str, ...] = Field(
-        default=(), description="prompts that the trained model continues at the end of the run"
+        default=(),
+        description="prompts that the model continues at the end of the run; on data of chats,"
+        " messages of a user that it answers after each validation",
     )
 
 
@@ -230,9 +238,22 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = Field(
+        default=None,
+        description="train low-rank pairs beside the frozen weights of training.init_from; null:"
+        " train all weights",
+    )
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of training on one token (`ModelConfig.flops_per_token`), of pairs too."""
+        if self.lora is None:
+            return self.model.flops_per_token(self.data.seq_len)
+        frozen = self.model.flops_per_token(self.data.seq_len, frozen=True)
+        return frozen + 6.0 * self.lora.n_params(self.model)
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
@@ -252,15 +273,20 @@ class Config:
                 f"optimizer.decay_steps ({decay}) is larger than training.steps"
                 f" ({self.training.steps}) minus optimizer.warmup_steps ({warmup})"
             )
-        if self.model.param_dtype != "float32":
+        if self.lora:
+            if self.training.init_from is None:
+                raise ValueError("lora needs training.init_from, the model that the pairs adapt")
+            self.lora.check_rank(self.model)
+        elif self.model.param_dtype != "float32":
             raise ValueError(
-                f"model.param_dtype {self.model.param_dtype} is for inference only (small updates"
-                " round to zero): set float32; model.dtype sets the type of the computation"
+                f"model.param_dtype {self.model.param_dtype} is only for inference and for the"
+                " frozen base of lora (small updates round to zero): set float32; model.dtype sets"
+                " the type of the computation"
             )
-        if self.model.quantized != "none":
+        elif self.model.quantized != "none":
             raise ValueError(
-                f"model.quantized {self.model.quantized} is for inference only (integers have no"
-                " gradient): omit it"
+                f"model.quantized {self.model.quantized} is only for inference and for the frozen"
+                " base of lora (integers have no gradient): omit it, or set lora"
             )
         if not self.data.mixture:
             raise ValueError("data.mixture must name at least one folder of token shards")

@@ -165,10 +165,9 @@ class _Document:
         if problem.is_unknown:
             section = ".".join(problem.path[:-1])
             siblings = [key for key in KEYS if key.rpartition(".")[0] == section]
-            hint = _suggest_section(problem.path[-1]) or _suggest_nearest(
-                problem.key, siblings or SECTIONS
-            )
-            return f"{sentence}; {hint or 'known are ' + ', '.join(siblings or SECTIONS)}"
+            valid = siblings if section and siblings else SECTIONS
+            hint = _suggest_section(problem.path[-1]) or _suggest_nearest(problem.key, valid)
+            return f"{sentence}; {hint or 'known are ' + ', '.join(valid)}"
         if problem.is_missing:
             known = KEYS.get(problem.key)
             return f"{sentence} ({known.description if known else 'a section'}); add it"

@@ -1,7 +1,7 @@
 """Products of activations and weights: gathers the weights, reduces their gradients over the mesh.
 
-`matmul` is the one function for every kind of weight: an nnx.Param, or for inference an
-`Int8Matrix` or a `Transposed`, which have no gradient.
+`matmul` is the one function for every kind of weight: an nnx.Param; an `Int8Matrix` or a
+`Transposed`, which have no gradient; or an `Adapted`, one of these with a low-rank pair.
 """
 
 import math
@@ -21,8 +21,14 @@ from llama_jax.model.linear_cpu import (
     einsum_in_given_order,
     einsum_transposed,
 )
+from llama_jax.model.lora import Adapted, low_rank_dims
 from llama_jax.model.quantize import Int8Matrix, output_dims
-from llama_jax.parallel.collectives import gather_weight, sum_gradient, vocab_shard_start
+from llama_jax.parallel.collectives import (
+    gather_weight,
+    shard_sequence,
+    sum_gradient,
+    vocab_shard_start,
+)
 from llama_jax.parallel.mesh import is_single_device, platform, vocab_shards
 from llama_jax.parallel.sharding import activation_spec, weight_spec
 
@@ -73,7 +79,7 @@ _einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def matmul(
-    config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param | Int8Matrix
+    config: ModelConfig, equation: str, x: jax.Array, w: nnx.Param | Int8Matrix | Adapted
 ) -> jax.Array:
     """Returns the einsum of an activation and a weight, in the activation's dtype.
 
@@ -81,6 +87,8 @@ def matmul(
     is cast before it is gathered over `fsdp`, so that it is gathered in the compute dtype; its
     gradient is reduced in `config.reduce_dtype`.
     """
+    if isinstance(w, Adapted):
+        return matmul(config, equation, x, w.base) + _low_rank_product(config, equation, x, w)
     if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16 and platform() != "gpu":
         # XLA computes a product with one row on the vector unit, with two on the matrix unit.
         return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
@@ -92,6 +100,27 @@ def matmul(
     return product
 
 
+@jax.named_scope("lora")
+def _low_rank_product(config: ModelConfig, equation: str, x: jax.Array, w: Adapted) -> jax.Array:
+    """Returns s·(xA)B, with dropout on the input of A (LoRA, arXiv 2106.09685)."""
+    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
+    a_dims, b_dims = low_rank_dims(w_dims)
+    r_dims = f"{x_dims[:2]}R"
+    if w.key is not None:
+        retained = _random_mask(w.key, 1 - w.dropout, x.shape, x_dims)
+        x = jnp.where(retained, x / (1 - w.dropout), 0)
+    h = matmul(config, f"{x_dims},{a_dims}->{r_dims}", x, w.a)
+    return matmul(config, f"{r_dims},{b_dims}->{y_dims}", w.scale * h, w.b)
+
+
+def _random_mask(key: jax.Array, p: float, shape: tuple[int, ...], x_dims: str) -> jax.Array:
+    """Returns a random mask of activations, True with probability `p`; the same on every mesh."""
+    text_dims = x_dims.replace("T", "S")  # S: complete sequences
+    mask = jax.random.bernoulli(key, p, shape, out_sharding=activation_spec(text_dims))
+    return shard_sequence(mask, x_dims)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
     """Returns the einsum with the int8 values, multiplied by the scale of each output channel.
 
@@ -99,8 +128,7 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
     the compute dtype in the product.
     """
     w_dims, y_dims = equation.split(",")[1].split("->")
-    values = jax.reshard(w.values[...], activation_spec(w_dims))
-    scale = jax.reshard(w.scale[...], activation_spec(output_dims(w_dims)))
+    values, scale = _gather_int8(w, w_dims)
     if platform() == "cpu" and is_single_device() and math.prod(x.shape[:2]) <= FEW_ROWS:
         y = einsum_in_blocks(equation, x, values)
     else:
@@ -108,6 +136,31 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
             equation, x, values.astype(x.dtype), activation_spec(y_dims), jnp.float32
         )
     return (y * scale).astype(x.dtype)
+
+
+def _gather_int8(w: Int8Matrix, dims: str) -> tuple[jax.Array, jax.Array]:
+    values = jax.reshard(w.values[...], activation_spec(dims))
+    return values, jax.reshard(w.scale[...], activation_spec(output_dims(dims)))
+
+
+def _int8_forward(equation: str, x: jax.Array, w: Int8Matrix):
+    return _int8_product(equation, x, w), w
+
+
+def _int8_backward(equation: str, w: Int8Matrix, dy: jax.Array):
+    """Returns the gradient of the activation: that of the matrix would be none."""
+    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
+    values, scale = _gather_int8(w, w_dims)
+    dx = einsum_in_given_order(
+        f"{y_dims},{w_dims}->{x_dims}",
+        (dy * scale).astype(dy.dtype),
+        values.astype(dy.dtype),
+        activation_spec(x_dims),
+    )
+    return dx, None
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)
 
 
 @jax.named_scope("tok_embeddings")

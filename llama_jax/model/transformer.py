@@ -13,7 +13,7 @@ One letter names a dimension, in suffixes, in einsum equations and in the shardi
     B  batch                  L  layers             N  query heads
     T  query positions        V  vocabulary         K  key/value heads
     S  key positions          D  width              H  head size
-                              F  feed-forward size
+    R  LoRA rank              F  feed-forward size
 
 Weights have Meta's names and the axes [in…, out…]. Papers: LLaMA (arXiv 2302.13971), rotary
 embeddings (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from llama_jax.parallel.mesh import context_shards, divisors, platform, vocab_shards
 from llama_jax.parallel.sharding import BATCH_AXES, WEIGHT_AXES, activation_spec
@@ -37,13 +36,13 @@ def to_balanced_order(sequence: np.ndarray) -> np.ndarray:
     return sequence.reshape(2 * context_shards(), -1)[_balanced_order()].reshape(-1)
 
 
-def shard_sequence(x_BT: jax.Array) -> jax.Array:
-    """Returns rows [B, T] in balanced order, sharded as `activation_spec("BT")`."""
+def shard_sequence(x: jax.Array, dims: str = "BT") -> jax.Array:
+    """Returns rows [B, T, …] in balanced order, sharded as `activation_spec(dims)`."""
     if context_shards() == 1:
-        return jax.reshard(x_BT, activation_spec("BT"))
-    x_BT = jax.reshard(x_BT, P(BATCH_AXES, None))
-    order = to_balanced_order(np.arange(x_BT.shape[1]))
-    return jax.reshard(x_BT[:, order], activation_spec("BT"))
+        return jax.reshard(x, activation_spec(dims))
+    x = jax.reshard(x, activation_spec(dims.replace("T", "S")))  # S: complete sequences
+    order = to_balanced_order(np.arange(x.shape[1]))
+    return jax.reshard(x[:, order], activation_spec(dims))
 
 
 def local_sequence_shard(x: jax.Array, axis: int) -> jax.Array:
@@ -91,18 +90,20 @@ def sum_gradient(gradient: jax.Array, dims: str, dtype: str) -> jax.Array:
     """Returns this device's shard of a weight's gradient, summed over the tokens of all devices.
 
     For use in `jax.shard_map`. `gradient` has the terms of this device's tokens; the devices
-    exchange it in `dtype`. The sum over `fsdp` is a reduce-scatter; only the shard that it leaves
-    is all-reduced over the other axes.
+    exchange it in `dtype`. The sum over `fsdp` is a reduce-scatter if that axis splits the weight;
+    only the shard that it leaves is all-reduced over the other axes.
     """
     sizes, result_dtype = jax.sharding.get_abstract_mesh().shape, gradient.dtype
-    gradient = gradient.astype(dtype)
-    if sizes["fsdp"] > 1:
-        axis = [WEIGHT_AXES[letter] for letter in dims].index("fsdp")
+    gradient, axes = gradient.astype(dtype), [WEIGHT_AXES[letter] for letter in dims]
+    if sizes["fsdp"] > 1 and "fsdp" in axes:
+        axis = axes.index("fsdp")
         for groups in _scatter_groups(sizes["fsdp"], gradient.shape[axis]):
             gradient = jax.lax.psum_scatter(
                 gradient, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=groups
             )
-    others = tuple(axis for axis in ("data", "context") if sizes[axis] > 1)
+    others = tuple(
+        axis for axis in ("data", "fsdp", "context") if sizes[axis] > 1 and axis not in axes
+    )
     return (jax.lax.psum(gradient, others) if others else gradient).astype(result_dtype)
 
 

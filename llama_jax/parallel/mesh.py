@@ -181,6 +181,12 @@ def context_shards() -> int:
     return jax.sharding.get_abstract_mesh().shape["context"]
 
 
+def batch_shards() -> int:
+    """Returns the number of shards of a batch on the current mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in BATCH_AXES)
+
+
 def head_shards() -> int:
     """Returns the number of shards of the heads on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["N"]]

@@ -22,6 +22,7 @@ WEIGHT_AXES = {
     "K": "tensor",
     "H": None,
     "F": "tensor",
+    "R": None,
 }
 # Every array that a forward pass computes: activations, gathered weights, the KV cache.
 # A: micro-batches of gradient accumulation. G: query heads that share a key/value head.
@@ -38,6 +39,7 @@ ACTIVATION_AXES = {
     "G": None,
     "H": None,
     "F": "tensor",
+    "R": None,
 }
 
 

@@ -52,7 +52,9 @@ def estimate_memory(config: Config) -> float:
     NH, KH = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     parts = mesh.fsdp * mesh.tensor
     accumulated = 4 if config.training.micro_batches > 1 else 0
-    state = model.n_params * (4 + 4 + 8 + accumulated) / parts  # weights, gradients, moments
+    trained = config.lora.n_params(model) if config.lora else model.n_params
+    state = trained * (4 + 4 + 8 + accumulated) / parts  # weights, gradients, moments
+    state += _frozen_bytes(config) * model.n_params / parts
     tokens = config.data.batch_size * config.data.seq_len / config.training.micro_batches
     tokens /= mesh.data * mesh.fsdp * mesh.context
     # Numbers saved per token and layer, in addition to the layer's input (D), which 'offload' moves
@@ -65,24 +67,37 @@ def estimate_memory(config: Config) -> float:
     working = 3 * (D + saved["none"] / mesh.tensor)
     activations = tokens * size * (L * (D + per_chip) + working)
     gathered = 2 * size * model.n_params / L / mesh.tensor
-    head = model.vocab_size * D * (size + 4 + 4) / mesh.tensor
+    head_gradients = 4 if config.lora else 4 + 4
+    head = model.vocab_size * D * (size + head_gradients) / mesh.tensor
     return state + activations + gathered + head
+
+
+def _frozen_bytes(config: Config) -> int:
+    """Returns the bytes of a frozen weight of a LoRA run; 0 if all weights are trained."""
+    if config.lora is None:
+        return 0
+    if config.model.quantized == "int8":
+        return 1
+    return 4 if config.model.param_dtype == "float32" else 2
 
 
 def estimate_seconds(config: Config, pod: Pod) -> float:
     """Returns a rough time of a step, by arithmetic alone."""
     model, mesh, T = config.model, config.mesh, config.data.seq_len
     tokens = config.data.batch_size * T
-    weights = 6 * (model.n_params - (0 if model.tied_head else model.vocab_size * model.dim))
+    weights = model.n_params - (0 if model.tied_head else model.vocab_size * model.dim)
+    flops = 4 if config.lora else 6  # for each weight; a frozen one has no gradient
     recomputed = {"none": 0, "products": 0.01, "projections": 0.2, "attention": 0.3, "full": 1 / 3}
     recomputed["offload"] = 0.34  # the transfer to the host and back is hidden, but not free
     peak = pod.chip.bf16_tflops * 1e12
-    products = weights * tokens * (1 + recomputed[model.remat]) / pod.n_chips / peak
+    products = weights * tokens * (flops + 6 * recomputed[model.remat]) / pod.n_chips / peak
     products /= _MATRIX_EFFICIENCY
     kernels = attention_seconds(config, asdict(mesh), pod.chip)
-    # Each micro-batch gathers the weights for forward and for backward in the compute dtype, and
-    # reduces the gradients once in float32.
-    moved = model.n_params * (2 + 2 + 4) / mesh.tensor * config.training.micro_batches
+    # Each micro-batch gathers the weights for forward and for backward in the compute dtype, or in
+    # int8, and reduces the gradients once in float32.
+    size = 1 if model.quantized == "int8" else 2
+    moved = model.n_params * (size + size + (0 if config.lora else 4)) / mesh.tensor
+    moved *= config.training.micro_batches
     transfer = moved / network_bandwidth(pod, mesh.fsdp) / 1e9 if mesh.fsdp > 1 else 0.0
     network = max(_EXPOSED * transfer, transfer - products)
     if mesh.tensor > 1:

@@ -80,7 +80,7 @@ class TrainingPlan:
         some papers publish, includes all of them.
         """
         model, T = self.config.model, self.config.data.seq_len
-        flops_per_token = model.flops_per_token(T)
+        flops_per_token = self.config.flops_per_token
         if not causal:
             flops_per_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
         peak = self.pod.n_chips * self.pod.chip.bf16_tflops * 1e12
@@ -140,10 +140,13 @@ def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> Train
 def _memory_by_kind(step: CompiledTrainStep) -> dict[str, float]:
     """Returns the bytes of the step's arguments and temporaries by kind."""
     arguments, peak = step.program.argument_bytes, step.program.peak_bytes
+    weights = {"weights": step.weights}
+    if step.frozen:
+        weights = {"frozen weights": step.frozen, "low-rank pairs": step.weights}
     return {
-        "weights": step.weights,
+        **weights,
         "optimizer": step.optimizer,
-        "batch": arguments - step.weights - step.optimizer,
+        "batch": arguments - sum(weights.values()) - step.optimizer,
         "activations": step.saved_activations,
         "temporaries": peak - arguments - step.saved_activations,
     }

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint.tree import eval_shape_on_mesh
+from llama_jax.checkpoint.tree import abstract_model, eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.parallel.sharding import activation_spec
@@ -20,13 +20,15 @@ class CompiledTrainStep:
     """A compiled training step, and the bytes of its largest parts on one device.
 
     Attributes:
-        weights: bytes of the parameters.
+        weights: bytes of the trained parameters.
+        frozen: bytes of the frozen weights of a LoRA run, otherwise 0.
         optimizer: bytes of the optimizer state.
         saved_activations: bytes that the forward pass saves for the backward pass.
         program: the compiler's figures.
     """
 
     weights: int
+    frozen: int = 0
     optimizer: int
     saved_activations: int
     program: CompiledProgram
@@ -41,29 +43,32 @@ def compile_train_step(
         DoesNotFit: the step needs more memory than a device has.
         InputError: the compiler fails for another reason.
     """
-    traced, model, opt_state = trace_train_step(config, mesh)
+    traced, trained, opt_state, base = trace_train_step(config, mesh)
     with jax.set_mesh(mesh):
         lowered = traced.lower()
     alternatives = "model.remat or training.micro_batches"
     return CompiledTrainStep(
-        weights=bytes_per_device(model),
+        weights=bytes_per_device(trained),
+        frozen=bytes_per_device(base),
         optimizer=bytes_per_device(opt_state),
         saved_activations=saved_activation_bytes(traced.jaxpr.jaxpr, config.model.n_layers),
         program=compile_program(lowered, chip, chip.compiler_options, alternatives),
     )
 
 
-def trace_train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
-    """Returns the traced training step, the abstract model and the abstract optimizer state."""
+def trace_train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, Any]:
+    """Returns the traced training step, and abstract: what it trains, optimizer state, base."""
     with jax.set_mesh(mesh):
-        model, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
+        trained, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         A, B, T = config.training.micro_batches, config.data.batch_size, config.data.seq_len
         sharding = jax.NamedSharding(mesh, activation_spec("ABT"))
         rows_ABT = jax.ShapeDtypeStruct((A, B // A, T), jnp.int32, sharding=sharding)
         segments_ABT = rows_ABT if config.data.isolate_documents else None
         batch = Batch(rows_ABT, rows_ABT, rows_ABT, segments_ABT)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        return train_step.trace(config, model, opt_state, batch, step), model, opt_state
+        base = abstract_model(config.model) if config.lora else None
+        traced = train_step.trace(config, trained, opt_state, batch, step, base)
+        return traced, trained, opt_state, base
 
 
 def saved_activation_bytes(jaxpr: Any, n_layers: int) -> int:

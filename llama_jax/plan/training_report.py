@@ -101,8 +101,9 @@ def empty_table(title: str, *columns: str) -> Table:
 def _headline(plan: TrainingPlan) -> str:
     """Returns the pod, the batch and the mesh in one line."""
     config, micro_batches = plan.config, plan.config.training.micro_batches
+    pairs = f" beside {config.lora.n_params(config.model):,} trained ones" if config.lora else ""
     return (
-        f"{plan.pod}: {plan.pod.n_chips} chips, {config.model.n_params:,} parameters,"
+        f"{plan.pod}: {plan.pod.n_chips} chips, {config.model.n_params:,} parameters{pairs},"
         f" {plan.tokens_per_step:,} tokens a step in {micro_batches} micro-batch(es)"
         f" of {config.data.seq_len}; mesh {_mesh(config)}, remat {config.model.remat}"
     )

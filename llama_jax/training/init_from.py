@@ -25,10 +25,18 @@ def check_shape(config: Config) -> None:
     theirs = folders.read_model_config(source)
     for name in config.model.differences(theirs):
         ours, other = getattr(config.model, name), getattr(theirs, name)
+        if name == "quantized" and config.lora:
+            if other != "none":
+                raise InputError(
+                    f"the weights in {source}, training.init_from, are {other}: set model.quantized"
+                    f" to {other}"
+                )
+            print_status(f"the weights in {source} are quantized to {ours} when they are loaded")
+            continue
         if name == "quantized":
             raise InputError(
-                f"training.init_from: the weights in {source} are {other}, for inference only:"
-                " give the folder that it was converted from"
+                f"training.init_from: the weights in {source} are {other}, for inference only: give"
+                " the folder that it was converted from, or train low-rank pairs (lora)"
             )
         if name not in _MAY_CHANGE:
             raise InputError(

@@ -6,16 +6,17 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llama_jax.checkpoint.local_checkpoints import LocalCheckpoints
-from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
+from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
@@ -28,10 +29,14 @@ from llama_jax.training.report import Report, is_due
 from llama_jax.training.run_folder import flatten, lock_run_folder, write_run_files
 from llama_jax.training.start import TrainingState, check_vocabulary, prepare, print_summary
 from llama_jax.training.step import StepMetrics, eval_step, train_step
+from llama_jax.training.trainable import complete_model
 
 
 class RunStopped(RuntimeError):
     """A run ended before its last step. Its state is saved; the message gives the reason."""
+
+
+Sample = Callable[[Llama, int], None]
 
 
 class RunOutcome(NamedTuple):
@@ -44,7 +49,7 @@ class RunOutcome(NamedTuple):
     unigram_entropy: float | None  # nats per token, of the held-out text
 
 
-def run(config: Config) -> RunOutcome:
+def run(config: Config, sample: Sample | None = None) -> RunOutcome:
     """Trains until `training.steps` are done, from the newest checkpoint of the run folder, if any.
 
     >>> outcome = lj.train(lj.load_config("tiny.yaml"))
@@ -53,6 +58,10 @@ def run(config: Config) -> RunOutcome:
 
     From the first step on, SIGTERM and SIGINT end the run after the current step, with its state
     saved. A signal to any host ends all hosts after the same step.
+
+    Args:
+        config: of the run.
+        sample: called on all hosts after each validation, with the model and the number of steps.
 
     Raises:
         InputError: the configuration, the data or the run folder is wrong.
@@ -95,7 +104,9 @@ def run(config: Config) -> RunOutcome:
             contextlib.closing(checkpoints),
             contextlib.closing(local) if local else contextlib.nullcontext(),
         ):
-            finished = _train(config, folder, data, checkpoints, local, state, step_function, stop)
+            finished = _train(
+                config, folder, data, checkpoints, local, state, step_function, stop, sample
+            )
         if finished and local:
             local.remove()
         return _outcome(folder, state.step, data, finished)
@@ -104,7 +115,8 @@ def run(config: Config) -> RunOutcome:
 def _compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
     """Returns the training step, compiled for the devices of this run."""
     start = time.monotonic()
-    example = (state.model, state.opt_state, data.train(state.step), np.int32(state.step))
+    batch, step = data.train(state.step), np.int32(state.step)
+    example = (state.trained, state.opt_state, batch, step, state.base)
     chip = chip_of(jax.devices()[0].device_kind)
     options: Any = {**chip.compiler_options} if chip else {}
     step_function = train_step.lower(config, *example).compile(compiler_options=options)
@@ -121,6 +133,7 @@ def _train(
     state: TrainingState,
     step_function: Any,
     stop: list[str],
+    sample: Sample | None,
 ) -> bool:
     """Runs the remaining steps; returns whether all are done.
 
@@ -139,8 +152,8 @@ def _train(
             step = state.step
             report.record_dispatch()
             batch = data.train(step)
-            state.model, state.opt_state, metrics = step_function(
-                state.model, state.opt_state, batch, np.int32(step)
+            state.trained, state.opt_state, metrics = step_function(
+                state.trained, state.opt_state, batch, np.int32(step), state.base
             )
             state.step += 1
             # The device computes this step while the host reads the metrics of the previous one.
@@ -159,13 +172,13 @@ def _train(
                 pending = None
             if validate:
                 report.validation(state.step, _validate(config, data, state))
+                if sample:
+                    sample(complete_model(config, state.trained, state.base), state.step)
             if save or report.skipped_in_a_row >= config.training.max_skipped:
-                checkpoints.save(
-                    Progress(state.step, data.fingerprint), state.model, state.opt_state
-                )
+                checkpoints.save(state.progress, state.trained, state.opt_state)
                 report.upload()
             elif local and save_local:
-                local.save(Progress(state.step, data.fingerprint), state.model, state.opt_state)
+                local.save(state.progress, state.trained, state.opt_state)
                 report.upload()
             if report.skipped_in_a_row >= config.training.max_skipped:
                 raise RunStopped(
@@ -176,8 +189,7 @@ def _train(
         if pending:
             report.step(*pending)
         if state.step < steps:
-            progress = Progress(state.step, data.fingerprint)
-            checkpoints.save(progress, state.model, state.opt_state)
+            checkpoints.save(state.progress, state.trained, state.opt_state)
     return state.step >= steps
 
 
@@ -186,7 +198,8 @@ def _validate(config: Config, data: Batches, state: TrainingState) -> float:
     nll, targets = 0.0, 0
     batches = data.count_validation_batches(config.training.eval_batches)
     for i in range(batches):
-        batch_nll, batch_targets = eval_step(config, state.model, data.validation(i, batches))
+        batch = data.validation(i, batches)
+        batch_nll, batch_targets = eval_step(config, state.trained, batch, state.base)
         nll, targets = nll + float(batch_nll), targets + int(batch_targets)
     return nll / targets if targets else math.nan
 

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from llama_jax.config.model import ModelConfig
 from llama_jax.data.windows import Batch
 from llama_jax.model.linear_cpu import accumulate_dtype, einsum_float32
+from llama_jax.model.lora import is_adapted
+from llama_jax.model.quantize import Int8Matrix
 from llama_jax.model.transformer import hidden_states
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.collectives import (
@@ -34,32 +36,48 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     Targets below 0 do not count. The objective adds z_loss · log² Z per target, so that the
     normalizer Z stays near 1 (PaLM, arXiv 2204.02311, section 5). These are sums, not means: the
     caller divides by the number of targets of the complete batch, over all micro-batches and
-    devices. Only the objective is differentiable.
+    devices. Only the objective is differentiable; the head has a gradient unless it is frozen.
     """
     batch = jax.tree.map(shard_sequence, batch)
     x_BTD = hidden_states(config, model, batch.tokens, batch.positions, batch.segments)
-    w_DV = model.tok_embeddings[...].T if model.output is None else model.output[...]
-    static = _Static(z_loss, config.reduce_dtype, not config.scan)
+    w_DV, scale_V = head_weight(model)
+    static = _Static(z_loss, config.reduce_dtype, not config.scan, is_adapted(model))
     with jax.named_scope("loss"):
-        sums: Any = _head_loss(static, x_BTD, w_DV, batch.targets)
+        sums: Any = _head_loss(static, x_BTD, w_DV, scale_V, batch.targets)
     objective, nll = sums
     return objective, (jax.lax.stop_gradient(nll), jnp.sum(batch.targets >= 0))
+
+
+def head_weight(model: Llama) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the matrix [D, V] of the head, and for int8 values the scales [V]."""
+    head: Any = model.tok_embeddings if model.output is None else model.output
+    w, scale_V = (head.values, head.scale[...]) if isinstance(head, Int8Matrix) else (head, None)
+    return w[...].T if model.output is None else w[...], scale_V
 
 
 class _Static(NamedTuple):
     z_loss: float
     reduce_dtype: str
     unroll: bool  # of the loop over chunks
+    frozen: bool  # the head has no gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array):
+def _head_loss(
+    static: _Static,
+    x_BTD: jax.Array,
+    w_DV: jax.Array,
+    scale_V: jax.Array | None,
+    targets_BT: jax.Array,
+):
     """Returns the objective and the cross-entropy, each summed over all tokens."""
 
-    def local(x_BTD, w_DV, targets_BT):
+    def local(x_BTD, w_DV, scale_V, targets_BT):
+        w_DV = w_DV.astype(x_BTD.dtype)
+
         def add(sums, chunk):
             x_BTD, targets_BT = chunk
-            objective, nll, _ = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
+            objective, nll, _ = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV, scale_V)
             return (sums[0] + objective, sums[1] + nll), None
 
         zero = jnp.float32(0)
@@ -67,9 +85,16 @@ def _head_loss(static: _Static, x_BTD: jax.Array, w_DV: jax.Array, targets_BT: j
         sums, _ = jax.lax.scan(add, (zero, zero), chunks, unroll=static.unroll)
         return jax.tree.map(sum_over_tokens, sums)
 
-    specs = activation_spec("BTD"), activation_spec("DV"), activation_spec("BT")
+    specs = tuple(map(activation_spec, ("BTD", "DV", "V", "BT")))
     mapped = jax.shard_map(local, in_specs=specs, out_specs=(P(), P()), check_vma=False)
-    return mapped(x_BTD, gather_weight(w_DV, "DV", x_BTD.dtype), targets_BT)
+    return mapped(x_BTD, *_gather_head(w_DV, scale_V, x_BTD.dtype), targets_BT)
+
+
+def _gather_head(w_DV: jax.Array, scale_V: jax.Array | None, dtype: Any):
+    """Returns the matrix gathered in `dtype`; int8 values are gathered as int8, with the scales."""
+    if scale_V is None:
+        return gather_weight(w_DV, "DV", dtype), None
+    return gather_weight(w_DV, "DV", w_DV.dtype), jax.reshard(scale_V, activation_spec("V"))
 
 
 def _chunks(x_BTD, targets_BT, V: int):
@@ -84,13 +109,15 @@ def _chunks(x_BTD, targets_BT, V: int):
     return x.swapaxes(0, 1), targets.swapaxes(0, 1)
 
 
-def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
-    """Returns the objective and the cross-entropy of one chunk, and d objective / d logits.
+def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV, scale_V):
+    """Returns the objective and the cross-entropy of one chunk, and d objective / d xw.
 
     V is this device's shard of the vocabulary.
     """
     V = w_DV.shape[1]
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    if scale_V is not None:
+        logits_BTV = logits_BTV * scale_V
     counted_BT = targets_BT >= 0
     largest_BT1 = reduce_over_vocab(jax.lax.pmax, jnp.max(logits_BTV, axis=-1, keepdims=True))
     total_BT = reduce_over_vocab(jax.lax.psum, jnp.sum(jnp.exp(logits_BTV - largest_BT1), axis=-1))
@@ -102,46 +129,54 @@ def _chunk_loss(z_loss, x_BTD, targets_BT, w_DV):
     objective = nll + z_loss * jnp.sum(jnp.where(counted_BT, log_z_BT**2, 0))
     scale_BT = jnp.where(counted_BT, 1 + 2 * z_loss * log_z_BT, 0)
     d_logits_BTV = jnp.exp(logits_BTV - log_z_BT[..., None]) * scale_BT[..., None] - chosen_BTV
+    if scale_V is not None:
+        d_logits_BTV = d_logits_BTV * scale_V
     return objective, nll, d_logits_BTV.astype(x_BTD.dtype)
 
 
-def _head_loss_forward(static: _Static, x_BTD, w_DV, targets_BT):
+def _head_loss_forward(static: _Static, x_BTD, w_DV, scale_V, targets_BT):
     """Computes the gradients together with the loss, chunk by chunk, so that no logits are saved.
 
     The head's gradient is summed over the chunks on each device, and then once over the devices.
     """
 
-    def local(x_BTD, w_DV, targets_BT):
+    def local(x_BTD, w_DV, scale_V, targets_BT):
         B, T, D = x_BTD.shape
+        w_DV = w_DV.astype(x_BTD.dtype)
 
         def add(sums, chunk):
             # Otherwise an unrolled loop would materialize the logits of several chunks at once.
             (x_BTD, targets_BT), sums = jax.lax.optimization_barrier((chunk, sums))
-            objective, nll, d_logits = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV)
+            loss = _chunk_loss(static.z_loss, x_BTD, targets_BT, w_DV, scale_V)
+            objective, nll, d_logits = loss
             out = accumulate_dtype(x_BTD.dtype)
             dx = jnp.einsum("BTV,DV->BTD", d_logits, w_DV, preferred_element_type=out)
-            dw = einsum_float32("BTD,BTV->DV", x_BTD, d_logits)
-            return (sums[0] + objective, sums[1] + nll, sums[2] + dw), dx.astype(x_BTD.dtype)
+            dw = None if static.frozen else einsum_float32("BTD,BTV->DV", x_BTD, d_logits)
+            sums = jax.tree.map(jnp.add, sums, (objective, nll, dw))
+            return sums, dx.astype(x_BTD.dtype)
 
         zero = jnp.float32(0)
-        start = zero, zero, jnp.zeros(w_DV.shape, jnp.float32)
+        start = zero, zero, None if static.frozen else jnp.zeros(w_DV.shape, jnp.float32)
         chunks = _chunks(x_BTD, targets_BT, w_DV.shape[1])
         (objective, nll, dw), dx = jax.lax.scan(add, start, chunks, unroll=static.unroll)
         dx = reduce_over_vocab(jax.lax.psum, dx).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
         sums = sum_over_tokens(objective), sum_over_tokens(nll)
-        return sums, dx, sum_gradient(dw, "DV", static.reduce_dtype)
+        dw = None if static.frozen else sum_gradient(dw, "DV", static.reduce_dtype)
+        return sums, dx, dw
 
-    specs = activation_spec("BTD"), activation_spec("DV"), activation_spec("BT")
+    specs = tuple(map(activation_spec, ("BTD", "DV", "V", "BT")))
     out_specs = (P(), P()), activation_spec("BTD"), weight_spec("DV")
     mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
-    sums, dx, dw = mapped(x_BTD, gather_weight(w_DV, "DV", x_BTD.dtype), targets_BT)
-    return sums, (dx, dw.astype(w_DV.dtype))
+    head = _gather_head(w_DV, scale_V, x_BTD.dtype)
+    sums, dx, dw = mapped(x_BTD, *head, targets_BT)
+    return sums, (dx, None if dw is None else dw.astype(w_DV.dtype))
 
 
 def _head_loss_backward(static: _Static, gradients, d_sums):
     dx, dw = gradients
     d_objective, _ = d_sums
-    return (d_objective * dx).astype(dx.dtype), (d_objective * dw).astype(dw.dtype), None
+    dx = (d_objective * dx).astype(dx.dtype)
+    return dx, None if dw is None else (d_objective * dw).astype(dw.dtype), None, None
 
 
 _head_loss.defvjp(_head_loss_forward, _head_loss_backward)

@@ -33,8 +33,7 @@ def seconds_at_peak(config: Config, device_kind: str, devices: int) -> float | N
     The MFU of a step is this time divided by its own (PaLM, arXiv 2204.02311, appendix B).
     """
     peak = peak_flops(config.logging, device_kind)
-    data = config.data
-    flops = config.model.flops_per_token(data.seq_len) * data.batch_size * data.seq_len
+    flops = config.flops_per_token * config.data.batch_size * config.data.seq_len
     return flops / (peak * devices) if peak else None
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from llama_jax.config.run import OptimizerConfig
-from llama_jax.model.weights import Llama
+from llama_jax.model.lora import Trained
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -65,6 +65,6 @@ def adamw(config: OptimizerConfig) -> Any:
     )
 
 
-def decay_mask(model: Llama) -> Llama:
+def decay_mask(trained: Trained) -> Trained:
     """Returns for each weight whether it decays: matrices do, scales of the norms don't."""
-    return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), model)
+    return jax.tree.map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), trained)

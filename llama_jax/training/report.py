@@ -63,6 +63,7 @@ class Report:
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds,
             "targets": targets,
+            "masked": 1 - targets / self._tokens,
             "tokens_seen": step * self._tokens,
             "skipped": int(skipped),
         }

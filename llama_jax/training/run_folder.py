@@ -106,8 +106,9 @@ def check_unchanged(config: Config, folder: AnyPath) -> Config:
     """
     previous_config = folders.read_run_config(folder)
     previous = dict(flatten(dataclasses.asdict(previous_config)))
-    for name, value in flatten(dataclasses.asdict(config)):
-        old = previous.get(name)
+    now = dict(flatten(dataclasses.asdict(config)))
+    for name in {**now, **previous}:  # a section that is null has no keys
+        value, old = now.get(name), previous.get(name)
         if value == old:
             continue
         if any(name == key or name.startswith(key + ".") for key in CHANGEABLE):

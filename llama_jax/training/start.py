@@ -1,19 +1,22 @@
 """Before step 1: prepares and checks the data, and initializes or restores the state."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import optax
 
-from llama_jax.checkpoint import model_folders
+from llama_jax.checkpoint import folders, model_folders
 from llama_jax.checkpoint.local_checkpoints import LocalCheckpoints
-from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
+from llama_jax.checkpoint.model_folders import manifest_hash
+from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
-from llama_jax.model.weights import Llama
+from llama_jax.model.lora import Trained
+from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import check_divides, make_mesh, set_default_mesh
 from llama_jax.runtime import hosts, stop_signal
 from llama_jax.runtime.console import print_status
@@ -23,6 +26,7 @@ from llama_jax.training.optimizer import adamw
 from llama_jax.training.run_folder import check_unchanged
 from llama_jax.training.schedule_change import print_schedule_change
 from llama_jax.training.step import init_state
+from llama_jax.training.trainable import initial_key
 
 
 def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
@@ -41,16 +45,18 @@ def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
     else:
         if (folder / "config.yaml").exists():
             print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")
+    if config.lora or not saved_steps:
         init_from.check_shape(config)
     with stop_signal.raise_at_sigterm():
         prepare_data(config)
 
 
-def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
-    """Returns the weights at the start of a run, and the optimizer's state for them.
+def initial_state(config: Config) -> tuple[Trained, optax.OptState]:
+    """Returns what a run trains, as it is at the start, and its optimizer state.
 
-    The weights are those of `training.init_from`, or drawn with `training.seed`. Layers are
-    stacked, as in training. If no mesh is set, that of `config.mesh` is set permanently.
+    These are the weights of `training.init_from`, or drawn with `training.seed`; or with
+    `config.lora` the pairs, drawn with `lora.seed`. Layers are stacked, as in training. If no mesh
+    is set, that of `config.mesh` is set permanently.
 
     >>> model, opt_state = lj.initial_state(run)
     >>> model.layers.wq.shape  # L, D, N, H
@@ -59,18 +65,43 @@ def initial_state(config: Config) -> tuple[Llama, optax.OptState]:
     Raises:
         InputError: the mesh doesn't divide the model, or as `checkpoint.load_model`.
     """
-    set_default_mesh(partial(make_mesh, config.mesh))
-    check_divides(jax.sharding.get_mesh(), config.model)
+    _set_mesh(config)
     source = config.training.init_from
-    if source is None:
-        return jax.jit(partial(init_state, config))(jax.random.key(config.training.seed))
+    if source is None or config.lora:
+        return jax.jit(partial(init_state, config))(initial_key(config))
     print_status(f"starts from the weights in {source}")
     _, model = model_folders.load_model(source, config.model)
     return model, jax.jit(adamw(config.optimizer).init)(model)
 
 
+def load_base(config: Config) -> Llama | None:
+    """Returns the frozen weights of a LoRA run, those of `training.init_from`; else None.
+
+    They are quantized here if `model.quantized` is int8 and the folder's weights are not.
+
+    Raises:
+        InputError: as `initial_state`.
+    """
+    if config.lora is None:
+        return None
+    _set_mesh(config)
+    source = str(config.training.init_from)
+    stored = folders.read_model_config(source).quantized
+    as_stored = replace(config.model, quantized=stored)
+    print_status(f"trains pairs of rank {config.lora.rank} beside the weights in {source}")
+    _, base = model_folders.load_model(source, as_stored)
+    if config.model.quantized != stored:
+        _, base = quantize_model(as_stored, base)
+    return base
+
+
+def _set_mesh(config: Config) -> None:
+    set_default_mesh(partial(make_mesh, config.mesh))
+    check_divides(jax.sharding.get_mesh(), config.model)
+
+
 class TrainingState:
-    """Weights, optimizer state and the number of steps done.
+    """What the run trains, its optimizer state and the number of steps done.
 
     Args:
         config: of the run.
@@ -78,8 +109,12 @@ class TrainingState:
         checkpoints: of the run; the newest is restored. Without one the state is initialized.
         local: checkpoints on the hosts' own disks, of later steps; preferred if they are usable.
 
+    Attributes:
+        trained: all weights, or the pairs of a LoRA run.
+        base: the frozen weights of a LoRA run, otherwise None.
+
     Raises:
-        InputError: the checkpoint was trained on other data.
+        InputError: the checkpoint was trained on other data, or beside other weights.
     """
 
     def __init__(
@@ -89,25 +124,40 @@ class TrainingState:
         checkpoints: TrainingCheckpoints,
         local: LocalCheckpoints | None,
     ):
-        self.step = 0
+        self.step, self._data, self._base_hash = 0, data.fingerprint, None
+        source = config.training.init_from
+        if config.lora:
+            self._base_hash = hosts.broadcast_decision(lambda: manifest_hash(str(source)))
         like = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
         restored = local.restore_newest(*like) if local else None
         if restored is None and checkpoints.steps:
             restored = checkpoints.restore_newest(*like)
         if restored:
-            progress, self.model, self.opt_state = restored
+            progress, self.trained, self.opt_state = restored
             self.step = progress.step
-            if progress.data != data.fingerprint:
+            if progress.data != self._data:
                 raise InputError(
                     f"the data in {', '.join(config.data.mixture)} differ from those that the run"
                     f" {config.training.out} was trained on: restore them, or choose another"
+                    " training.out"
+                )
+            if progress.base != self._base_hash:
+                raise InputError(
+                    f"the weights in {source}, training.init_from, are not those beside which the"
+                    f" pairs of {config.training.out} were trained: restore them, or choose another"
                     " training.out"
                 )
             print_status(
                 f"{config.training.out}: resumes after step {self.step} of {config.training.steps}"
             )
         else:
-            self.model, self.opt_state = initial_state(config)
+            self.trained, self.opt_state = initial_state(config)
+        self.base = load_base(config)
+
+    @property
+    def progress(self) -> Progress:
+        """The metadata of a checkpoint of this state."""
+        return Progress(self.step, self._data, self._base_hash)
 
 
 def prepare_data(config: Config) -> None:
@@ -160,6 +210,15 @@ def check_vocabulary(config: Config, data: Batches) -> None:
         )
 
 
+def _describe_parameters(config: Config) -> str:
+    n_params = config.model.n_params
+    if config.lora is None:
+        return f"{n_params:,} parameters"
+    storage = config.model.param_dtype if config.model.quantized == "none" else "int8"
+    pairs = config.lora.n_params(config.model)
+    return f"{pairs:,} trained parameters ({pairs / n_params:.2%} of {n_params:,} in {storage})"
+
+
 def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
     """Prints the parameters, devices, steps and epochs of a run."""
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -167,7 +226,7 @@ def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: 
     of_hosts = f" of {jax.process_count()} hosts" if hosts.is_multi_host() else ""
     kind = jax.devices()[0].device_kind + " device(s)" + of_hosts
     print_status(
-        f"{config.model.n_params:,} parameters on {jax.device_count()} {kind}"
+        f"{_describe_parameters(config)} on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
     )
     for source in data.splits["train"]:

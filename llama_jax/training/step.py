@@ -9,9 +9,11 @@ import optax
 
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
+from llama_jax.model.lora import Trained
 from llama_jax.model.weights import Llama
 from llama_jax.training.loss import loss_sums
 from llama_jax.training.optimizer import adamw, clip_scale, learning_rate
+from llama_jax.training.trainable import complete_model, dropout_keys, init_trained
 
 
 class StepMetrics(NamedTuple):
@@ -24,44 +26,72 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array  # True: the gradient was not finite, and the step changed no weights
 
 
-def init_state(config: Config, key: jax.Array) -> tuple[Llama, optax.OptState]:
-    """Returns initial weights and the optimizer's state for them, sharded on the current mesh."""
-    model = Llama(config.model, key)
-    return model, adamw(config.optimizer).init(model)
+def init_state(config: Config, key: jax.Array) -> tuple[Trained, optax.OptState]:
+    """Returns what the run trains, initialized, and its optimizer state, on the current mesh.
+
+    Args:
+        config: of the run.
+        key: `trainable.initial_key(config)`, or any key if only the shapes matter.
+    """
+    trained = init_trained(config, key)
+    return trained, adamw(config.optimizer).init(trained)
 
 
-def gradients(config: Config, model: Llama, batch: Batch) -> tuple[Llama, jax.Array, jax.Array]:
+def gradients(
+    config: Config,
+    trained: Trained,
+    batch: Batch,
+    base: Llama | None = None,
+    step: jax.Array | None = None,
+) -> tuple[Trained, jax.Array, jax.Array]:
     """Returns the gradient of the mean objective, the mean loss, and the counted targets.
 
     `batch` has a leading axis A of micro-batches, which are computed one after another. Sums are
     accumulated, and divided once by the number of targets of all micro-batches. So the result is
     that of the undivided batch, however the targets are distributed over the micro-batches.
-    """
 
-    def micro_batch_sums(model: Llama, batch: Batch):
-        loss = partial(loss_sums, config.model, z_loss=config.training.z_loss)
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, batch=batch)
+    Args:
+        config: of the run.
+        trained: all weights, or the pairs of a LoRA run. Only they have gradients.
+        batch: of this step.
+        base: the frozen weights of a LoRA run.
+        step: number of the step, which determines the dropout; None: no dropout.
+    """
+    keys = dropout_keys(config, step)
+
+    def micro_batch_sums(trained: Trained, batch: Batch, key: jax.Array | None):
+        def loss(trained: Trained):
+            model = complete_model(config, trained, base, key)
+            return loss_sums(config.model, model, batch, config.training.z_loss)
+
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         return grads, *sums
 
     if config.training.micro_batches == 1:
-        grads, nll, targets = micro_batch_sums(model, jax.tree.map(lambda x: x[0], batch))
+        first = jax.tree.map(lambda x: x[0], (batch, keys))
+        grads, nll, targets = micro_batch_sums(trained, *first)
     else:
-        zeros = jax.tree.map(jnp.zeros_like, model)
+        zeros = jax.tree.map(jnp.zeros_like, trained)
 
-        def add(sums, batch):
-            return jax.tree.map(jnp.add, sums, micro_batch_sums(model, batch)), None
+        def add(sums, inputs):
+            return jax.tree.map(jnp.add, sums, micro_batch_sums(trained, *inputs)), None
 
         start = (zeros, jnp.float32(0), jnp.int32(0))
-        (grads, nll, targets), _ = jax.lax.scan(add, start, batch)
+        (grads, nll, targets), _ = jax.lax.scan(add, start, (batch, keys))
     per_target = 1 / jnp.maximum(targets, 1)
     return jax.tree.map(lambda g: g * per_target, grads), nll * per_target, targets
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def train_step(
-    config: Config, model: Llama, opt_state: optax.OptState, batch: Batch, step: jax.Array
-) -> tuple[Llama, optax.OptState, StepMetrics]:
-    """Returns weights and optimizer state after step number `step` (0 is the first).
+    config: Config,
+    trained: Trained,
+    opt_state: optax.OptState,
+    batch: Batch,
+    step: jax.Array,
+    base: Llama | None = None,
+) -> tuple[Trained, optax.OptState, StepMetrics]:
+    """Returns the trained weights and optimizer state after step number `step` (0 is the first).
 
     >>> model, opt_state = lj.initial_state(run)
     >>> losses = []
@@ -72,26 +102,30 @@ def train_step(
     True
 
     A step whose gradient is not finite returns the old weights and state, and sets `skipped`. The
-    buffers of the old weights and state are donated.
+    buffers of the old weights and state are donated. With `config.lora` the trained weights are the
+    pairs, and `base`, which is not donated, is the model beside which they are trained.
     """
-    grads, loss, targets = gradients(config, model, batch)
+    grads, loss, targets = gradients(config, trained, batch, base, step)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         clip = clip_scale(config.optimizer, norm)
         rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
         updates, new_state = adamw(config.optimizer).update(
-            jax.tree.map(lambda g: g * clip, grads), opt_state, model
+            jax.tree.map(lambda g: g * clip, grads), opt_state, trained
         )
-        new_model = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, model, updates)
+        new_trained = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, trained, updates)
         select = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         metrics = StepMetrics(loss, norm, rate, targets, ~finite)
-        return select(new_model, model), select(new_state, opt_state), metrics
+        return select(new_trained, trained), select(new_state, opt_state), metrics
 
 
 @partial(jax.jit, static_argnums=0)
-def eval_step(config: Config, model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def eval_step(
+    config: Config, trained: Trained, batch: Batch, base: Llama | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns the summed cross-entropy [nats] and the counted targets of a batch [A, B, T]."""
+    model = complete_model(config, trained, base)
 
     def add(sums: tuple[jax.Array, jax.Array], batch: Batch):
         _, more = loss_sums(config.model, model, batch, z_loss=0.0)

@@ -204,7 +204,7 @@ def test_plan_rejects_a_batch_that_the_pod_does_not_divide(capsys, tmp_path):
 
 def test_saved_activations_are_measured_in_the_traced_step():
     config = tiny_config(tiny_model(n_layers=4, remat="full"))
-    traced, _, _ = training_program.trace_train_step(config, mesh_of((2, 2, 2)))
+    traced, *_ = training_program.trace_train_step(config, mesh_of((2, 2, 2)))
     B, T = config.data.batch_size, config.data.seq_len
     # With remat 'full' each layer saves its input, in float32, of a device's quarter of the batch.
     saved = training_program.saved_activation_bytes(traced.jaxpr.jaxpr, 4)
