@@ -37,6 +37,7 @@ ON_THE_CPU = [
     "decode.py --batch 1 --dtype bfloat16",
     "decode.py --batch 8 --dtype bfloat16",
     "serve_load.py --requests 60 --minutes 0",
+    "finetune.py --rounds 5",
     "convert.py {folder}/checkpoint --layers 4 --to hf",
 ]
 ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]
