@@ -107,11 +107,7 @@ def test_the_standard_library_of_python_is_a_corpus():
         ("x.jsonl", b'{"body": "a"}\n', r'x.jsonl:1: a line needs a string "text"; .* has: body'),
         ("x.jsonl", b"[1, 2]\n", r"x.jsonl:1: a line needs .* has: list"),
         ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text"),
-        (
-            "x.txt.gz",
-            gzip.compress(b"text" * 1000, mtime=0)[:30],
-            "x.txt.gz is damaged or truncated",
-        ),
+        ("x.txt.gz", GZIP[:30], "x.txt.gz is damaged or truncated"),
         ("x.txt.gz", b"not gzip at all", "x.txt.gz is damaged or truncated"),
         ("x.txt.gz", GZIP[:20] + b"\xff" * 20 + GZIP[40:], "x.txt.gz is damaged or truncated"),
         ("x.txt.zst", b"not zstd at all", "x.txt.zst is damaged or truncated"),
