@@ -33,9 +33,8 @@ def llama_jax(kind: Kind, dtype: Dtype, tokens: np.ndarray) -> Callable[[], floa
     """Returns a function that runs one step of llama_jax and returns the loss."""
     import jax
     import jax.numpy as jnp
-    from llama_jax.config.lora import LoraConfig
-    from llama_jax.training.trainable import init_trained
 
+    from llama_jax.config.lora import LoraConfig
     from llama_jax.config.model import ModelConfig
     from llama_jax.config.run import Config, DataConfig, OptimizerConfig, TrainingConfig
     from llama_jax.data.windows import Batch
@@ -44,6 +43,7 @@ def llama_jax(kind: Kind, dtype: Dtype, tokens: np.ndarray) -> Callable[[], floa
     from llama_jax.runtime.process_memory import retain_freed_memory
     from llama_jax.training.optimizer import adamw
     from llama_jax.training.step import train_step
+    from llama_jax.training.trainable import init_trained
 
     retain_freed_memory()  # as `llama-jax train` does
     config = Config(
