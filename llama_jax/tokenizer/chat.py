@@ -1,22 +1,16 @@
-"""Encodes chats: in the formats of Llama 2 and Llama 3, or with a Jinja template."""
+"""Encodes chats in the formats of Llama 2 and Llama 3, turn by turn.
 
-import atexit
-import contextlib
-import functools
+`chat_template` encodes chats with a template instead.
+"""
+
 import json
-import re
-import secrets
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from llama_jax.errors import InputError
-from llama_jax.tokenizer import template_process
 
 ROLES = ("system", "user", "assistant")
+TOOL_ROLES = ("tool", "ipython")  # results of tools; only training data have them
 
 # The formats of `format_llama2_turns` and `encode_llama3_chat`, for programs that need a template.
 # A template doesn't separate a message from the format: the program that renders it must check that
@@ -54,29 +48,39 @@ LLAMA3_TEMPLATE = """\
 
 
 class Message(TypedDict):
-    """One message of a chat; the role is `system`, `user` or `assistant`."""
+    """One message of a chat; the role is `system`, `user` or `assistant`, in examples also a tool.
+
+    Each call of `tool_calls` is {"type": "function", "function": {"name", "arguments": {…}}}.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]  # of the assistant, in examples
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+
+
+class EncodedChat(NamedTuple):
+    """The ids of a chat that the model learns from.
+
+    Attributes:
+        ids: of the complete chat.
+        answers: for each message of the assistant, the range [start, stop) of the ids that the
+            model generates: the answer with its end token.
+    """
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Checks the rules that all formats share.
+    """Checks the rules for a chat that the model continues, which all formats share.
 
     Raises:
         InputError: there is no message, a message has no valid role or no text, or the last message
             is not the user's.
     """
-    if not messages:
-        raise InputError("the chat is empty: give at least one message of the user")
-    for number, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(
-                f"message {number} of the chat has the role {role!r}: use system, user or assistant"
-            )
-        if not isinstance(content, str):
-            raise InputError(f"message {number} of the chat has no text: give content as a string")
+    _check_each(messages, ROLES, "system, user or assistant")
     if messages[-1]["role"] != "user":
         raise InputError(
             f"the chat ends with a message of the {messages[-1]['role']}: end it with a message of"
@@ -84,16 +88,100 @@ def check_messages(messages: Sequence[Message]) -> None:
         )
 
 
-def format_llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
-    """Yields the text of each turn (user message and answer), and whether it has an answer.
+def check_example(messages: Sequence[Message]) -> None:
+    """Checks the rules for a chat that the model learns from, which all formats share.
 
-    In the format of Llama 2 Chat, each turn is between the begin and the end token; the last turn,
-    which has no answer, has no end token (Meta's llama/generation.py, `chat_completion`).
+    Raises:
+        InputError: there is no message, a message has no valid role or no text, or the last message
+            is not the assistant's.
+    """
+    _check_each(messages, ROLES + TOOL_ROLES, "system, user, assistant, tool or ipython")
+    if messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"the chat ends with a message of the {messages[-1]['role']}: end it with an answer of"
+            " the assistant"
+        )
+
+
+def _check_each(messages: Sequence[Message], roles: Sequence[str], listed: str) -> None:
+    if not messages:
+        raise InputError("the chat is empty: give at least one message of the user")
+    for number, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in roles:
+            raise InputError(f"message {number} of the chat has the role {role!r}: use {listed}")
+        if not isinstance(content, str):
+            raise InputError(f"message {number} of the chat has no text: give content as a string")
+
+
+def check_no_tools(tools: Sequence[Any] | None) -> None:
+    """Checks that a chat lists no tools: only a template defines how.
+
+    Raises:
+        InputError: it lists some.
+    """
+    if tools:
+        raise InputError(
+            "the chat lists tools, but the model's format has no place for them: describe them in"
+            " the system message, or use a model with a chat template"
+        )
+
+
+def encode_llama2_chat(encode: Callable[..., list[int]], messages: Sequence[Message]) -> list[int]:
+    """Returns the ids of a chat in the format of Llama 2 Chat, up to the model's answer.
+
+    Each turn (user message and answer) is between the begin and the end token; the last turn, which
+    has no answer, has no end token (Meta's llama/generation.py, `chat_completion`).
+
+    Args:
+        encode: `Tokenizer.encode`.
+        messages: the last message is the user's.
 
     Raises:
         InputError: user and assistant don't take turns, or a message contains a mark of the format.
     """
     check_messages(messages)
+    ids = []
+    for prompt, answer in _llama2_turns(messages):
+        text = prompt if answer is None else prompt + answer
+        ids += encode(text, bos=True, eos=answer is not None)
+    return ids
+
+
+def encode_llama2_example(
+    encode: Callable[..., list[int]], messages: Sequence[Message]
+) -> EncodedChat:
+    """Returns the ids of a chat in the format of Llama 2 Chat, and its answers.
+
+    The format strips an answer and puts a space on both sides.
+
+    Args:
+        encode: `Tokenizer.encode`.
+        messages: the last message is the assistant's.
+
+    Raises:
+        InputError: as `encode_llama2_chat`; or the vocabulary has a piece that joins a prompt and
+            its answer, which no model generates.
+    """
+    check_example(messages)
+    encoded = EncodedChat([], [])
+    for prompt, answer in _llama2_turns(messages):
+        assert answer is not None  # the last message is the assistant's
+        prompt_ids = encode(prompt, bos=True)
+        turn = encode(prompt + answer, bos=True, eos=True)
+        if turn[: len(prompt_ids)] != prompt_ids:
+            raise InputError(
+                f"answer {len(encoded.answers) + 1} of the chat starts within a token of its prompt"
+                " ([/INST]): use a tokenizer that splits at spaces, as LLaMA's"
+            )
+        start = len(encoded.ids)
+        encoded.answers.append((start + len(prompt_ids), start + len(turn)))
+        encoded.ids.extend(turn)
+    return encoded
+
+
+def _llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, str | None]]:
+    """Yields the text of each user message and of its answer; the last may have no answer."""
     for number, message in enumerate(messages, 1):
         for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
             if mark in message["content"]:
@@ -105,180 +193,95 @@ def format_llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, bool
         system = f"<<SYS>>\n{turns[0]['content']}\n<</SYS>>\n\n"
         turns[:2] = [Message(role=turns[1]["role"], content=system + turns[1]["content"])]
     for i, message in enumerate(turns):
+        number = i + 1 + len(messages) - len(turns)
         if message["role"] != ROLES[1 + i % 2]:
             raise InputError(
-                f"message {i + 1 + len(messages) - len(turns)} of the chat is out of order: after"
-                " at most one system message, user and assistant must take turns"
+                f"message {number} of the chat is out of order: after at most one system message,"
+                " user and assistant must take turns"
             )
-    for user, assistant in zip(turns[0:-1:2], turns[1::2], strict=True):
-        yield f"[INST] {user['content'].strip()} [/INST] {assistant['content'].strip()} ", True
-    yield f"[INST] {turns[-1]['content'].strip()} [/INST]", False
+        if "tool_calls" in message:
+            raise InputError(
+                f"message {number} of the chat calls tools, for which Llama 2's format has no"
+                " place: use a model with a chat template for them, or leave the chat out"
+            )
+    for i in range(0, len(turns), 2):
+        prompt = f"[INST] {turns[i]['content'].strip()} [/INST]"
+        yield prompt, f" {turns[i + 1]['content'].strip()} " if i + 1 < len(turns) else None
 
 
 def encode_llama3_chat(
-    encode: Callable[[str], list[int]], special: Callable[[str], int], messages: Sequence[Message]
+    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
 ) -> list[int]:
     """Returns the ids of a chat in the format of Llama 3 (Meta's llama3, `ChatFormat`).
 
     Args:
         encode: returns the ids of plain text.
-        special: returns the id of a special token.
+        special: ids of the special tokens.
         messages: the last message is the user's.
 
     Raises:
         InputError: a message has no valid role or no text, or the last message is not the user's.
     """
     check_messages(messages)
-    start, end, end_of_turn = map(
-        special, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    )
-
-    def header(role: str) -> list[int]:
-        return [start, *encode(role), end, *encode("\n\n")]
-
-    ids = [special("<|begin_of_text|>")]
-    for message in messages:
-        ids += [*header(message["role"]), *encode(message["content"].strip()), end_of_turn]
-    return ids + header("assistant")
+    ids = _encode_llama3(encode, special, messages).ids
+    return ids + _llama3_header(encode, special, "assistant")
 
 
-def encode_with_template(
-    template: str,
-    messages: Sequence[Message],
-    tokens: Mapping[str, str],
-    *,
-    special: Mapping[str, int],
-    encode: Callable[[str], list[int]],
-    parse: Callable[[str], list[int]],
+def encode_llama3_example(
+    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
+) -> EncodedChat:
+    """Returns the ids of a chat in the format of Llama 3.1, and its answers.
+
+    The format strips each message. An answer ends with <|eot_id|>; one that calls tools, or is
+    followed by the result of a tool, with <|eom_id|> if the model has it. Calls are written as JSON
+    after <|python_tag|> (Meta's llama-models, llama3_1/prompt_format.md).
+
+    Args:
+        encode, special: as for `encode_llama3_chat`.
+        messages: the last message is the assistant's.
+
+    Raises:
+        InputError: a message has no valid role or no text, or the last message is not the
+            assistant's.
+    """
+    check_example(messages)
+    return _encode_llama3(encode, special, messages)
+
+
+def _encode_llama3(
+    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
+) -> EncodedChat:
+    ids, answers = [special["<|begin_of_text|>"]], []
+    end_of_turn = special["<|eot_id|>"]
+    end_of_message = special.get("<|eom_id|>", end_of_turn)
+    for i, message in enumerate(messages):
+        ids += _llama3_header(encode, special, message["role"])
+        start, calls = len(ids), message.get("tool_calls", [])
+        if calls and "<|python_tag|>" in special:
+            ids.append(special["<|python_tag|>"])
+        ids += encode(message["content"].strip())
+        for call in calls:
+            ids += encode(_llama3_call(call["function"]))
+        waits = bool(calls) or any(m["role"] in TOOL_ROLES for m in messages[i + 1 : i + 2])
+        if message["role"] == "assistant":
+            ids.append(end_of_message if waits else end_of_turn)
+            answers.append((start, len(ids)))
+        else:
+            ids.append(end_of_turn)
+    return EncodedChat(ids, answers)
+
+
+def _llama3_header(
+    encode: Callable[[str], list[int]], special: Mapping[str, int], role: str
 ) -> list[int]:
-    """Returns the ids of a chat in the format of a template.
-
-    Only the template can write special tokens: the text of a special token in a message is encoded
-    as ordinary text.
-
-    Args:
-        template, messages, tokens: see `render_template`.
-        special: ids of the special tokens, by their text.
-        encode: returns the ids of a text; it encodes the text of special tokens as ordinary text.
-        parse: returns the ids of a text; it encodes the text of a special token as that token.
-
-    Raises:
-        InputError: see `render_template`; or a text contains half of a surrogate pair.
-    """
-    pattern = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    # A random mark, which no message can contain, splits special tokens in messages before the
-    # template is rendered. The mark is removed afterwards.
-    mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
-
-    def insert_mark(match: re.Match[str]) -> str:
-        return match[0][:1] + mark + match[0][1:]
-
-    def guard(message: Message) -> Message:
-        content = re.sub(pattern, insert_mark, message["content"])
-        return Message(role=message["role"], content=content)
-
-    check_messages(messages)
-    guarded = list(map(guard, messages)) if pattern else messages
-    text = render_template(template, guarded, tokens)
-    if mark not in text:
-        return parse(text)
-    ids = []
-    for i, part in enumerate(re.split(f"({pattern})", text)):
-        ids += [special[part]] if i % 2 else encode(part.replace(mark, ""))
-    return ids
+    text = encode("ipython" if role == "tool" else role)
+    return [special["<|start_header_id|>"], *text, special["<|end_header_id|>"], *encode("\n\n")]
 
 
-def render_template(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
-    """Returns the text of a chat template up to the position of the model's answer.
-
-    Templates follow Hugging Face's `apply_chat_template`. They run in Jinja's sandbox, in a
-    separate process with limits on time and memory.
-
-    Args:
-        template: Jinja source.
-        messages: the last message is the user's.
-        tokens: texts of special tokens, by the names that templates use (`bos_token`, …).
-
-    Raises:
-        InputError: the template has a syntax error, exceeds the limits, or rejects these messages.
-    """
-    check_messages(messages)
-    context = {
-        "messages": [dict(message) for message in messages],
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": True,
-    }
-    result = _run_job(json.dumps({"template": template, "context": context | dict(tokens)}))
-    if "text" in result:
-        return result["text"]
-    if "line" in result:
-        raise InputError(
-            f"the model's chat template has a syntax error at line {result['line']}"
-            f" ({result['error']}): correct chat_template"
-        )
-    if "limit" in result:
-        raise InputError(
-            f"the model's chat template exceeds the limits for rendering ({result['limit']}):"
-            " correct chat_template"
-        )
-    raise InputError(
-        f"the model's chat template rejects these messages ({result['error']}): change them, or the"
-        " template"
-    )
-
-
-_render_lock = threading.Lock()
-
-
-def _run_job(job: str) -> dict[str, Any]:
-    """Sends a job to `template_process` and returns the result.
-
-    Raises:
-        RuntimeError: the process can't start, or exits for another reason than its limits.
-    """
-    with _render_lock:
-        if _renderer_process().poll() is not None:  # it was killed between two jobs
-            _renderer_process.cache_clear()
-        process = _renderer_process()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        line = ""
-        try:
-            with contextlib.suppress(BrokenPipeError):  # the process ended before it read the job
-                print(job, file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        finally:
-            if not line.endswith("\n"):
-                _renderer_process.cache_clear()
-                _kill(process)
-    if line.endswith("\n"):
-        return json.loads(line)
-    if process.returncode == -signal.SIGPROF:
-        return {"limit": f"more than {template_process.CPU_SECONDS} s of processor time"}
-    if process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
-        return {"limit": "more stack than its process has"}
-    raise RuntimeError(f"the process that renders chat templates ended: {process.returncode}")
-
-
-@functools.cache
-def _renderer_process() -> subprocess.Popen[str]:
-    """Starts the rendering process. It exits when this process exits, which closes its input."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", template_process.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="ascii",
-        # Ctrl-C must reach only this process, which may still have to answer chats.
-        start_new_session=True,
-    )
-    atexit.register(_kill, process)
-    return process
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    with contextlib.suppress(BrokenPipeError):
-        process.communicate()
-    atexit.unregister(_kill)
+def _llama3_call(function: Mapping[str, Any]) -> str:
+    """Returns the text of a tool call: the code for the code interpreter, or else JSON."""
+    name, arguments = function["name"], function["arguments"]
+    if name == "code_interpreter" and isinstance(arguments.get("code"), str):
+        return arguments["code"]
+    call = {"type": "function", "name": name, "parameters": arguments}
+    return json.dumps(call, ensure_ascii=False)

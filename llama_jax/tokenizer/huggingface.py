@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import tokenizers
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
+from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.settings import (
     check_ids,
     check_text,
@@ -23,6 +25,7 @@ _BEGIN = ("<|begin_of_text|>", "<s>", "<|endoftext|>")
 _END = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 # Tokens by which a vocabulary of Llama 3 is recognized.
 _LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_LLAMA3_TOOLS = ("<|eom_id|>", "<|python_tag|>")  # Llama 3.1 and later
 
 
 class TokenizerJson:
@@ -65,8 +68,9 @@ class TokenizerJson:
         # Without a known begin token, the end token separates texts.
         self.bos_id = end if begin is None else begin
         ends = {end} | self._settings.end_ids
-        self._llama3 = {token: ids[token] for token in _LLAMA3 if token in ids}
-        if len(self._llama3) == len(_LLAMA3):
+        self._llama3 = {token: ids[token] for token in _LLAMA3 + _LLAMA3_TOOLS if token in ids}
+        self._is_llama3 = self._llama3.keys() >= {*_LLAMA3}
+        if self._is_llama3:
             ends |= {ids[token] for token in END_TOKENS if token in ids}
         self.end_ids = frozenset(ends)
         add_bos = self._settings.add_bos
@@ -137,20 +141,46 @@ class TokenizerJson:
         Raises:
             InputError: the messages don't match the chat format, or there is no chat format.
         """
-        if self.template is not None:
-            ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-            texts = {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items()}
-            tokens = self._settings.tokens or texts
-            return chat.encode_with_template(
-                self.template, messages, tokens,
-                special=self.special, encode=self.encode, parse=self.parse,
-            )  # fmt: skip
-        if len(self._llama3) < len(_LLAMA3):
+        if self._chat_template:
+            return self._chat_template.encode_prompt(messages)
+        self._check_llama3()
+        return chat.encode_llama3_chat(self.encode, self._llama3, messages)
+
+    def encode_example(
+        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
+    ) -> chat.EncodedChat:
+        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        if self._chat_template:
+            return self._chat_template.encode_example(messages, tools)
+        self._check_llama3()
+        chat.check_no_tools(tools)
+        return chat.encode_llama3_example(self.encode, self._llama3, messages)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        if self.template is None:
+            return None
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        texts = {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items()}
+        return ChatTemplate(
+            self.template,
+            self._settings.tokens or texts,
+            special=self.special,
+            end_ids=self.end_ids,
+            encode=self.encode,
+            parse=self.parse,
+        )
+
+    def _check_llama3(self) -> None:
+        if not self._is_llama3:
             raise InputError(
                 f"{self.path} has no chat format, so this is a base model: use a chat model, or put"
                 " a chat_template.jinja next to it"
             )
-        return chat.encode_llama3_chat(self.encode, self._llama3.__getitem__, messages)
 
     @cached_property
     def _parser(self) -> tokenizers.Tokenizer:

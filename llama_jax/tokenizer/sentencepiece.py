@@ -1,10 +1,10 @@
 """The tokenizer of LLaMA and Llama 2: SentencePiece's tokenizer.model, or llama2.c's file."""
 
 import hashlib
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import sentencepiece as spm
 from sentencepiece.sentencepiece_model_pb2 import (
@@ -15,8 +15,10 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import BYTE, build_sentencepiece_model, infer_piece_types
+from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
+from llama_jax.tokenizer.special_text import encode_around_special
 from llama_jax.tokenizer.split_points import ESCAPED, SafeSplit, never_split, safe_split_by_pairs
 
 # SHA-256 of the charsmap of `train_tokenizer`, which replaces only U+2581 and U+FDD0.
@@ -44,6 +46,9 @@ class SentencePiece:
         self.path = path
         self._processor = _parse_model(path, data)
         self.n_vocab: int = self._processor.vocab_size()
+        is_control = self._processor.is_control([*range(self.n_vocab)])
+        control = [i for i in range(self.n_vocab) if is_control[i]]
+        self.special: dict[str, int] = {self._processor.id_to_piece(i): i for i in control}
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self._settings = read_settings(files, path.parent)
@@ -115,11 +120,7 @@ class SentencePiece:
         check_text(text)
         if self._parser is not None:
             return check_ids(self._parser.parse(text), self.n_vocab, self.path)
-        control = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        ids = []
-        for i, part in enumerate(re.split(f"({control})", text)):
-            ids += [self.special[part]] if i % 2 else self._processor.encode(part)
-        return ids
+        return encode_around_special(self._processor.encode, self.special, text)
 
     def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
         """Returns the ids of a chat, up to the position of the model's answer.
@@ -127,35 +128,55 @@ class SentencePiece:
         Raises:
             InputError: the messages don't match the chat format, or the format is unknown.
         """
-        if self.template is None and not self.has_llama2_chats:
+        if self._chat_template:
+            ids = self._chat_template.encode_prompt(messages)
+            return check_ids(ids, self.n_vocab, self.path)
+        self._check_llama2()
+        return chat.encode_llama2_chat(self.encode, messages)
+
+    def encode_example(
+        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
+    ) -> chat.EncodedChat:
+        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
+
+        Raises:
+            InputError: the messages don't match the chat format, or the format is unknown.
+        """
+        if self._chat_template:
+            encoded = self._chat_template.encode_example(messages, tools)
+            return encoded._replace(ids=check_ids(encoded.ids, self.n_vocab, self.path))
+        self._check_llama2()
+        chat.check_no_tools(tools)
+        return chat.encode_llama2_example(self.encode, messages)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        if self.template is None:
+            return None
+        p = self._processor
+        tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
+        encoder = self._parser or self
+        return ChatTemplate(
+            self.template,
+            tokens | dict(self._settings.tokens),
+            special=encoder.special,
+            end_ids=self.end_ids,
+            encode=encoder.encode,
+            parse=encoder.parse,
+        )
+
+    def _check_llama2(self) -> None:
+        if not self.has_llama2_chats:
             raise InputError(
                 f"{self.path} has control tokens for chats, but the folder doesn't define their"
                 " use: put the model's tokenizer_config.json next to it"
             )
-        if self.template is None:
-            turns = chat.format_llama2_turns(messages)
-            return [i for text, done in turns for i in self.encode(text, bos=True, eos=done)]
-        p = self._processor
-        tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
-        tokens |= self._settings.tokens
-        encoder = self._parser or self
-        ids = chat.encode_with_template(
-            self.template, messages, tokens,
-            special=encoder.special, encode=encoder.encode, parse=encoder.parse,
-        )  # fmt: skip
-        return check_ids(ids, self.n_vocab, self.path)
 
     @cached_property
     def _parser(self) -> TokenizerJson | None:
         if self._json is None:
             return None
         return TokenizerJson(self.path.with_name("tokenizer.json"), self._json, self.files)
-
-    @cached_property
-    def special(self) -> dict[str, int]:
-        """The ids of the control tokens, by their text."""
-        p = self._processor
-        return {p.id_to_piece(i): i for i in range(self.n_vocab) if p.is_control(i)}
 
 
 def _parse_model(path: AnyPath, data: bytes) -> spm.SentencePieceProcessor:

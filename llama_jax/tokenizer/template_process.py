@@ -1,14 +1,15 @@
-"""Renders chat templates in a separate process, which `chat.render_template` starts as a script.
+"""Renders chat templates in a separate process, which `chat_template` starts as a script.
 
 A template comes with the model, from an unknown author. Jinja's sandbox prevents access to Python,
 but not a template that fills memory (`'a' | center(2000000000)`) or loops forever, and no list of
 forbidden operations is complete. So the operating system enforces limits: on memory for the
 process, and on processor time for each job.
 
-Each line on standard input is a job in JSON, `{"template", "context"}`. Each line on standard
-output is the result of a job: `{"text"}`; or `{"limit"}`, the limit that the job exceeds; or
-`{"error"}`, with `"line"` if the template has a syntax error. A job that exceeds its processor time
-kills the process without a result.
+Each line on standard input is a job in JSON, `{"template", "context", "prefixes"}`: the template is
+rendered for each prefix `[number of messages, add_generation_prompt]` of the context's messages.
+Each line on standard output is the result of a job: `{"texts"}`; or `{"limit"}`, the limit that
+the job exceeds; or `{"error"}`, with `"line"` if the template has a syntax error. A job that
+exceeds its processor time kills the process without a result.
 """
 
 import contextlib
@@ -62,19 +63,26 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def run_job(line: str) -> dict[str, Any]:
-    """Runs a job and returns its result: the text, or the reason for the failure."""
+    """Runs a job and returns its result: the texts, or the reason for the failure."""
     job = json.loads(line)
+    context, texts = job["context"], list[str]()
     try:
-        text = _compile(job["template"]).render(job["context"])
+        template = _compile(job["template"])
+        for n_messages, add_generation_prompt in job["prefixes"]:
+            # A template sees no message after the prefix.
+            prefix = {"messages": context["messages"][:n_messages]}
+            prefix["add_generation_prompt"] = add_generation_prompt
+            texts.append(template.render(context | prefix))
     except jinja2.TemplateSyntaxError as error:
         return {"error": str(error.message)[:1000], "line": error.lineno}
     except MemoryError:
         raise
     except Exception as error:  # a template can raise any exception
         return {"error": str(error)[:1000]}
-    if len(text) > 4 * len(line) + EXTRA_OUTPUT:
-        return {"limit": f"a text of {len(text)} characters"}
-    return {"text": text}
+    longest = max(map(len, texts))
+    if longest > 4 * len(line) + EXTRA_OUTPUT:
+        return {"limit": f"a text of {longest} characters"}
+    return {"texts": texts}
 
 
 def main() -> None:

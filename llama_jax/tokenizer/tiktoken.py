@@ -4,6 +4,8 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import tiktoken
 
@@ -11,6 +13,7 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import LLAMA3_PATTERN
+from llama_jax.tokenizer.chat_template import ChatTemplate
 from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
 
 # The special tokens follow the ranks, in this order (Meta's llama-models, llama3/tokenizer.py).
@@ -114,14 +117,36 @@ class Tiktoken:
         Raises:
             InputError: the messages don't match the chat format.
         """
+        if self._chat_template:
+            return self._chat_template.encode_prompt(messages)
+        return chat.encode_llama3_chat(self.encode, self.special, messages)
+
+    def encode_example(
+        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
+    ) -> chat.EncodedChat:
+        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
+
+        Raises:
+            InputError: the messages don't match the chat format.
+        """
+        if self._chat_template:
+            return self._chat_template.encode_example(messages, tools)
+        chat.check_no_tools(tools)
+        return chat.encode_llama3_example(self.encode, self.special, messages)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
         if self.template is None:
-            return chat.encode_llama3_chat(self.encode, self.special.__getitem__, messages)
+            return None
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        tokens |= self._settings.tokens
-        return chat.encode_with_template(
-            self.template, messages, tokens,
-            special=self.special, encode=self.encode, parse=self.parse,
-        )  # fmt: skip
+        return ChatTemplate(
+            self.template,
+            tokens | dict(self._settings.tokens),
+            special=self.special,
+            end_ids=self.end_ids,
+            encode=self.encode,
+            parse=self.parse,
+        )
 
 
 def split_long(text: str) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath, open_file, parse_path, read_file
-from llama_jax.tokenizer.chat import Message
+from llama_jax.tokenizer.chat import EncodedChat, Message
 from llama_jax.tokenizer.gguf import gguf_tokenizer_files, is_gguf
 from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.sentencepiece import SentencePiece, from_llama2c, is_llama2c
@@ -34,6 +34,11 @@ class Tokenizer(Protocol):
     template: str | None  # for chats, in Jinja; None: the format is Llama's own, or there is none
     add_bos: bool  # whether the model's prompts start with bos_id
     files: dict[str, bytes]  # from which load_tokenizer loads this tokenizer again, by name
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """The ids of the special tokens, which `decode` omits, by their text."""
+        ...
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, continued: bool = False
@@ -73,6 +78,23 @@ class Tokenizer(Protocol):
 
         Raises:
             InputError: the messages don't match the model's chat format, or it has no chat format.
+        """
+        ...
+
+    def encode_example(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> EncodedChat:
+        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
+
+        Before each answer, the ids are those that `encode_chat` returns for the same messages.
+
+        Args:
+            messages: the last message is the assistant's.
+            tools: that the assistant can call, as a chat template lists them.
+
+        Raises:
+            InputError: as `encode_chat`; or the format doesn't define where an answer starts and
+                ends, or has no place for the tools.
         """
         ...
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.errors import InputError
-from llama_jax.tokenizer import chat
+from llama_jax.tokenizer import chat, chat_template
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 SYSTEM = {"role": "system", "content": " Be brief.\n"}
@@ -121,7 +121,7 @@ def test_templates_have_the_extensions_of_transformers():
     {% endgeneration %}
 {%- endfor %}
 {{ strftime_now('%Y') | length }}{{ add_generation_prompt }}{{ tools is none }}"""
-    text = chat.render_template(template, [{"role": "user", "content": "<é>"}], {})
+    text = chat_template.render_template(template, [{"role": "user", "content": "<é>"}], {})
     assert text == '{"role": "user", "content": "<é>"}\n4TrueTrue'
 
 
@@ -146,22 +146,22 @@ def test_templates_have_the_extensions_of_transformers():
 def test_templates_have_limits_on_memory_output_and_processor_time(template, limit):
     message = f"exceeds the limits for rendering ({limit}): correct chat_template"
     with pytest.raises(InputError, match=re.escape(message)):
-        chat.render_template(template, [USER], {})
-    assert chat.render_template("{{ messages[0].content }}", [USER], {}) == USER["content"]
+        chat_template.render_template(template, [USER], {})
+    assert chat_template.render_template("{{ messages[0].content }}", [USER], {}) == USER["content"]
 
 
 def test_a_template_with_endless_recursion_is_rejected():
     template = "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}"
     with pytest.raises(InputError, match="maximum recursion depth exceeded"):
-        chat.render_template(template, [USER], {})
+        chat_template.render_template(template, [USER], {})
 
 
 def test_the_rendering_process_exits_when_its_parent_is_killed():
     program = """\
 import os, signal
-from llama_jax.tokenizer import chat
-assert chat.render_template("{{ 1 }}", [{"role": "user", "content": "a"}], {}) == "1"
-print(chat._renderer_process().pid, flush=True)
+from llama_jax.tokenizer import chat_template
+assert chat_template.render_template("{{ 1 }}", [{"role": "user", "content": "a"}], {}) == "1"
+print(chat_template._renderer_process().pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL
@@ -179,12 +179,12 @@ os.kill(os.getpid(), signal.SIGKILL)"""
 
 
 def test_a_killed_rendering_process_is_restarted():
-    chat.render_template("{{ 1 }}", [USER], {})
-    killed = chat._renderer_process()
+    chat_template.render_template("{{ 1 }}", [USER], {})
+    killed = chat_template._renderer_process()
     killed.kill()
     killed.wait()
-    assert chat.render_template("{{ 2 }}", [USER], {}) == "2"
-    assert chat._renderer_process() is not killed
+    assert chat_template.render_template("{{ 2 }}", [USER], {}) == "2"
+    assert chat_template._renderer_process() is not killed
 
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content | trim }}</s>{% endfor %}"
