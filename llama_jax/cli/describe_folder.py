@@ -1,5 +1,8 @@
 """Describes a folder on one screen. Imports no JAX, so that `llama-jax info` answers at once."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig
@@ -138,9 +141,28 @@ def _describe_tokens(folder: AnyPath) -> list[str]:
     lines.append(_describe_tokenizer(load_tokenizer(folder)))
     for name, split in meta["splits"].items():
         TokenStream(folder, name)  # opens every file and checks its length
-        lines.append(
-            f"{name:11} {split['tokens']:,} tokens in {split['documents']:,} documents"
-            f" ({split['bytes']:,} bytes), unigram entropy {split['unigram_entropy']:.3f} nats per"
-            " token"
-        )
+        entropy = f"unigram entropy {split['unigram_entropy']:.3f} nats per"
+        if meta["kind"] == "text":
+            lines.append(
+                f"{name:11} {split['tokens']:,} tokens in {split['documents']:,} documents"
+                f" ({split['bytes']:,} bytes), {entropy} token"
+            )
+        else:
+            lines.append(f"{name:11} {describe_packed_split(meta, split)}, {entropy} trained token")
     return lines
+
+
+def describe_packed_split(meta: Mapping[str, Any], split: Mapping[str, Any]) -> str:
+    """Returns one line about a split of chats or preferences.
+
+    Args:
+        meta: content of the folder's `meta.json`.
+        split: entry of the split in it.
+    """
+    windows = split["tokens"] // meta["seq_len"]
+    fill = split["example_tokens"] / max(1, split["tokens"])
+    trained = split["trained_tokens"] / max(1, split["example_tokens"])
+    return (
+        f"{split['documents']:,} {meta['kind']} in {windows:,} windows of {meta['seq_len']:,}"
+        f" tokens, {fill:.2%} full, {split['trained_tokens']:,} tokens trained ({trained:.1%})"
+    )

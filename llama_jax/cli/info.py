@@ -7,12 +7,17 @@ from llama_jax.runtime.storage import parse_path
 MANUAL = """\
 Describe a run folder, a model folder or a folder of token shards on one screen.
 
+With --show N, also print the first N windows of token shards as the model sees them: with special
+tokens, with the tokens that it learns in color (⟦between marks⟧ if the output is no terminal), and
+with the borders of documents or examples.
+
 With --verify, read every byte of a run's checkpoints, of a model folder or of token shards instead,
 and compare it with its checksum. The exit code is 1 if anything is damaged.
 
 example:
   llama-jax info runs/quickstart
   llama-jax info data/quickstart
+  llama-jax info data/quickstart --show 3
   llama-jax info runs/quickstart --verify
 """
 
@@ -21,15 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--verify", action="store_true", help="read and verify every byte")
+    parser.add_argument("--show", type=int, metavar="N", help="print N windows of token shards")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the description; returns the exit code."""
     from llama_jax.cli.describe_folder import check_exists, describe
+    from llama_jax.cli.show_windows import show_windows
 
     folder = parse_path(args.folder)
     if not args.verify:
         print(describe(folder))
+        if args.show is not None:
+            print(show_windows(folder, args.show))
         return 0
     from llama_jax.checkpoint.verify_folder import describe_verdicts, verify_folder
 

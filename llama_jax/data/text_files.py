@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.bucket_path import BucketPath
-from llama_jax.runtime.storage import AnyPath, open_file, parse_path
+from llama_jax.runtime.storage import AnyPath, file_size, open_file, parse_path
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -27,6 +27,7 @@ SPLITS = ("train", "validation")
 _PART_CHARACTERS = 1 << 18  # one part that is read from a file
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
+COMPRESSED = (".gz", ".zst")
 
 
 class Document(NamedTuple):
@@ -94,7 +95,7 @@ def _is_corpus_file(path: AnyPath) -> bool:
 
 
 def _inner_suffix(path: AnyPath) -> str:
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def is_json_lines(path: AnyPath) -> bool:
@@ -118,7 +119,7 @@ def is_json_lines(path: AnyPath) -> bool:
     array, other = ("one JSON array", "jq -c '.[]'"), ("not JSON lines", "jq -c .")
     content, command = array if is_array else other
     raise InputError(
-        f'{path} is {content}: write each {{"text": …}} on its own line (`{command}`), or rename'
+        f"{path} is {content}: write each row on its own line (`{command}`), or rename"
         " the file to .txt if the complete file is one text"
     )
 
@@ -185,24 +186,51 @@ def read_json_lines(path: AnyPath) -> Iterator[str]:
         InputError: a line is not JSON or has no `text` (the message has file and line); or the file
             can't be read, is truncated, or is not UTF-8.
     """
+    for location, line in read_lines(path):
+        yield _text_field(parse_json_line(line, location), location)
+
+
+def read_lines(path: AnyPath) -> Iterator[tuple[str, str]]:
+    """Yields the location (file and number) and the content of each line that is not blank.
+
+    Raises:
+        InputError: the file can't be read, is truncated, is not UTF-8, or is one JSON array.
+    """
+    if _inner_suffix(path) == ".json":
+        is_json_lines(path)  # refuses an array
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _text_field(line, f"{path}:{number}")
+                yield f"{path}:{number}", line
 
 
-def _text_field(line: str, location: str) -> str:
-    """Returns the `text` of a JSON object."""
+def parse_json_line(line: str, location: str) -> Any:
+    """Returns the JSON value of a line.
+
+    Raises:
+        InputError: it is not JSON.
+    """
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(f"{location}: not valid JSON ({problem}): correct or remove it") from error
+
+
+def _text_field(record: Any, location: str) -> str:
+    """Returns the `text` of a JSON object."""
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise InputError(f'{location}: a line needs a string "text"; this one has: {found}')
     return text
+
+
+def plain_size(files: Sequence[AnyPath]) -> int | None:
+    """Returns the size of the text in `files` [bytes]; None (unknown) if a file is compressed."""
+    if any(file.suffix in COMPRESSED for file in files):
+        return None
+    return sum(map(file_size, files))
 
 
 def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iterator[Document]:

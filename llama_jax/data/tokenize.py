@@ -5,31 +5,40 @@ file of the corpus is in memory at once: documents are split into spans, and the
 are written as soon as it is encoded.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing.connection import Connection
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
 from llama_jax.data.shards import write_meta
-from llama_jax.data.text_files import SPLITS, Document, find_files, read_documents, split_lines
+from llama_jax.data.text_files import (
+    COMPRESSED,
+    SPLITS,
+    Document,
+    find_files,
+    plain_size,
+    read_documents,
+    split_lines,
+)
+from llama_jax.data.worker_pool import map_in_order, worker_pool
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
-from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.console import byte_progress, print_status
 from llama_jax.runtime.storage import AnyPath, file_size, write_file
+from llama_jax.tokenizer.special_text import (
+    encode_around_special,
+    special_pattern,
+    split_around_special,
+)
 from llama_jax.tokenizer.split_points import SafeSplit, split_text
-from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.tokenizer.train import MAX_LINE_BYTES, train_tokenizer
 
 _TASK_CHARACTERS = 1 << 20  # text that a worker encodes in one task
@@ -37,7 +46,6 @@ _TASK_CHARACTERS = 1 << 20  # text that a worker encodes in one task
 # SentencePiece needs four times the text in memory. The text of a compressed file is estimated as
 # four times the file.
 _TRAINING_BYTES = 1 << 26
-_COMPRESSED = (".gz", ".zst")
 
 
 class _TextSpan(NamedTuple):
@@ -49,54 +57,52 @@ class _TextSpan(NamedTuple):
     last: bool  # whether the document ends with this span
 
 
-@contextlib.contextmanager
-def _worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Yields a pool whose workers exit when this process exits, and at once after an error.
-
-    Each worker watches a pipe. Only this process has the pipe's other end, which the system closes
-    when this process exits.
-    """
-    # Not fork: forking a process in which JAX runs threads can deadlock.
-    context = multiprocessing.get_context("spawn")
-    worker_end, parent_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _exit_with_parent, (worker_end,))
-    try:
-        yield pool
-        pool.shutdown()
-    finally:
-        parent_end.close()
-        pool.shutdown(cancel_futures=True)
-        worker_end.close()
-
-
-def _exit_with_parent(pipe: Connection) -> None:
-    """Makes this worker exit when the pipe's other end closes, also in the middle of a task."""
-    # Ctrl-C sends SIGINT to all processes of a terminal: only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            pipe.recv_bytes()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 _load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _encode_task(tokenizer: AnyPath, task: list[_TextSpan]) -> list[EncodedSpan]:
-    encode = _load_tokenizer_once(tokenizer).encode
-    return [
-        EncodedSpan(
-            np.array(encode(text, bos=first, eos=last, continued=not first), np.uint32),
-            len(text.encode()),
-            split,
-            first,
-            last,
-        )
-        for text, split, first, last in task
-    ]
+def _encode_task(
+    tokenizer: AnyPath, parse_special: bool, task: list[_TextSpan]
+) -> tuple[list[EncodedSpan], Counter[str]]:
+    """Returns the encoded spans, and how often each text of a special token occurs in them."""
+    loaded = _load_tokenizer_once(tokenizer)
+    encode = _encode_with_special if parse_special else _encode
+    pattern, found, spans = special_pattern(loaded.special), Counter[str](), list[EncodedSpan]()
+    for span in task:
+        if pattern:
+            found.update(match[0] for match in pattern.finditer(span.text))
+        ids = np.array(encode(loaded, span), np.uint32)
+        n_bytes = len(span.text.encode())
+        spans.append(EncodedSpan(ids, n_bytes, span.split, span.first, span.last))
+    return spans, found
+
+
+def _encode(tokenizer: Tokenizer, span: _TextSpan) -> list[int]:
+    return tokenizer.encode(span.text, bos=span.first, eos=span.last, continued=not span.first)
+
+
+def _encode_with_special(tokenizer: Tokenizer, span: _TextSpan) -> list[int]:
+    """Returns the ids of a span; a begin or end token that the text contains is not added twice."""
+    continued = not span.first
+
+    def encode_part(text: str) -> list[int]:
+        nonlocal continued
+        ids = tokenizer.encode(text, continued=continued)
+        continued = False  # the rest of the span follows a special token
+        return ids
+
+    ids = encode_around_special(encode_part, tokenizer.special, span.text)
+    bos = span.first and ids[:1] != [tokenizer.bos_id]
+    eos = span.last and ids[-1:] != [tokenizer.eos_id]
+    return [tokenizer.bos_id] * bos + ids + [tokenizer.eos_id] * eos
+
+
+def _warn_of_special_texts(found: Counter[str]) -> None:
+    texts = ", ".join(f"{text} ({count:,})" for text, count in found.most_common(3))
+    print_status(
+        f"warning: the corpus contains the text of special tokens {found.total():,} times"
+        f" ({texts}). It is encoded as ordinary text, which the model never sees in a chat: use"
+        " --chat for chats, or --parse-special for text with a chat format in it"
+    )
 
 
 def _train_on_corpus(
@@ -104,7 +110,7 @@ def _train_on_corpus(
 ) -> None:
     documents = read_documents(files, validation_fraction)
     lines = split_lines(documents, "train", MAX_LINE_BYTES)
-    compressed = (path.suffix in _COMPRESSED for path in files)
+    compressed = (path.suffix in COMPRESSED for path in files)
     size = sum(file_size(path) * 4**c for path, c in zip(files, compressed, strict=True))
     every = max(1, -(-size // _TRAINING_BYTES))
     train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
@@ -133,23 +139,6 @@ def _group_into_tasks(spans: Iterable[_TextSpan]) -> Iterator[list[_TextSpan]]:
         yield task
 
 
-def _encode_in_order(
-    tasks: Iterable[list[_TextSpan]], tokenizer: AnyPath, workers: int
-) -> Generator[EncodedSpan, None, None]:
-    """Yields the encoded spans in order, with a bounded number of tasks in memory."""
-    if workers == 1:
-        yield from itertools.chain.from_iterable(_encode_task(tokenizer, task) for task in tasks)
-        return
-    with _worker_pool(workers) as pool:
-        running: collections.deque[Future[list[EncodedSpan]]] = collections.deque()
-        for task in tasks:
-            running.append(pool.submit(_encode_task, tokenizer, task))
-            if len(running) > 3 * workers:
-                yield from running.popleft().result()
-        while running:
-            yield from running.popleft().result()
-
-
 def tokenize_corpus(
     sources: Sequence[str],
     out: str | AnyPath,
@@ -157,6 +146,7 @@ def tokenize_corpus(
     n_vocab: int | None = None,
     tokenizer: str | AnyPath | None = None,
     validation_fraction: float = 0.05,
+    parse_special: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -169,6 +159,8 @@ def tokenize_corpus(
             lines), where `tokenizer` is None.
         tokenizer: file or folder of the tokenizer to use.
         validation_fraction: fraction of the documents that is held out.
+        parse_special: whether the text of a special token is encoded as that token; otherwise it is
+            ordinary text, which the model never sees in a chat.
         workers: number of processes; default: one per core.
         progress: whether to show the progress on standard error.
 
@@ -192,27 +184,30 @@ def tokenize_corpus(
             if workers == 1:
                 _train_on_corpus(files, validation_fraction, model, n_vocab)
             else:  # in a worker, so that this process can still handle signals
-                with _worker_pool(1) as pool:
+                with worker_pool(1) as pool:
                     pool.submit(
                         _train_on_corpus, files, validation_fraction, model, n_vocab
                     ).result()
         else:
             raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
         loaded = load_tokenizer(model)
-        spans = _text_spans(read_documents(files, validation_fraction), loaded.safe_split)
+        safe_split = loaded.safe_split
+        if parse_special:
+            safe_split = split_around_special(safe_split, loaded.special)
+        spans = _text_spans(read_documents(files, validation_fraction), safe_split)
+        special_texts = Counter[str]()
         with contextlib.ExitStack() as stack:
             writers = {split: SplitWriter(partial / split, loaded.n_vocab) for split in SPLITS}
-            # The amount of text in compressed files is unknown: the bar then has no total.
-            plain = all(file.suffix not in _COMPRESSED for file in files)
-            advance = stack.enter_context(
-                byte_progress("tokenizing", size if plain else None, progress)
-            )
-            encoded_spans = stack.enter_context(
-                contextlib.closing(_encode_in_order(_group_into_tasks(spans), model, workers))
-            )
-            for span in encoded_spans:
-                writers[span.split].append(span)
-                advance(span.n_bytes)
+            advance = stack.enter_context(byte_progress("tokenizing", plain_size(files), progress))
+            encode = functools.partial(_encode_task, model, parse_special)
+            tasks = map_in_order(encode, _group_into_tasks(spans), workers)
+            for encoded, found in stack.enter_context(contextlib.closing(tasks)):
+                special_texts += found
+                for span in encoded:
+                    writers[span.split].append(span)
+                    advance(span.n_bytes)
+        if special_texts and not parse_special:
+            _warn_of_special_texts(special_texts)
         for split, writer in writers.items():
             if not writer.documents and (split == "train" or validation_fraction):
                 raise InputError(

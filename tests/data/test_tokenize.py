@@ -170,6 +170,49 @@ def test_the_tokenizer_of_a_large_corpus_is_trained_on_every_nth_line(sources, m
         assert training_lines == [line for text in TEXTS for line in text.split("\n")][::every]
 
 
+SPECIAL = "<s>a</s>b <0x0A></s>"
+
+
+@pytest.fixture
+def special_sources(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(f"text {i} {SPECIAL} {'and more ' * 20}")
+    return tmp_path / "in"
+
+
+def test_the_text_of_special_tokens_is_counted_and_stays_text(special_sources, tmp_path, capsys):
+    tokenize_source(special_sources, tmp_path / "out")
+    assert "the text of special tokens 60 times (</s> (40), <s> (20))" in capsys.readouterr().err
+    tokens, _ = stream(tmp_path / "out", "train")
+    assert [int((tokens == i).sum()) for i in (1, 2)] == [18, 18]
+
+
+@pytest.mark.parametrize("span", [split_points.SPAN_CHARACTERS, 30])
+def test_parse_special_encodes_the_text_of_special_tokens_as_the_tokens(
+    special_sources, tmp_path, capsys, monkeypatch, span
+):
+    monkeypatch.setattr(split_points, "SPAN_CHARACTERS", span)
+    tokenize_source(special_sources, tmp_path / "out", parse_special=True, workers=1)
+    assert "special tokens" not in capsys.readouterr().err
+    tokens, starts = stream(tmp_path / "out", "train")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    documents = np.split(tokens, starts[1:])
+    assert len(documents) == 18
+    texts = sorted(special_sources.iterdir())
+    for document, path in zip(documents, texts[:9] + texts[10:19], strict=True):
+        assert document.tolist() == [1, *tokenizer.parse(path.read_text()), 2]
+
+
+def test_a_rendered_chat_gets_no_second_begin_and_end_token(special_sources, tmp_path):
+    for path in special_sources.iterdir():
+        path.write_text("<s>[INST] a [/INST] b </s>")
+    tokenize_source(special_sources, tmp_path / "out", n_vocab=270, parse_special=True)
+    tokens, _ = stream(tmp_path / "out", "train")
+    assert [int((tokens == i).sum()) for i in (1, 2)] == [18, 18]
+    assert tokens[-1] == 2
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
