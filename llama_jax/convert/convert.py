@@ -4,24 +4,26 @@ Weights are converted one at a time on each core, in order, within a memory budg
 """
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.model_folders import manifest_of, write_files
-from llama_jax.config.model import ModelConfig
 from llama_jax.convert import receipt
+from llama_jax.convert.conversion_plan import (
+    ConversionPlan,
+    OutputFormat,
+    conversion_bytes,
+    make_plan,
+)
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.formats import huggingface, meta, model_folder
-from llama_jax.convert.layout import AXES, Layout, Weight, weights
+from llama_jax.convert.layout import Weight
 from llama_jax.convert.sanity_checks import sanity_warnings
-from llama_jax.convert.source import Source
 from llama_jax.convert.stream import local_files, map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.convert.verify import verify_output
@@ -29,13 +31,8 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.manifest import write_manifest
-from llama_jax.runtime.process_memory import available_memory, check_memory, peak_resident, resident
+from llama_jax.runtime.process_memory import peak_resident
 from llama_jax.runtime.storage import AnyPath, parse_path
-
-OutputFormat = Literal["orbax", "hf", "meta"]
-GIB = 1 << 30
-_SLACK = 64 << 20  # bytes: small temporary objects
-_COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as written
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def convert(
     folder = parse_path(folder)
     check_absent(folder)
     source = open_source(parse_path(path), model)
-    plan = _plan(source, to, dtype, quantize, shards, max_ram)
+    plan = make_plan(source, to, dtype, quantize, shards, max_ram)
     extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
     notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]
     with (
@@ -130,119 +127,6 @@ def convert(
     )
 
 
-# The plan.
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Which tensors a conversion writes, and how much memory it may use."""
-
-    source: Source
-    config: ModelConfig  # of the output
-    layout: Layout  # of the output
-    dtypes: Mapping[Weight, np.dtype]  # of the output, before quantization
-    memory_budget: int  # tensors in memory at once [bytes]
-
-    def output_bytes(self) -> int:
-        """Returns the size of all tensors of the output [bytes]."""
-        return sum(self.layout.nbytes(self.config, w, dtype) for w, dtype in self.dtypes.items())
-
-
-def _plan(
-    source: Source,
-    to: OutputFormat,
-    dtype: str | None,
-    quantize: Literal["int8"] | None,
-    shards: int,
-    max_ram: int | None,
-) -> _Plan:
-    """Returns the plan of a conversion.
-
-    Raises:
-        InputError: the source can't be converted to this format, or not within this memory.
-    """
-    if source.layout.quantized:
-        raise InputError(
-            f"{source.path} is an int8 folder, from which no other format can be restored: convert"
-            " the checkpoint from which it was created"
-        )
-    if quantize and to != "orbax":
-        raise InputError(f"--quantize {quantize} is for --to orbax: remove one of the two options")
-    # Quantization on load also starts from one type for all weights: the bits are the same.
-    dtypes = _output_dtypes(
-        source, to, dtype or (source.dtype(Weight("wq", 0)).name if quantize else None)
-    )
-    config = _output_config(source.config, dtypes, dtype, quantize)
-    layout = _output_layout(config, to, shards)
-    return _Plan(source, config, layout, dtypes, _memory_budget(source, dtypes, max_ram))
-
-
-def _output_dtypes(source: Source, to: OutputFormat, dtype: str | None) -> dict[Weight, np.dtype]:
-    """Returns the type in which each weight is written."""
-    stored = {weight: source.dtype(weight) for weight in weights(source.config)}
-    if dtype is not None:
-        return dict.fromkeys(stored, jnp.dtype(dtype))
-    if to != "orbax":
-        return stored
-    # An Orbax folder stacks the layers of a weight into one array: its type must represent the
-    # values of all layers.
-    by_name: dict[str, set[np.dtype]] = {}
-    for weight, kind in stored.items():
-        by_name.setdefault(weight.name, set()).add(kind)
-    common = {name: jnp.result_type(*kinds) for name, kinds in by_name.items()}
-    return {weight: common[weight.name] for weight in stored}
-
-
-def _output_config(
-    config: ModelConfig,
-    dtypes: Mapping[Weight, np.dtype],
-    dtype: str | None,
-    quantize: Literal["int8"] | None,
-) -> ModelConfig:
-    """Returns the configuration of the output; --dtype also sets the type of the computation."""
-    param_dtype = dtypes[Weight("wq", 0)].name
-    config = replace(config, quantized=quantize or "none", param_dtype=param_dtype)
-    if dtype is None:
-        return config
-    return replace(config, dtype="float32" if param_dtype == "float32" else "bfloat16")
-
-
-def _output_layout(config: ModelConfig, to: OutputFormat, shards: int) -> Layout:
-    if to == "meta":
-        return meta.writer_layout(config, shards)
-    if shards != 1:
-        raise InputError(
-            f"--shards is for --to meta; --to {to} chooses the number of files: remove --shards"
-        )
-    return model_folder.layout(config) if to == "orbax" else Layout(huggingface.NAMES)
-
-
-def _memory_budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: int | None) -> int:
-    """Returns how many bytes of tensors may be in memory at once.
-
-    Raises:
-        InputError: not even the largest weight fits.
-    """
-    largest = max(_conversion_bytes(source, dtypes, weight) for weight in dtypes)
-    base = resident() + _SLACK
-    if max_ram is None:
-        check_memory(largest + _SLACK, "the largest weight, while it is converted,")
-        return min(max(GIB - base, 0) + largest, available_memory() - _SLACK)
-    if base + largest > max_ram:
-        raise InputError(
-            f"--max-ram {max_ram / GIB:.2f}GiB is too little: the largest weight takes"
-            f" {largest / GIB:.2f} GiB while it is converted, and the program itself"
-            f" {base / GIB:.2f} GiB; give at least {(base + largest) / GIB + 0.005:.2f}GiB"
-        )
-    return max_ram - base
-
-
-def _conversion_bytes(source: Source, dtypes: Mapping[Weight, np.dtype], weight: Weight) -> int:
-    """Returns how much memory the conversion of `weight` takes [bytes]."""
-    itemsize = max(source.dtype(weight).itemsize, dtypes[weight].itemsize)
-    return _COPIES * itemsize * math.prod(source.config.shape(AXES[weight.name].ours))
-
-
 # The stream of weights.
 
 
@@ -265,7 +149,7 @@ class CheckpointWriter(Protocol):
 
 
 def _open_writer(
-    folder: AnyPath, plan: _Plan, to: OutputFormat, mesh: Mapping[str, int]
+    folder: AnyPath, plan: ConversionPlan, to: OutputFormat, mesh: Mapping[str, int]
 ) -> CheckpointWriter:
     if to == "orbax":
         return model_folder.ModelFolderWriter(folder, plan.config, plan.dtypes, mesh)
@@ -275,12 +159,12 @@ def _open_writer(
 
 
 def _stream_weights(
-    plan: _Plan, writer: CheckpointWriter, progress: bool
+    plan: ConversionPlan, writer: CheckpointWriter, progress: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Converts and writes all weights; returns their records for the receipt, and warnings."""
     records, notes = list[dict[str, Any]](), list[str]()
     work = partial(_convert_weight, plan)
-    cost = partial(_conversion_bytes, plan.source, plan.dtypes)
+    cost = partial(conversion_bytes, plan.source, plan.dtypes)
     with byte_progress("converting", plan.output_bytes(), progress) as advance:
         for converted in map_in_order(plan.dtypes, work, cost, plan.memory_budget):
             writer.write(converted.tensors)
@@ -298,7 +182,7 @@ class ConvertedWeight(NamedTuple):
     note: str | None  # a warning about the values
 
 
-def _convert_weight(plan: _Plan, weight: Weight) -> ConvertedWeight:
+def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     """Reads a weight and converts it to the layout and type of the output.
 
     Raises:
