@@ -28,6 +28,11 @@ def is_run_folder(folder: AnyPath) -> bool:
     return (folder / "config.yaml").is_file()
 
 
+def is_lora_run(folder: AnyPath) -> bool:
+    """Returns whether `folder` is the run folder of a LoRA run."""
+    return is_run_folder(folder) and read_run_config(folder).lora is not None
+
+
 def checkpoint_format(path: AnyPath) -> CheckpointFormat | None:
     """Returns the format of the checkpoint at `path`, by its file names and first bytes.
 
@@ -93,6 +98,11 @@ def _not_ours(path: AnyPath) -> InputError:
     if not path.exists():
         return InputError(
             f"{path} does not exist: give a folder that contains a config.yaml or a config.json"
+        )
+    if (path / "adapter_config.json").is_file():
+        return InputError(
+            f"{path} contains low-rank pairs of PEFT, and no model: give the model that they belong"
+            f" to, with --lora {path}"
         )
     source, kind = path, checkpoint_format(path)
     if kind is None and path.is_file():  # a file of weights in the folder of a checkpoint

@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from llama_jax.checkpoint import array_files, fingerprint
 from llama_jax.checkpoint.arrays import load_items
-from llama_jax.checkpoint.folders import committed_steps, is_run_folder, read_model_config
+from llama_jax.checkpoint.folders import (
+    committed_steps,
+    is_lora_run,
+    is_run_folder,
+    read_model_config,
+)
 from llama_jax.checkpoint.tree import abstract_model, dict_to_tree, tree_to_dict
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
@@ -147,9 +152,15 @@ def load_model(
 
     Raises:
         Damaged: the files are not those that were written.
-        InputError: the folder contains no model, or doesn't fit `config`.
+        InputError: the folder contains no model (that of a LoRA run is `inference.load`'s), or
+            doesn't fit `config`.
     """
     folder = parse_path(folder)
+    if is_lora_run(folder):
+        raise InputError(
+            f"{folder} is a LoRA run, whose checkpoints contain low-rank pairs only: create a model"
+            f" with `llama-jax convert {folder} MERGED`, and give MERGED"
+        )
     own_config = read_model_config(folder)
     config = config or own_config
     if config.quantized != own_config.quantized:

@@ -4,8 +4,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 if TYPE_CHECKING:
+    from llama_jax.checkpoint.lora_pairs import StoredPairs
+    from llama_jax.config.model import ModelConfig
     from llama_jax.inference.sampling import Sampling
 
 
@@ -28,6 +31,36 @@ def add_int8(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that quantize the weights and the KV cache."""
     parser.add_argument("--quantize", choices=["int8"], help="quantize the weights while loading")
     parser.add_argument("--cache", choices=["int8"], help="quantize the KV cache")
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `read_pairs` and `load` read."""
+    parser.add_argument(
+        "--lora", metavar="PAIRS",
+        help="low-rank pairs for a model folder: a LoRA run, or a folder of PEFT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--unmerged", action="store_true", help="don't merge low-rank pairs into the weights"
+    )
+
+
+def read_pairs(lora: str | None, folder: AnyPath, config: "ModelConfig") -> "StoredPairs | None":
+    """Returns the low-rank pairs of --lora; None without it.
+
+    Args:
+        lora: the flag.
+        folder: the model folder.
+        config: its configuration.
+
+    Raises:
+        InputError: they can't be read, or are not for this model.
+    """
+    from llama_jax.convert.lora_folder import base_and_pairs, open_pairs
+
+    if lora is None:
+        return None
+    folder, pairs = base_and_pairs(folder, parse_path(lora))
+    return open_pairs(pairs, folder, config) if pairs else None
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

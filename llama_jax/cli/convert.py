@@ -19,14 +19,23 @@ which must be equal bit for bit; receipt.json records the result. The folder app
 complete. --verify repeats the proof later; if the source is given as DST, it also hashes the
 source again.
 
+A LoRA run is converted with its low-rank pairs merged into its base: w + α·BA/r, added in float32
+and verified weight by weight. --lora merges the pairs of a LoRA run or of a PEFT folder into SRC.
+--to peft writes the pairs of a LoRA run for PEFT. The export of a fine-tune has the chat template
+and all end tokens of its training.
+
 --quantize int8 stores each matrix as 8-bit integers with a scale for each output channel, for
 inference only: a quarter of the size of float32. An int8 model can't be converted into another
-format. llama-jax perplexity measures the loss of quality.
+format, except with low-rank pairs: the sum is no longer int8. llama-jax perplexity measures the
+loss of quality.
 
 example:
   llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
   llama-jax convert models/llama3.1-8b export/llama3.1-8b --to hf
   llama-jax convert Llama-3.1-8B/original models/llama3.1-8b-int8 --quantize int8
+  llama-jax convert runs/lora export/merged --to hf
+  llama-jax convert runs/lora export/adapter --to peft
+  llama-jax convert models/llama3.1-8b models/tuned --lora export/adapter
   llama-jax convert Llama-2-70b mp16 --to meta --shards 16
   llama-jax convert --verify models/llama3.1-8b Llama-3.1-8B/original
 """
@@ -37,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint: a folder or a file")
     parser.add_argument("folder", metavar="DST", nargs="?", help="folder to create")
     parser.add_argument(
-        "--to", choices=["orbax", "hf", "meta"], default="orbax", help="output format (orbax)"
-    )
+        "--to",
+        choices=["orbax", "hf", "meta", "peft"], default="orbax",
+        help="output format (orbax)",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"],
         help="type of the weights (as in the source)",
@@ -62,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="repeat the proof of SRC; DST may name its source"
     )
+    parser.add_argument(
+        "--lora", metavar="PAIRS",
+        help="merge these low-rank pairs into the weights: a LoRA run, or a folder of PEFT",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     from llama_jax.runtime.process_memory import release_freed_memory
 
     if args.verify:
-        counts = verify(parse_path(args.source), args.folder and parse_path(args.folder))
+        folder, lora = (path and parse_path(path) for path in (args.folder, args.lora))
+        counts = verify(parse_path(args.source), folder, lora=lora)
         print(f"{args.source}: {_proof(**counts)}")
         return 0
     if args.folder is None:
@@ -91,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         shards=args.shards,
         mesh=args.mesh and parse_mesh(args.mesh),
         quantize=args.quantize,
+        lora=args.lora,
     )
     seconds = time.monotonic() - start
     for note in outcome.notes:
@@ -100,19 +117,21 @@ def run(args: argparse.Namespace) -> int:
         f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
         f" {outcome.peak / 2**30:.2f} GiB"
     )
-    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted)}")
+    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted, outcome.merged)}")
     if args.quantize:
         print(f"measure the loss of quality: llama-jax perplexity {outcome.folder} TEXT_FILE")
     return 0
 
 
-def _proof(identical: int, converted: int) -> str:
+def _proof(identical: int, converted: int, merged: int = 0) -> str:
     """Returns the result of a verification.
 
     Args:
         identical: number of weights with the bits of the source.
         converted: number of weights of another type than in the source.
+        merged: number of weights into which a low-rank pair was merged.
     """
     parts = [f"{identical} weights are bit-identical to the source's"] if identical else []
     parts += [f"{converted} equal the source's after the change of type"] if converted else []
+    parts += [f"{merged} equal base + α·BA/r"] if merged else []
     return ", ".join(parts)

@@ -6,6 +6,7 @@ from typing import Any
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.config.model import ModelConfig
+from llama_jax.config.run import Config
 from llama_jax.convert.receipt import FILE as RECEIPT
 from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
@@ -75,12 +76,13 @@ def _describe_receipt(folder: AnyPath) -> str:
     match read_receipt(folder):
         case {
             "source": {"kind": str(kind), "name": str(name)},
-            "verified": {"identical": int(identical), "converted": int(converted)},
+            "verified": {"identical": int(identical), "converted": int(converted), **others},
         }:
+            merged = others.get("merged", 0)
             return (
                 f"receipt     from {kind} {name}: {identical} weights proven identical,"
                 f" {converted} changed in type"
-            )
+            ) + (f", {merged} merged with low-rank pairs" if type(merged) is int and merged else "")
     raise InputError(f"{folder / RECEIPT} is damaged: convert the model again")
 
 
@@ -101,6 +103,7 @@ def _describe_run(folder: AnyPath) -> list[str]:
     lines = [
         f"run folder {folder}",
         *_describe_model(config.model),
+        *_describe_lora(config),
         _describe_tokenizer(load_tokenizer(folder)),
         f"data        {', '.join(config.data.mixture)}; {config.data.batch_size} windows of"
         f" {config.data.seq_len} tokens per step",
@@ -118,6 +121,21 @@ def _describe_run(folder: AnyPath) -> list[str]:
         last = validations[-1]
         lines.append(f"validation  {last['validation_loss']:.4f} after step {last['step']}")
     return lines
+
+
+def _describe_lora(config: Config) -> list[str]:
+    """Returns the lines about the low-rank pairs of a run; none if it trains all weights."""
+    lora = config.lora
+    if lora is None:
+        return []
+    n_params = lora.n_params(config.model)
+    share = n_params / config.model.n_params
+    root = "√" if lora.rank_stabilized else ""
+    return [
+        f"pairs       {n_params:,} trained parameters ({share:.2%}), rank {lora.rank},"
+        f" α/{root}R {lora.scale:g}, beside {', '.join(lora.targets)}",
+        f"base        {config.training.init_from}",
+    ]
 
 
 def _checkpoints(folder: AnyPath) -> tuple[list[int], dict[int, str], list[int]]:

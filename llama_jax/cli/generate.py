@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.arguments import add_folder, add_int8, add_sampling, read_sampling
+from llama_jax.cli.arguments import (
+    add_folder,
+    add_int8,
+    add_lora,
+    add_sampling,
+    read_pairs,
+    read_sampling,
+)
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath, parse_path
 
@@ -27,6 +34,7 @@ example:
   llama-jax generate runs/quickstart --prompt 'def '
   llama-jax generate runs/quickstart --prompt 'import ' --temperature 0.8 --top-p 0.95 --seed 1
   llama-jax generate models/llama3.1-8b-instruct --chat --prompt 'Why is the sky blue?'
+  llama-jax generate models/llama3.1-8b --lora runs/lora --chat --prompt 'Why is the sky blue?'
 """
 
 
@@ -54,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats", action="store_true", help="print tokens/s and the share of memory bandwidth"
     )
     add_int8(parser)
+    add_lora(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         stops=args.stop,
         quantize=args.quantize,
         cache=args.cache,
+        lora=args.lora,
+        unmerged=args.unmerged,
         stats=args.stats,
     )
     seconds = time.monotonic() - start
@@ -89,6 +100,8 @@ def continue_text(
     stops: list[str] | None = None,
     quantize: str | None = None,
     cache: str | None = None,
+    lora: str | None = None,
+    unmerged: bool = False,
     stats: bool = False,
 ) -> int:
     """Streams prompt and continuation to standard output; returns the number of new tokens."""
@@ -105,7 +118,7 @@ def continue_text(
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     stored = folders.read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, pairs = load_tokenizer(folder), read_pairs(lora, folder, stored)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
@@ -117,7 +130,9 @@ def continue_text(
     if cache:
         stored = replace(stored, cache_dtype=cache)
     with jax.set_mesh(tensor_mesh(stored)):
-        config, model = load(folder, choose_compute_dtype(stored), quantize=quantize)
+        config, model = load(
+            folder, choose_compute_dtype(stored), quantize, pairs=pairs, unmerged=unmerged
+        )
         compile_start = compile_statistics().seconds
         timer = _TokenTimer(lambda: compile_statistics().seconds - compile_start)
         tokens = stream(

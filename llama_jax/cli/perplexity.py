@@ -4,8 +4,9 @@ import argparse
 import math
 from pathlib import Path
 
-from llama_jax.cli.arguments import add_folder
+from llama_jax.cli.arguments import add_folder, add_lora, read_pairs
 from llama_jax.errors import InputError
+from llama_jax.runtime.storage import parse_path
 
 MANUAL = """\
 Measure how well a model predicts a text: nats per token, and perplexity, which is exp(nats).
@@ -17,6 +18,7 @@ measured twice, as it is and with quantized weights, and the difference is print
 example:
   llama-jax perplexity models/llama3.2-1b book.txt
   llama-jax perplexity models/llama3.2-1b book.txt --quantize int8
+  llama-jax perplexity models/llama3.2-1b book.txt --lora runs/lora
 """
 
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     parser.add_argument("text", metavar="TEXT_FILE", help="text in UTF-8")
     parser.add_argument("--quantize", choices=["int8"], help="compare with quantized weights")
+    add_lora(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     stored, tokenizer = folders.read_model_config(args.folder), load_tokenizer(args.folder)
+    pairs = read_pairs(args.lora, parse_path(args.folder), stored)
     if args.quantize:
         check_not_quantized(stored)
     try:
@@ -49,7 +53,13 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer.encode(text, bos=tokenizer.add_bos)
 
     def measure(quantize: str | None) -> float:
-        config, model = load(args.folder, choose_compute_dtype(stored), quantize=quantize)
+        config, model = load(
+            args.folder,
+            choose_compute_dtype(stored),
+            quantize,
+            pairs=pairs,
+            unmerged=args.unmerged,
+        )
         storage = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(

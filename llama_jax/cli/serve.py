@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 
-from llama_jax.cli.arguments import add_folder, add_int8
+from llama_jax.cli.arguments import add_folder, add_int8, add_lora, read_pairs
 from llama_jax.errors import InputError, install_command, missing_extra
 from llama_jax.runtime.storage import parse_path
 
@@ -25,6 +25,7 @@ shows the value of --api-key.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
+  llama-jax serve models/llama3.1-8b-int8 --lora runs/lora
   llama-jax serve runs/quickstart --port 9000 --rows 16 --context 1024
   LLAMA_JAX_API_KEY=$(cat key) llama-jax serve models/llama3.1-8b-instruct --host 0.0.0.0
 """
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name", dest="model", metavar="NAME", help="model name for clients (the folder's name)"
     )
     add_int8(parser)
+    add_lora(parser)
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="texts generated at the same time (8)"
     )
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.cache:
         stored = replace(stored, cache_dtype=args.cache)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     enable_compile_cache()
     with server.bind_socket(args.host, args.port) as bound, jax.set_mesh(tensor_mesh(stored)):
         hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
@@ -123,7 +125,13 @@ def run(args: argparse.Namespace) -> int:
         settings = settings._replace(hosts=hosts, copy_bandwidth=copy_bandwidth())
         storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
         with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
-            config, model = load(folder, choose_compute_dtype(stored), quantize=args.quantize)
+            config, model = load(
+                folder,
+                choose_compute_dtype(stored),
+                args.quantize,
+                pairs=pairs,
+                unmerged=args.unmerged,
+            )
         programs = f"{n_programs(context)} programs"
         with start_progress.stage_progress(
             f"compiling {programs}", f"compiled {programs}"

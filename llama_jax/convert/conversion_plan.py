@@ -15,7 +15,7 @@ from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
 from llama_jax.runtime.process_memory import available_memory, check_memory, resident
 
-OutputFormat = Literal["orbax", "hf", "meta"]
+OutputFormat = Literal["orbax", "hf", "meta", "peft"]
 GIB = 1 << 30
 _SLACK = 64 << 20  # bytes: small temporary objects
 _COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as written
@@ -49,7 +49,7 @@ def make_plan(
     Raises:
         InputError: the source can't be converted to this format, or not within this memory.
     """
-    if source.layout.quantized:
+    if source.layout.quantized and source.pairs is None:
         raise InputError(
             f"{source.path} is an int8 folder, from which no other format can be restored: convert"
             " the checkpoint from which it was created"
@@ -57,9 +57,10 @@ def make_plan(
     if quantize and to != "orbax":
         raise InputError(f"--quantize {quantize} is for --to orbax: remove one of the two options")
     # Quantization on load also starts from one type for all weights: the bits are the same.
-    dtypes = _output_dtypes(
-        source, to, dtype or (source.dtype(Weight("wq", 0)).name if quantize else None)
-    )
+    one_dtype = source.dtype(Weight("wq", 0)).name if quantize else None
+    if source.layout.quantized:  # pairs are merged into dequantized weights
+        one_dtype = source.config.param_dtype
+    dtypes = _output_dtypes(source, to, dtype or one_dtype)
     config = _output_config(source.config, dtypes, dtype, quantize)
     layout = _output_layout(config, to, shards)
     return ConversionPlan(source, config, layout, dtypes, _memory_budget(source, dtypes, max_ram))
@@ -128,4 +129,6 @@ def _memory_budget(source: Source, dtypes: Mapping[Weight, np.dtype], max_ram: i
 def conversion_bytes(source: Source, dtypes: Mapping[Weight, np.dtype], weight: Weight) -> int:
     """Returns how much memory the conversion of `weight` takes [bytes]."""
     itemsize = max(source.dtype(weight).itemsize, dtypes[weight].itemsize)
+    if source.pairs or source.layout.quantized:
+        itemsize = max(itemsize, 4)  # merged or dequantized in float32
     return _COPIES * itemsize * math.prod(source.config.shape(AXES[weight.name].ours))

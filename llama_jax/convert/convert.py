@@ -23,6 +23,9 @@ from llama_jax.convert.conversion_plan import (
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.formats import huggingface, meta, model_folder
 from llama_jax.convert.layout import Weight
+from llama_jax.convert.lora_folder import quantization_note
+from llama_jax.convert.merge import merge_pair, pair_of
+from llama_jax.convert.peft_export import export_peft
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.convert.stream import local_files, map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
@@ -45,6 +48,7 @@ class ConversionResult:
     identical: int  # weights from which the source's bits were restored
     converted: int  # weights that equal the source's after a change of type (int8 included)
     peak: int  # peak resident memory [bytes]
+    merged: int = 0  # weights that equal the source's with their low-rank pairs merged
 
 
 def convert(
@@ -59,6 +63,7 @@ def convert(
     shards: int = 1,
     mesh: Mapping[str, int] | None = None,
     quantize: Literal["int8"] | None = None,
+    lora: str | AnyPath | None = None,
     progress: bool = True,
 ) -> ConversionResult:
     """Converts the checkpoint at `path` into a new folder and verifies the output.
@@ -74,7 +79,7 @@ def convert(
     Args:
         path: a checkpoint of any format that `detect.open_source` knows.
         folder: the folder to create.
-        to: format of the folder.
+        to: format of the folder; `peft` is for the low-rank pairs of a LoRA run.
         dtype: float32, bfloat16 or float16; default: as stored, and float32 for quantized weights.
         max_ram: upper bound of the process's memory [bytes]; default: three times the largest
             weight plus 1 GiB (or plus the memory that the process already uses, if larger), but at
@@ -85,6 +90,8 @@ def convert(
         mesh: sizes of mesh axes by which the arrays of an Orbax folder are chunked; default: none.
         quantize: stores matrices as int8 with float32 scales, computed from their values in
             `dtype`; norms stay as they are. For Orbax folders only.
+        lora: LoRA run or PEFT folder whose low-rank pairs are merged into the weights, in float32;
+            default: none, or those of `path` if it is a LoRA run.
         progress: whether to show progress bars on standard error.
 
     Raises:
@@ -94,10 +101,19 @@ def convert(
     """
     folder = parse_path(folder)
     check_absent(folder)
-    source = open_source(parse_path(path), model)
+    if to == "peft":
+        if dtype or max_ram or model or mesh or quantize or lora or shards != 1:
+            raise InputError(
+                "--to peft writes the low-rank pairs of SRC as they are: use no other option than"
+                " --tokenizer with it"
+            )
+        n, size, found = export_peft(parse_path(path), folder, tokenizer)
+        return ConversionResult(folder, tuple(found), size, n, converted=0, peak=peak_resident())
+    source = open_source(parse_path(path), model, lora and parse_path(lora))
     plan = make_plan(source, to, dtype, quantize, shards, max_ram)
     extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
     notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]
+    notes += quantization_note(source.pairs, source.config) if source.pairs else []
     with (
         new_folder(folder) as new,
         local_files(new, needed=to != "orbax") as partial_folder,
@@ -198,6 +214,9 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     ]
     ours = source.layout.to_ours(config, weight, read)
     del read  # the memory budget counts three copies
+    pair = pair_of(source.pairs, weight)
+    if source.pairs and pair:
+        ours = merge_pair(ours, pair, source.pairs.lora.scale)
     note = None
     if not _is_finite(ours):
         note = f"{weight} contains NaN or infinity: a model with this weight is unusable"
@@ -213,6 +232,7 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     tensors = [(shard, name, a) for (shard, name, _), a in zip(specs, arrays, strict=True)]
     written_records = [receipt.tensor_record(name, shard, array) for shard, name, array in tensors]
     record = {"weight": str(weight), "source": source_records, "written": written_records}
+    record |= {"pair": receipt.pair_records(weight, pair)} if pair else {}
     return ConvertedWeight(tensors, record, note)
 
 

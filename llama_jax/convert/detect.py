@@ -5,6 +5,8 @@ from dataclasses import replace
 from llama_jax.checkpoint import folders
 from llama_jax.config.family import FAMILY
 from llama_jax.convert.formats import gguf, huggingface, llama2c, meta, model_folder
+from llama_jax.convert.formats.peft import is_peft_folder
+from llama_jax.convert.lora_folder import base_and_pairs, open_pairs
 from llama_jax.convert.source import Source, validate_source
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
@@ -20,27 +22,34 @@ _READERS = {
 _WEIGHTS = (".pth", ".safetensors", ".bin")
 
 
-def open_source(path: AnyPath, model: str | None = None) -> Source:
+def open_source(path: AnyPath, model: str | None = None, lora: AnyPath | None = None) -> Source:
     """Opens the checkpoint at `path`, of any format, and validates its names, shapes and types.
 
     Args:
-        path: a folder or file.
+        path: a folder or file; of a LoRA run, its base and its low-rank pairs are opened.
         model: member of the family whose shape replaces the checkpoint's own configuration.
+        lora: LoRA run or PEFT folder whose low-rank pairs belong to the checkpoint.
 
     Raises:
         InputError: there is no checkpoint, or it is damaged, incomplete or not a LLaMA.
     """
     try:
-        source = _open(path)
+        base, lora = base_and_pairs(path, lora)
+        source = _open(base)
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror}): give another one") from error
+    if base != path:  # a run may change the context and the rotary embedding of its base
+        own, config = source.config, folders.read_run_config(path).model
+        config = replace(config, quantized=own.quantized, param_dtype=own.param_dtype)
+        source = replace(source, config=config)
     if model is not None:
         if model not in FAMILY:
             raise InputError(f"--model {model} is not known; the family is: {', '.join(FAMILY)}")
         own = source.config
         config = replace(FAMILY[model], dtype=own.dtype, param_dtype=own.param_dtype)
         source = replace(source, config=config)
-    return validate_source(source)
+    source = validate_source(source)
+    return replace(source, pairs=open_pairs(lora, base, source.config)) if lora else source
 
 
 def _open(path: AnyPath) -> Source:
@@ -55,6 +64,11 @@ def _open(path: AnyPath) -> Source:
         return gguf.read(files[0])
     if kind is not None:
         return _READERS[kind](path)
+    if is_peft_folder(path):
+        raise InputError(
+            f"{path} contains low-rank pairs of PEFT, and no model: give the model that they belong"
+            f" to, with --lora {path}"
+        )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     weights = next((file for file in files if file.suffix in _WEIGHTS), None)
     if weights:

@@ -132,11 +132,13 @@ class Layout:
     ) -> np.ndarray:
         """Returns a weight in our axes and rotary order; `tensors` follow `tensor_specs`.
 
+        An int8 matrix is dequantized to float32.
+
         Raises:
             InputError: tensors that must be equal (norms, a tied head) differ.
         """
         if self.ours:
-            return tensors[0]
+            return tensors[0] if len(tensors) == 1 else dequantize(weight, *tensors)
         joined = self._join_shards(config, weight, tensors[: self.shards])
         for i, head in enumerate(tensors[self.shards :]):
             if not same_bits(head, joined[i * len(head) : (i + 1) * len(head)]):
@@ -246,6 +248,20 @@ def _transpose_into(matrix: np.ndarray, out: np.ndarray) -> None:
     for i in range(0, matrix.shape[0], tall):
         for j in range(0, matrix.shape[1], wide):
             out[j : j + wide, i : i + tall] = matrix[i : i + tall, j : j + wide].T
+
+
+def dequantize(weight: Weight, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Returns an int8 matrix as float32: its values times the scale of their output channel."""
+    return values * element_scales(weight, scale)
+
+
+def element_scales(weight: Weight, scale: np.ndarray) -> np.ndarray:
+    """Returns the scales of a matrix with the axes of its values; contracted axes have length 1."""
+    from llama_jax.model.quantize import output_dims
+
+    dims = AXES[weight.name].ours
+    outputs = output_dims(dims)
+    return np.expand_dims(scale, [i for i, letter in enumerate(dims) if letter not in outputs])
 
 
 def _quantize(w: np.ndarray, dims: str) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from llama_jax.convert.layout import Layout, Weight
 from llama_jax.convert.source import Source, read_json
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
+
+if TYPE_CHECKING:  # it imports JAX, which `llama-jax info` does not need
+    from llama_jax.checkpoint.lora_pairs import Pair, StoredPairs
 
 FILE = "receipt.json"
 
@@ -107,6 +110,7 @@ def make_receipt(
             "layout": layout_record(source.layout),
             "names": dict(source.layout.names),
         },
+        **({"lora": pairs_record(source.pairs)} if source.pairs else {}),
         "output": {"rotary": rotary_order(layout)},
         "config": dataclasses.asdict(config),
         "end_ids": sorted(end_ids),
@@ -119,8 +123,27 @@ def make_receipt(
 
 def is_identical(record: Mapping[str, Any]) -> bool:
     """Returns whether a weight was written with exactly the numbers stored in the source."""
+    if is_merged(record):
+        return False
     types = {tensor["dtype"] for side in ("source", "written") for tensor in record[side]}
     return len(types) == 1 and not any("quantized" in tensor for tensor in record["source"])
+
+
+def is_merged(record: Mapping[str, Any]) -> bool:
+    """Returns whether a weight was written with a low-rank pair merged into it."""
+    return "pair" in record
+
+
+def pairs_record(pairs: "StoredPairs") -> dict[str, Any]:
+    """Returns the fields that describe the low-rank pairs of a folder."""
+    lora = dataclasses.asdict(pairs.lora)
+    name = pairs.folder.resolve().name
+    return {"name": name, "base": pairs.base, **lora, "scale": pairs.lora.scale}
+
+
+def pair_records(weight: Weight, pair: "Pair") -> list[dict[str, Any]]:
+    """Returns the records of a weight's low-rank pair, in our axes."""
+    return [tensor_record(f"{weight}.{side}", 0, getattr(pair, side)) for side in ("a", "b")]
 
 
 def check_restores_source(

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from llama_jax.convert.files.tensor_file import StoredTensor, quote
 from llama_jax.convert.layout import Layout, Weight, weights
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath, read_file
+
+if TYPE_CHECKING:  # it imports JAX, which `llama-jax info` does not need
+    from llama_jax.checkpoint.lora_pairs import StoredPairs
 
 # Tensors that other programs store in addition to the weights: the configuration determines them.
 _DERIVED = re.compile(r"rope\.freqs|.*\.rope\.freqs|.*\.inv_freq")
@@ -34,6 +37,7 @@ class Source:
     layout: Layout
     shards: tuple[Mapping[str, StoredTensor], ...]  # of each shard: name in the file -> tensor
     dropped: Mapping[str, str] = field(default_factory=dict)  # name in the file -> reason
+    pairs: "StoredPairs | None" = None  # low-rank pairs to merge into the weights
 
     def stored_tensors(self, weight: Weight) -> list[StoredTensor]:
         """Returns the tensors that make up `weight`, in the order of `Layout.tensor_specs`."""

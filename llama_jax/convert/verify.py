@@ -11,7 +11,10 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.convert import receipt
 from llama_jax.convert.detect import open_source
 from llama_jax.convert.files.tensor_file import quote
-from llama_jax.convert.layout import Layout, Weight, same_bits, weights
+from llama_jax.convert.formats.peft import is_peft_folder
+from llama_jax.convert.layout import Layout, Weight, element_scales, same_bits, weights
+from llama_jax.convert.merge import check_merged, pair_of
+from llama_jax.convert.peft_export import verify_pairs
 from llama_jax.convert.source import Source
 from llama_jax.convert.stream import map_in_order
 from llama_jax.errors import InputError
@@ -24,13 +27,18 @@ _STRINGS = ("name", "dtype", "sha256")  # fields of a tensor's record
 
 
 def verify(
-    folder: AnyPath, source: AnyPath | None = None, *, progress: bool = True
+    folder: AnyPath,
+    source: AnyPath | None = None,
+    *,
+    lora: AnyPath | None = None,
+    progress: bool = True,
 ) -> dict[str, int]:
     """Verifies again that a converted folder restores its source; returns `verify_output`'s counts.
 
     Args:
         folder: the output of a conversion.
         source: the source, to be hashed again; default: only the hashes in the receipt are used.
+        lora: the LoRA run or PEFT folder that was merged into the source; default: as `convert`.
         progress: whether to show a progress bar on standard error.
 
     Raises:
@@ -38,7 +46,6 @@ def verify(
             differs.
     """
     report = receipt.read_receipt(folder)
-    output = open_source(folder)
     if not isinstance(report.get("files"), dict):
         raise _damaged(folder)
     present = {path.name for path in folder.iterdir() if path.is_file()}
@@ -48,7 +55,10 @@ def verify(
             raise InputError(
                 f"{folder}: {quote(name)} is not the file that the conversion wrote: convert again"
             )
-    compared = source and open_source(source)
+    if is_peft_folder(folder):
+        return verify_pairs(report, folder, source)
+    output = open_source(folder)
+    compared = source and open_source(source, lora=lora)
     sides = [side for side in (output, compared) if side]
     largest = max(side.nbytes(weight) for side in sides for weight in weights(side.config))
     check_memory(_COPIES * largest, f"the largest weight of {folder}")
@@ -74,7 +84,8 @@ def verify_output(
     Returns:
         identical: the number of weights from which the source's bits were restored; converted: the
         number of weights that equal the source's after a change of type (int8 included), or that
-        were computed from quantized blocks.
+        were computed from quantized blocks. merged, if there are any: the number of weights that
+        equal the source's with their low-rank pairs merged.
 
     Raises:
         InputError: the output or the source differs from the receipt, or the receipt is damaged.
@@ -115,13 +126,15 @@ def verify_output(
     def cost(weight: Weight) -> int:
         return _COPIES * output.nbytes(weight)
 
-    count = 0
+    identical = 0
     total = sum(output.nbytes(weight) for weight in order)
     with byte_progress("verifying ", total, progress) as advance:
-        for nbytes, identical in map_in_order(order, check, cost, budget):
-            count += identical
+        for nbytes, is_identical in map_in_order(order, check, cost, budget):
+            identical += is_identical
             advance(nbytes)
-    return {"identical": count, "converted": len(order) - count}
+    merged = sum(map(receipt.is_merged, records.values()))
+    counts = {"identical": identical, "converted": len(order) - identical - merged}
+    return counts | ({"merged": merged} if merged else {})
 
 
 def _damaged(folder: AnyPath) -> InputError:
@@ -138,7 +151,8 @@ def _is_complete(
         for weight in order:
             read, written = (records[str(weight)][side] for side in ("source", "written"))
             shapes = [shape for _, _, shape in layout.tensor_specs(output.config, weight)]
-            valid = [isinstance(t[field], str) for t in read + written for field in _STRINGS]
+            pair = records[str(weight)].get("pair", [])
+            valid = [isinstance(t[field], str) for t in read + written + pair for field in _STRINGS]
             if [tuple(tensor["shape"]) for tensor in read] != shapes or not all(valid):
                 return False
             if len(written) != len(output.stored_tensors(weight)):
@@ -187,12 +201,24 @@ def _check_source(
                 f"{source.path}: {tensor['name']} is not the tensor that was converted: it has"
                 " changed or is of another model, give the source of the conversion"
             )
+    pair = pair_of(source.pairs, weight)
+    if (receipt.pair_records(weight, pair) if pair else None) != record.get("pair"):
+        raise InputError(
+            f"{weight} was not merged with this low-rank pair: give the LoRA run or, with --lora,"
+            " the folder of the conversion"
+        )
     if written is None:
         return
     ours = source.layout.to_ours(source.config, weight, read)
-    dtype = output.config.param_dtype if output.layout.quantized else written[0].dtype
+    quantized = output.layout.quantized
+    dtype = jnp.dtype(output.config.param_dtype if quantized else written[0].dtype)
+    if source.pairs and pair:
+        stored = output.layout.to_ours(output.config, weight, written)
+        step = element_scales(weight, written[1]) if quantized else 0.0
+        check_merged(weight, stored, ours, pair, source.pairs.lora.scale, dtype, step)
+        return
     with np.errstate(over="ignore"):
-        ours = ours.astype(jnp.dtype(dtype))
+        ours = ours.astype(dtype)
     expected = output.layout.from_ours(output.config, weight, ours)
     if not all(map(same_bits, expected, written)):
         raise InputError(f"{weight}: the output differs from the source: convert again")

@@ -11,18 +11,31 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint import model_folders
-from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.checkpoint.folders import is_lora_run, read_model_config
+from llama_jax.checkpoint.lora_pairs import (
+    StoredPairs,
+    base_of_run,
+    load_adapters,
+    read_lora_run,
+)
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.weights import UnstackedLlama, quantize_model, unstack_layers
+from llama_jax.errors import InputError
+from llama_jax.model.lora import attach, merge
+from llama_jax.model.weights import Llama, UnstackedLlama, quantize_model, unstack_layers
 from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
 from llama_jax.parallel.sharding import weight_spec
 from llama_jax.runtime.cpu import cpu_has_bfloat16
-from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 
 def load(
-    folder: str | AnyPath, config: ModelConfig | None = None, quantize: str | None = None
+    folder: str | AnyPath,
+    config: ModelConfig | None = None,
+    quantize: str | None = None,
+    *,
+    pairs: StoredPairs | None = None,
+    unmerged: bool = False,
 ) -> tuple[ModelConfig, UnstackedLlama]:
     """Loads a model from a model folder or a run folder, directly onto the current mesh.
 
@@ -41,15 +54,39 @@ def load(
     results are the same.
 
     Args:
-        folder: a model folder, or a run folder (its newest checkpoint).
+        folder: a model folder, or a run folder (its newest checkpoint; of a LoRA run its base with
+            the pairs of the newest checkpoint).
         config: how to compute it; default: the folder's, through `choose_compute_dtype`.
-        quantize: 'int8' quantizes the matrices; None leaves them as they are.
+        quantize: 'int8' quantizes the matrices, after low-rank pairs have been merged into them;
+            None leaves them as they are.
+        pairs: low-rank pairs that belong to the model in `folder`; default: none, or those of a
+            LoRA run.
+        unmerged: whether the pairs stay apart from the matrices, which `quantize` may quantize.
+            Otherwise they are merged: added in float32, and cast to the matrix's dtype. Those of an
+            int8 model always stay apart.
 
     Raises:
         InputError: as `model_folders.load_model`; or `quantize` is set and the model is already
-            quantized; or the mesh that the caller set doesn't divide the model.
+            quantized; or the mesh that the caller set doesn't divide the model; or pairs are
+            missing, given twice or not for this model.
     """
+    folder = parse_path(folder)
     config = config or choose_compute_dtype(read_model_config(folder))
+    trained_as = config.quantized
+    if is_lora_run(folder):
+        if pairs:
+            raise InputError(
+                f"{folder} is a LoRA run, which has low-rank pairs of its own: give the model that"
+                " it started from"
+            )
+        folder, pairs = base_of_run(folder), read_lora_run(folder, config)
+        config = replace(config, quantized=read_model_config(folder).quantized)
+        if trained_as != config.quantized:  # training quantized the base when it loaded it
+            quantize = trained_as
+    if unmerged and pairs is None:
+        raise InputError(
+            f"{folder} has no low-rank pairs that could stay apart: give a LoRA run, or add --lora"
+        )
     set_default_mesh(partial(tensor_mesh, config))
     copies = max(1, head_shards() // config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
@@ -58,8 +95,23 @@ def load(
     check_divides(jax.sharding.get_mesh(), all_heads if can_copy else config)
     if copies == 1:
         config, model = model_folders.load_model(folder, config)
-        config, model = quantize_model(config, model) if quantize else (config, model)
-        return config, unstack_layers(model)
+    else:
+        config, model = _load_with_copies(folder, config, copies)
+    adapters = load_adapters(config, pairs) if pairs else None
+    apart = unmerged or trained_as != "none"
+    if pairs and adapters and not apart:
+        model = merge(pairs.lora, model, adapters)
+    config, model = quantize_model(config, model) if quantize else (config, model)
+    unstacked = unstack_layers(model)
+    if pairs and adapters and apart:
+        unstacked = attach(pairs.lora, unstacked, adapters)
+    return config, unstacked
+
+
+def _load_with_copies(
+    folder: AnyPath, config: ModelConfig, copies: int
+) -> tuple[ModelConfig, Llama]:
+    """Loads a model with `copies` of each key/value head, which its config counts as heads."""
     expanded = replace(config, n_kv_heads=copies * config.n_kv_heads)
     like = abstract_model(expanded)
     for name in ("wk", "wv"):
@@ -69,8 +121,7 @@ def load(
     for name in ("wk", "wv"):
         weight = jax.tree.map(partial(_copy_heads, copies), getattr(model.layers, name))
         setattr(model.layers, name, weight)
-    expanded, model = quantize_model(expanded, model) if quantize else (expanded, model)
-    return expanded, unstack_layers(model)
+    return expanded, model
 
 
 def choose_compute_dtype(config: ModelConfig) -> ModelConfig:

@@ -125,20 +125,21 @@ def load_tokenizer(path: str | AnyPath) -> Tokenizer:
         )
     with open_file(path) as file:
         if is_gguf(file.read(4)):
-            return _tokenizer_from_files(path, gguf_tokenizer_files(path))
+            return tokenizer_from_files(path, gguf_tokenizer_files(path))
     data = read_file(path)
     files = read_config_files(path.parent)
     if is_llama2c(data):
         return SentencePiece(path, from_llama2c(data, path), files)
     if data.lstrip()[:1] == b"{":
-        return _tokenizer_from_files(path, files | {"tokenizer.json": data})
+        return tokenizer_from_files(path, files | {"tokenizer.json": data})
     tokenizer_json = path.with_name("tokenizer.json")
     if not is_tiktoken(data) and tokenizer_json.is_file():
         files["tokenizer.json"] = read_file(tokenizer_json)  # encodes rendered chat templates
-    return _tokenizer_from_files(path, files | {"tokenizer.model": data})
+    return tokenizer_from_files(path, files | {"tokenizer.model": data})
 
 
-def _tokenizer_from_files(path: AnyPath, files: Mapping[str, bytes]) -> Tokenizer:
+def tokenizer_from_files(path: AnyPath, files: Mapping[str, bytes]) -> Tokenizer:
+    """Returns the tokenizer of these files, by name, which come from `path` or its folder."""
     if "tokenizer.model" not in files:
         return TokenizerJson(path, files["tokenizer.json"], files)
     data = files["tokenizer.model"]
