@@ -46,7 +46,7 @@ def chats(library: Path) -> Iterator[dict[str, object]]:
         tree = ast.parse(path.read_text("utf-8", "replace"))
         for signature, text in documented(tree, module.removesuffix(".__init__")):
             sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", " ".join(text.split("\n\n")[0].split()))[0]
-            if not 20 <= len(sentence) <= 200 or len(signature) > 120:
+            if ">>>" in sentence or not 20 <= len(sentence) <= 200 or len(signature) > 120:
                 continue
             name = signature.partition("(")[0]
             question = QUESTIONS[len(name) % len(QUESTIONS)].format(name=f"`{name}`")
