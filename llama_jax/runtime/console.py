@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -114,9 +115,9 @@ def byte_progress(title: str, total: int | None, shown: bool) -> Iterator[Callab
         done += n
         rate = done / max(1e-9, time.monotonic() - start)
         if total is None:
-            details = f"  {done / 1e9:.1f} GB  {rate / 1e6:.0f} MB/s"
+            details = f"  {decimal(done)}  {decimal(int(rate))}/s"
         else:
-            details = f"  {done / 1e9:.1f} of {total / 1e9:.1f} GB  {rate / 1e6:.0f} MB/s"
+            details = f"  {decimal(done)} of {decimal(total)}  {decimal(int(rate))}/s"
             details += f"  {(total - done) / max(1.0, rate):.0f} s left"
         progress.update(done, title, line_details=details)
 

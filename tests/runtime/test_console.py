@@ -62,8 +62,8 @@ def test_progress_that_is_not_shown_writes_nothing(capsys, clock, request, on_te
 @pytest.mark.parametrize(
     ("total", "line"),
     [
-        (4_000_000_000, "converting  1.0 of 4.0 GB  50 MB/s  60 s left"),
-        (None, "converting  1.0 GB  50 MB/s"),
+        (4_000_000_000, "converting  1.0 GB of 4.0 GB  50.0 MB/s  60 s left"),
+        (None, "converting  1.0 GB  50.0 MB/s"),
     ],
 )
 def test_bytes_are_shown_with_their_rate_and_the_time_left(capsys, clock, total, line):
