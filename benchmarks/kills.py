@@ -46,7 +46,7 @@ from llama_jax.config.run import (
     TrainingConfig,
 )
 from llama_jax.data.tokenize import tokenize_corpus
-from llama_jax.runtime.storage import AnyPath, parse_path
+from llama_jax.runtime.storage import AnyPath, list_files, parse_path, read_many
 
 FAULTS = {"latency": 0.02, "refused": 0.05, "dropped": 0.02, "slow": 0.02}
 START_SECONDS = 300.0  # until the step is compiled, on a busy machine
@@ -128,20 +128,19 @@ class Run:
                 raise SystemExit(f"the run failed: {self.errors}")
 
 
-def contents(folder: AnyPath, step: int) -> dict[str, bytes]:
+def contents(folder: AnyPath, step: int) -> dict[str, bytes | None]:
     """Returns the losses of a run, and each object of its last checkpoint."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
     last = folder / "checkpoints" / str(step)
-    objects = {_name(p, last): p for p in last.rglob("*") if p.is_file()}
-    found = {name: path.read_bytes() for name, path in objects.items()}
+    found = read_many(last, [_name(path, last) for path in list_files(last)])
     return found | {f"loss {n}": str(loss).encode() for n, loss in losses}
 
 
 def names(folder: AnyPath) -> set[str]:
     """Returns the names of all objects of a run."""
-    return {_name(p, folder) for p in folder.rglob("*") if p.is_file()}
+    return {_name(path, folder) for path in list_files(folder)}
 
 
 def _name(path: AnyPath, folder: AnyPath) -> str:

@@ -28,7 +28,7 @@ from llama_jax.parallel.replicas import fill_from_replicas, have_all_shards
 from llama_jax.runtime import damage, hosts, manifest
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.damage import Damaged, root_cause
-from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
+from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file, write_many
 
 # When a host saves, all hosts have stored the save before the last one, maybe not the last one. So
 # a step that all have is never removed if two are retained until the new one is stored.
@@ -128,9 +128,7 @@ class LocalCheckpoints:
         self._remove_superseded()
         folder = self.folder / str(progress.step)
         files = array_files.metadata(specs)
-        for name, data in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_file(folder / name, data)
+        write_many(folder, files)
         for item, parts in shards.items():
             array_files.write_shards(
                 array_files.open_for_writing(folder / item, specs[item]), parts

@@ -28,7 +28,7 @@ from llama_jax.model.weights import Llama, UnstackedLlama, restore_layout
 from llama_jax.runtime import hosts
 from llama_jax.runtime.atomic_write import new_folder
 from llama_jax.runtime.manifest import hash_bytes, verified_manifest, write_manifest
-from llama_jax.runtime.storage import AnyPath, parse_path, write_file
+from llama_jax.runtime.storage import AnyPath, parse_path, write_many
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -97,7 +97,7 @@ def save_model(
 
         def begin() -> str:
             partial = stack.enter_context(new_folder(folder)).absolute()
-            write_files(partial, files)
+            write_many(partial, files)
             return str(partial)
 
         partial = parse_path(hosts.broadcast_decision(begin))
@@ -128,13 +128,6 @@ def manifest_of(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, An
     """
     hashes = {name: hash_bytes(data) for name, data in files.items() if name != "config.json"}
     return {"format": 1, "config": dataclasses.asdict(config), "files": hashes}
-
-
-def write_files(folder: AnyPath, files: Mapping[str, bytes]) -> None:
-    """Writes files by relative name into a folder."""
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, data)
 
 
 def load_model(

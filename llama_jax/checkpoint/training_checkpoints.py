@@ -27,7 +27,7 @@ from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.damage import Damaged, root_cause
 from llama_jax.runtime.manifest import verified_manifest
-from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
+from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file, write_many
 
 _POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at most 20 times as long
 
@@ -142,9 +142,7 @@ class TrainingCheckpoints:
         """Writes this host's part of a checkpoint and commits it; in the background thread."""
         folder = self.folder / str(progress.step)
         if hosts.is_host_zero():
-            for name, content in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                write_file(folder / name, content)
+            write_many(folder, files)
         for item, parts in shards.items():
             stores = array_files.open_for_writing(folder / item, specs[item])
             array_files.write_shards(stores, parts)

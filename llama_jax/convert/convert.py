@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from llama_jax.checkpoint.model_folders import manifest_of, write_files
+from llama_jax.checkpoint.model_folders import manifest_of
 from llama_jax.convert import receipt
 from llama_jax.convert.conversion_plan import (
     ConversionPlan,
@@ -35,7 +35,7 @@ from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.manifest import write_manifest
 from llama_jax.runtime.process_memory import peak_resident
-from llama_jax.runtime.storage import AnyPath, parse_path
+from llama_jax.runtime.storage import AnyPath, parse_path, write_many
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def convert(
             records, weight_notes = _stream_weights(plan, writer, progress)
         notes += weight_notes
         files = {**writer.files, **extra.files}
-        write_files(partial_folder, extra.files)
+        write_many(partial_folder, extra.files)
         if to == "orbax":
             write_manifest(partial_folder, manifest_of(plan.config, files))
         report = receipt.make_receipt(
@@ -135,7 +135,7 @@ def convert(
         counts = verify_output(report, output, compared, plan.memory_budget, progress)
         report["verified"] = counts
         files[receipt.FILE] = json.dumps(report, indent=1).encode()
-        write_files(partial_folder, {receipt.FILE: files[receipt.FILE]})
+        write_many(partial_folder, {receipt.FILE: files[receipt.FILE]})
         if to == "orbax":  # now with the receipt
             write_manifest(partial_folder, manifest_of(plan.config, files))
     return ConversionResult(

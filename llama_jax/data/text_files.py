@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import sysconfig
@@ -16,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.bucket_path import BucketPath
-from llama_jax.runtime.storage import AnyPath, file_size, open_file, parse_path
+from llama_jax.runtime.storage import AnyPath, file_size, list_files, open_file, parse_path
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -55,13 +56,14 @@ def find_files(sources: Sequence[str]) -> list[AnyPath]:
     for source in sources:
         if source == "python-stdlib":
             files = _standard_library()
-        elif (path := parse_path(source)).is_dir():
-            files = [file for file in path.rglob("*") if _is_corpus_file(file)]
+        elif inside := list_files(path := parse_path(source)):
+            files = [file for file in inside if _is_corpus_file(file)]
         elif isinstance(path, BucketPath):
             files = path.matches()
         else:
-            files = [Path(name) for name in glob.glob(source, recursive=True)]
-        files = sorted(file for file in files if file.is_file())
+            names = glob.glob(source, recursive=True)
+            files = [Path(name) for name in names if os.path.isfile(name)]
+        files = sorted(files)
         if not files:
             raise InputError(f"corpus: no text files at {source!r}: name files, folders or globs")
         found += files
@@ -87,7 +89,7 @@ def _is_utf8(path: AnyPath) -> bool:
 def _is_corpus_file(path: AnyPath) -> bool:
     """Returns whether a file in a folder is part of the corpus: by its name, or .json content."""
     suffix = _inner_suffix(path)
-    if suffix != ".json" or not path.is_file():
+    if suffix != ".json":
         return suffix in _TEXT | _JSON_LINES
     start, record = _read_start(path)
     array = re.match(r"\s*\[\s*\{", start) and '"text"' in start

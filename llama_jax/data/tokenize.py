@@ -31,7 +31,7 @@ from llama_jax.data.worker_pool import map_in_order, worker_pool
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress, print_status
-from llama_jax.runtime.storage import AnyPath, file_size, write_file
+from llama_jax.runtime.storage import AnyPath, file_size, write_many
 from llama_jax.tokenizer.special_text import (
     encode_around_special,
     special_pattern,
@@ -175,8 +175,7 @@ def tokenize_corpus(
     with new_folder(out) as partial:
         model = partial / "tokenizer.model"
         if tokenizer is not None:
-            for name, data in load_tokenizer(tokenizer).files.items():
-                write_file(partial / name, data)
+            write_many(partial, load_tokenizer(tokenizer).files)
             model = load_tokenizer(partial).path
         elif n_vocab is not None:
             if progress:

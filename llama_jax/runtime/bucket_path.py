@@ -96,10 +96,10 @@ class BucketPath:
         try:
             return future.result()
         except ValueError as error:
-            raise self._system_error(str(error)) from error
+            raise self.system_error(str(error)) from error
 
-    def _system_error(self, message: str) -> OSError:
-        """Returns what the system would raise for a fault of the same kind."""
+    def system_error(self, message: str) -> OSError:
+        """Returns what the system would raise for the fault in a message of TensorStore."""
         status = message.partition(":")[0]
         reason = re.split(r" \[(?:tensorstore_spec|source)", message)[0][:300]
         if status == "NOT_FOUND":  # of an object that is missing TensorStore reports no error
@@ -127,21 +127,32 @@ class BucketPath:
     def is_dir(self) -> bool:
         return bool(self._keys(f"{self.key}/" if self.key else ""))
 
+    def _names(self) -> list[str]:
+        """Returns the relative names of all objects in the folder and its subfolders, sorted."""
+        prefix = f"{self.key}/" if self.key else ""
+        return [key.removeprefix(prefix) for key in self._keys(prefix)]
+
     def iterdir(self) -> Iterator["BucketPath"]:
         """Yields what lies directly in the folder: objects, and folders of objects."""
-        prefix = f"{self.key}/" if self.key else ""
-        names = dict.fromkeys(k.removeprefix(prefix).partition("/")[0] for k in self._keys(prefix))
+        names = dict.fromkeys(name.partition("/")[0] for name in self._names())
         return (self / name for name in names if name)
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
         """Yields the objects and folders that match; `*` stays within one name, `**/` doesn't."""
-        prefix = f"{self.key}/" if self.key else ""
         found: dict[str, None] = {}
-        for key in self._keys(prefix):
-            parts = key.removeprefix(prefix).split("/")
+        for name in self._names():
+            parts = name.split("/")
             found |= dict.fromkeys("/".join(parts[: i + 1]) for i in range(len(parts)))
         matches = re.compile(_pattern(pattern)).fullmatch
         return (self / name for name in found if matches(name))
+
+    def files(self, pattern: str = "**/*") -> list["BucketPath"]:
+        """Returns the objects that match, by default all in the folder and its subfolders.
+
+        Folders that match don't count. One request lists up to 1,000 objects.
+        """
+        matches = re.compile(_pattern(pattern)).fullmatch
+        return [self / name for name in self._names() if matches(name)]
 
     def matches(self) -> list["BucketPath"]:
         """Returns the objects that match this path as a glob pattern; itself without wildcards."""
@@ -150,10 +161,7 @@ class BucketPath:
         if fixed == len(names):
             return [self] if self.is_file() else []
         folder = BucketPath(self.scheme, self.bucket, "/".join(names[:fixed]))
-        return [path for path in folder.glob("/".join(names[fixed:])) if path.is_file()]
-
-    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
-        return self.glob(f"**/{pattern}")
+        return folder.files("/".join(names[fixed:]))
 
     def read_bytes(self) -> bytes:
         """Returns the content of an object.

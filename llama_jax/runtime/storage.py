@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,18 +113,38 @@ def write_file(path: AnyPath, data: bytes) -> None:
     Raises:
         OSError: it can't be written.
     """
-    if isinstance(path, BucketPath):
-        path.write_bytes(data)
-        return
-    import tensorstore as ts
+    write_many(path.parent, {path.name: data})
 
-    store = ts.KvStore.open(kvstore_spec(path.parent), context=context()).result()
-    try:
-        store.write(path.name, data).result()
-    except ValueError as error:
-        number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
+
+def write_many(folder: AnyPath, files: Mapping[str, bytes]) -> None:
+    """Writes files by relative name, all concurrently, each as `write_file` does.
+
+    Missing folders are created. When this returns or raises, no file is still being written.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    if isinstance(folder, BucketPath):
+        writes = {n: folder._store.write((folder / n).key, data) for n, data in files.items()}
+    else:
+        import tensorstore as ts
+
+        store = ts.KvStore.open(kvstore_spec(folder), context=context()).result()
+        writes = {name: store.write(name, data) for name, data in files.items()}
+    errors = {name: error for name, write in writes.items() if (error := write.exception())}
+    for name, error in errors.items():
+        raise _system_error(folder / name, error) from error
+
+
+def _system_error(path: AnyPath, error: Exception) -> Exception:
+    """Returns what the system would raise for an error of TensorStore."""
+    if not isinstance(error, ValueError):
+        return error
+    if isinstance(path, BucketPath):
+        return path.system_error(str(error))
+    number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def read_many(folder: AnyPath, names: Iterable[str]) -> dict[str, bytes | None]:
@@ -148,6 +168,13 @@ def read_many(folder: AnyPath, names: Iterable[str]) -> dict[str, bytes | None]:
         except (FileNotFoundError, NotADirectoryError):
             found[name] = None
     return found
+
+
+def list_files(folder: AnyPath) -> list[AnyPath]:
+    """Returns all files in a folder and its subfolders; in a bucket, from one listing."""
+    if isinstance(folder, BucketPath):
+        return [*folder.files()]
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def remove_tree(path: AnyPath) -> None:

@@ -14,7 +14,7 @@ from llama_jax.config.run import Config, LoggingConfig
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.chips import chip_of
-from llama_jax.runtime.storage import AnyPath, remove_tree, write_file
+from llama_jax.runtime.storage import AnyPath, remove_tree, write_file, write_many
 
 UPLOAD_SECONDS = 60.0  # between two uploads of the logs into a bucket; each checkpoint also uploads
 
@@ -120,13 +120,12 @@ class MetricsLog:
         self._uploaded = time.monotonic()
         if self._tensorboard:
             self._tensorboard.flush()
-        for path in sorted(self._local.rglob("*")):
-            if path.is_file():
-                target = self._folder / path.relative_to(self._local).as_posix()
-                try:
-                    write_file(target, path.read_bytes())
-                except OSError as error:
-                    raise Fault(f"can't write {target} ({error})") from error
+        paths = [path for path in self._local.rglob("*") if path.is_file()]
+        logs = {path.relative_to(self._local).as_posix(): path.read_bytes() for path in paths}
+        try:
+            write_many(self._folder, logs)
+        except OSError as error:
+            raise Fault(f"can't write the logs of {self._folder} ({error})") from error
 
     def close(self) -> None:
         """Closes all logs."""

@@ -16,7 +16,7 @@ from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import hosts
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.console import print_status
-from llama_jax.runtime.storage import AnyPath, read_many, write_file
+from llama_jax.runtime.storage import AnyPath, read_many, write_many
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 # A resumed run must continue the same run. Only these keys may change; the change is printed.
@@ -132,7 +132,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def write_run_files(config: Config, data: Batches, folder: AnyPath) -> None:
     """Writes the resolved configuration and the tokenizer into the run folder."""
-    write_file(folder / "config.yaml", yaml_file.dump(config).encode())
-    for name, content in load_tokenizer(data.splits["train"][0].folder).files.items():
-        if not (folder / name).exists():
-            write_file(folder / name, content)
+    tokenizer = load_tokenizer(data.splits["train"][0].folder).files
+    present = read_many(folder, tokenizer)
+    files = {name: content for name, content in tokenizer.items() if present[name] is None}
+    write_many(folder, {"config.yaml": yaml_file.dump(config).encode(), **files})

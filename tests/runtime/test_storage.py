@@ -2,15 +2,17 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
 from conftest import peer
 from object_store import store_of_this_process
 
+from llama_jax.data.text_files import find_files
 from llama_jax.errors import InputError
 from llama_jax.runtime.bucket_path import BucketPath
-from llama_jax.runtime.storage import parse_path, remove_tree
+from llama_jax.runtime.storage import list_files, parse_path, read_many, remove_tree, write_many
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -57,6 +59,36 @@ def test_a_path_in_a_bucket_does_what_a_local_path_does(folder):
         (folder / "b.txt").read_bytes()
     remove_tree(folder / "sub")
     assert [path.name for path in folder.iterdir()] == ["a.json"]
+
+
+def test_many_files_are_written_concurrently(folder, store):
+    files = {f"{i % 3}/{i}/zarr.json": bytes([i]) * i for i in range(24)}
+    store.faults.latency = 0.25
+    start = time.monotonic()
+    write_many(folder, files)
+    seconds = time.monotonic() - start
+    store.faults.latency = 0.0
+    assert seconds < 24 * 0.25 / 2
+    assert read_many(folder, [*files, "none"]) == files | {"none": None}
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_others_are_written(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError, match=re.escape(str(tmp_path / "a" / "b"))):
+        write_many(tmp_path, {"a/b": b"", "c/d": b"x"})
+    assert (tmp_path / "c" / "d").read_bytes() == b"x"
+
+
+def test_one_listing_finds_all_files(folder, store):
+    names = {"0.txt", "1.txt", "sub/2.txt", "sub/deep/3.txt", "sub/deep/4.bin"}
+    write_many(folder, dict.fromkeys(names, b"x"))
+    store.faults.requests.clear()
+    found = list_files(folder)
+    assert {str(path).removeprefix(f"{folder}/") for path in found} == names
+    assert [path.name for path in find_files([str(folder)])] == [f"{i}.txt" for i in range(4)]
+    assert [path.name for path in find_files([f"{folder}/*/*.txt"])] == ["2.txt"]
+    requests = len(store.faults.requests)
+    assert requests == (0 if isinstance(folder, Path) else 4), store.faults.requests
 
 
 def test_ranges_of_an_object_are_read_alone(folder, store):

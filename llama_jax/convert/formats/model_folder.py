@@ -14,7 +14,7 @@ from llama_jax.convert.layout import AXES, LAYER_WEIGHTS, Layout, Weight, weight
 from llama_jax.convert.source import Source
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import MESH_AXES, weight_spec
-from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.storage import AnyPath, write_many
 
 NAMES = {name: f"layers.{name}[{{}}]" if name in LAYER_WEIGHTS else name for name in AXES}
 
@@ -76,7 +76,7 @@ class ModelFolderWriter:
                 dtype = array.dtype or dtypes[weight]
                 arrays[full] = ArraySpec(config.shape(letters), dtype, splits)
         self.files = model_folders.model_files(config, arrays, None)
-        model_folders.write_files(folder, self.files)
+        write_many(folder, self.files)
         self._writer = WeightsWriter(folder, arrays)
 
     def write(self, tensors: Iterable[tuple[int, str, np.ndarray]]) -> None:
