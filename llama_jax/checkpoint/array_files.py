@@ -4,18 +4,16 @@ Orbax reads the result like its own. It doesn't write it, because it can't write
 checksums to the data.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tensorstore as ts
 
 from llama_jax.checkpoint.orbax_format import metadata_files
 from llama_jax.model.summary import path_names
-from llama_jax.runtime import storage
+from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.storage import AnyPath
 
 CHUNK_BYTES = 1 << 24  # a device that needs a part of an array reads only its chunks
@@ -55,10 +53,12 @@ def dotted(path: tuple[Any, ...]) -> str:
 def metadata(items: Mapping[str, Mapping[str, ArraySpec]]) -> dict[str, bytes]:
     """Returns the small files of a checkpoint by relative name: Orbax's, and one for each array."""
     files = metadata_files({item: [*specs] for item, specs in items.items()})
-    for item, specs in items.items():
-        for name, spec in specs.items():
-            files[f"{item}/{name}/zarr.json"] = json.dumps(_zarr(name, spec)).encode()
-    return files
+    arrays = {
+        f"{item}/{name}": _zarr(name, spec)
+        for item, specs in items.items()
+        for name, spec in specs.items()
+    }
+    return files | zarr_arrays.metadata_files(arrays)
 
 
 def open_for_writing(
@@ -71,25 +71,8 @@ def open_for_writing(
         specs: the arrays, by dotted name.
         synced: whether a write ends when its bytes are on the disk.
     """
-    context = storage.context() if synced else _NOT_SYNCED
-    opening = {
-        name: ts.open(
-            {
-                "driver": "zarr3",
-                "kvstore": storage.kvstore_spec(folder / name),
-                "metadata": _zarr(name, spec),
-                "store_data_equal_to_fill_value": True,
-            },
-            open=True,
-            assume_metadata=True,
-            context=context,
-        )
-        for name, spec in specs.items()
-    }
-    return {name: future.result() for name, future in opening.items()}
-
-
-_NOT_SYNCED = ts.Context({"file_io_sync": False})
+    metadata = {name: _zarr(name, spec) for name, spec in specs.items()}
+    return zarr_arrays.open_for_writing(folder, metadata, synced=synced)
 
 
 class HostShard(NamedTuple):
@@ -128,21 +111,7 @@ def write_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> None
 
 
 def _zarr(name: str, spec: ArraySpec) -> dict[str, Any]:
-    """Returns the metadata of an array in zarr's version 3."""
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [*spec.shape],
-        "data_type": spec.dtype.name,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": chunk_shape(name, spec)},
-        },
-        "chunk_key_encoding": {"name": "default"},
-        # Weights don't compress. The checksum detects every flipped bit.
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "fill_value": 0,
-    }
+    return zarr_arrays.array_metadata(spec.shape, spec.dtype.name, chunk_shape(name, spec))
 
 
 def chunk_shape(name: str, spec: ArraySpec) -> list[int]:

@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorstore as ts
 
 from llama_jax.errors import InputError
 from llama_jax.model.summary import path_names
-from llama_jax.runtime import damage, storage
+from llama_jax.runtime import damage, zarr_arrays
 from llama_jax.runtime.damage import classify_errors
 from llama_jax.runtime.regular_file import check_regular_files
 from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.zarr_arrays import array_names
 
 # A fault of a device raises JAX's own exception.
 FAULTS = (*damage.FAULTS, jax.errors.JaxRuntimeError)
@@ -74,26 +74,10 @@ def open_arrays(where: AnyPath, item: str, names: Iterable[str]) -> dict[str, An
     """
     if isinstance(where, Path):
         check_regular_files(where / item)
-    prefix, suffix = f"{item}/", "/zarr.json"
-    arrays = [
-        n.removeprefix(prefix).removesuffix(suffix)
-        for n in names
-        if n.endswith(suffix) and n.startswith(prefix)
-    ]
+    prefix = f"{item}/"
+    arrays = [n.removeprefix(prefix) for n in array_names(names) if n.startswith(prefix)]
     with classify_errors(where, FAULTS):
-        opening = {  # opened concurrently
-            name: ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": storage.kvstore_spec(where / item / name),
-                    "fill_missing_data_reads": False,  # a missing file is an error, not zeros
-                },
-                read=True,
-                context=storage.context(),
-            )
-            for name in arrays
-        }
-        return {name: store.result() for name, store in opening.items()}
+        return zarr_arrays.open_for_reading(where / item, arrays)
 
 
 def _check_shapes(

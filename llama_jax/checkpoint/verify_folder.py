@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from llama_jax.checkpoint import folders
 from llama_jax.data import shards
-from llama_jax.runtime import storage
+from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.manifest import verified_manifest
 from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.zarr_arrays import array_names
 
 _BYTES_IN_FLIGHT = 1 << 28  # read at the same time, and not yet verified
-_ZARR = "/zarr.json"
 
 
 class Verdict(NamedTuple):
@@ -66,7 +66,9 @@ def _verify(
 ) -> Verdict:
     size = 0
     try:
-        arrays = _open(folder, list_arrays(folder))
+        names = list_arrays(folder)
+        with classify_errors(folder):
+            arrays = [*zarr_arrays.open_for_reading(folder, names).values()]
         size = sum(math.prod(array.shape) * array.dtype.numpy_dtype.itemsize for array in arrays)
         title = f"verifying {name}"
         with classify_errors(folder), byte_progress(title, size, progress) as advance:
@@ -79,7 +81,7 @@ def _verify(
 
 def _checkpoint_arrays(folder: AnyPath) -> list[str]:
     """Returns the arrays of a folder with a manifest, whose small files it verifies."""
-    return _arrays_among(verified_manifest(folder)["files"])
+    return array_names(verified_manifest(folder)["files"])
 
 
 def _model_arrays(folder: AnyPath) -> list[str]:
@@ -91,32 +93,8 @@ def _token_arrays(folder: AnyPath) -> list[str]:
     names = list[str]()
     for split in shards.read_meta(folder)["splits"]:
         stream = shards.TokenStream(folder, split)  # verifies the small files
-        names += _arrays_among(stream.summary["files"]) if len(stream) else []
+        names += array_names(stream.summary["files"]) if len(stream) else []
     return names
-
-
-def _arrays_among(files: Iterable[str]) -> list[str]:
-    return [name.removesuffix(_ZARR) for name in files if name.endswith(_ZARR)]
-
-
-def _open(folder: AnyPath, names: Iterable[str]) -> list[Any]:
-    """Opens arrays by their names relative to a folder, all concurrently."""
-    import tensorstore as ts
-
-    with classify_errors(folder):
-        opening = [
-            ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": storage.kvstore_spec(folder / name),
-                    "fill_missing_data_reads": False,
-                },
-                read=True,
-                context=storage.context(),
-            )
-            for name in names
-        ]
-        return [array.result() for array in opening]
 
 
 def _read_all(array: Any, advance: Callable[[int], None]) -> None:

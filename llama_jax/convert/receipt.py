@@ -1,7 +1,6 @@
 """The receipt of a conversion: names, shapes, types and hashes of each tensor on both sides."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.convert.layout import Layout, Weight
 from llama_jax.convert.source import Source, read_json
 from llama_jax.errors import InputError
+from llama_jax.runtime.manifest import hash_bytes
 from llama_jax.runtime.storage import AnyPath
 
 if TYPE_CHECKING:  # it imports JAX, which `llama-jax info` does not need
@@ -35,12 +35,7 @@ def read_receipt(folder: AnyPath) -> dict[str, Any]:
 
 def tensor_hash(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in row-major order, in hexadecimal."""
-    return bytes_hash(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def bytes_hash(data: bytes | memoryview) -> str:
-    """Returns the SHA-256 of `data` in hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
+    return hash_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
@@ -114,7 +109,7 @@ def make_receipt(
         "output": {"rotary": rotary_order(layout)},
         "config": dataclasses.asdict(config),
         "end_ids": sorted(end_ids),
-        "files": {name: bytes_hash(data) for name, data in files.items()},
+        "files": {name: hash_bytes(data) for name, data in files.items()},
         "dropped": dict(source.dropped),
         "notes": list(notes),
         "weights": list(weights),

@@ -19,6 +19,7 @@ from llama_jax.convert.source import Source
 from llama_jax.convert.stream import map_in_order
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.manifest import hash_bytes
 from llama_jax.runtime.process_memory import check_memory
 from llama_jax.runtime.storage import AnyPath, read_file
 
@@ -51,7 +52,7 @@ def verify(
     present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in report["files"].items():
         path = folder / name
-        if name not in present or receipt.bytes_hash(read_file(path)) != digest:
+        if name not in present or hash_bytes(read_file(path)) != digest:
             raise InputError(
                 f"{folder}: {quote(name)} is not the file that the conversion wrote: convert again"
             )

@@ -232,16 +232,25 @@ def open_bucket(scheme: str, bucket: str) -> Any:
         raise InputError(f"can't use {scheme}://{bucket}: {str(error)[:300]}") from error
 
 
+def context(synced: bool = True) -> Any:
+    """Returns TensorStore's context for all requests of this process: its limits and retries.
+
+    Args:
+        synced: whether a write to a disk ends when its bytes are on it.
+    """
+    return _context(synced)
+
+
 @cache
-def context() -> Any:
-    """Returns TensorStore's context for all requests of this process: its limits and retries."""
+def _context(synced: bool) -> Any:
     import tensorstore as ts
 
     return ts.Context(
         {
             "gcs_request_retries": _RETRIES,
             "s3_request_retries": _RETRIES,
-            "cache_pool#tokens": {"total_bytes_limit": 100_000_000},
+            "cache_pool#indices": {"total_bytes_limit": 100_000_000},
+            "file_io_sync": synced,
         }
     )
 

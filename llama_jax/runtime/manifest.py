@@ -19,7 +19,7 @@ _SEAL = b'"sha256": "%b"\n}\n'
 _SEALED = re.compile(rb'(.*)"sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """Returns the SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
