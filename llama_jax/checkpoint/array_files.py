@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_jax.checkpoint.orbax_format import metadata_files
 from llama_jax.model.summary import path_names
+from llama_jax.parallel.replicas import position_of, spread_over_hosts
 from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.storage import AnyPath
 
@@ -83,24 +84,40 @@ class HostShard(NamedTuple):
     values: np.ndarray
 
 
-def copy_shards(tree: Mapping[str, Any], *, replicas: bool = False) -> list[HostShard]:
-    """Copies the shards of this host's devices into its memory; the arrays may then be donated.
+def copy_shards(
+    items: Mapping[str, Mapping[str, Any]], *, replicas: bool = False
+) -> dict[str, list[HostShard]]:
+    """Copies shards of this host's devices into its memory; the arrays may then be donated.
+
+    Of a shard that several hosts have, one of them copies it: all copy about equally many bytes.
 
     Args:
-        tree: nested dict of arrays.
-        replicas: whether to copy one of each shard on this host, rather than one in the world.
+        items: nested dicts of arrays.
+        replicas: whether to copy each shard on this host, also if another host copies it.
+
+    Returns:
+        The shards of each item.
     """
+    leaves = [
+        (item, dotted(path), array)
+        for item, tree in items.items()
+        for path, array in jax.tree.leaves_with_path(tree)
+    ]
+    writers = spread_over_hosts(array for _, _, array in leaves)
     chosen = []
-    for path, array in jax.tree.leaves_with_path(tree):
+    for (item, name, array), writer in zip(leaves, writers, strict=True):
         seen = set()
         for shard in array.addressable_shards:
-            where = str(shard.index)
-            if (shard.replica_id == 0 or replicas) and where not in seen:
+            where = position_of(shard.index)
+            if where not in seen and (replicas or writer[where] == jax.process_index()):
                 seen.add(where)
                 shard.data.copy_to_host_async()
-                chosen.append((dotted(path), shard))
+                chosen.append((item, name, shard))
     # A CPU device's buffer is the host's memory: only a copy survives its donation.
-    return [HostShard(name, s.index, np.array(s.data, copy=True)) for name, s in chosen]
+    copied: dict[str, list[HostShard]] = {item: [] for item in items}
+    for item, name, shard in chosen:
+        copied[item].append(HostShard(name, shard.index, np.array(shard.data, copy=True)))
+    return copied
 
 
 def write_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> None:

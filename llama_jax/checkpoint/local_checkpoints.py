@@ -107,9 +107,7 @@ class LocalCheckpoints:
         if self._failed:
             return
         specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
-        shards = {
-            item: array_files.copy_shards(tree, replicas=True) for item, tree in items.items()
-        }
+        shards = array_files.copy_shards(items, replicas=True)
         self._saving = self._thread.submit(self._try_to_store, progress, specs, shards, computed)
 
     def _try_to_store(self, progress: Progress, *state: Any) -> None:

@@ -102,7 +102,7 @@ def save_model(
 
         partial = parse_path(hosts.broadcast_decision(begin))
         stores = array_files.open_for_writing(partial / "weights" / "model", specs)
-        array_files.write_shards(stores, array_files.copy_shards(weights))
+        array_files.write_shards(stores, array_files.copy_shards({"model": weights})["model"])
         hosts.check_equal_on_hosts({})  # all have written
         if hosts.is_host_zero():
             write_manifest(partial, manifest_of(config, files) | {"fingerprints": hashes})

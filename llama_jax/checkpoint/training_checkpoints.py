@@ -109,7 +109,7 @@ class TrainingCheckpoints:
             computed = fingerprint.start_fingerprints(items)
             specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
             files = array_files.metadata(specs) if hosts.is_host_zero() else {}
-            shards = {item: array_files.copy_shards(tree) for item, tree in items.items()}
+            shards = array_files.copy_shards(items)
         self._saving = (
             progress.step,
             self._thread.submit(self._store, progress, specs, files, shards, computed),

@@ -1,7 +1,10 @@
-"""Copies shards between the devices that have the same shard of an array, its replicas."""
+"""Shards of an array that several devices have, its replicas: which host writes, how to copy."""
 
-from collections.abc import Collection
-from functools import partial
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable
+from functools import cache, partial
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -18,6 +21,52 @@ def have_all_shards(mesh: Mesh, hosts: Collection[int]) -> bool:
     present = np.array([device.process_index in hosts for device in mesh.devices.flat])
     unsplit = [i for i, axis in enumerate(mesh.axis_names) if axis not in WEIGHT_AXES.values()]
     return bool(present.reshape(mesh.devices.shape).any(axis=tuple(unsplit)).all())
+
+
+Position = tuple[tuple[int | None, int | None], ...]
+
+
+def position_of(index: tuple[slice, ...]) -> Position:
+    """Returns the start and the stop of a shard in each dimension, which can be hashed."""
+    return tuple((part.start, part.stop) for part in index)
+
+
+def spread_over_hosts(
+    arrays: Iterable[Any], host_of: Callable[[Any], int] = attrgetter("process_index")
+) -> list[dict[Position, int]]:
+    """Chooses a host for each shard, among those that have it: all get about equally many bytes.
+
+    The choice is the same on all hosts.
+
+    Args:
+        arrays: arrays, or abstract arrays with shardings, in the same order on all hosts.
+        host_of: the host of a device.
+
+    Returns:
+        For each array, the host of each shard.
+    """
+    kinds = [(array.shape, array.dtype.itemsize, array.sharding) for array in arrays]
+    return _spread(tuple(kinds), host_of)
+
+
+@cache
+def _spread(kinds: tuple[Any, ...], host_of: Callable[[Any], int]) -> list[dict[Position, int]]:
+    shards = []
+    for number, (shape, itemsize, sharding) in enumerate(kinds):
+        owners = defaultdict[Position, set[int]](set)
+        for device, index in sharding.devices_indices_map(shape).items():
+            owners[position_of(index)].add(host_of(device))
+        nbytes = itemsize * math.prod(sharding.shard_shape(shape))
+        shards += [(nbytes, number, position, hosts) for position, hosts in owners.items()]
+    chosen: list[dict[Position, int]] = [{} for _ in kinds]
+    load = Counter[int]()
+    # The largest first: the small ones then fill the differences.
+    for nbytes, number, position, hosts in sorted(shards, key=lambda shard: -shard[0]):
+        host = min(hosts, key=lambda host: (load[host], host))
+        chosen[number][position] = host
+        # A shard without a choice doesn't count: every host has about equally many of them.
+        load[host] += nbytes if len(hosts) > 1 else 0
+    return chosen
 
 
 def fill_from_replicas(array: jax.Array | None, like: Any) -> jax.Array:

@@ -1,13 +1,17 @@
+import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, tiny_config
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.checkpoint import tree
 from llama_jax.parallel import replicas
+from llama_jax.training.step import init_state
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,28 @@ def test_an_array_that_is_complete_stays_as_it_is():
         found = replicas.fill_from_replicas(array, array)
         assert found.sharding == sharding
         np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1)])
+def test_hosts_write_about_equal_bytes(shape):
+    with jax.set_mesh(mesh_of(shape)):
+        state = tree.eval_shape_on_mesh(partial(init_state, tiny_config()), jax.random.key(0))
+    arrays = jax.tree.leaves(state)
+    writers = replicas.spread_over_hosts(arrays, simulated_host)
+    written = np.zeros(4)
+    for array, writer in zip(arrays, writers, strict=True):
+        owners = {}
+        for device, index in array.sharding.devices_indices_map(array.shape).items():
+            owners.setdefault(replicas.position_of(index), set()).add(simulated_host(device))
+        assert owners.keys() == writer.keys()
+        assert all(host in owners[position] for position, host in writer.items())
+        size = array.dtype.itemsize * math.prod(array.sharding.shard_shape(array.shape))
+        for host in writer.values():
+            written[host] += size
+    # The weights and the two moments of AdamW are written once, and its counter of steps.
+    assert written.sum() == sum(array.dtype.itemsize * array.size for array in arrays)
+    assert written.max() / written.mean() < 1.05, written
+
+
+def simulated_host(device):
+    return device.id // 2
