@@ -12,12 +12,14 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import optax
 
 from llama_jax.checkpoint import array_files, fingerprint
 from llama_jax.checkpoint.arrays import FAULTS, load_items
+from llama_jax.checkpoint.commit import commit
 from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import CheckpointConfig
@@ -27,9 +29,7 @@ from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.damage import Damaged, root_cause
 from llama_jax.runtime.manifest import verified_manifest
-from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file, write_many
-
-_POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at most 20 times as long
+from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_many
 
 
 class Progress(NamedTuple):
@@ -153,32 +153,25 @@ class TrainingCheckpoints:
             "files": {name: manifest.hash_bytes(data) for name, data in files.items()},
             "fingerprints": fingerprint.to_text(computed),
         }
-        self._commit(folder, content)
+        commit(folder, content, self._attempt, self._closing, self._check_owner)
         self.steps.append(progress.step)
         if hosts.is_host_zero():
             self._remove_superseded()
 
-    def _commit(self, folder: AnyPath, content: dict[str, Any]) -> None:
-        """Writes the manifest on host 0, once all hosts have stored their shards."""
-        if not hosts.is_host_zero():
-            write_file(folder / self._mark(hosts.number()), b"")
-            self._wait_for(folder, [manifest.NAME])
-            return
-        self._wait_for(folder, [self._mark(host) for host in range(1, hosts.count())])
-        self._check_owner()
-        manifest.write_manifest(folder, content)
-        remove_tree(folder / "done")
+    def remove_leftovers(self) -> None:
+        """Removes what a killed run could not: old checkpoints, and incomplete ones.
 
-    def _mark(self, host: int) -> str:
-        """Returns the file with which a host reports that its shards are stored."""
-        return f"done/{self._attempt}-{host}"
+        All hosts call this.
 
-    def _wait_for(self, folder: AnyPath, names: list[str]) -> None:
-        pause = _POLL_SECONDS
-        while names and None in read_many(folder, names).values():
-            if self._closing.wait(pause):
-                raise OSError(f"another host has not stored its part of {folder}")
-            pause = min(2 * pause, 20 * _POLL_SECONDS)
+        Raises:
+            Fault: another run owns the folder.
+        """
+
+        def remove() -> None:
+            self._check_owner()
+            self._remove_superseded()
+
+        hosts.broadcast_decision(remove)
 
     def _remove_superseded(self) -> None:
         """Removes old checkpoints, and incomplete folders that a newer checkpoint makes useless."""
@@ -254,14 +247,42 @@ class TrainingCheckpoints:
             try:
                 return self.restore(step, trained, opt_state)
             except Damaged as error:
-                if self._config.on_damage == "stop" or step == self.steps[0]:
-                    raise
-                print_status(
-                    f"{self.folder / str(step)} is damaged ({error.reason}): it stays where it is,"
-                    " and the run resumes from the checkpoint before it"
-                )
-                self.steps.remove(step)
+                self._pass_over(step, error)
         raise AssertionError("a run without a checkpoint has nothing to restore")
+
+    def _pass_over(self, step: int, error: Damaged) -> None:
+        """Prints that the newest checkpoint is damaged, and removes it from `steps`.
+
+        Raises:
+            Damaged: the run may not resume from the one before it, or there is none.
+        """
+        assert self._config
+        if self._config.on_damage == "stop" or step == self.steps[0]:
+            raise error
+        print_status(
+            f"{self.folder / str(step)} is damaged ({error.reason}): it stays where it is, and the"
+            " run resumes from the checkpoint before it"
+        )
+        self.steps.remove(step)
+
+    def is_finished(self, steps: int) -> bool:
+        """Returns whether a checkpoint after `steps` steps or more exists, and isn't damaged.
+
+        Of its files the small ones are verified, not the arrays: nothing is restored. All hosts
+        call this.
+
+        Raises:
+            Damaged: as `restore_newest`.
+        """
+        self.steps.sort()
+        while self.steps and self.steps[-1] >= steps:
+            step = self.steps[-1]
+            folder = self.folder / str(step)
+            reason = hosts.broadcast_decision(partial(manifest.find_damage, folder))
+            if reason is None:
+                return True
+            self._pass_over(step, Damaged(folder, reason))
+        return False
 
     def restore(
         self, step: int, trained: Trained, opt_state: optax.OptState

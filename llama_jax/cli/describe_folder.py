@@ -12,8 +12,7 @@ from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
-from llama_jax.runtime.damage import Damaged
-from llama_jax.runtime.manifest import verified_manifest
+from llama_jax.runtime.manifest import find_damage
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.training.metrics import read_metrics
@@ -144,12 +143,8 @@ def _checkpoints(folder: AnyPath) -> tuple[list[int], dict[int, str], list[int]]
     Only small files are verified here; `--verify` reads the arrays.
     """
     steps, incomplete = folders.committed_steps(folder)
-    damaged = dict[int, str]()
-    for step in steps:
-        try:
-            verified_manifest(folder / str(step))
-        except Damaged as error:
-            damaged[step] = error.reason
+    found = {step: find_damage(folder / str(step)) for step in steps}
+    damaged = {step: reason for step, reason in found.items() if reason}
     return [step for step in steps if step not in damaged], damaged, incomplete
 
 

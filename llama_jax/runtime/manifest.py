@@ -85,3 +85,16 @@ def verified_manifest(folder: AnyPath) -> dict[str, Any]:
             raise Damaged(folder, f"{NAME} is missing, which is written last")
         check_files(folder, found["files"])
     return found
+
+
+def find_damage(folder: AnyPath) -> str | None:
+    """Returns how a folder's small files differ from those that were written; None if they don't.
+
+    Raises:
+        Fault: as `verified_manifest`.
+    """
+    try:
+        verified_manifest(folder)
+    except Damaged as error:
+        return error.reason
+    return None

@@ -80,6 +80,7 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
     folder = parse_path(config.training.out)
     with lock_run_folder(folder) as check_owner, jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, check_owner)
+        finished = checkpoints.is_finished(config.training.steps)
         newest = max(checkpoints.steps, default=None)
         local, saved_steps = None, checkpoints.steps
         if config.checkpoint.local:
@@ -92,7 +93,10 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
         check_vocabulary(config, data)
         if newest is None:
             init_from.check_tokenizer(config, data)
-        if newest is not None and newest >= config.training.steps:
+        if newest is not None and finished:
+            checkpoints.remove_leftovers()
+            if local:
+                local.remove()
             print_status(f"{folder} is finished: {newest} steps are done, no step remains")
             return _outcome(folder, newest, data, finished=True)
         state = TrainingState(config, data, checkpoints, local)
@@ -174,12 +178,13 @@ def _train(
                 report.validation(state.step, _validate(config, data, state))
                 if sample:
                     sample(complete_model(config, state.trained, state.base), state.step)
+            # The metrics first: a run that is killed now must find those of its last checkpoint.
             if save or report.skipped_in_a_row >= config.training.max_skipped:
+                report.upload()
                 checkpoints.save(state.progress, state.trained, state.opt_state)
-                report.upload()
             elif local and save_local:
-                local.save(state.progress, state.trained, state.opt_state)
                 report.upload()
+                local.save(state.progress, state.trained, state.opt_state)
             if report.skipped_in_a_row >= config.training.max_skipped:
                 raise RunStopped(
                     f"the gradient was not finite in {report.skipped_in_a_row} steps in a row, up"
@@ -189,6 +194,7 @@ def _train(
         if pending:
             report.step(*pending)
         if state.step < steps:
+            report.upload()
             checkpoints.save(state.progress, state.trained, state.opt_state)
     return state.step >= steps
 

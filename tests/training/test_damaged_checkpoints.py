@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from llama_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from llama_jax.errors import Fault
+from llama_jax.errors import Fault, InputError
 from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
@@ -125,6 +126,42 @@ def test_two_damaged_checkpoints_are_both_named(undisturbed, stopped, token_fold
     assert err.count("is damaged (") == 2
     assert f"{stopped}: resumes after step 2 of {STEPS}" in err
     np.testing.assert_array_equal(losses(stopped), losses(undisturbed))
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """The folder of the same run, which is finished."""
+    return shutil.copytree(undisturbed, tmp_path / "run")
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged_computes_it_again(
+    undisturbed, finished, token_folder, capsys
+):
+    flip_bit(finished / "checkpoints" / str(STEPS) / "manifest.json")
+    assert loop.run(config(finished, token_folder)).finished
+    err = capsys.readouterr().err
+    assert f"checkpoints/{STEPS} is damaged (the checksum of manifest.json differs)" in err
+    assert f"{finished}: resumes after step 6 of {STEPS}" in err
+    np.testing.assert_array_equal(losses(finished), losses(undisturbed))
+    assert weights(finished) == weights(undisturbed)
+
+
+def test_a_finished_run_removes_what_a_killed_one_left_behind(finished, token_folder, capsys):
+    """An incomplete folder, and the checkpoints that the last one supersedes."""
+    (finished / "checkpoints" / "7" / "model").mkdir(parents=True)
+    run = config(finished, token_folder)
+    run = replace(run, checkpoint=replace(run.checkpoint, keep=2))
+    assert loop.run(run).finished
+    assert "is finished: 8 steps are done" in capsys.readouterr().err
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["6", "8"]
+
+
+def test_a_finished_run_with_another_configuration_removes_nothing(finished, token_folder):
+    (finished / "checkpoints" / "7" / "model").mkdir(parents=True)
+    run = config(finished, token_folder)
+    with pytest.raises(InputError, match="was trained with"):
+        loop.run(replace(run, data=replace(run.data, seed=1)))
+    assert (finished / "checkpoints" / "7").exists()
 
 
 def test_a_run_can_stop_at_a_damaged_checkpoint(stopped, token_folder, tmp_path, capsys):

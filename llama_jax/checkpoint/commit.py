@@ -1,0 +1,51 @@
+"""Commits a checkpoint of several hosts: host 0 writes the manifest once all have stored theirs."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from llama_jax.runtime import hosts, manifest
+from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
+
+_POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at most 20 times as long
+
+
+def commit(
+    folder: AnyPath,
+    content: Mapping[str, Any],
+    attempt: str,
+    closing: threading.Event,
+    check_owner: Callable[[], None],
+) -> None:
+    """Reports that this host's shards are stored, and waits for the manifest, which host 0 writes.
+
+    Args:
+        folder: of the checkpoint.
+        content: of the manifest.
+        attempt: names this start of the run: what an earlier one has reported doesn't count.
+        closing: set when the run ends, which ends the wait for the other hosts.
+        check_owner: raises if another run has taken over the folder; called on host 0.
+
+    Raises:
+        OSError: a file can't be written; or the run ends, and another host has not stored its part.
+    """
+
+    def report_of(host: int) -> str:
+        return f"done/{attempt}-{host}"
+
+    if hosts.is_host_zero():
+        _wait_for(folder, map(report_of, range(1, hosts.count())), closing)
+        check_owner()
+        manifest.write_manifest(folder, content)
+        remove_tree(folder / "done")
+    else:
+        write_file(folder / report_of(hosts.number()), b"")
+        _wait_for(folder, [manifest.NAME], closing)
+
+
+def _wait_for(folder: AnyPath, names: Iterable[str], closing: threading.Event) -> None:
+    names, pause = [*names], _POLL_SECONDS
+    while names and None in read_many(folder, names).values():
+        if closing.wait(pause):
+            raise OSError(f"another host has not stored its part of {folder}")
+        pause = min(2 * pause, 20 * _POLL_SECONDS)
