@@ -10,7 +10,7 @@ from it.
 import contextlib
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from llama_jax.model.lora import Trained
 from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.damage import Damaged, root_cause
+from llama_jax.runtime.folder_lock import FolderLock
 from llama_jax.runtime.manifest import verified_manifest
 from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_many
 
@@ -53,8 +54,8 @@ class TrainingCheckpoints:
     Args:
         folder: `checkpoints` in the folder of the run.
         config: which checkpoints are retained.
-        check_owner: raises `Fault` if another run has taken over the folder; called on host 0
-            before a checkpoint is started and before it is committed.
+        lock: of the run's folder. Host 0 asks it whether this run still owns the folder, before a
+            checkpoint is started and before it is committed.
 
     Attributes:
         steps: the steps of all committed checkpoints, ascending.
@@ -65,9 +66,9 @@ class TrainingCheckpoints:
         self,
         folder: AnyPath,
         config: CheckpointConfig | None = None,
-        check_owner: Callable[[], None] = lambda: None,
+        lock: FolderLock | None = None,
     ):
-        self.folder, self._config, self._check_owner = folder, config, check_owner
+        self.folder, self._config, self._lock = folder, config, lock
         self.steps, self.incomplete = committed_steps(folder)
         self._attempt = ""
         if config:  # on several hosts, which may not see the same folder at the same time
@@ -183,12 +184,19 @@ class TrainingCheckpoints:
         self.steps = [step for step in self.steps if step not in old]
         self.incomplete = []
 
+    def _check_owner(self) -> None:
+        if self._lock:
+            self._lock.check()
+
     def check(self) -> None:
         """Raises the error of the last save if it has failed. Doesn't wait for a save.
 
         Raises:
-            Fault: the save failed; earlier checkpoints are unchanged.
+            Fault: the save failed, or another run owns the folder; earlier checkpoints are
+                unchanged.
         """
+        if self._lock:
+            self._lock.raise_if_lost()
         if self._saving and self._saving[1].done():
             self.wait()
 

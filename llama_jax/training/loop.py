@@ -21,12 +21,13 @@ from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
 from llama_jax.runtime.console import format_duration, print_status
+from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.report import Report, is_due
-from llama_jax.training.run_folder import flatten, lock_run_folder, write_run_files
+from llama_jax.training.run_folder import flatten, write_run_files
 from llama_jax.training.start import TrainingState, check_vocabulary, prepare, print_summary
 from llama_jax.training.step import StepMetrics, eval_step, train_step
 from llama_jax.training.trainable import complete_model
@@ -78,8 +79,8 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
     rows = config.data.batch_size // config.training.micro_batches
     check_divides(mesh, config.model, rows, config.data.seq_len)
     folder = parse_path(config.training.out)
-    with lock_run_folder(folder) as check_owner, jax.set_mesh(mesh):
-        checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, check_owner)
+    with lock_folder(folder) as lock, jax.set_mesh(mesh):
+        checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, lock)
         finished = checkpoints.is_finished(config.training.steps)
         newest = max(checkpoints.steps, default=None)
         local, saved_steps = None, checkpoints.steps

@@ -15,6 +15,7 @@ from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoi
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.errors import Fault, InputError
 from llama_jax.inference.load import load
+from llama_jax.runtime.folder_lock import FolderLock
 from llama_jax.training.step import init_state
 
 # Two hosts, each with half of the devices, load a model and save it twice.
@@ -97,14 +98,15 @@ def test_a_run_that_lost_its_folder_changes_no_checkpoint(saved, state):
     def files():
         return {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
 
-    def refuse():
-        raise Fault("another run has taken over")
+    class Lost(FolderLock):
+        def check(self):
+            raise Fault("another run has taken over")
 
     (saved / "8").mkdir()
     (saved / "8" / "manifest.json").touch()
     before = files()
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        older = TrainingCheckpoints(saved, CheckpointConfig(), refuse)
+        older = TrainingCheckpoints(saved, CheckpointConfig(), Lost(saved, ""))
         older.steps.remove(8)  # the newer run has saved it since this one started
         with pytest.raises(Fault, match="another run has taken over"):
             older.save(Progress(8, ["a", "b"]), *state)

@@ -20,8 +20,7 @@ from llama_jax.config.run import (
     OptimizerConfig,
     TrainingConfig,
 )
-from llama_jax.errors import InputError
-from llama_jax.training import loop, run_folder
+from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
 STEPS, ROWS = 12, 8
@@ -253,10 +252,3 @@ def test_the_key_on_which_hosts_disagree_is_reported(runs, token_folder):
         assert "training.steps is 5 on host 0, but 6 on host 1 (" in err
         assert "Traceback" not in err
     assert not (runs / "apart").exists()
-
-
-def test_a_run_folder_that_hosts_do_not_share_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_folder, "VISIBLE_SECONDS", 0.3)
-    (tmp_path / ".lock").write_text("that of another run")
-    with pytest.raises(InputError, match="is not that of host 0: training"):
-        run_folder._check_shared(tmp_path, "this run")
