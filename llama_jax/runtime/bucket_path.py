@@ -18,6 +18,13 @@ from llama_jax.errors import InputError, missing_extra
 # A request is repeated after 0.2, 0.4 … 30 s, for two minutes in total: longer than the rate limits
 # and restarts of a store last.
 _RETRIES = {"max_retries": 10, "initial_delay": "200ms", "max_delay": "30s"}
+# TensorStore sets no time limit: a request whose connection broke without a word from the store
+# waits for half an hour (google/tensorstore#291). With these it fails, and is repeated, after half
+# a minute in which less than a byte a second arrives or leaves.
+_STALLED = {
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 
 
 class BucketPath:
@@ -257,6 +264,8 @@ def _context(synced: bool) -> Any:
 
 def bucket_spec(scheme: str, bucket: str) -> dict[str, Any]:
     """Returns TensorStore's specification of a bucket."""
+    for name, value in _STALLED.items():  # read by TensorStore at its first request
+        os.environ.setdefault(name, value)
     if scheme == "gs":
         return {"driver": "gcs", "bucket": bucket}
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket}

@@ -1,7 +1,7 @@
 """Object stores on the loopback interface, for tests: S3 (moto) and Google's (its emulator).
 
 A proxy between the program and the store injects faults: it adds latency, refuses requests with 429
-and 503, drops connections and sends bodies slowly.
+and 503, drops connections, sends bodies slowly and leaves requests without an answer.
 """
 
 import contextlib
@@ -43,6 +43,7 @@ class Faults:
         refused: share of the requests that get 429 or 503.
         dropped: share of the requests whose connection closes in the middle of the response.
         slow: share of the responses whose body takes a second.
+        stalled: share of the requests that get no answer, on a connection that stays open.
         requests: method and path of each request so far.
     """
 
@@ -50,6 +51,7 @@ class Faults:
     refused: float = 0.0
     dropped: float = 0.0
     slow: float = 0.0
+    stalled: float = 0.0
     requests: list[tuple[str, str]] = field(default_factory=list)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -89,6 +91,10 @@ def _proxy(port: int, faults: Faults) -> ThreadingHTTPServer:
             body = self._body()
             faults.requests.append((self.command, self.path))
             time.sleep(faults.latency)
+            if faults.draw.random() < faults.stalled:
+                self.rfile.read(1)  # until the client closes the connection
+                self.close_connection = True
+                return
             if faults.draw.random() < faults.refused:
                 self.send_response(faults.draw.choice((429, 503)))
                 self.send_header("Content-Length", "0")

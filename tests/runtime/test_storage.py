@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -109,6 +111,33 @@ def test_requests_that_fail_are_repeated(store):
         (folder / f"{i}").write_bytes(bytes([i]) * 1000)
     assert [(folder / f"{i}").read_bytes()[0] for i in range(10)] == list(range(10))
     store.faults.refused = store.faults.dropped = 0.0
+
+
+READS = """
+import sys, time
+from llama_jax.runtime import bucket_path
+from llama_jax.runtime.storage import parse_path
+bucket_path._STALLED["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "2"
+path = parse_path(sys.argv[1])
+for _ in range(20):
+    start = time.monotonic()
+    assert path.read_bytes() == b"content"
+    print(time.monotonic() - start)
+"""
+
+
+def test_a_request_without_an_answer_is_repeated(store):
+    """In another process: TensorStore reads its time limit once, here 2 s rather than 30."""
+    path = parse_path(store.url("stalled"))
+    path.write_bytes(b"content")
+    store.faults.stalled = 0.2
+    command = [sys.executable, "-c", READS, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    store.faults.stalled = 0.0
+    assert done.returncode == 0, done.stderr
+    seconds = [float(line) for line in done.stdout.split()]
+    assert max(seconds) > 1.5  # at least one request was repeated
+    assert sorted(seconds)[10] < 1.5
 
 
 def test_a_missing_bucket_is_named(store):
