@@ -1,13 +1,15 @@
 """Kills runs that train into a faulty object store, and compares them with an undisturbed run.
 
-    python benchmarks/kills.py [--kills 50] [--processes 4] [--scheme gs]
+    python benchmarks/kills.py [--kills 50] [--processes 4] [--scheme gs] [--local]
 
 It needs moto, or the emulator of Google's store. The store adds 20 ms to each request,
 refuses 5% of them with 429 or 503, drops 2% of the connections in the middle of a response, and
 sends 2% of the bodies slowly. SIGKILL ends a run at a random moment after its step is compiled: in
 a step, in a save, or while old checkpoints are removed. The same command then resumes it. Each run
 that ends is compared with the undisturbed one: the loss of every step, every byte of its last
-checkpoint, and the names of all its objects. The exit code is 1 if anything differs.
+checkpoint, and the names of all its objects. With --local the hosts also save on their own disks,
+and each kill loses the disk of one host: the run must resume from the newest step of which the
+others have every shard. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -15,14 +17,15 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -40,6 +43,7 @@ from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
+    LocalCheckpointConfig,
     LoggingConfig,
     MeshConfig,
     OptimizerConfig,
@@ -60,18 +64,34 @@ sys.exit(main(sys.argv[1:]))
 START_SECONDS = 300.0  # until the step is compiled, on a busy machine
 
 
-def make_config(tokens: AnyPath, folder: AnyPath, processes: int, steps: int) -> Config:
-    """Returns the configuration of a run of a tiny model."""
+def make_config(
+    tokens: AnyPath, folder: AnyPath, processes: int, steps: int, disk: Path | None
+) -> Config:
+    """Returns the configuration of a run of a tiny model.
+
+    Args:
+        tokens: token shards.
+        folder: of the run.
+        processes: one a host, with one device each.
+        steps: of the run.
+        disk: for the local checkpoints of all hosts, each of which then has a replica.
+    """
+    replicas = 2 if disk else 1
+    checkpoint = CheckpointConfig(every=10, keep=2)
+    if disk:
+        checkpoint = CheckpointConfig(
+            every=60, keep=2, local=LocalCheckpointConfig(path=str(disk), every=3)
+        )
     return Config(
         model=ModelConfig(
             dim=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=320,
             context=64, dtype="float32", remat="none",
         ),
-        mesh=MeshConfig(data=1, fsdp=processes, tensor=1),
+        mesh=MeshConfig(data=replicas, fsdp=processes // replicas, tensor=1),
         data=DataConfig(mixture={str(tokens): 1.0}, batch_size=4, seq_len=16),
         optimizer=OptimizerConfig(warmup_steps=4, peak_lr=1e-2),
         training=TrainingConfig(out=str(folder), steps=steps, eval_every=0, eval_batches=1),
-        checkpoint=CheckpointConfig(every=10, keep=2),
+        checkpoint=checkpoint,
         logging=LoggingConfig(progress=False, tensorboard=False),
     )  # fmt: skip
 
@@ -155,23 +175,45 @@ def _name(path: AnyPath, folder: AnyPath) -> str:
     return str(path).removeprefix(f"{folder}/")
 
 
+def newest_local_step(config: Config) -> int:
+    """Returns the newest step of which the disks have each shard; 0 without local checkpoints."""
+    if not config.checkpoint.local:
+        return 0
+    present = defaultdict[int, set[int]](set)  # shards by step; host h has shard h % fsdp
+    for path in Path(config.checkpoint.local.path).glob("*/*/*/manifest.json"):
+        host, step = map(int, path.parts[-3:-1])
+        present[step].add(host % config.mesh.fsdp)
+    every = set(range(config.mesh.fsdp))
+    return max((step for step, shards in present.items() if shards == every), default=0)
+
+
+def lose_disk(config: Config, host: int) -> str:
+    """Removes the local checkpoints of a host, as if another machine replaced it."""
+    assert config.checkpoint.local
+    for folder in Path(config.checkpoint.local.path).glob(f"*/{host}"):
+        shutil.rmtree(folder)
+    return f", host {host} lost, newest local step {newest_local_step(config)}"
+
+
 def kill_one_run(
     path: Path, config: Config, environment: dict[str, str], kills: int, rng: random.Random
 ) -> tuple[int, list[str]]:
     """Runs to the end, with at most so many kills; returns their number, and wrong resumptions."""
-    processes, done, wrong = config.mesh.fsdp, 0, list[str]()
+    processes, done, wrong = config.mesh.data * config.mesh.fsdp, 0, list[str]()
     checkpoints = parse_path(config.training.out) / "checkpoints"
     path.write_text(yaml_file.dump(config))
     while True:
         complete, incomplete = committed_steps(checkpoints)
+        local = newest_local_step(config)
+        newest = max([local, *complete])
         run = Run(path, processes, environment)
         run.wait_until_compiled()
         if done < kills and run.is_running():
             time.sleep(rng.uniform(0, 12))
-        resumed = f"resumes after step {complete[-1]} of" if complete else "has no checkpoint yet"
-        finished = bool(complete) and complete[-1] == config.training.steps
-        if not finished and resumed not in run.errors and (complete or done):
-            wrong.append(f"with {complete}, without {incomplete}: {run.errors}")
+        resumed = f"resumes after step {newest} of" if newest else "has no checkpoint yet"
+        finished = config.training.steps in complete
+        if not finished and resumed not in run.errors and (newest or done):
+            wrong.append(f"with {complete}, {local}, without {incomplete}: {run.errors}")
         if "is damaged" in run.errors:
             wrong.append(run.errors)
         if done >= kills or not run.is_running():
@@ -180,7 +222,8 @@ def kill_one_run(
         hosts = range(processes) if rng.random() < 0.5 else [rng.randrange(processes)]
         run.kill(hosts)
         done += 1
-        print(f"kill {done}: complete {complete}, incomplete {incomplete}", flush=True)
+        lost = lose_disk(config, rng.choice(hosts)) if config.checkpoint.local else ""
+        print(f"kill {done}: complete {complete}, incomplete {incomplete}{lost}", flush=True)
 
 
 @contextlib.contextmanager
@@ -200,20 +243,30 @@ def main() -> int:
     parser.add_argument("--scheme", default="s3", choices=["s3", "gs"])
     parser.add_argument("--steps", type=int, default=200, help="of each run (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--local", action="store_true", help="local checkpoints; each kill also loses a host's disk"
+    )
     args = parser.parse_args()
+    if args.local and args.processes == 1:
+        parser.error("--local needs --processes 2 or 4: a host's replica is on another one")
     rng, killed, runs, wrong = random.Random(args.seed), 0, 0, list[str]()
     with tempfile.TemporaryDirectory() as temporary, faulty_store(args.scheme) as (store, env):
         env["JAX_COMPILATION_CACHE_DIR"] = f"{temporary}/compiled"
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         tokens = parse_path(store.url("tokens"))
         write_tokens(Path(temporary, "texts.jsonl"), tokens)
-        undisturbed = make_config(tokens, parse_path(store.url("0")), args.processes, args.steps)
+
+        def config_of(number: int) -> Config:
+            disk = Path(temporary, f"disk-{number}") if args.local else None
+            folder = parse_path(store.url(str(number)))
+            return make_config(tokens, folder, args.processes, args.steps, disk)
+
+        undisturbed = config_of(0)
         kill_one_run(Path(temporary, "0.yaml"), undisturbed, env, 0, rng)
         start = time.monotonic()
         while killed < args.kills:
             runs += 1
-            training = replace(undisturbed.training, out=store.url(str(runs)))
-            config = replace(undisturbed, training=training)
+            config = config_of(runs)
             path = Path(temporary, f"{runs}.yaml")
             vars(store.faults).update(FAULTS)
             n, found = kill_one_run(path, config, env, args.kills - killed, rng)

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import peer
+from object_store import running_store
 from processes import Group
 from test_hosts import STEPS, config, losses, write_config
 
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config.run import CheckpointConfig, MeshConfig
+from llama_jax.runtime import bucket_path
+from llama_jax.runtime.storage import parse_path
 from llama_jax.training import loop
 
 # The command line. Host 1 dies after step 8, when all hosts have saved. Host 0 starts to write each
@@ -63,13 +67,16 @@ def host_folders(disk):
 def killed(tmp_path_factory, token_folder):
     """Returns a function: the configuration file of a run that died after step 8, with a mesh."""
 
-    def die(mesh):
+    def die(mesh, processes=2, out=None):
         folder = tmp_path_factory.mktemp("killed")
-        run = settings(folder / "run", token_folder, folder / "disk", mesh)
+        out = out or folder / "run"
+        run = settings(out, token_folder, folder / "disk", mesh)
         path = write_config(folder / "run.yaml", run)
-        group = Group(folder / "died", 2, "train", path, program=("-c", DIES))
-        assert group.wait() == [1, -signal.SIGKILL], group.outputs("err")
-        assert TrainingCheckpoints(folder / "run" / "checkpoints").steps == [5]
+        group = Group(folder / "died", processes, "train", path, program=("-c", DIES))
+        codes = [1] * processes
+        codes[1] = -signal.SIGKILL
+        assert group.wait() == codes, group.outputs("err")
+        assert TrainingCheckpoints(out / "checkpoints").steps == [5]
         return folder, path
 
     return die
@@ -83,11 +90,11 @@ def undisturbed(tmp_path_factory, token_folder):
     return losses(folder / "run")
 
 
-def resume(folder, path):
-    """Resumes the run on two hosts; returns the standard error of host 0."""
-    group = Group(folder / "resumed", 2, "train", path)
-    assert group.wait() == [0, 0], group.outputs("err")
-    assert group.outputs("err")[1] == ""
+def resume(folder, path, processes=2):
+    """Resumes the run; returns the standard error of host 0."""
+    group = Group(folder / "resumed", processes, "train", path)
+    assert group.wait() == [0] * processes, group.outputs("err")
+    assert group.outputs("err")[1:] == [""] * (processes - 1)
     assert not list((folder / "disk").iterdir())  # a finished run needs no local checkpoints
     return group.outputs("err")[0]
 
@@ -124,3 +131,29 @@ def test_without_a_replica_the_run_resumes_from_the_shared_checkpoint(killed, un
     assert "can't restore the local checkpoints of step 8 (host 1 has none, and not every" in err
     assert f"resumes after step 5 of {STEPS}" in err
     np.testing.assert_allclose(losses(folder / "run"), undisturbed, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_of_four_hosts_one_is_filled_from_its_replica(killed, undisturbed):
+    folder, path = killed(REPLICATED, processes=4)
+    shutil.rmtree(host_folders(folder / "disk")[2])
+    err = resume(folder, path, processes=4)
+    assert "; replicas filled host 2\n" in err
+    assert f"resumes after step 8 of {STEPS}" in err
+    np.testing.assert_allclose(losses(folder / "run"), undisturbed, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_resumes_from_its_local_checkpoints(killed, undisturbed, monkeypatch):
+    peer("moto")
+    with running_store("s3") as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket_path.open_bucket.cache_clear()
+        out = parse_path(store.url("run"))
+        folder, path = killed(REPLICATED, out=out)
+        shutil.rmtree(host_folders(folder / "disk")[0])
+        err = resume(folder, path)
+        assert "; replicas filled host 0\n" in err
+        assert f"resumes after step 8 of {STEPS}" in err
+        np.testing.assert_allclose(losses(out), undisturbed, rtol=1e-5)
