@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llama_jax.checkpoint.content_sums import stored_sum
 from llama_jax.checkpoint.orbax_format import metadata_files
 from llama_jax.model.summary import path_names
 from llama_jax.parallel.replicas import position_of, spread_over_hosts
@@ -118,6 +119,14 @@ def copy_shards(
     for item, name, shard in chosen:
         copied[item].append(HostShard(name, shard.index, np.array(shard.data, copy=True)))
     return copied
+
+
+def sum_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> dict[str, int]:
+    """Returns what this host's shards add to the content sum of each array."""
+    sums = dict.fromkeys(stores, 0)
+    for name, index, values in shards:
+        sums[name] += stored_sum(stores[name], [([part.start or 0 for part in index], values)])
+    return sums
 
 
 def write_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> None:

@@ -4,7 +4,7 @@ An item of a checkpoint (`model`, `optimizer`) is a folder of zarr arrays. Tenso
 and verifies the checksum of every chunk.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from llama_jax.checkpoint.content_sums import complete_sums, stored_sum
 from llama_jax.errors import InputError
 from llama_jax.model.summary import path_names
-from llama_jax.runtime import damage, zarr_arrays
-from llama_jax.runtime.damage import classify_errors
+from llama_jax.parallel.replicas import Position, position_of, spread_over_hosts
+from llama_jax.runtime import damage, hosts, zarr_arrays
+from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.regular_file import check_regular_files
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.runtime.zarr_arrays import array_names
@@ -24,13 +26,19 @@ from llama_jax.runtime.zarr_arrays import array_names
 FAULTS = (*damage.FAULTS, jax.errors.JaxRuntimeError)
 
 
-def load_items(where: AnyPath, names: Iterable[str], wanted: dict[str, Any]) -> dict[str, Any]:
+def load_items(
+    where: AnyPath,
+    names: Iterable[str],
+    wanted: dict[str, Any],
+    sums: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Returns the items `wanted` of the checkpoint `where`, in their dtypes and shardings.
 
     Args:
         where: the folder of the checkpoint.
         names: the files in its manifest.
         wanted: for each item, a tree of abstract arrays.
+        sums: the content sums in its manifest; None if the caller compares fingerprints.
 
     Raises:
         Damaged: the files of the checkpoint are not those that were written.
@@ -40,24 +48,46 @@ def load_items(where: AnyPath, names: Iterable[str], wanted: dict[str, Any]) -> 
     stores = {item: open_arrays(where, item, names) for item in wanted}
     for item, tree in wanted.items():
         _check_shapes(where, item, stores[item], tree)
+    parts = dict[str, int]()
+
+    def load(item: str, path: tuple[Any, ...], like: Any) -> jax.Array:
+        name = _dotted(path)
+        reads = _read_shards(stores[item][name], like)
+        array = _make_array(reads, like)
+        if sums is not None:
+            parts[f"{item}/{name}"] = _sum_shards(stores[item][name], reads, like)
+        return array
+
     with classify_errors(where, FAULTS):
-        return {
-            item: jax.tree.map_with_path(partial(_load_array, stores[item]), tree)
-            for item, tree in wanted.items()
+        loaded = {
+            item: jax.tree.map_with_path(partial(load, item), tree) for item, tree in wanted.items()
         }
+    local = all(like.sharding.is_fully_addressable for like in jax.tree.leaves(wanted))
+    for name, found in complete_sums([parts] if local else hosts.gather(parts)).items():
+        if sums and sums.get(name, found) != found:
+            raise Damaged(where, f"{name} is not the array that was written")
+    return loaded
 
 
-def _load_array(stores: dict[str, Any], path: tuple[Any, ...], like: Any) -> jax.Array:
-    """Reads the shards of an array that this host's devices need: each once, all concurrently."""
-    store = stores[_dotted(path)]
+def _read_shards(store: Any, like: Any) -> dict[Position, Any]:
+    """Starts to read the shards that this host's devices need, each once; returns the futures."""
     indices = like.sharding.addressable_devices_indices_map(like.shape).values()
-    shards = {str(index): store[index] for index in indices}
-    reads = {name: shard.read() for name, shard in shards.items()}
+    shards = {position_of(index): store[index] for index in indices}
+    return {position: shard.read() for position, shard in shards.items()}
 
+
+def _make_array(reads: dict[Position, Any], like: Any) -> jax.Array:
     def shard(index: Any) -> np.ndarray:
-        return np.asarray(reads[str(index)].result(), like.dtype)
+        return np.asarray(reads[position_of(index)].result(), like.dtype)
 
     return jax.make_array_from_callback(like.shape, like.sharding, shard)
+
+
+def _sum_shards(store: Any, reads: dict[Position, Any], like: Any) -> int:
+    """Returns what this host adds to the content sum: of several hosts, one adds each shard."""
+    (adds,) = spread_over_hosts([like])
+    ours = [position for position in reads if adds[position] == jax.process_index()]
+    return stored_sum(store, (([a or 0 for a, _ in p], reads[p].result()) for p in ours))
 
 
 def open_arrays(where: AnyPath, item: str, names: Iterable[str]) -> dict[str, Any]:

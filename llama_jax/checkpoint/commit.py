@@ -1,9 +1,11 @@
 """Commits a checkpoint of several hosts: host 0 writes the manifest once all have stored theirs."""
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from llama_jax.checkpoint.content_sums import complete_sums
 from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
 
@@ -13,6 +15,7 @@ _POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at mo
 def commit(
     folder: AnyPath,
     content: Mapping[str, Any],
+    sums: Mapping[str, int],
     attempt: str,
     closing: threading.Event,
     check_owner: Callable[[], None],
@@ -21,7 +24,8 @@ def commit(
 
     Args:
         folder: of the checkpoint.
-        content: of the manifest.
+        content: of the manifest, without the content sums.
+        sums: what this host's shards add to the content sum of each array.
         attempt: names this start of the run: what an earlier one has reported doesn't count.
         closing: set when the run ends, which ends the wait for the other hosts.
         check_owner: raises if another run has taken over the folder; called on host 0.
@@ -34,18 +38,23 @@ def commit(
         return f"done/{attempt}-{host}"
 
     if hosts.is_host_zero():
-        _wait_for(folder, map(report_of, range(1, hosts.count())), closing)
+        reports = _wait_for(folder, map(report_of, range(1, hosts.count())), closing)
+        complete = complete_sums([sums, *map(json.loads, reports)])
         check_owner()
-        manifest.write_manifest(folder, content)
+        manifest.write_manifest(folder, {**content, "sums": complete})
         remove_tree(folder / "done")
     else:
-        write_file(folder / report_of(hosts.number()), b"")
+        write_file(folder / report_of(hosts.number()), json.dumps(sums).encode())
         _wait_for(folder, [manifest.NAME], closing)
 
 
-def _wait_for(folder: AnyPath, names: Iterable[str], closing: threading.Event) -> None:
+def _wait_for(folder: AnyPath, names: Iterable[str], closing: threading.Event) -> list[bytes]:
+    """Waits until all files exist, and returns their contents."""
     names, pause = [*names], _POLL_SECONDS
-    while names and None in read_many(folder, names).values():
+    while True:
+        found = [data for data in read_many(folder, names).values() if data is not None]
+        if len(found) == len(names):
+            return found
         if closing.wait(pause):
             raise OSError(f"another host has not stored its part of {folder}")
         pause = min(2 * pause, 20 * _POLL_SECONDS)

@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llama_jax.checkpoint import array_files, fingerprint
+from llama_jax.checkpoint import array_files
 from llama_jax.checkpoint.arrays import load_items
+from llama_jax.checkpoint.content_sums import complete_sums
 from llama_jax.checkpoint.folders import (
     committed_steps,
     is_lora_run,
@@ -32,7 +33,19 @@ from llama_jax.runtime.storage import AnyPath, parse_path, write_many
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 
-def weights_location(folder: AnyPath) -> tuple[AnyPath, list[str]]:
+class WeightFiles(NamedTuple):
+    """The files of stored weights.
+
+    Attributes:
+        names: relative to the folder of the weights, without the chunks of arrays.
+        sums: the content sum of each array.
+    """
+
+    names: list[str]
+    sums: dict[str, str]
+
+
+def weights_location(folder: AnyPath) -> tuple[AnyPath, WeightFiles]:
     """Returns the checkpoint of a model folder, or a run's newest one, and its files.
 
     Raises:
@@ -40,20 +53,21 @@ def weights_location(folder: AnyPath) -> tuple[AnyPath, list[str]]:
         InputError: the run has no checkpoint yet.
     """
     if not is_run_folder(folder):
-        names = verified_manifest(folder)["files"]
-        weights = [name.removeprefix("weights/") for name in names if name.startswith("weights/")]
-        return folder / "weights", weights
+        found = verified_manifest(folder)
+        names = [n.removeprefix("weights/") for n in found["files"] if n.startswith("weights/")]
+        return folder / "weights", WeightFiles(names, found.get("sums", {}))
     steps, _ = committed_steps(folder / "checkpoints")
     if not steps:
         raise InputError(f"{folder} has no checkpoint yet: let the run reach its first one")
     where = folder / "checkpoints" / str(steps[-1])
-    return where, [*verified_manifest(where)["files"]]
+    found = verified_manifest(where)
+    return where, WeightFiles([*found["files"]], found.get("sums", {}))
 
 
 def manifest_hash(folder: str | AnyPath) -> str:
     """Returns the hash in the manifest of a model folder, or in that of a run's newest checkpoint.
 
-    It covers the fingerprints or the receipt of the weights, so other weights have another hash.
+    It covers the content sums of the weights, so other weights have another hash.
 
     Raises:
         Damaged: the files are not those that were written.
@@ -91,7 +105,7 @@ def save_model(
         weights["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     else:
         weights = tree_to_dict(model)
-    specs, hashes = array_files.array_specs(weights), fingerprint.fingerprints(weights)
+    specs = array_files.array_specs(weights)
     files = model_files(config, specs, tokenizer) if hosts.is_host_zero() else {}
     with contextlib.ExitStack() as stack:
 
@@ -102,10 +116,11 @@ def save_model(
 
         partial = parse_path(hosts.broadcast_decision(begin))
         stores = array_files.open_for_writing(partial / "weights" / "model", specs)
-        array_files.write_shards(stores, array_files.copy_shards({"model": weights})["model"])
-        hosts.check_equal_on_hosts({})  # all have written
+        shards = array_files.copy_shards({"model": weights})["model"]
+        array_files.write_shards(stores, shards)
+        sums = hosts.gather(array_files.sum_shards(stores, shards))  # all have written
         if hosts.is_host_zero():
-            write_manifest(partial, manifest_of(config, files) | {"fingerprints": hashes})
+            write_manifest(partial, manifest_of(config, files, complete_sums(sums)))
     hosts.broadcast_decision(lambda: None)  # all hosts return after host 0 has renamed the folder
 
 
@@ -121,13 +136,20 @@ def model_files(
     }
 
 
-def manifest_of(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Returns the content of the manifest of a model folder with these files.
+def manifest_of(
+    config: ModelConfig, files: Mapping[str, bytes], sums: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns the content of the manifest of a model folder with these files and content sums.
 
     `config.json` is compared by its meaning, since users may change how a model is computed.
     """
     hashes = {name: hash_bytes(data) for name, data in files.items() if name != "config.json"}
-    return {"format": 1, "config": dataclasses.asdict(config), "files": hashes}
+    return {
+        "format": 1,
+        "config": dataclasses.asdict(config),
+        "files": hashes,
+        "sums": {f"model/{name}": value for name, value in sums.items()},
+    }
 
 
 def load_model(
@@ -162,6 +184,6 @@ def load_model(
             f" {own_config.quantized}: give the folder from which it was converted"
         )
     model = like or abstract_model(config)
-    where, names = weights_location(folder)
-    loaded = load_items(where, names, {"model": tree_to_dict(model)})
+    where, files = weights_location(folder)
+    loaded = load_items(where, files.names, {"model": tree_to_dict(model)}, files.sums)
     return config, dict_to_tree(model, loaded["model"])

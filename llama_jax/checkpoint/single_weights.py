@@ -11,6 +11,7 @@ import numpy as np
 from llama_jax.checkpoint import array_files
 from llama_jax.checkpoint.array_files import ArraySpec
 from llama_jax.checkpoint.arrays import FAULTS, open_arrays
+from llama_jax.checkpoint.content_sums import stored_sum
 from llama_jax.checkpoint.model_folders import weights_location
 from llama_jax.runtime.damage import classify_errors
 from llama_jax.runtime.storage import AnyPath
@@ -29,9 +30,9 @@ class WeightsReader:
     """
 
     def __init__(self, folder: AnyPath):
-        where, names = weights_location(folder)
+        where, files = weights_location(folder)
         self.folder = where / "model"
-        self._stores = open_arrays(where, "model", names)
+        self._stores = open_arrays(where, "model", files.names)
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -51,14 +52,22 @@ class WeightsWriter:
     Args:
         folder: an incomplete model folder.
         arrays: each weight, by dotted name.
+
+    Attributes:
+        sums: what the weights that were written add to the content sum of each array.
     """
 
     def __init__(self, folder: AnyPath, arrays: Mapping[str, ArraySpec]):
         # The caller syncs to the disk once, not after each chunk.
         location = folder / "weights" / "model"
         self._stores = array_files.open_for_writing(location, arrays, synced=False)
+        self.sums = dict.fromkeys(arrays, 0)
 
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
         """Writes a weight, or its slice for `layer`."""
         store = self._stores[name]
-        (store if layer is None else store[layer]).write(array).result()
+        writing = (store if layer is None else store[layer]).write(array)
+        values = array if layer is None else array[None]
+        origin = [layer or 0, *[0] * (values.ndim - 1)]
+        self.sums[name] += stored_sum(store, [(origin, values)])
+        writing.result()

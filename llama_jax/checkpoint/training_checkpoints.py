@@ -144,9 +144,12 @@ class TrainingCheckpoints:
         folder = self.folder / str(progress.step)
         if hosts.is_host_zero():
             write_many(folder, files)
+        sums = dict[str, int]()
         for item, parts in shards.items():
             stores = array_files.open_for_writing(folder / item, specs[item])
             array_files.write_shards(stores, parts)
+            found = array_files.sum_shards(stores, parts)
+            sums |= {f"{item}/{name}": value for name, value in found.items()}
             parts.clear()  # frees the host's memory
         content = {
             "format": 1,
@@ -154,7 +157,7 @@ class TrainingCheckpoints:
             "files": {name: manifest.hash_bytes(data) for name, data in files.items()},
             "fingerprints": fingerprint.to_text(computed),
         }
-        commit(folder, content, self._attempt, self._closing, self._check_owner)
+        commit(folder, content, sums, self._attempt, self._closing, self._check_owner)
         self.steps.append(progress.step)
         if hosts.is_host_zero():
             self._remove_superseded()

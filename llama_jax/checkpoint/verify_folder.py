@@ -3,13 +3,17 @@
 Runs on the host, with bounded memory; uses no device.
 """
 
+import hashlib
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llama_jax.checkpoint import folders
+from llama_jax.checkpoint.content_sums import complete_sums, stored_sum
 from llama_jax.data import shards
 from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.console import byte_progress
@@ -19,6 +23,22 @@ from llama_jax.runtime.storage import AnyPath
 from llama_jax.runtime.zarr_arrays import array_names
 
 _BYTES_IN_FLIGHT = 1 << 28  # read at the same time, and not yet verified
+
+_Block = tuple[Sequence[int], np.ndarray]  # the position of its first element, and its values
+
+
+class _Array(NamedTuple):
+    """An array to verify.
+
+    Attributes:
+        name: of its folder, relative to the folder that is verified.
+        hash_blocks: computes a hash of its content, from blocks in row-major order.
+        expected: the hash when it was written, or None if it was not computed.
+    """
+
+    name: str
+    hash_blocks: Callable[[Any, Iterable[_Block]], str]
+    expected: str | None
 
 
 class Verdict(NamedTuple):
@@ -36,7 +56,7 @@ class Verdict(NamedTuple):
 
 
 def verify_folder(folder: AnyPath, progress: bool = True) -> list[Verdict]:
-    """Reads every byte of the arrays in a folder, and verifies its checksums.
+    """Reads every byte of the arrays in a folder; verifies its checksums and content sums.
 
     Args:
         folder: a run folder, a model folder or a folder of token shards.
@@ -62,55 +82,81 @@ def verify_folder(folder: AnyPath, progress: bool = True) -> list[Verdict]:
 
 
 def _verify(
-    folder: AnyPath, name: str, list_arrays: Callable[[AnyPath], list[str]], progress: bool
+    folder: AnyPath, name: str, list_arrays: Callable[[AnyPath], list[_Array]], progress: bool
 ) -> Verdict:
     size = 0
     try:
-        names = list_arrays(folder)
+        arrays = list_arrays(folder)
         with classify_errors(folder):
-            arrays = [*zarr_arrays.open_for_reading(folder, names).values()]
-        size = sum(math.prod(array.shape) * array.dtype.numpy_dtype.itemsize for array in arrays)
+            stores = zarr_arrays.open_for_reading(folder, [array.name for array in arrays])
+        size = sum(math.prod(s.shape) * s.dtype.numpy_dtype.itemsize for s in stores.values())
         title = f"verifying {name}"
         with classify_errors(folder), byte_progress(title, size, progress) as advance:
             for array in arrays:
-                _read_all(array, advance)
+                store = stores[array.name]
+                found = array.hash_blocks(store, _read_blocks(store, advance))
+                if array.expected not in (found, None):
+                    raise Damaged(folder, f"{array.name} is not the array that was written")
     except Damaged as error:
         return Verdict(name, size, error.reason)
     return Verdict(name, size, None)
 
 
-def _checkpoint_arrays(folder: AnyPath) -> list[str]:
+def _checkpoint_arrays(folder: AnyPath) -> list[_Array]:
     """Returns the arrays of a folder with a manifest, whose small files it verifies."""
-    return array_names(verified_manifest(folder)["files"])
+    found = verified_manifest(folder)
+    sums = found.get("sums", {})  # of a model folder, by names relative to its weights
+    names = array_names(found["files"])
+    return [_Array(n, _content_sum, sums.get(n.removeprefix("weights/"))) for n in names]
 
 
-def _model_arrays(folder: AnyPath) -> list[str]:
+def _content_sum(store: Any, blocks: Iterable[_Block]) -> str:
+    return complete_sums([{"": stored_sum(store, blocks)}])[""]
+
+
+def _model_arrays(folder: AnyPath) -> list[_Array]:
     folders.read_model_config(folder)
     return _checkpoint_arrays(folder)
 
 
-def _token_arrays(folder: AnyPath) -> list[str]:
-    names = list[str]()
+def _token_arrays(folder: AnyPath) -> list[_Array]:
+    arrays = list[_Array]()
     for split in shards.read_meta(folder)["splits"]:
         stream = shards.TokenStream(folder, split)  # verifies the small files
-        names += array_names(stream.summary["files"]) if len(stream) else []
-    return names
+        names = array_names(stream.summary["files"]) if len(stream) else []
+        hashes = stream.summary["sha256"]
+        arrays += [_Array(n, _sha256, h) for n, h in zip(names, hashes, strict=True)]
+    return arrays
 
 
-def _read_all(array: Any, advance: Callable[[int], None]) -> None:
-    """Reads an array file by file. TensorStore verifies the checksum of each chunk."""
+def _sha256(store: Any, blocks: Iterable[_Block]) -> str:
+    digest = hashlib.sha256()
+    for _, values in blocks:
+        digest.update(values.data)
+    return digest.hexdigest()
+
+
+def _read_blocks(array: Any, advance: Callable[[int], None]) -> Iterator[_Block]:
+    """Yields an array file by file. TensorStore verifies the checksum of each chunk."""
     block = array.chunk_layout.write_chunk.shape or ()  # None for a scalar
     itemsize = array.dtype.numpy_dtype.itemsize
     limit = max(1, _BYTES_IN_FLIGHT // (math.prod(block) * itemsize))
     starts = (range(0, n, size) for n, size in zip(array.shape, block, strict=True))
-    reads = deque[Any]()
+    reads = deque[tuple[tuple[int, ...], Any]]()
+
+    def next_block() -> _Block:
+        corner, read = reads.popleft()
+        values = read.result()
+        advance(values.nbytes)
+        return corner, values
+
     for corner in itertools.product(*starts):
         ends = (min(a + b, n) for a, b, n in zip(corner, block, array.shape, strict=True))
-        reads.append(array[tuple(map(slice, corner, ends))].read())
+        reads.append((corner, array[tuple(map(slice, corner, ends))].read()))
         if len(reads) >= limit:
-            advance(reads.popleft().result().nbytes)
+            yield next_block()
     while reads:
-        advance(reads.popleft().result().nbytes)
+        yield next_block()
 
 
 def describe_verdicts(folder: AnyPath, verdicts: Iterable[Verdict]) -> list[str]:

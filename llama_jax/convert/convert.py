@@ -124,8 +124,9 @@ def convert(
         notes += weight_notes
         files = {**writer.files, **extra.files}
         write_many(partial_folder, extra.files)
-        if to == "orbax":
-            write_manifest(partial_folder, manifest_of(plan.config, files))
+        sums = writer.sums if isinstance(writer, model_folder.ModelFolderWriter) else None
+        if sums is not None:
+            write_manifest(partial_folder, manifest_of(plan.config, files, sums))
         report = receipt.make_receipt(
             source, plan.layout, plan.config, extra.end_ids, extra.files, records, notes
         )
@@ -136,8 +137,8 @@ def convert(
         report["verified"] = counts
         files[receipt.FILE] = json.dumps(report, indent=1).encode()
         write_many(partial_folder, {receipt.FILE: files[receipt.FILE]})
-        if to == "orbax":  # now with the receipt
-            write_manifest(partial_folder, manifest_of(plan.config, files))
+        if sums is not None:  # now with the receipt
+            write_manifest(partial_folder, manifest_of(plan.config, files, sums))
     return ConversionResult(
         folder, tuple(notes), plan.output_bytes(), **counts, peak=peak_resident()
     )

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from llama_jax import __version__
 from llama_jax.checkpoint.folders import is_lora_run
 from llama_jax.checkpoint.lora_pairs import StoredPairs
-from llama_jax.checkpoint.model_folders import write_files
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert import receipt
 from llama_jax.convert.detect import open_source
@@ -19,7 +18,7 @@ from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import new_folder
 from llama_jax.runtime.manifest import hash_bytes
-from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.storage import AnyPath, write_many
 
 
 class PairsExport(NamedTuple):
@@ -52,7 +51,7 @@ def export_peft(path: AnyPath, folder: AnyPath, tokenizer: str | AnyPath | None)
     extra = collect_tokenizer_files(source, source.config, "peft", tokenizer)
     with new_folder(folder) as new, local_files(new, needed=True) as partial:
         peft.write(partial, source.config, source.pairs)
-        write_files(partial, extra.files)
+        write_many(partial, extra.files)
         names = (peft.CONFIG, *extra.files)
         records = _records(source.config, source.pairs)
         report = {
@@ -67,7 +66,7 @@ def export_peft(path: AnyPath, folder: AnyPath, tokenizer: str | AnyPath | None)
         }
         counts = verify_pairs(report, partial, None)
         report["verified"] = counts
-        write_files(partial, {receipt.FILE: json.dumps(report, indent=1).encode()})
+        write_many(partial, {receipt.FILE: json.dumps(report, indent=1).encode()})
     size = 4 * source.pairs.lora.n_params(source.config)
     return PairsExport(counts["identical"], size, extra.notes)
 

@@ -114,12 +114,23 @@ def test_a_corrupted_file_is_detected(name, kind, way, seed, originals, read, tm
     assert str(folder) in str(caught.value)
 
 
-def test_chunks_that_are_swapped_are_detected(originals, read, tmp_path):
-    """Their checksums are right; the fingerprint of the array is not."""
-    folder = shutil.copytree(originals["checkpoint"], tmp_path / str(STEP))
-    first, second = (folder / "model/layers.wq/c" / str(layer) / "0/0/0" for layer in (0, 1))
-    first.rename(tmp_path / "first")
-    second.rename(first)
-    (tmp_path / "first").rename(second)
-    with pytest.raises(Damaged, match=r"model\.layers\.wq is not the array that was saved"):
-        read["checkpoint"](folder)
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("checkpoint", "model", r"model\.layers\.wq is not the array that was saved"),
+        ("model", "weights/model", "model/layers.wq is not the array that was written"),
+    ],
+)
+def test_chunks_that_are_exchanged_are_detected(name, weights, message, originals, read, tmp_path):
+    """Their checksums are right; the fingerprint or the content sum of the array is not."""
+    folder = shutil.copytree(originals[name], tmp_path / originals[name].name)
+    exchange(*(folder / weights / f"layers.wq/c/{layer}/0/0/0" for layer in (0, 1)))
+    with pytest.raises(Damaged, match=message):
+        read[name](folder)
+
+
+def exchange(first, second):
+    ours, theirs = first.read_bytes(), second.read_bytes()
+    assert ours != theirs
+    first.write_bytes(theirs)
+    second.write_bytes(ours)

@@ -14,6 +14,8 @@ from conftest import mesh_of, run, tiny_config
 from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig
+from llama_jax.data import shards
+from llama_jax.data.tokenize import tokenize_corpus
 from llama_jax.training.step import init_state
 
 CONFIG = tiny_config()
@@ -77,6 +79,31 @@ def test_a_flipped_bit_in_an_array_is_reported(
         assert [line for line in out.splitlines() if f"{name}: damaged (DATA_LOSS: " in line]
         assert ("step 1: verified" in out) == (folder == run_folder)
         assert "Traceback" not in err
+
+
+def test_exchanged_chunks_are_reported(run_folder, model_folder, token_folder, tmp_path, capsys):
+    """Each has a valid checksum."""
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 1024)
+        patch.setattr(shards, "CHUNK_TOKENS", 256)
+        tokens, sources = tmp_path / "tokens", [str(token_folder.parent / "*.txt")]
+        tokenizer = token_folder / "tokenizer.model"
+        tokenize_corpus(sources, tokens, tokenizer=tokenizer, progress=False)
+    for folder, array, chunks in (
+        (run_folder, "checkpoints/2/model/layers.w1", ("0/0/0", "1/0/0")),
+        (model, "weights/model/layers.w1", ("0/0/0", "1/0/0")),
+        (tokens, "train/tokens", ("0", "1")),
+    ):
+        first, second = (folder / array / "c" / chunk for chunk in chunks)
+        first.rename(tmp_path / "first")
+        second.rename(first)
+        (tmp_path / "first").rename(second)
+        code, out, _ = run(capsys, "info", folder, "--verify")
+        assert code == 1
+        name = array.removeprefix("checkpoints/2/")
+        assert f": damaged ({name} is not the array that was written)" in out
+        assert ("step 1: verified" in out) == (folder == run_folder)
 
 
 def test_a_missing_chunk_is_reported(run_folder, capsys):

@@ -270,7 +270,7 @@ def test_init_from_must_have_the_model_of_the_run(full_run, token_folder, tmp_pa
     (tmp_path / "int8").mkdir()
     shape = {**asdict(tiny_model()), "quantized": "int8"}
     (tmp_path / "int8" / "config.json").write_text(json.dumps(shape))
-    write_manifest(tmp_path / "int8", manifest_of(ModelConfig(**shape), {}))
+    write_manifest(tmp_path / "int8", manifest_of(ModelConfig(**shape), {}, {}))
     with pytest.raises(InputError, match="are int8, for inference only"):
         init_from.check_shape(config(tmp_path, token_folder, init_from=str(tmp_path / "int8")))
 

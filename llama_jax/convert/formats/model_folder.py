@@ -7,6 +7,7 @@ import numpy as np
 
 from llama_jax.checkpoint import folders, model_folders
 from llama_jax.checkpoint.array_files import ArraySpec
+from llama_jax.checkpoint.content_sums import complete_sums
 from llama_jax.checkpoint.single_weights import WeightsReader, WeightsWriter
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.files.tensor_file import StoredTensor
@@ -84,6 +85,11 @@ class ModelFolderWriter:
         for _, name, array in tensors:
             full, _, layer = name.partition("[")
             self._writer.write(full, int(layer[:-1]) if layer else None, array)
+
+    @property
+    def sums(self) -> dict[str, str]:
+        """The content sum of each array, for the manifest."""
+        return complete_sums([self._writer.sums])
 
     def __enter__(self) -> Self:
         return self
