@@ -1,9 +1,9 @@
 """Content sums: 64 bits for each stored array, which change when its chunks are exchanged.
 
 The checksum in a chunk detects every change of its bytes, but not that another intact chunk is in
-its place. A content sum adds the 32-bit words of each chunk, times a factor that depends on the
-position of the chunk. It is computed on the host from blocks of any shape, at about the speed of
-memory, and needs no device.
+its place. A content sum adds the 64-bit words of each chunk, times a factor that depends on the
+position of the chunk, modulo 2⁶⁴. It is computed on the host from blocks of any shape, at about the
+speed of memory, and needs no device.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-_WORD = 4  # bytes
+_WORD = 8  # bytes
 _MODULUS = 1 << 64
 
 
@@ -41,20 +41,20 @@ def block_sum(values: np.ndarray, origin: Sequence[int], chunk: Sequence[int]) -
 
 
 def _sum_words(values: np.ndarray, first: int) -> int:
-    """Returns the sum modulo 2³² of the words along the last dimension, which starts at `first`."""
+    """Returns the sum modulo 2⁶⁴ of the words along the last dimension, which starts at `first`."""
     per_word = _WORD // values.dtype.itemsize
     values = values.view(f"u{values.dtype.itemsize}")
     before, after = first % per_word, -(first + values.shape[-1]) % per_word
     if before or after:  # a word is divided between two blocks
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(before, after)])
-    if per_word > 1 and values.strides[-1] != values.itemsize:
+    if values.strides[-1] != values.itemsize:
         values = np.ascontiguousarray(values)
-    return int(np.add.reduce(values.view(np.uint32), axis=None, dtype=np.uint32))
+    return int(np.add.reduce(values.view(np.uint64), axis=None))
 
 
 def _factor(position: Sequence[int]) -> int:
     digest = hashlib.sha256(repr([*position]).encode()).digest()
-    return int.from_bytes(digest[:8], "little") | 1
+    return int.from_bytes(digest[:8], "little")
 
 
 def stored_sum(store: Any, blocks: Iterable[tuple[Sequence[int], np.ndarray]]) -> int:

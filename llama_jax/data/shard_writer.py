@@ -5,15 +5,15 @@ documents in advance.
 """
 
 import hashlib
-import json
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llama_jax.runtime import storage
+from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.manifest import hash_bytes
-from llama_jax.runtime.storage import AnyPath, write_file
+from llama_jax.runtime.storage import AnyPath, write_many
+from llama_jax.runtime.zarr_arrays import array_metadata
 
 SHARD_TOKENS = 1 << 25  # 64 MiB of uint16, in the memory of the writer
 CHUNK_TOKENS = 1 << 15  # 64 KiB of uint16; a window of 2,048 tokens is in one or two chunks
@@ -40,29 +40,6 @@ class PackedWindow(NamedTuple):
     n_bytes: int  # of the examples' UTF-8 text
 
 
-def _zarr(length: int, shard: int, chunk: int, dtype: str) -> dict[str, Any]:
-    """Returns the metadata of a one-dimensional array in zarr's version 3."""
-
-    def grid(size: int) -> dict[str, Any]:
-        return {"name": "regular", "configuration": {"chunk_shape": [size]}}
-
-    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    sharding = {
-        "name": "sharding_indexed",
-        "configuration": {"chunk_shape": [chunk], "codecs": checked, "index_codecs": checked},
-    }
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [length],
-        "data_type": dtype,
-        "chunk_grid": grid(shard),
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [sharding],
-        "fill_value": 0,
-    }
-
-
 class SplitWriter:
     """Writes the tokens of one split, shard by shard.
 
@@ -73,8 +50,6 @@ class SplitWriter:
     """
 
     def __init__(self, folder: AnyPath, n_vocab: int, seq_len: int | None = None):
-        import tensorstore as ts
-
         self.folder = folder
         self.seq_len = seq_len
         self.dtype = "uint16" if n_vocab <= 1 << 16 else "uint32"
@@ -87,26 +62,15 @@ class SplitWriter:
         self._pending = list[list[np.ndarray]]()
         self._pending_tokens = 0
         # The length is not known yet; `finish` writes it.
-        self._stores = [
-            ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": storage.kvstore_spec(folder / name),
-                    "metadata": metadata,
-                    "store_data_equal_to_fill_value": True,
-                },
-                open=True,
-                assume_metadata=True,
-                context=storage.context(),
-            ).result()
-            for name, metadata in self._metadata(1 << 50).items()
-        ]
+        opened = zarr_arrays.open_for_writing(folder, self._metadata(1 << 50))
+        self._stores = [*opened.values()]
         self._writes = list[Any]()
 
     def _metadata(self, length: int) -> dict[str, dict[str, Any]]:
         """Returns the metadata of the arrays of a split with `length` tokens, by name."""
-        bits = _zarr(-(-length // 8), SHARD_TOKENS // 8, CHUNK_TOKENS // 8, "uint8")
-        tokens = _zarr(length, SHARD_TOKENS, CHUNK_TOKENS, self.dtype)
+        chunk, shard, length_in_bytes = CHUNK_TOKENS // 8, SHARD_TOKENS // 8, -(-length // 8)
+        bits = array_metadata([length_in_bytes], "uint8", [chunk], [shard])
+        tokens = array_metadata([length], self.dtype, [CHUNK_TOKENS], [SHARD_TOKENS])
         return {"tokens": tokens} | dict.fromkeys(self._bit_arrays, bits)
 
     def append(self, span: EncodedSpan) -> None:
@@ -161,11 +125,9 @@ class SplitWriter:
             self._write(self._pending_tokens)
         for write in self._writes:
             write.result()
-        files = dict[str, str]()
-        for name, metadata in self._metadata(self.tokens).items():
-            data = json.dumps(metadata).encode()
-            write_file(self.folder / name / "zarr.json", data)
-            files[f"{self.folder.name}/{name}/zarr.json"] = hash_bytes(data)
+        metadata = zarr_arrays.metadata_files(self._metadata(self.tokens))
+        write_many(self.folder, metadata)
+        files = {f"{self.folder.name}/{n}": hash_bytes(data) for n, data in metadata.items()}
         share = self.counts_V[self.counts_V > 0] / max(1, self.counts_V.sum())
         packed = {"example_tokens": self.example_tokens, "trained_tokens": self.trained_tokens}
         return {

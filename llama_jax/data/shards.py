@@ -21,7 +21,7 @@ from llama_jax.config.validation import first_problem
 from llama_jax.data import shard_writer
 from llama_jax.data.shard_writer import SplitWriter
 from llama_jax.errors import InputError
-from llama_jax.runtime import storage
+from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.manifest import check_files, hash_bytes, read_manifest, write_manifest
 from llama_jax.runtime.storage import AnyPath, parse_path
@@ -40,8 +40,6 @@ class TokenStream:
     """One split of a folder of token shards, read as one long stream."""
 
     def __init__(self, folder: str | AnyPath, split: str):
-        import tensorstore as ts
-
         self.folder = parse_path(folder)
         self.split = split
         self.meta = read_meta(self.folder)
@@ -51,22 +49,9 @@ class TokenStream:
         with classify_errors(self.folder):
             check_files(self.folder, self.meta["files"] | self.summary["files"])
             self._check_shards()
-            opening = [
-                ts.open(
-                    {
-                        "driver": "zarr3",
-                        "kvstore": storage.kvstore_spec(self.folder / split / name),
-                        "fill_missing_data_reads": False,
-                        "cache_pool": "cache_pool#tokens",  # for the index of each shard
-                        "recheck_cached_data": False,
-                        "recheck_cached_metadata": False,
-                    },
-                    read=True,
-                    context=storage.context(),
-                )
-                for name in self._names
-            ]
-            self._arrays = [array.result() for array in opening]
+            folder = self.folder / split
+            opened = zarr_arrays.open_for_reading(folder, self._names, cached=True)
+            self._arrays = [*opened.values()]
 
     def _check_shards(self) -> None:
         """Checks that no shard is missing. Its content is checked when it is read."""

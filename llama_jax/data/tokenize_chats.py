@@ -27,7 +27,7 @@ from llama_jax.data.worker_pool import map_in_order
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
-from llama_jax.runtime.storage import AnyPath, file_size, write_file
+from llama_jax.runtime.storage import AnyPath, file_size, write_many
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TrainOn = Literal["last", "all", "everything"]
@@ -89,8 +89,7 @@ def tokenize_chats(
             "--train-on everything: of preferences, only answers are compared: use last or all"
         )
     with new_folder(out) as partial:
-        for name, data in load_tokenizer(tokenizer).files.items():
-            write_file(partial / name, data)
+        write_many(partial, load_tokenizer(tokenizer).files)
         loaded = load_tokenizer(partial)
         writers = {s: SplitWriter(partial / s, loaded.n_vocab, seq_len) for s in SPLITS}
         packers = {split: Packer(writer, loaded.eos_id) for split, writer in writers.items()}

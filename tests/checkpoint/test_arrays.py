@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+import tensorstore as ts
 from conftest import mesh_of, tiny_config
 
 from llama_jax.checkpoint import arrays, tree
@@ -80,7 +81,7 @@ def test_a_machine_fault_is_not_reported_as_damage(
     def fail(*_, **__):
         raise error
 
-    real = arrays.ts.open
+    real = ts.open
 
     class Store:
         def __init__(self, store):
@@ -106,7 +107,7 @@ def test_a_machine_fault_is_not_reported_as_damage(
 
         monkeypatch.setattr(storage, "read_regular", read)
     else:
-        monkeypatch.setattr(arrays.ts, "open", opened if stage == "read" else fail)
+        monkeypatch.setattr(ts, "open", opened if stage == "read" else fail)
 
     def load():
         with jax.set_mesh(mesh_of((1, 1, 1))):
@@ -131,7 +132,7 @@ def test_a_bug_is_not_reported_as_a_damaged_checkpoint_or_a_fault(checkpoints, m
     def wrong(*_):
         raise TypeError("a bug")
 
-    monkeypatch.setattr(arrays, "_load_array", wrong)
+    monkeypatch.setattr(arrays, "_make_array", wrong)
     with pytest.raises(TypeError, match="a bug"):
         restore(checkpoints)
 

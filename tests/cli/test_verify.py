@@ -14,7 +14,7 @@ from conftest import mesh_of, run, tiny_config
 from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig
-from llama_jax.data import shards
+from llama_jax.data import shard_writer
 from llama_jax.data.tokenize import tokenize_corpus
 from llama_jax.training.step import init_state
 
@@ -85,8 +85,8 @@ def test_exchanged_chunks_are_reported(run_folder, model_folder, token_folder, t
     """Each has a valid checksum."""
     model = shutil.copytree(model_folder, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_TOKENS", 1024)
-        patch.setattr(shards, "CHUNK_TOKENS", 256)
+        patch.setattr(shard_writer, "SHARD_TOKENS", 1024)
+        patch.setattr(shard_writer, "CHUNK_TOKENS", 256)
         tokens, sources = tmp_path / "tokens", [str(token_folder.parent / "*.txt")]
         tokenizer = token_folder / "tokenizer.model"
         tokenize_corpus(sources, tokens, tokenizer=tokenizer, progress=False)
