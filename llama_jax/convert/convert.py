@@ -109,7 +109,7 @@ def convert(
             )
         n, size, found = export_peft(parse_path(path), folder, tokenizer)
         return ConversionResult(folder, tuple(found), size, n, converted=0, peak=peak_resident())
-    source = open_source(parse_path(path), model, lora and parse_path(lora))
+    source = open_source(parse_path(path), model, None if lora is None else parse_path(lora))
     plan = make_plan(source, to, dtype, quantize, shards, max_ram)
     extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
     notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax import __version__
@@ -50,6 +51,7 @@ def export_peft(path: AnyPath, folder: AnyPath, tokenizer: str | AnyPath | None)
     assert source.pairs
     extra = collect_tokenizer_files(source, source.config, "peft", tokenizer)
     with new_folder(folder) as new, local_files(new, needed=True) as partial:
+        assert isinstance(partial, Path)  # as `local_files` yields it
         peft.write(partial, source.config, source.pairs)
         write_many(partial, extra.files)
         names = (peft.CONFIG, *extra.files)

@@ -63,13 +63,14 @@ def read(folder: AnyPath, config: ModelConfig) -> StoredPairs:
     file, tensors = _read_tensors(folder)
     targets = _targets(file, tensors, config)
     _check_target_modules(settings, path, targets, config)
+    fields: dict[str, Any] = {
+        "rank": positive_int(settings, "r", path),
+        "alpha": positive_float(settings, "lora_alpha", None, path),
+        "targets": targets,
+        "rank_stabilized": settings.get("use_rslora") or False,
+    }
     try:
-        lora = LoraConfig(
-            rank=positive_int(settings, "r", path),
-            alpha=positive_float(settings, "lora_alpha", None, path),
-            targets=targets,
-            rank_stabilized=settings.get("use_rslora") or False,
-        )
+        lora = LoraConfig(**fields)
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error).sentence()}: correct the file") from error
     for name in targets:
@@ -108,7 +109,8 @@ def write(folder: Path, config: ModelConfig, pairs: StoredPairs) -> None:
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        # An integer if it is one, as PEFT declares it.
+        "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
         "use_dora": False,
