@@ -88,9 +88,7 @@ class ChatTemplate:
         texts = render_prefixes(
             self._template, guarded_messages, self._tokens, prefixes, guarded_tools
         )
-        guarded = any(self._mark in text for text in texts)
-        ids = {text: self._encode_rendering(text, guarded) for text in dict.fromkeys(texts)}
-        chat, *parts = map(ids.__getitem__, texts)
+        chat, *parts = self._encode_prefixes(texts)
         encoded = EncodedChat(chat, [])
         for i, prompt, answered in zip(answers, parts[::2], parts[1::2], strict=True):
             self._check_prefix(chat, prompt, f"the generation prompt of message {i + 1}")
@@ -105,6 +103,19 @@ class ChatTemplate:
                 )
             encoded.answers.append((start, end + 1))
         return encoded
+
+    def _encode_prefixes(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of a rendered chat and of its prefixes.
+
+        Each part between special tokens is encoded once, instead of once for each prefix. If these
+        ids of the complete chat are not those of its text, every text is encoded completely.
+        """
+        encode = functools.cache(lambda part: self._encode(part.replace(self._mark, "")))
+        ids = [encode_around_special(encode, self._special, text) for text in texts]
+        guarded = any(self._mark in text for text in texts)
+        if guarded or ids[0] == self._encode_rendering(texts[0], guarded=False):
+            return ids
+        return [self._encode_rendering(text, guarded=False) for text in texts]
 
     def _check_prefix(self, chat: list[int], prefix: list[int], name: str) -> None:
         """Raises `InputError` if `chat` doesn't start with the ids of `prefix`."""

@@ -85,20 +85,21 @@ def test_a_receipt_without_a_key_is_damaged(model_folder, tmp_path):
 
 
 def test_a_damaged_configuration_or_list_of_shards_is_reported(
-    model_folder, token_folder, tmp_path
+    model_folder, token_folder, chat_folder, tmp_path
 ):
     for source, name, minimum in (
         (model_folder, "config.json", 50),
+        (chat_folder, "meta.json", 200),
         (token_folder, "meta.json", 150),
     ):
-        folder = shutil.copytree(source, tmp_path / name)
+        folder = shutil.copytree(source, tmp_path / source.name)
         assert count_refused_changes(folder, folder / name) > minimum
     for key, problem in (
         (("splits", "validation"), "splits.validation is missing"),
         (("splits", "train", "tokens"), "splits.train.tokens is missing"),
         (("sources",), "sources is missing"),
     ):
-        path = tmp_path / "meta.json/meta.json"
+        path = tmp_path / token_folder.name / "meta.json"
         text = path.read_text()
         path.write_text(replace_part(text, key, None))
         reseal(path)

@@ -11,8 +11,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import peer, run
+from object_store import store_of_this_process
 
+from llama_jax.cli import show_windows
 from llama_jax.config.run import DataConfig
 from llama_jax.data.batches import Batches
 from llama_jax.data.chats import parse_row
@@ -186,6 +188,33 @@ def test_the_command_prints_the_fill_rate_and_shows_windows(rows, token_folder, 
     assert f"train       114 chats in {split['tokens'] // T} windows" in shown
     code, verified, _ = run(capsys, "info", out, "--verify")
     assert (code, "verified" in verified) == (0, True)
+
+
+def test_a_terminal_gets_colors_and_preferences_their_sides(rows, token_folder, tmp_path):
+    tokenize(rows / "pairs.jsonl", tmp_path / "out", token_folder)
+    shown = show_windows.show_windows(tmp_path / "out", 2)
+    assert shown.count("══ window") == 2
+    titles = re.findall(r"── (\w+) (\d+): [\d,]+ tokens, [\d,]+ trained\n<s> \[INST\] row", shown)
+    sides = [(side, str(1 + i // 2)) for i in range(4) for side in (("chosen", "rejected")[i % 2],)]
+    assert titles[:4] == sides
+    assert re.search(r"chosen.*\n<s> \[INST\] row (\d+) \[/INST\]⟦ (\1 good )+</s>⟧", shown)
+    assert "[/INST]⟦ bad </s>⟧" in shown
+    tokenizer = load_tokenizer(token_folder)
+    ids = np.array([*tokenizer.encode("a b", bos=True), *tokenizer.encode("c", eos=True)])
+    trained = ids == 2
+    text = show_windows.decode_marked(tokenizer, ids, trained, show_windows.COLORS)
+    assert text == "\x1b[1m<s>\x1b[22m a b c\x1b[32m\x1b[1m</s>\x1b[22m\x1b[39m"
+
+
+def test_chats_in_a_bucket_are_those_of_a_disk(rows, token_folder, tmp_path):
+    peer("moto")
+    expected = tokenize(rows / "chats.jsonl", tmp_path / "disk", token_folder)
+    with store_of_this_process("s3") as store:
+        assert tokenize(rows / "chats.jsonl", store.url("chats"), token_folder) == expected
+        for split in ("train", "validation"):
+            assert [*read_examples(store.url("chats"), split)] == [
+                *read_examples(tmp_path / "disk", split)
+            ]
 
 
 def test_a_flipped_bit_in_the_mask_is_found(rows, token_folder, tmp_path, capsys):
