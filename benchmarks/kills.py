@@ -14,6 +14,7 @@ others have every shard. The exit code is 1 if anything differs.
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -61,7 +62,7 @@ from llama_jax.runtime import folder_lock
 folder_lock.BEAT_SECONDS, folder_lock.WATCH_SECONDS = 0.5, 2.0
 sys.exit(main(sys.argv[1:]))
 """
-START_SECONDS = 300.0  # until the step is compiled, on a busy machine
+START_SECONDS = 300.0  # until the step is compiled, or saved locally, on a busy machine
 
 
 def make_config(
@@ -129,13 +130,13 @@ class Run:
         """Standard error of host 0 so far."""
         return self._errors[0].read_text()
 
-    def wait_until_compiled(self) -> None:
-        """Waits until the first step is compiled, or the run has ended."""
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        """Waits until `reached` returns True, or the run has ended."""
         deadline = time.monotonic() + START_SECONDS
-        while "compiled in" not in self.errors and self.is_running():
+        while not reached() and self.is_running():
             if time.monotonic() > deadline:
                 self.kill(range(len(self._processes)))
-                raise SystemExit(f"the run didn't start: {self.errors}")
+                raise SystemExit(f"the run didn't get that far: {self.errors}")
             time.sleep(0.05)
 
     def is_running(self) -> bool:
@@ -180,8 +181,9 @@ def newest_local_step(config: Config) -> int:
     if not config.checkpoint.local:
         return 0
     present = defaultdict[int, set[int]](set)  # shards by step; host h has shard h % fsdp
-    for path in Path(config.checkpoint.local.path).glob("*/*/*/manifest.json"):
-        host, step = map(int, path.parts[-3:-1])
+    # glob.glob, unlike Path.glob, ignores a folder that is removed meanwhile.
+    for path in glob.glob(f"{config.checkpoint.local.path}/*/*/*/manifest.json"):
+        host, step = map(int, Path(path).parts[-3:-1])
         present[step].add(host % config.mesh.fsdp)
     every = set(range(config.mesh.fsdp))
     return max((step for step, shards in present.items() if shards == every), default=0)
@@ -207,8 +209,10 @@ def kill_one_run(
         local = newest_local_step(config)
         newest = max([local, *complete])
         run = Run(path, processes, environment)
-        run.wait_until_compiled()
+        run.wait_until(lambda: "compiled in" in run.errors)  # noqa: B023
         if done < kills and run.is_running():
+            if config.checkpoint.local:  # each kill finds local checkpoints of this start
+                run.wait_until(lambda: newest_local_step(config) > newest)  # noqa: B023
             time.sleep(rng.uniform(0, 12))
         resumed = f"resumes after step {newest} of" if newest else "has no checkpoint yet"
         finished = config.training.steps in complete

@@ -38,7 +38,8 @@ def load_items(
         where: the folder of the checkpoint.
         names: the files in its manifest.
         wanted: for each item, a tree of abstract arrays.
-        sums: the content sums in its manifest; None if the caller compares fingerprints.
+        sums: the content sums in its manifest, to be compared; all hosts then call this. None if
+            the caller compares fingerprints.
 
     Raises:
         Damaged: the files of the checkpoint are not those that were written.
@@ -62,10 +63,11 @@ def load_items(
         loaded = {
             item: jax.tree.map_with_path(partial(load, item), tree) for item, tree in wanted.items()
         }
-    local = all(like.sharding.is_fully_addressable for like in jax.tree.leaves(wanted))
-    for name, found in complete_sums([parts] if local else hosts.gather(parts)).items():
-        if sums and sums.get(name, found) != found:
-            raise Damaged(where, f"{name} is not the array that was written")
+    if sums is not None:
+        local = all(like.sharding.is_fully_addressable for like in jax.tree.leaves(wanted))
+        for name, found in complete_sums([parts] if local else hosts.gather(parts)).items():
+            if sums.get(name, found) != found:
+                raise Damaged(where, f"{name} is not the array that was written")
     return loaded
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,7 +17,10 @@ from llama_jax.config.run import DataConfig
 from llama_jax.data import shards
 from llama_jax.data.batches import Batches
 from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
+from llama_jax.errors import Fault
+from llama_jax.runtime import folder_lock
 from llama_jax.runtime.storage import parse_path, remove_tree
+from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
 N_TOKENS = 1 << 21  # in 64 chunks, so that most rows need a request
@@ -40,6 +44,27 @@ def test_killed_runs_in_a_faulty_bucket_equal_an_undisturbed_run():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills of 1 process(es)" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_replaced_run_stops_before_its_next_step(store, token_folder, monkeypatch):
+    monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.1)
+    out, read = parse_path(store.url("replaced")), Batches.train
+
+    def read_and_replace(data, step):
+        if step == 3:
+            (out / ".lock").write_text("that of another run")
+            time.sleep(2)
+        return read(data, step)
+
+    monkeypatch.setattr(Batches, "train", read_and_replace)
+    config = tiny_config(out=str(out), steps=20, eval_every=0)
+    config = replace(config, data=replace(config.data, mixture={str(token_folder): 1.0}))
+    with pytest.raises(Fault, match=r"another run has taken over .*: this one stops"):
+        loop.run(config)
+    steps = [record["step"] for record in read_metrics(out / "metrics.jsonl")]
+    assert max(steps) <= 4
+    assert not (out / "checkpoints").is_dir()
 
 
 @pytest.mark.slow
