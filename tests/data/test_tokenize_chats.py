@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import peer, run
@@ -22,6 +23,7 @@ from llama_jax.data.shards import TokenStream
 from llama_jax.data.tokenize_chats import encode_example, tokenize_chats
 from llama_jax.data.windows import PackedWindows
 from llama_jax.errors import InputError
+from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 T = 192
@@ -95,6 +97,32 @@ def test_the_windows_contain_every_row_once(rows, token_folder, tmp_path, name, 
     for split, part in (("train", training), ("validation", held_out)):
         found = sorted(read_examples(tmp_path / "out", split, segments))
         assert found == sorted(expected_examples(part, tokenizer, train_on))
+
+
+def test_the_targets_of_the_batches_decode_to_the_answers(rows, token_folder, tmp_path):
+    """nanochat #582: a mask that encoding had computed was lost on its way to the loss."""
+    tokenize(rows / "chats.jsonl", tmp_path / "out", token_folder, validation_fraction=0)
+    tokenizer = load_tokenizer(token_folder)
+    config = DataConfig(mixture={str(tmp_path / "out"): 1.0}, batch_size=1, seq_len=T)
+    data = Batches(config)
+    n_windows = len(data.splits["train"][0]) // T
+    found = []
+    with jax.set_mesh(one_device_mesh()):
+        for step in range(n_windows):
+            batch = data.train(step)
+            targets, segments = (np.asarray(x)[0, 0] for x in (batch.targets, batch.segments))
+            for number in range(1, segments.max() + 1):
+                learned = targets[(segments == number) & (targets >= 0)].tolist()
+                if learned:
+                    ends = [i for i, token in enumerate(learned, 1) if token == tokenizer.eos_id]
+                    assert ends[-1] == len(learned)
+                    bounds = itertools.pairwise([0, *ends])
+                    found.append([tokenizer.decode(learned[a : b - 1]) for a, b in bounds])
+    answers = [
+        [m["content"] + " " for m in chat(i)["messages"] if m["role"] == "assistant"]
+        for i in range(120)
+    ]
+    assert sorted(found) == sorted(answers)
 
 
 def test_train_on_chooses_the_last_answer_all_answers_or_everything(token_folder):
