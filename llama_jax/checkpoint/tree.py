@@ -1,6 +1,5 @@
 """Converts trees of arrays to nested dicts by name, and computes their shapes and shardings."""
 
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -51,4 +50,5 @@ def eval_shape_on_mesh(function: Any, *args: Any) -> Any:
 
 def abstract_model(config: ModelConfig) -> Llama:
     """Returns the shapes, dtypes and shardings of a model's weights on the current mesh."""
-    return eval_shape_on_mesh(partial(Llama, config), jax.random.key(0))
+    # The key is created in the traced function: the devices of a planned pod may not exist.
+    return eval_shape_on_mesh(lambda: Llama(config, jax.random.key(0)))

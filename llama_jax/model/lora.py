@@ -123,9 +123,9 @@ def attach(
             name: jax.random.split(key, n_layers)
             for name, key in zip(IN_OUT_DIMS, of_matrices, strict=True)
         }
-    model = jax.tree.map(lambda leaf: leaf, model)
-    _adapt(lora, model.layers, adapters.layers, keys)
-    return model
+    adapted: Any = jax.tree.map(lambda leaf: leaf, model)
+    _adapt(lora, adapted.layers, adapters.layers, keys)
+    return adapted
 
 
 def _adapt(lora: LoraConfig, layer: Block, pairs: LayerPairs, keys: dict[str, Any]) -> None:
