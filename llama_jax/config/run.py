@@ -139,12 +139,25 @@ class TrainingConfig:
     init_from: StoragePath | None = Field(
         default=None,
         description="model folder or run folder with the initial weights, used until the run has a"
-        " checkpoint (with `lora` always: its weights are the frozen base); null: random weights",
+        " checkpoint (with `lora` or the objective dpo always: its weights are the frozen base, the"
+        " reference); null: random weights",
     )
     steps: PositiveInt = Field(description="optimizer steps of the complete run")
     micro_batches: PositiveInt = Field(
         default=1,
         description="parts of a batch that are computed one after another, to save memory",
+    )
+    objective: Literal["next_token", "dpo"] = Field(
+        default="next_token",
+        description="what the run minimizes: the cross-entropy of the next token, or DPO's loss"
+        " (arXiv 2305.18290) on preference data, with the model in init_from as reference",
+    )
+    dpo_beta: PositiveFloat = Field(
+        default=0.1, description="for dpo: β, which holds the model near the reference"
+    )
+    dpo_sft_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="for dpo: weight of the mean cross-entropy of the chosen answers in the loss",
     )
     z_loss: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="weight of log² Z in the loss (1e-4 is common; 0: off)"
@@ -161,6 +174,21 @@ class TrainingConfig:
     eval_batches: PositiveInt = Field(
         default=20, description="maximum number of batches per validation"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingConfig":
+        if self.objective == "dpo" and self.init_from is None:
+            raise ValueError(
+                "objective dpo needs init_from: the model to train, which is also the reference"
+            )
+        if self.objective == "dpo" and self.z_loss:
+            raise ValueError(f"z_loss ({self.z_loss}) is for the objective next_token: omit it")
+        if self.objective != "dpo" and self.dpo_sft_weight:
+            raise ValueError(
+                f"dpo_sft_weight ({self.dpo_sft_weight}) is for the objective dpo: set objective to"
+                " dpo, or omit dpo_sft_weight"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -248,12 +276,22 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
 
     @property
+    def has_base(self) -> bool:
+        """Whether each step computes with the frozen weights of training.init_from."""
+        return self.lora is not None or self.training.objective == "dpo"
+
+    @property
     def flops_per_token(self) -> float:
-        """Model FLOPs of training on one token (`ModelConfig.flops_per_token`), of pairs too."""
+        """Model FLOPs of training on one token (`ModelConfig.flops_per_token`), of pairs too.
+
+        A reference's forward pass counts: a third of training all weights.
+        """
+        flops = self.model.flops_per_token(self.data.seq_len)
+        reference = flops / 3 if self.training.objective == "dpo" else 0.0
         if self.lora is None:
-            return self.model.flops_per_token(self.data.seq_len)
+            return flops + reference
         frozen = self.model.flops_per_token(self.data.seq_len, frozen=True)
-        return frozen + 6.0 * self.lora.n_params(self.model)
+        return frozen + 6.0 * self.lora.n_params(self.model) + reference
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

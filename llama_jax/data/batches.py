@@ -75,8 +75,12 @@ class Batches:
 
     @property
     def unigram_entropy(self) -> float | None:
-        """The unigram entropy of the held-out text [nats per token]; None if there is no text."""
-        summaries = [tokens.summary for tokens in self.splits["validation"] if len(tokens)]
+        """The unigram entropy of the held-out tokens that are trained on [nats per token].
+
+        None if there are none, and for preferences, whose loss is no cross-entropy.
+        """
+        splits = [s for s in self.splits["validation"] if len(s) and s.kind != "preferences"]
+        summaries = [tokens.summary for tokens in splits]
         predicted = [summary.get("trained_tokens", summary["tokens"]) for summary in summaries]
         total = sum(
             n * summary["unigram_entropy"] for n, summary in zip(predicted, summaries, strict=True)

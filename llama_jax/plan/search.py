@@ -73,8 +73,8 @@ def estimate_memory(config: Config) -> float:
 
 
 def _frozen_bytes(config: Config) -> int:
-    """Returns the bytes of a frozen weight of a LoRA run; 0 if all weights are trained."""
-    if config.lora is None:
+    """Returns the bytes of a frozen weight of LoRA or DPO; 0 if there are none."""
+    if not config.has_base:
         return 0
     if config.model.quantized == "int8":
         return 1
@@ -86,17 +86,20 @@ def estimate_seconds(config: Config, pod: Pod) -> float:
     model, mesh, T = config.model, config.mesh, config.data.seq_len
     tokens = config.data.batch_size * T
     weights = model.n_params - (0 if model.tied_head else model.vocab_size * model.dim)
-    flops = 4 if config.lora else 6  # for each weight; a frozen one has no gradient
+    is_dpo = config.training.objective == "dpo"
+    # For each weight; a frozen one has no gradient; the reference has a forward pass.
+    flops = (4 if config.lora else 6) + (2 if is_dpo else 0)
     recomputed = {"none": 0, "products": 0.01, "projections": 0.2, "attention": 0.3, "full": 1 / 3}
     recomputed["offload"] = 0.34  # the transfer to the host and back is hidden, but not free
     peak = pod.chip.bf16_tflops * 1e12
     products = weights * tokens * (flops + 6 * recomputed[model.remat]) / pod.n_chips / peak
     products /= _MATRIX_EFFICIENCY
     kernels = attention_seconds(config, asdict(mesh), pod.chip)
-    # Each micro-batch gathers the weights for forward and for backward in the compute dtype, or in
-    # int8, and reduces the gradients once in float32.
+    # Each micro-batch gathers the weights for forward (also of a reference) and backward in the
+    # compute dtype, or in int8, and reduces the gradients once in float32.
     size = 1 if model.quantized == "int8" else 2
-    moved = model.n_params * (size + size + (0 if config.lora else 4)) / mesh.tensor
+    gathers = 3 if is_dpo else 2
+    moved = model.n_params * (gathers * size + (0 if config.lora else 4)) / mesh.tensor
     moved *= config.training.micro_batches
     transfer = moved / network_bandwidth(pod, mesh.fsdp) / 1e9 if mesh.fsdp > 1 else 0.0
     network = max(_EXPOSED * transfer, transfer - products)

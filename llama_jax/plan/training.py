@@ -117,7 +117,7 @@ def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> Train
     except DoesNotFit as error:
         plan.rejected, plan.memory = True, {"all": float(error.needed_bytes or math.inf)}
         return plan
-    plan.memory = _memory_by_kind(step)
+    plan.memory = _memory_by_kind(config, step)
     elapsed = time.monotonic() - start
     log(f"compiled in {elapsed:.0f} s; compiling one layer and two, for their time …")
     try:
@@ -137,12 +137,11 @@ def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> Train
     return plan
 
 
-def _memory_by_kind(step: CompiledTrainStep) -> dict[str, float]:
+def _memory_by_kind(config: Config, step: CompiledTrainStep) -> dict[str, float]:
     """Returns the bytes of the step's arguments and temporaries by kind."""
     arguments, peak = step.program.argument_bytes, step.program.peak_bytes
-    weights = {"weights": step.weights}
-    if step.frozen:
-        weights = {"frozen weights": step.frozen, "low-rank pairs": step.weights}
+    weights = {"frozen weights": step.frozen} if config.has_base else {}
+    weights["low-rank pairs" if config.lora else "weights"] = step.weights
     return {
         **weights,
         "optimizer": step.optimizer,
@@ -183,10 +182,11 @@ def attention_flops(config: Config, mesh: dict[str, int]) -> float:
 
     The kernels compute two products in the forward pass and five in the backward pass, half of each
     because of the causal mask. The two forward products run again where `model.remat` saves no
-    result of attention.
+    result of attention, and once more for the reference of DPO.
     """
     model, T = config.model, config.data.seq_len
     products = 9 if model.remat in _RECOMPUTES_ATTENTION else 7
+    products += 2 if config.training.objective == "dpo" else 0
     # A product takes 2·T² FLOPs per row, head and head dimension; the causal half is T².
     flops_per_product = config.data.batch_size * T * T * model.n_heads * model.head_dim
     return products * model.n_layers * flops_per_product / math.prod(mesh.values())

@@ -21,7 +21,7 @@ class CompiledTrainStep:
 
     Attributes:
         weights: bytes of the trained parameters.
-        frozen: bytes of the frozen weights of a LoRA run, otherwise 0.
+        frozen: bytes of the frozen weights of a run of LoRA or DPO, otherwise 0.
         optimizer: bytes of the optimizer state.
         saved_activations: bytes that the forward pass saves for the backward pass.
         program: the compiler's figures.
@@ -66,7 +66,7 @@ def trace_train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any,
         segments_ABT = rows_ABT if config.data.isolate_documents else None
         batch = Batch(rows_ABT, rows_ABT, rows_ABT, segments_ABT)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        base = abstract_model(config.model) if config.lora else None
+        base = abstract_model(config.model) if config.has_base else None
         traced = train_step.trace(config, trained, opt_state, batch, step, base)
         return traced, trained, opt_state, base
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import signal
 import time
@@ -25,10 +24,17 @@ from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
+from llama_jax.training.dpo import PreferenceSums, preference_means
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.report import Report, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
-from llama_jax.training.start import TrainingState, check_vocabulary, prepare, print_summary
+from llama_jax.training.start import (
+    TrainingState,
+    check_kind,
+    check_vocabulary,
+    prepare,
+    print_summary,
+)
 from llama_jax.training.step import StepMetrics, eval_step, train_step
 from llama_jax.training.trainable import complete_model
 
@@ -91,6 +97,7 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
         hosts.broadcast_decision(lambda: prepare(config, folder, saved_steps))
         data = Batches(config.data, config.training.micro_batches, config.training.steps)
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
+        check_kind(config, data)
         check_vocabulary(config, data)
         if newest is None:
             init_from.check_tokenizer(config, data)
@@ -200,15 +207,22 @@ def _train(
     return state.step >= steps
 
 
-def _validate(config: Config, data: Batches, state: TrainingState) -> float:
-    """Returns the mean loss over the held-out batches [nats per token]."""
-    nll, targets = 0.0, 0
+def _validate(config: Config, data: Batches, state: TrainingState) -> dict[str, float]:
+    """Returns the mean loss over the held-out batches, and for DPO more; {} without targets."""
     batches = data.count_validation_batches(config.training.eval_batches)
+    if not batches:
+        return {}
+    sums = []
     for i in range(batches):
-        batch = data.validation(i, batches)
-        batch_nll, batch_targets = eval_step(config, state.trained, batch, state.base)
-        nll, targets = nll + float(batch_nll), targets + int(batch_targets)
-    return nll / targets if targets else math.nan
+        found = eval_step(config, state.trained, data.validation(i, batches), state.base)
+        sums.append(jax.tree.map(lambda x: np.asarray(x).item(), found))
+    totals = jax.tree.map(lambda *numbers: sum(numbers), *sums)
+    if isinstance(totals, PreferenceSums):
+        loss, preferences = preference_means(config, totals)
+        means = {"loss": loss, **preferences._asdict()} if totals.preferences else {}
+        return {name: np.asarray(mean).item() for name, mean in means.items()}
+    nll, targets = totals
+    return {"loss": nll / targets} if targets else {}
 
 
 def _outcome(folder: AnyPath, step: int, data: Batches, finished: bool) -> RunOutcome:

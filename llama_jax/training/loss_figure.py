@@ -34,7 +34,8 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
     if unigram_entropy is not None:
         label = f"unigram entropy of the held-out text ({unigram_entropy:.2f})"
         axes.axhline(unigram_entropy, color="#b0532d", ls="--", lw=1.2, label=label)
-    axes.set(xlabel="step", ylabel="loss [nats per token]", title=folder.name)
+    unit = "preference" if any("preferences" in r for r in records) else "token"
+    axes.set(xlabel="step", ylabel=f"loss [nats per {unit}]", title=folder.name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

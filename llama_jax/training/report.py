@@ -1,6 +1,5 @@
 """Reports the metrics of a run: records, progress on standard error, and the loss figure."""
 
-import math
 import time
 
 import jax
@@ -49,7 +48,8 @@ class Report:
 
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Waits for the metrics of a step (1 is the first) and reports them."""
-        loss, norm, rate, targets, skipped = (np.asarray(value).item() for value in metrics)
+        numbers = jax.tree.map(lambda value: np.asarray(value).item(), metrics)
+        loss, norm, rate, targets, skipped, preferences = numbers
         now = time.monotonic()
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
@@ -66,6 +66,7 @@ class Report:
             "masked": 1 - targets / self._tokens,
             "tokens_seen": step * self._tokens,
             "skipped": int(skipped),
+            **(preferences._asdict() if preferences else {}),
         }
         if self._seconds_at_peak:
             record["mfu"] = self._seconds_at_peak / seconds
@@ -73,18 +74,19 @@ class Report:
         if self.log and logged:
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
+        shown |= {"accuracy": f"{preferences.accuracy:.0%}"} if preferences else {}
         shown |= {"val": self._validation} if self._validation else {}
         shown |= {"tok/s": f"{record['tokens_per_second']:,.0f}"}
         shown |= {"MFU": f"{record['mfu']:.1%}"} if self._seconds_at_peak else {}
         shown |= {"skipped": str(self.skipped)} if self.skipped else {}
         self.progress.update(step, shown)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Reports the loss on the held-out text after `step` steps [nats per token]."""
-        if not math.isnan(loss):
+    def validation(self, step: int, means: dict[str, float]) -> None:
+        """Reports the loss on the held-out data after `step` steps, and other means, by name."""
+        if means:
             if self.log:
-                self.log.write(step, {"validation_loss": loss})
-            self._validation = f"{loss:.3f}"
+                self.log.write(step, {f"validation_{name}": x for name, x in means.items()})
+            self._validation = f"{means['loss']:.3f}"
         self._done = time.monotonic()
 
     def upload(self) -> None:

@@ -45,7 +45,7 @@ def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
     else:
         if (folder / "config.yaml").exists():
             print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")
-    if config.lora or not saved_steps:
+    if config.has_base or not saved_steps:
         init_from.check_shape(config)
     with stop_signal.raise_at_sigterm():
         prepare_data(config)
@@ -75,20 +75,23 @@ def initial_state(config: Config) -> tuple[Trained, optax.OptState]:
 
 
 def load_base(config: Config) -> Llama | None:
-    """Returns the frozen weights of a LoRA run, those of `training.init_from`; else None.
+    """Returns the frozen weights of a run of LoRA or DPO, those of `training.init_from`; else None.
 
     They are quantized here if `model.quantized` is int8 and the folder's weights are not.
 
     Raises:
         InputError: as `initial_state`.
     """
-    if config.lora is None:
+    if not config.has_base:
         return None
     _set_mesh(config)
     source = str(config.training.init_from)
     stored = folders.read_model_config(source).quantized
     as_stored = replace(config.model, quantized=stored)
-    print_status(f"trains pairs of rank {config.lora.rank} beside the weights in {source}")
+    if config.lora:
+        print_status(f"trains pairs of rank {config.lora.rank} beside the weights in {source}")
+    if config.training.objective == "dpo":
+        print_status(f"the reference of DPO is the model in {source}")
     _, base = model_folders.load_model(source, as_stored)
     if config.model.quantized != stored:
         _, base = quantize_model(as_stored, base)
@@ -111,7 +114,7 @@ class TrainingState:
 
     Attributes:
         trained: all weights, or the pairs of a LoRA run.
-        base: the frozen weights of a LoRA run, otherwise None.
+        base: the frozen weights of a run of LoRA or DPO, otherwise None.
 
     Raises:
         InputError: the checkpoint was trained on other data, or beside other weights.
@@ -126,7 +129,7 @@ class TrainingState:
     ):
         self.step, self._data, self._base_hash = 0, data.fingerprint, None
         source = config.training.init_from
-        if config.lora:
+        if config.has_base:
             self._base_hash = hosts.broadcast_decision(lambda: manifest_hash(str(source)))
         like = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
         restored = local.restore_newest(*like) if local else None
@@ -143,8 +146,8 @@ class TrainingState:
                 )
             if progress.base != self._base_hash:
                 raise InputError(
-                    f"the weights in {source}, training.init_from, are not those beside which the"
-                    f" pairs of {config.training.out} were trained: restore them, or choose another"
+                    f"the weights in {source}, training.init_from, are not those with which"
+                    f" {config.training.out} was trained: restore them, or choose another"
                     " training.out"
                 )
             print_status(
@@ -187,6 +190,26 @@ def prepare_data(config: Config) -> None:
         print_status(
             f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out"
         )
+
+
+def check_kind(config: Config, data: Batches) -> None:
+    """Compares the kind of the data with the objective.
+
+    Raises:
+        InputError: the objective is dpo and the data are no preferences, or vice versa.
+    """
+    for tokens in data.splits["train"]:
+        if config.training.objective == "dpo" and tokens.kind != "preferences":
+            raise InputError(
+                f"training.objective is dpo, but {tokens.folder} contains {tokens.kind}: give a"
+                " folder that `llama-jax tokenize --chat` created from rows with prompt, chosen and"
+                " rejected"
+            )
+        if config.training.objective != "dpo" and tokens.kind == "preferences":
+            raise InputError(
+                f"{tokens.folder} contains preferences: set training.objective to dpo, or give a"
+                " folder of texts or chats"
+            )
 
 
 def check_vocabulary(config: Config, data: Batches) -> None:

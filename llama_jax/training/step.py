@@ -1,7 +1,7 @@
 """One step of training, as a pure function."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,13 @@ from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.model.lora import Trained
 from llama_jax.model.weights import Llama
+from llama_jax.training.dpo import (
+    PreferenceMetrics,
+    PreferenceSums,
+    preference_means,
+    preference_sums,
+    sft_scale,
+)
 from llama_jax.training.loss import loss_sums
 from llama_jax.training.optimizer import adamw, clip_scale, learning_rate
 from llama_jax.training.trainable import complete_model, dropout_keys, init_trained
@@ -19,11 +26,12 @@ from llama_jax.training.trainable import complete_model, dropout_keys, init_trai
 class StepMetrics(NamedTuple):
     """Metrics of one step; scalars on the device."""
 
-    loss: jax.Array  # mean cross-entropy of the counted targets [nats per token]
+    loss: jax.Array  # mean cross-entropy of the targets [nats per token]; of DPO [nats per pair]
     grad_norm: jax.Array  # global norm of the gradient before clipping
     learning_rate: jax.Array
     targets: jax.Array  # number of targets that the loss counts
     skipped: jax.Array  # True: the gradient was not finite, and the step changed no weights
+    preferences: PreferenceMetrics | None = None  # for DPO
 
 
 def init_state(config: Config, key: jax.Array) -> tuple[Trained, optax.OptState]:
@@ -43,43 +51,63 @@ def gradients(
     batch: Batch,
     base: Llama | None = None,
     step: jax.Array | None = None,
-) -> tuple[Trained, jax.Array, jax.Array]:
-    """Returns the gradient of the mean objective, the mean loss, and the counted targets.
+) -> tuple[Trained, jax.Array, jax.Array, PreferenceMetrics | None]:
+    """Returns the gradient of the mean objective, the mean loss, the targets, and for DPO more.
 
     `batch` has a leading axis A of micro-batches, which are computed one after another. Sums are
-    accumulated, and divided once by the number of targets of all micro-batches. So the result is
-    that of the undivided batch, however the targets are distributed over the micro-batches.
+    accumulated, and divided once by the number of targets (for DPO: preferences) of all
+    micro-batches. So the result is that of the undivided batch, however the targets are distributed
+    over the micro-batches.
 
     Args:
         config: of the run.
         trained: all weights, or the pairs of a LoRA run. Only they have gradients.
         batch: of this step.
-        base: the frozen weights of a LoRA run.
+        base: the frozen weights of a LoRA run; for DPO also the reference.
         step: number of the step, which determines the dropout; None: no dropout.
     """
     keys = dropout_keys(config, step)
+    scale = sft_scale(config, batch) if config.training.objective == "dpo" else None
 
     def micro_batch_sums(trained: Trained, batch: Batch, key: jax.Array | None):
-        def loss(trained: Trained):
-            model = complete_model(config, trained, base, key)
-            return loss_sums(config.model, model, batch, config.training.z_loss)
+        def objective(trained: Trained):
+            return _sums(config, trained, batch, base, key, scale)
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(trained)
-        return grads, *sums
+        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(trained)
+        return grads, sums
 
     if config.training.micro_batches == 1:
         first = jax.tree.map(lambda x: x[0], (batch, keys))
-        grads, nll, targets = micro_batch_sums(trained, *first)
+        grads, sums = micro_batch_sums(trained, *first)
     else:
         zeros = jax.tree.map(jnp.zeros_like, trained)
 
-        def add(sums, inputs):
-            return jax.tree.map(jnp.add, sums, micro_batch_sums(trained, *inputs)), None
+        def add(total, inputs):
+            return jax.tree.map(jnp.add, total, micro_batch_sums(trained, *inputs)), None
 
-        start = (zeros, jnp.float32(0), jnp.int32(0))
-        (grads, nll, targets), _ = jax.lax.scan(add, start, (batch, keys))
+        (grads, sums), _ = jax.lax.scan(add, (zeros, _zero_sums(config)), (batch, keys))
+    if isinstance(sums, PreferenceSums):
+        per_preference = 1 / jnp.maximum(sums.preferences, 1)
+        loss, preferences = preference_means(config, sums)
+        grads = jax.tree.map(lambda g: g * per_preference, grads)
+        return grads, loss, sums.targets, preferences
+    nll, targets = sums
     per_target = 1 / jnp.maximum(targets, 1)
-    return jax.tree.map(lambda g: g * per_target, grads), nll * per_target, targets
+    return jax.tree.map(lambda g: g * per_target, grads), nll * per_target, targets, None
+
+
+def _sums(config, trained, batch, base, key=None, scale=None) -> tuple[jax.Array, Any]:
+    """Returns the summed objective of a batch [B, T], and the sums for its metrics."""
+    model = complete_model(config, trained, base, key)
+    if config.training.objective == "dpo":
+        return preference_sums(config, model, base, batch, scale)
+    return loss_sums(config.model, model, batch, config.training.z_loss)
+
+
+def _zero_sums(config: Config) -> Any:
+    if config.training.objective == "dpo":
+        return PreferenceSums.zeros()
+    return jnp.float32(0), jnp.int32(0)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -103,9 +131,10 @@ def train_step(
 
     A step whose gradient is not finite returns the old weights and state, and sets `skipped`. The
     buffers of the old weights and state are donated. With `config.lora` the trained weights are the
-    pairs, and `base`, which is not donated, is the model beside which they are trained.
+    pairs, and `base`, which is not donated, is the model beside which they are trained. For DPO
+    `base` is the reference.
     """
-    grads, loss, targets = gradients(config, trained, batch, base, step)
+    grads, loss, targets, preferences = gradients(config, trained, batch, base, step)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
@@ -116,19 +145,18 @@ def train_step(
         )
         new_trained = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, trained, updates)
         select = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        metrics = StepMetrics(loss, norm, rate, targets, ~finite)
+        metrics = StepMetrics(loss, norm, rate, targets, ~finite, preferences)
         return select(new_trained, trained), select(new_state, opt_state), metrics
 
 
 @partial(jax.jit, static_argnums=0)
 def eval_step(
     config: Config, trained: Trained, batch: Batch, base: Llama | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the summed cross-entropy [nats] and the counted targets of a batch [A, B, T]."""
-    model = complete_model(config, trained, base)
+) -> tuple[jax.Array, jax.Array] | PreferenceSums:
+    """Returns the sums of a batch [A, B, T]: cross-entropy [nats] and number of targets."""
 
-    def add(sums: tuple[jax.Array, jax.Array], batch: Batch):
-        _, more = loss_sums(config.model, model, batch, z_loss=0.0)
-        return jax.tree.map(jnp.add, sums, more), None
+    def add(total: Any, batch: Batch):
+        _, sums = _sums(config, trained, batch, base)
+        return jax.tree.map(jnp.add, total, sums), None
 
-    return jax.lax.scan(add, (jnp.float32(0), jnp.int32(0)), batch)[0]
+    return jax.lax.scan(add, _zero_sums(config), batch)[0]

@@ -63,7 +63,7 @@ def test_included_files_are_found_by_name_from_any_folder(tmp_path, monkeypatch)
         assert yaml_file.load(path) == yaml_file.load(ROOT / "configs" / "quickstart.yaml")
     (tmp_path / "llama-7b").write_text(MINIMAL)
     assert yaml_file.load("llama-7b").training.steps == 10  # the user's own file takes precedence
-    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax includes llama-13b, "):
+    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax includes dpo-lora, "):
         yaml_file.load("no-such")
 
 
@@ -140,6 +140,12 @@ BAD_OVERRIDES = [
         "model.quantized=int8",
         "model.quantized int8 is only for inference and for the frozen base of lora (integers have"
         " no gradient): omit it, or set lora",
+    ),
+    ("training.objective=dpo", "needs init_from: the model to train, which is also the reference"),
+    ("training.dpo_sft_weight=1", "set objective to dpo, or omit dpo_sft_weight"),
+    (
+        "training={out: x, steps: 1, objective: dpo, init_from: m, z_loss: 1}",
+        "training: z_loss (1.0) is for the objective next_token: omit it",
     ),
     ("lora={}", "lora needs training.init_from, the model that the pairs adapt"),
     ("lora={rank: 0}", "lora.rank must be greater than or equal to 1, not 0"),

@@ -93,3 +93,35 @@ def loss_and_gradient(w, tokens_BT, targets_BT, positions_BT, segments_BT, z_los
 
     (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(w)
     return loss, gradient
+
+
+def dpo_and_gradient(w, reference, batch, beta, sft_weight):
+    """Returns DPO's loss, the rewards of its pairs [pairs, 2], and the loss's gradient for `w`.
+
+    The loss is equation 7 of arXiv 2305.18290. It adds sft_weight times the mean cross-entropy of
+    the chosen answers' targets. In each row, segments 1, 3, … are chosen and 2, 4, … rejected.
+    """
+    tokens_BT, targets_BT, positions_BT, segments_BT = batch
+
+    def answer(row, segment):
+        return row, np.flatnonzero((segments_BT[row] == segment) & (targets_BT[row] >= 0))
+
+    pairs = [
+        (answer(row, segment), answer(row, segment + 1))
+        for row in range(len(tokens_BT))
+        for segment in range(1, segments_BT[row].max(), 2)
+    ]
+
+    def loss(w):
+        policy_BT, _ = logprobs(w, tokens_BT, targets_BT, positions_BT, segments_BT)
+        reference_BT, _ = logprobs(reference, tokens_BT, targets_BT, positions_BT, segments_BT)
+        rewards = jnp.array([
+            [beta * (jnp.sum(policy_BT[where]) - jnp.sum(reference_BT[where])) for where in pair]
+            for pair in pairs
+        ])  # fmt: skip
+        margins = rewards[:, 0] - rewards[:, 1]
+        chosen = jnp.concatenate([policy_BT[where] for where, _ in pairs])
+        return jnp.mean(jnp.log(1 + jnp.exp(-margins))) - sft_weight * jnp.mean(chosen), rewards
+
+    (value, rewards), gradient = jax.value_and_grad(loss, has_aux=True)(w)
+    return value, rewards, gradient

@@ -263,3 +263,20 @@ def test_a_failure_of_the_compiler_is_reported_in_one_sentence():
         InputError, match=r"itself failed on this step \(INTERNAL: RET_CHECK failure\)"
     ):
         compiler.compile_program(Lowered(), topology.parse(TOPOLOGY).chip, {}, "model.remat")
+
+
+def test_a_run_of_dpo_has_a_frozen_copy_of_the_weights_and_a_forward_pass_more():
+    full, dpo = (
+        dataclasses.replace(
+            tiny_config(init_from="m", objective=objective), mesh=MeshConfig(fsdp=4)
+        )
+        for objective in ("next_token", "dpo")
+    )
+    _, trained, _, base = training_program.trace_train_step(dpo, mesh_of((1, 4, 1)))
+    assert compiler.bytes_per_device(base) == compiler.bytes_per_device(trained)
+    copy = search.estimate_memory(dpo) - search.estimate_memory(full)
+    assert copy == pytest.approx(4 * full.model.n_params / 4)
+    assert dpo.flops_per_token == pytest.approx(full.flops_per_token * 4 / 3)
+    chip = topology.parse(TOPOLOGY).chip
+    seconds = [training.attention_seconds(run, {"fsdp": 4}, chip) for run in (full, dpo)]
+    assert seconds[1] == pytest.approx(seconds[0] * 9 / 7)

@@ -130,7 +130,7 @@ def trained_gradient(config: Config, model: Llama, batch: Batch):
     program = jax.jit(
         lambda model, batch: gradients(config, model, batch), compiler_options=quick_compilation()
     )
-    grads, loss, targets = program(model, batch)
+    grads, loss, targets, _ = program(model, batch)
     assert int(targets) == np.sum(np.asarray(batch.targets) >= 0)
     return leaves(grads), float(loss)
 

@@ -120,7 +120,7 @@ CASES = [
 
 def pair_gradients(config, adapters, batch, base, step=None):
     program = jax.jit(
-        lambda adapters, batch, base, step: gradients(config, adapters, batch, base, step),
+        lambda adapters, batch, base, step: gradients(config, adapters, batch, base, step)[:3],
         compiler_options=quick_compilation(),
     )
     return program(adapters, batch, base, step)

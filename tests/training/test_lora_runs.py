@@ -155,7 +155,7 @@ def test_a_run_resumes_beside_a_moved_base_but_not_beside_another(
         model = jax.jit(Llama, static_argnums=0)(tiny_model(context=128), jax.random.key(1))
         save_model(other, tiny_model(context=128), model, None)
     more = {"steps": STEPS + 2}
-    with pytest.raises(InputError, match=r"other, training.init_from, are not those beside which"):
+    with pytest.raises(InputError, match=r"other, training.init_from, are not those with which"):
         loop.run(config(folder, token_folder, other, **more))
     with pytest.raises(InputError, match="gone does not exist"):
         loop.run(config(folder, token_folder, tmp_path / "gone", **more))
