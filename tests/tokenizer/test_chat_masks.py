@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llama_jax.errors import InputError
 from llama_jax.tokenizer.build import byte_alphabet
 from llama_jax.tokenizer.chat import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE
+from llama_jax.tokenizer.export import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CHATS = settings(
@@ -211,7 +212,12 @@ def test_the_templates_of_llama_teach_the_same_as_its_code(template_copies, mess
 @pytest.fixture(scope="module")
 def template_copies(llama2, llama3, tmp_path_factory):
     folder = tmp_path_factory.mktemp("templates")
+    (folder / "json").mkdir()
+    for name, data in huggingface_files(llama2).items():
+        if name != "tokenizer.model":
+            (folder / "json" / name).write_bytes(data)
     return [
+        (llama2, load_tokenizer(folder / "json")),
         (llama2, with_files(llama2, folder / "2", chat_template__jinja=LLAMA2_TEMPLATE)),
         (llama3, with_files(llama3, folder / "3", chat_template__jinja=LLAMA3_TEMPLATE)),
     ]
