@@ -64,29 +64,34 @@ def base_of_run(folder: AnyPath) -> AnyPath:
             f"{folder} is a LoRA run, and the model that it started from, {base}, is not there:"
             " put it back, or give it together with --lora"
         )
-    check_base(folder, base)
+    check_base(folder, base, stored_base(folder))
     return base
 
 
-def check_base(folder: AnyPath, base: AnyPath) -> None:
-    """Compares a model with the one beside which the pairs of a LoRA run were trained.
+def check_base(folder: AnyPath, base: AnyPath, expected: str | None) -> None:
+    """Compares a model with the one beside which the pairs in a folder were trained.
 
     A checkpoint of another format has no manifest, so it is not compared.
 
+    Args:
+        folder: of the pairs.
+        base: the model.
+        expected: hash in the manifest of the model of the training.
+
     Raises:
-        Damaged: the checkpoint or the model is damaged.
-        InputError: it is another model.
+        Damaged: the model is damaged.
+        InputError: it is another one.
     """
     if folders.checkpoint_format(base) != "orbax":
         return
-    if _stored_base(folder) != manifest_hash(base):
+    if expected != manifest_hash(base):
         raise InputError(
             f"the weights in {base} are not those beside which the pairs of {folder} were trained"
             " (their manifests differ): give the model that the run started from"
         )
 
 
-def _stored_base(folder: AnyPath) -> str | None:
+def stored_base(folder: AnyPath) -> str | None:
     """Returns the hash of the base that the newest checkpoint of a run contains."""
     where, _ = weights_location(folder)
     return verified_manifest(where).get("base")
@@ -128,7 +133,7 @@ def read_lora_run(folder: AnyPath, config: ModelConfig) -> StoredPairs:
         a, b = (reader.read(f"layers.{name}.{side}", layer) for side in "ab")
         return Pair(a, b)
 
-    return StoredPairs(folder, lora, _stored_base(folder), read)
+    return StoredPairs(folder, lora, stored_base(folder), read)
 
 
 def load_adapters(config: ModelConfig, pairs: StoredPairs) -> Adapters:

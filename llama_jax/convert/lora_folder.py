@@ -1,8 +1,15 @@
 """Opens the low-rank pairs of a LoRA run or of a PEFT folder."""
 
 from llama_jax.checkpoint.folders import is_lora_run, read_run_config
-from llama_jax.checkpoint.lora_pairs import StoredPairs, base_of_run, check_base, read_lora_run
+from llama_jax.checkpoint.lora_pairs import (
+    StoredPairs,
+    base_of_run,
+    check_base,
+    read_lora_run,
+    stored_base,
+)
 from llama_jax.config.model import ModelConfig
+from llama_jax.convert import receipt
 from llama_jax.convert.formats import peft
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
@@ -55,11 +62,15 @@ def open_pairs(folder: AnyPath, base: AnyPath, config: ModelConfig) -> StoredPai
         InputError: `folder` is neither, or its pairs are not for this base.
     """
     if peft.is_peft_folder(folder):
+        if (folder / receipt.FILE).is_file():  # `peft_export` wrote the folder
+            match receipt.read_receipt(folder):
+                case {"lora": {"base": str(expected)}}:
+                    check_base(folder, base, expected)
         return peft.read(folder, config)
     if not is_lora_run(folder):
         raise InputError(
             f"{folder} is neither a LoRA run (a config.yaml with the section lora) nor a PEFT"
             f" folder (an {peft.CONFIG}): give one of them"
         )
-    check_base(folder, base)
+    check_base(folder, base, stored_base(folder))
     return read_lora_run(folder, config)

@@ -236,10 +236,12 @@ class TestRefusals:
             with pytest.raises(InputError, match=sentence):
                 verify(merged, base, lora=lora, progress=False)
 
-    def test_pairs_are_merged_only_into_the_base_of_their_training(self, run, tmp_path):
-        other = write_base(tmp_path / "other", context=2048, norm_eps=1e-6)
-        with pytest.raises(InputError, match=r"are not those beside which the pairs of .* trained"):
-            convert_to(other, tmp_path / "m", lora=run)
+    def test_pairs_are_merged_only_into_the_base_of_their_training(self, run, adapter, tmp_path):
+        other = write_base(tmp_path / "other", context=2048, head_dim=4, norm_eps=1e-6)
+        for lora in (run, adapter):
+            sentence = r"are not those beside which the pairs of .* were trained"
+            with pytest.raises(InputError, match=sentence):
+                convert_to(other, tmp_path / "m", lora=lora)
         moved = tmp_path / "moved"
         shutil.copytree(run, moved)
         text = (moved / "config.yaml").read_text()
