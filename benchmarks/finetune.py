@@ -96,7 +96,9 @@ def peft(kind: Kind, dtype: Dtype, tokens: np.ndarray) -> Callable[[], float]:
         from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
 
         matrices = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=matrices))
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=matrices)
+        )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     inputs = torch.from_numpy(tokens)
@@ -139,7 +141,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_json_option(parser)
     args = parser.parse_args()
-    for kind in [args.only] if args.only else ["lora", "full"]:
+    kinds: tuple[Kind, ...] = (args.only,) if args.only else ("lora", "full")
+    for kind in kinds:
         sides = {name: partial(set_up_side, name, kind, args.dtype) for name in SIDES}
         ours, theirs = time_alternately(sides, args.rounds).values()
         ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
