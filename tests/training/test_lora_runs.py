@@ -3,6 +3,7 @@
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from test_loop import losses, start_process, wait_for_step
 
 from llama_jax.checkpoint import training_checkpoints
 from llama_jax.checkpoint.model_folders import load_model, manifest_hash, save_model
+from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
+from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.checkpoint.verify_folder import verify_folder
 from llama_jax.config import yaml_file
 from llama_jax.config.lora import LoraConfig
@@ -26,12 +29,16 @@ from llama_jax.config.run import (
     TrainingConfig,
 )
 from llama_jax.errors import InputError
+from llama_jax.inference.load import load
 from llama_jax.model.quantize import Int8Matrix
+from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.runtime.manifest import verified_manifest
 from llama_jax.training import loop, start
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.step import init_state
+from llama_jax.training.trainable import complete_model
 
 STEPS = 12
 
@@ -220,3 +227,22 @@ def test_the_hash_of_a_base_is_that_of_its_weights(model_folder, full_run, tmp_p
     hashes = [manifest_hash(tmp_path / name) for name in ("same", "again", "other")]
     assert hashes[0] == hashes[1] != hashes[2]
     assert manifest_hash(full_run) == verified_manifest(full_run / "checkpoints/12")["sha256"]
+
+
+def test_the_run_folder_is_loaded_as_the_model_that_was_trained(
+    full_run, token_folder, model_folder
+):
+    settings = config(full_run, token_folder, model_folder)
+    tokens_BT = np.random.default_rng(0).integers(0, 320, (8, 16))
+    logits = jax.jit(forward, static_argnums=0)
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        like = eval_shape_on_mesh(partial(init_state, settings), jax.random.key(0))
+        checkpoints = TrainingCheckpoints(full_run / "checkpoints")
+        _, adapters, _ = checkpoints.restore(STEPS, *like)
+        trained = complete_model(settings, adapters, start.load_base(settings))
+        expected = np.asarray(logits(settings.model, trained, tokens_BT))
+    with jax.set_mesh(one_device_mesh()):
+        for unmerged in (False, True):
+            found = logits(*load(full_run, unmerged=unmerged), tokens_BT)
+            np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0)
+        assert np.abs(logits(*load(model_folder), tokens_BT) - expected).max() > 0.1
