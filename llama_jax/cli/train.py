@@ -89,8 +89,18 @@ def _train(args: argparse.Namespace) -> int:
         sampling = Sampling(temperature=0.7, top_p=0.95)
         generate.continue_text(outcome.folder, prompt, _SAMPLE_TOKENS, sampling, seed=i)
     print(f"\nlosses: {outcome.folder / 'loss.png'}")
-    print(f'continue with: llama-jax generate {outcome.folder} --prompt "def "')
+    prompt = '--chat --prompt "Hello!"' if _learns_chats(config) else '--prompt "def "'
+    print(f"continue with: llama-jax generate {outcome.folder} {prompt}")
     return 0
+
+
+def _learns_chats(config: "Config") -> bool:
+    """Returns whether the first folder of the mixture exists and contains chats or preferences."""
+    from llama_jax.data.shards import read_meta
+    from llama_jax.runtime.storage import parse_path
+
+    folder = parse_path(next(iter(config.data.mixture)))
+    return folder.exists() and read_meta(folder)["kind"] != "text"
 
 
 def _chat_samples(config: "Config") -> "loop.Sample | None":
@@ -99,19 +109,17 @@ def _chat_samples(config: "Config") -> "loop.Sample | None":
     Raises:
         InputError: a prompt doesn't fit the chat format or the context of the model.
     """
-    from llama_jax.data.shards import read_meta
     from llama_jax.inference.samples import continue_prompts
     from llama_jax.inference.stream import check_prompt
     from llama_jax.parallel.mesh import context_shards
     from llama_jax.runtime import hosts
     from llama_jax.runtime.console import print_status
-    from llama_jax.runtime.storage import parse_path
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-    prompts, folder = config.logging.samples, parse_path(next(iter(config.data.mixture)))
-    if not prompts or not folder.exists() or read_meta(folder)["kind"] == "text":
+    prompts = config.logging.samples
+    if not prompts or not _learns_chats(config):
         return None
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(next(iter(config.data.mixture)))
     ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
     for row in ids:
         check_prompt(config.model, row, _SAMPLE_TOKENS)

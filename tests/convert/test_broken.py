@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 from sample_checkpoints import write_all_formats
 
-from llama_jax.checkpoint import model_folders
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.single_weights import WeightsReader
 from llama_jax.cli.main import main
@@ -239,7 +238,8 @@ def test_a_full_disk_is_reported_and_leaves_nothing(intact, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(model_folders, "write_file", full)
+    monkeypatch.setattr("llama_jax.convert.convert.write_many", full)
+    monkeypatch.setattr("llama_jax.convert.formats.model_folder.write_many", full)
     with pytest.raises(Fault, match=r"can't write .*out/model: No space left on device$"):
         convert(intact["meta1"], tmp_path / "out/model", to=to, progress=False)
     assert list((tmp_path / "out").iterdir()) == []
