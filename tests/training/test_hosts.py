@@ -29,15 +29,15 @@ STEPS, ROWS = 12, 8
 RECORDING = """
 import sys
 from llama_jax.cli.main import main
-from llama_jax.data import batches
+from llama_jax.data.windows import Windows
 
-read = batches.Windows.__getitem__
+read = Windows.__getitem__
 def recorded(self, index):
     if self.tokens.split == "train":
         sys.stdout.write(f"window {index}\\n")  # in one piece: several threads read
         sys.stdout.flush()
     return read(self, index)
-batches.Windows.__getitem__ = recorded
+Windows.__getitem__ = recorded
 sys.exit(main(sys.argv[1:]))
 """
 
