@@ -33,7 +33,7 @@ def test_only_pairs_have_moments_and_exchanged_gradients(storage):
     step = training_program.compile_train_step(
         config, make_mesh(config.mesh, topology.devices(POD)), POD.chip
     )
-    memory = training._memory_by_kind(step)
+    memory = training._memory_by_kind(config, step)
     bytes_each = 1 if "quantized" in storage else 2
     # Scales of the output channels and norms are less than 3 % of the bytes.
     frozen = bytes_each * config.model.n_params / 4
