@@ -57,8 +57,10 @@ CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Frees the compiled programs of a test file: they would take gigabytes and, what ends a
-    process, more memory mappings than Linux allows one (65,530)."""
+    """Frees the compiled programs after each test file.
+
+    Those of all files take 6 GB and 40,000 memory mappings, and Linux allows a process 65,530.
+    """
     yield
     jax.clear_caches()
 
