@@ -26,7 +26,7 @@ from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.dpo import PreferenceSums, preference_means
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
-from llama_jax.training.report import Report, is_due
+from llama_jax.training.report import Report, draw_figure, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
 from llama_jax.training.start import (
     TrainingState,
@@ -106,6 +106,9 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
             if local:
                 local.remove()
             print_status(f"{folder} is finished: {newest} steps are done, no step remains")
+            # A run that was killed between its last checkpoint and its end has no figure.
+            if hosts.is_host_zero() and not (folder / "loss.png").exists():
+                draw_figure(folder, data)
             return _outcome(folder, newest, data, finished=True)
         state = TrainingState(config, data, checkpoints, local)
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder))

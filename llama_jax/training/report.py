@@ -21,6 +21,17 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def draw_figure(folder: AnyPath, data: Batches) -> None:
+    """Draws the losses of a run as loss.png.
+
+    A failure is printed: it must neither fail the run nor replace the error that ended it.
+    """
+    try:
+        draw_losses(folder, data.unigram_entropy)
+    except OSError as error:
+        print_status(f"can't draw the losses: {error}")
+
+
 class Report:
     """Logs step metrics, shows progress and draws the loss figure. Only host 0 writes.
 
@@ -99,9 +110,4 @@ class Report:
         self.progress.close()
         if self.log:
             self.log.close()
-            try:
-                draw_losses(self.folder, self.data.unigram_entropy)
-            except (
-                OSError
-            ) as error:  # must neither fail the run nor replace the error that ended it
-                print_status(f"can't draw the losses: {error}")
+            draw_figure(self.folder, self.data)

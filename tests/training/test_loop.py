@@ -97,6 +97,9 @@ def test_a_finished_run_that_is_started_again_writes_nothing(full_run, token_fol
     )
     assert {p: p.stat().st_mtime_ns for p in full_run.rglob("*") if p.name != ".lock"} == before
     assert "is finished: 24 steps are done" in capsys.readouterr().err
+    (full_run / "loss.png").unlink()  # as if it had been killed after its last checkpoint
+    loop.run(config(full_run, token_folder))
+    assert {p for p in full_run.rglob("*") if p.name != ".lock"} == {*before}
 
 
 def start_process(settings, tmp_path):
