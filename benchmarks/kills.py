@@ -209,10 +209,10 @@ def kill_one_run(
         local = newest_local_step(config)
         newest = max([local, *complete])
         run = Run(path, processes, environment)
-        run.wait_until(lambda: "compiled in" in run.errors)  # noqa: B023
+        run.wait_until(lambda: "compiled in" in run.errors)  # noqa: B023 (called at once)
         if done < kills and run.is_running():
             if config.checkpoint.local:  # each kill finds local checkpoints of this start
-                run.wait_until(lambda: newest_local_step(config) > newest)  # noqa: B023
+                run.wait_until(lambda: newest_local_step(config) > newest)  # noqa: B023 (same)
             time.sleep(rng.uniform(0, 12))
         resumed = f"resumes after step {newest} of" if newest else "has no checkpoint yet"
         finished = config.training.steps in complete

@@ -69,7 +69,7 @@ class MetricsLog:
         self._local = Path(tempfile.mkdtemp()) if isinstance(folder, BucketPath) else folder
         if self._local != folder:
             (self._local / "metrics.jsonl").write_bytes(self.path.read_bytes())
-        self._file = open(self._local / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(self._local / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (close)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.logging.tensorboard:
