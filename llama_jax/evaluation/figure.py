@@ -1,0 +1,109 @@
+"""Draws the paper's tables with one's own results: a panel for each table.
+
+path = check_picture(args.picture)  # before the evaluation
+draw_tables(path, results, "my model")
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import InputError
+from llama_jax.evaluation.paper_tables import TABLES, own_row, tables_of
+from llama_jax.runtime.atomic_write import replace_file
+
+_LLAMA = ("#c6d4ea", "#9db4d6", "#5b86c4", "#1f4e9c")  # 7B, 13B, 33B, 65B
+_OWN, _OTHERS = "#b0532d", "#7a7a7a"
+# Within the unit of a column: the dots, the bars of LLaMA, a gap, one's own bar.
+_DOTS, _PLACES, _WIDTH = -0.42, (-0.31, -0.17, -0.03, 0.11, 0.29), 0.14
+
+
+def check_picture(path: str) -> Path:
+    """Returns the path of the picture; checks it before the evaluation runs for hours.
+
+    Raises:
+        InputError: the name ends neither with .png nor with .svg, or its folder is missing.
+    """
+    picture = Path(path)
+    if picture.suffix not in (".png", ".svg"):
+        raise InputError(f"--picture {path}: name a file that ends with .png or .svg")
+    if not picture.parent.is_dir():
+        raise InputError(f"--picture {path}: there is no folder {picture.parent}: create it first")
+    return picture
+
+
+def draw_tables(path: Path, results: Mapping[str, Mapping[str, Any]], model: str) -> None:
+    """Draws each table of which a column was measured; the suffix of `path` selects the format.
+
+    Bars are LLaMA 7B to 65B and one's own model, dots the other models in the table.
+
+    Args:
+        path: a .png or .svg file.
+        results: by task, each lm-eval's metrics; values are fractions.
+        model: label of one's own bars.
+
+    Raises:
+        InputError: no column of the paper's tables was measured.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = tables_of(results)
+    if not names:
+        raise InputError(
+            "--picture draws the paper's tables: add a task such as paper:common-sense"
+        )
+    figure, axes = plt.subplots(
+        len(names), figsize=(10, 0.6 + 2.9 * len(names)), dpi=120, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for panel, name in zip(axes[:, 0], names, strict=True):
+        _draw_table(panel, name, results, model)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    with replace_file(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:])
+    plt.close(figure)
+
+
+def _draw_table(
+    panel: Any, name: str, results: Mapping[str, Mapping[str, Any]], model: str
+) -> None:
+    """Draws the measured columns of a table."""
+    table = TABLES[name]
+    own = own_row(table, results)
+    measured = [i for i, value in enumerate(own) if value is not None]
+    llama = {row: values for row, values in table.rows.items() if row.startswith("LLaMA")}
+    bars = [
+        *zip(llama, llama.values(), _LLAMA, _PLACES, strict=False),
+        (model, own, _OWN, _PLACES[-1]),
+    ]
+    for label, values, color, place in bars:
+        heights = [values[column] for column in measured]
+        places = [x + place for x in range(len(measured))]
+        drawn = panel.bar(places, heights, _WIDTH, color=color, label=label)
+        if values is own:
+            panel.bar_label(drawn, fmt="%.1f", fontsize=8, padding=1)
+    dots = [
+        (x + _DOTS, values[column])
+        for row, values in table.rows.items()
+        if row not in llama
+        for x, column in enumerate(measured)
+        if values[column] is not None
+    ]
+    panel.plot(
+        [x for x, _ in dots],
+        [y for _, y in dots],
+        ".",
+        color=_OTHERS,
+        label="GPT-3, PaLM and others",
+    )
+    labels = [table.columns[column].label for column in measured]
+    panel.set_xticks(range(len(measured)), labels)
+    panel.set(ylabel="%", xlim=(-0.6, max(len(measured), 3) - 0.4))
+    panel.set_title(table.title, loc="left", fontsize=10)
+    panel.grid(axis="y", alpha=0.25)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
