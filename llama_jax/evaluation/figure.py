@@ -4,12 +4,11 @@ path = check_picture(args.picture)  # before the evaluation
 draw_tables(path, results, "my model")
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
-from llama_jax.evaluation.paper_tables import TABLES, own_row, tables_of
+from llama_jax.evaluation.paper_tables import TABLES, Metrics, own_row, tables_of
 from llama_jax.runtime.atomic_write import replace_file
 
 _LLAMA = ("#c6d4ea", "#9db4d6", "#5b86c4", "#1f4e9c")  # 7B, 13B, 33B, 65B
@@ -32,14 +31,14 @@ def check_picture(path: str) -> Path:
     return picture
 
 
-def draw_tables(path: Path, results: Mapping[str, Mapping[str, Any]], model: str) -> None:
+def draw_tables(path: Path, results: Metrics, model: str) -> None:
     """Draws each table of which a column was measured; the suffix of `path` selects the format.
 
     Bars are LLaMA 7B to 65B and one's own model, dots the other models in the table.
 
     Args:
         path: a .png or .svg file.
-        results: by task, each lm-eval's metrics; values are fractions.
+        results: of `metrics_of`.
         model: label of one's own bars.
 
     Raises:
@@ -68,9 +67,7 @@ def draw_tables(path: Path, results: Mapping[str, Mapping[str, Any]], model: str
     plt.close(figure)
 
 
-def _draw_table(
-    panel: Any, name: str, results: Mapping[str, Mapping[str, Any]], model: str
-) -> None:
+def _draw_table(panel: Any, name: str, results: Metrics, model: str) -> None:
     """Draws the measured columns of a table."""
     table = TABLES[name]
     own = own_row(table, results)

@@ -1,14 +1,16 @@
 """The result tables of the LLaMA paper (arXiv 2302.13971, section 3) beside one's own results.
 
-    results = lm_eval.evaluator.evaluate(…)["results"]
+    results = metrics_of(evaluation.results)
     for name in tables_of(results):
         print(format_table(name, results, "my model"))
 
-All numbers are percent. The published ones were read from the paper.
+All numbers in a table are percent. The published ones were read from the paper.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+Metrics = Mapping[str, Mapping[str, float]]  # by task or group: fraction by metric
 
 CLOSED_BOOK_SHOTS = (0, 1, 5, 64)
 
@@ -21,7 +23,7 @@ class Column(NamedTuple):
     Attributes:
         label: its heading.
         task: name of the task or group that measures it.
-        metric: lm-eval's name of the result, 'METRIC,FILTER'.
+        metric: name of its metric; of a metric of a filter, 'METRIC,FILTER'.
     """
 
     label: str
@@ -57,14 +59,14 @@ TABLES: dict[str, Table] = {
     "common-sense": Table(
         "Table 3: zero-shot common sense, accuracy",
         (
-            Column("BoolQ", "paper_boolq", "acc_relative,none"),
-            Column("PIQA", "piqa", "acc_norm,none"),
-            Column("SIQA", "social_iqa", "acc_norm,none"),
-            Column("HellaSwag", "hellaswag", "acc_norm,none"),
-            Column("WinoGrande", "winogrande", "acc,none"),
-            Column("ARC-e", "arc_easy", "acc_norm,none"),
-            Column("ARC-c", "arc_challenge", "acc_norm,none"),
-            Column("OBQA", "paper_openbookqa", "acc_relative,none"),
+            Column("BoolQ", "paper_boolq", "acc_relative"),
+            Column("PIQA", "piqa", "acc_norm"),
+            Column("SIQA", "social_iqa", "acc_norm"),
+            Column("HellaSwag", "hellaswag", "acc_norm"),
+            Column("WinoGrande", "winogrande", "acc"),
+            Column("ARC-e", "arc_easy", "acc_norm"),
+            Column("ARC-c", "arc_challenge", "acc_norm"),
+            Column("OBQA", "paper_openbookqa", "acc_relative"),
         ),
         {
             "GPT-3 175B": (60.5, 81.0, None, 78.9, 70.2, 68.8, 51.4, 57.6),
@@ -114,8 +116,8 @@ TABLES: dict[str, Table] = {
     "reading": Table(
         "Table 6: RACE, zero-shot, accuracy",
         (
-            Column("RACE-middle", "race_middle", "acc_norm,none"),
-            Column("RACE-high", "race_high", "acc_norm,none"),
+            Column("RACE-middle", "race_middle", "acc_norm"),
+            Column("RACE-high", "race_high", "acc_norm"),
         ),
         {
             "GPT-3 175B": (58.4, 45.5),
@@ -132,7 +134,7 @@ TABLES: dict[str, Table] = {
     "math": Table(
         "Table 7: mathematics without majority votes, exact match",
         (
-            Column("MATH", "minerva_math", "exact_match,none"),
+            Column("MATH", "minerva_math", "exact_match"),
             Column("GSM8K", "paper_gsm8k", "exact_match,strict-match"),
         ),
         {
@@ -155,8 +157,8 @@ TABLES: dict[str, Table] = {
     "code": Table(
         "Table 8: code, pass@1",
         (
-            Column("HumanEval", "humaneval", "pass@1,none"),
-            Column("MBPP", "mbpp", "pass@1,none"),
+            Column("HumanEval", "humaneval", "pass@1"),
+            Column("MBPP", "mbpp", "pass@1"),
         ),
         {
             "LaMDA 137B": (14.0, 14.8),
@@ -178,11 +180,11 @@ TABLES: dict[str, Table] = {
     "mmlu": Table(
         "Table 9: MMLU, five-shot, accuracy",
         (
-            Column("humanities", "mmlu_humanities", "acc,none"),
-            Column("STEM", "mmlu_stem", "acc,none"),
-            Column("social", "mmlu_social_sciences", "acc,none"),
-            Column("other", "mmlu_other", "acc,none"),
-            Column("average", "mmlu", "acc,none"),
+            Column("humanities", "mmlu_humanities", "acc"),
+            Column("STEM", "mmlu_stem", "acc"),
+            Column("social", "mmlu_social_sciences", "acc"),
+            Column("other", "mmlu_other", "acc"),
+            Column("average", "mmlu", "acc"),
         ),
         {
             "GPT-NeoX 20B": (29.8, 34.9, 33.7, 37.7, 33.6),
@@ -202,23 +204,31 @@ TABLES: dict[str, Table] = {
 }
 
 
-def own_row(table: Table, results: Mapping[str, Mapping[str, Any]]) -> Row:
+def own_row(table: Table, results: Metrics) -> Row:
     """Returns one's own values in the columns of a table [percent]; None: not measured."""
     values = (results.get(c.task, {}).get(c.metric) for c in table.columns)
-    return tuple(100 * v if isinstance(v, float | int) else None for v in values)
+    return tuple(None if value is None else 100 * value for value in values)
 
 
-def tables_of(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def metrics_of(results: Mapping[str, Any]) -> Metrics:
+    """Returns the value of each metric in the `results` of an `Evaluation`."""
+    return {
+        name: {metric: measured["value"] for metric, measured in part["metrics"].items()}
+        for name, part in {**results["tasks"], **results["groups"]}.items()
+    }
+
+
+def tables_of(results: Metrics) -> list[str]:
     """Returns the names of the tables of which at least one column was measured."""
     return [name for name, t in TABLES.items() if any(v is not None for v in own_row(t, results))]
 
 
-def format_table(name: str, results: Mapping[str, Mapping[str, Any]], model: str) -> str:
+def format_table(name: str, results: Metrics, model: str) -> str:
     """Returns a table of the paper with one's own row below it, and the differences.
 
     Args:
         name: a key of `TABLES`.
-        results: by task, each lm-eval's metrics; values are fractions.
+        results: of `metrics_of`.
         model: heading of one's own row.
     """
     table = TABLES[name]
