@@ -19,7 +19,7 @@ def check_humaneval(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 def check_mbpp(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns whether the program that the model wrote passes the tests of the problem."""
-    parts = [doc.get("test_setup_code") or "", results[0], *doc["test_list"]]
+    parts = [doc["test_setup_code"], results[0], *doc["test_list"]]
     return {"pass@1": float(passes("\n".join(parts)))}
 
 

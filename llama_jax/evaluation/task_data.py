@@ -43,7 +43,7 @@ def read_splits(
             row.
         hub: where the data set comes from: its name on huggingface.co.
         config: its configuration there.
-        where: the rows to use: value by field. None: all.
+        where: the rows to use: value by one of the fields. None: all.
         data: the folder of the files, local or in a bucket. None: the rows come from the hub.
         _: lm-eval passes the metadata of the task too.
 
@@ -54,6 +54,7 @@ def read_splits(
 
     if data is None:
         return datasets.load_dataset(hub, config)
+    datasets.disable_progress_bars()
     source = f"huggingface.co/datasets/{hub}" + (f" ({config})" if config else "")
     splits = {}
     for split, name in files.items():
@@ -87,7 +88,7 @@ def _frozen(fields: Mapping[str, str | list[Any]]) -> tuple[tuple[str, Any], ...
 
 @functools.lru_cache(maxsize=8)  # the 57 tasks of MMLU read the same two files
 def _checked_rows(path: AnyPath, fields: tuple[tuple[str, Any], ...], source: str) -> Rows:
-    """Returns the rows of a file.
+    """Returns the rows of a file, only with these fields: others may have no type in Arrow.
 
     Raises:
         InputError: a row has not the fields of the data set.
@@ -106,7 +107,7 @@ def _checked_rows(path: AnyPath, fields: tuple[tuple[str, Any], ...], source: st
                 f" {', '.join(f'{name} ({_describe(allowed)})' for name, allowed in fields)}: use"
                 f" the rows of {source}"
             )
-        rows.append(row)
+        rows.append({name: row[name] for name, _ in fields})
     return rows
 
 

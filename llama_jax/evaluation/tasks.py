@@ -20,6 +20,7 @@ from typing import Any
 from llama_jax.errors import InputError, missing_extra
 from llama_jax.evaluation.paper_tables import CLOSED_BOOK_SHOTS, TABLES
 from llama_jax.evaluation.relative_choice import score_relative_to
+from llama_jax.evaluation.run_program import passes
 from llama_jax.evaluation.task_data import find_file
 from llama_jax.runtime.storage import AnyPath
 
@@ -95,7 +96,7 @@ def load_tasks(
 
     Raises:
         InputError: lm-eval is missing, a name is unknown, a file is missing or has other fields, or
-            a task runs programs and `run_code` is not set.
+            a task runs programs and `run_code` is not set or this machine can't isolate them.
     """
     names = expand_names(names, shots)
     try:
@@ -126,7 +127,7 @@ def load_tasks(
         more = _load(manager, others)
         loaded = {kind: {**loaded[kind], **more[kind]} for kind in loaded}
     for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not run_code:
+        if getattr(task, "UNSAFE_CODE", False) and not (run_code and passes("")):
             raise InputError(
                 f"task {name} runs the programs that the model writes: add --run-code to allow it"
                 " (in processes without network and with limits; docs/evaluate.md)"
@@ -154,7 +155,7 @@ def _load(manager: Any, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _configure(name: str, task: Any, data: AnyPath | None, shots: int | None) -> None:
-    """Sets the number of examples, their seed and our own metric, where a task has it.
+    """Sets the number of examples, their seed, the processed rows, and our own metric.
 
     Raises:
         InputError: the task needs more examples than its data set has.
@@ -176,6 +177,10 @@ def _configure(name: str, task: Any, data: AnyPath | None, shots: int | None) ->
                 f" the split '{split}' of huggingface.co/datasets/{kwargs['hub']}"
             )
         raise InputError(f"task {name} has only {found} examples to show: give a smaller --shots")
+    if data is not None and task.config.process_docs is not None:
+        # lm-eval processes all rows again each time that it reads them, some twice per evaluation.
+        split = task.config.test_split or task.config.validation_split
+        task.dataset[split], task.config.process_docs = task.eval_docs, None
     metadata = task.config.metadata or {}
     metadata.pop("config_source", None)  # a path in a temporary folder
     if context := metadata.get("relative_to"):

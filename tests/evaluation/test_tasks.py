@@ -6,6 +6,7 @@ import math
 import random
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from conftest import SHARED, peer
 
 from llama_jax.errors import InputError
 from llama_jax.evaluation.paper_tables import TABLES
-from llama_jax.evaluation.tasks import expand_names, load_tasks, task_names
+from llama_jax.evaluation.tasks import _write_task_files, expand_names, load_tasks, task_names
 
 SAMPLES = SHARED / "data" / "eval_samples"
-N = 160  # rows of each task
+N = 100  # rows of each task
 PROGRAM = "    return a + b\n"
 
 
@@ -56,7 +57,8 @@ def humaneval(i: int) -> dict[str, Any]:
 
 def mbpp(i: int) -> dict[str, Any]:
     tests = [f"assert add({i}, {j}) == {i + j}" for j in range(3)]
-    return {"text": "Add two numbers.", "code": f"def add(a, b):\n{PROGRAM}", "test_list": tests}
+    return {"text": "Add two numbers.", "code": f"def add(a, b):\n{PROGRAM}", "test_list": tests,
+            "test_setup_code": ""}  # fmt: skip
 
 
 def truthfulqa(i: int) -> dict[str, Any]:
@@ -176,12 +178,20 @@ def test_an_oracle_scores_one_and_a_random_model_chance(
     assert abs(result(task, tmp_path, guess, metric) - chance) <= bound
 
 
-def test_the_table_of_tasks_is_complete():
-    tested = {task for task, *_ in TASKS}
-    for name in (*task_names(), *(task for table in TABLES.values() for task in table.tasks)):
-        assert name.startswith("paper:") or any(
-            task.startswith(name) or name.startswith(task.removesuffix("0shot")) for task in tested
-        ), name
+def test_each_task_that_has_a_name_is_tested():
+    peer("lm_eval")
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = _write_task_files(Path(folder), Path(lm_eval.tasks.__file__).parent)
+        names = TaskManager(include_path=str(files), include_defaults=False).all_subtasks
+    families = r"mmlu_|minerva_math_|paper_nq_open_|paper_triviaqa_"
+    tested = {re.sub(f"({families}).*", r"\1", task) for task, *_ in TASKS}
+    assert {re.sub(f"({families}).*", r"\1", name) for name in names} == tested
+    columns = {task for table in TABLES.values() for task in table.tasks}
+    groups = {"mmlu", "minerva_math"}
+    assert columns | {n for n in task_names() if ":" not in n} <= set(names) | groups
 
 
 def test_choices_relative_to_answer_are_scored_in_two_contexts(tmp_path):
