@@ -20,6 +20,7 @@ def attention(
     v_BTKH: jax.Array,
     segments_BT: jax.Array | None,
     kernel: str = "auto",
+    ends_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(q·k) v over complete texts, [B, T, N, H] in q's dtype.
 
@@ -32,27 +33,33 @@ def attention(
         kernel: 'xla' (everywhere), 'splash' (TPU; interpreted elsewhere), 'cudnn' (NVIDIA), or
             'auto': the platform's kernel if it supports these shapes and dtypes and has passed the
             test that segments stay separate, else 'xla'.
+        ends_BT: of rows that are prefix trees in depth-first order, the index after the last token
+            of each token's subtree: token i attends to token j if j ≤ i < ends[j]. Such rows always
+            use 'xla': the other kernels don't have this mask.
 
     Raises:
         InputError: the named kernel does not support these shapes, dtypes or this platform.
     """
-    kernel = _choose_kernel(kernel, q_BTNH, segments_BT)
+    kernel = "xla" if ends_BT is not None else _choose_kernel(kernel, q_BTNH, segments_BT)
 
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
+    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT, ends_BT):
         k_BSKH, v_BSKH = gather_sequence(k_BTKH), gather_sequence(v_BTKH)
         segments_BS = None if segments_BT is None else gather_sequence(segments_BT)
+        ends_BS = None if ends_BT is None else gather_sequence(ends_BT)
         if kernel == "cudnn":
             return _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-        module = attention_splash if kernel == "splash" else attention_xla
-        return module.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        if kernel == "splash":
+            return attention_splash.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+        return attention_xla.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, ends_BS)
 
     specs = (
         activation_spec("BTNH"),
         activation_spec("BTKH"),
         activation_spec("BTKH"),
         activation_spec("BT"),
+        activation_spec("BT"),
     )
-    operands = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    operands = (q_BTNH, k_BTKH, v_BTKH, segments_BT, ends_BT)
     sharded = (x if x is None else jax.reshard(x, s) for x, s in zip(operands, specs, strict=True))
     # check_vma=True would require every kernel to declare the mesh axes its results vary over.
     mapped = jax.shard_map(

@@ -20,21 +20,20 @@ QUERY_BLOCK = 256
 
 
 class Mask(NamedTuple):
-    """Determines which keys a query attends to: earlier ones, of its own segment."""
+    """Determines which keys a query attends to: earlier ones, of its own segment or branch."""
 
     positions_BT: jax.Array  # key slot of each query (B or 1 rows); it attends up to this slot
-    segments_BT: jax.Array | None  # of the queries; None: each row is one text
-    segments_BS: jax.Array | None  # of the keys
+    segments_BT: jax.Array | None = None  # of the queries; None: each row is one text
+    segments_BS: jax.Array | None = None  # of the keys
+    ends_BS: jax.Array | None = None  # slot after the last query that may attend to each key
 
     def block(self, queries: slice, keys: slice) -> "Mask":
         """Returns the mask of some of the queries and keys."""
-        if self.segments_BT is None or self.segments_BS is None:
-            return Mask(self.positions_BT[:, queries], None, None)
-        segments = self.segments_BT[:, queries], self.segments_BS[:, keys]
-        return Mask(self.positions_BT[:, queries], *segments)
+        columns = queries, queries, keys, keys
+        return Mask(*(x if x is None else x[:, c] for x, c in zip(self, columns, strict=True)))
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
+def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, ends_BS=None) -> jax.Array:
     """Returns the attention output of this device's queries, [B, T, N, H].
 
     For use in `jax.shard_map`. Keys are in text order, queries in the mesh's balanced order.
@@ -43,7 +42,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS) -> jax.Array:
     K = k_BSKH.shape[2]
     # With heads before positions, each einsum is a batched matrix product without a transpose.
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    mask = Mask(local_text_positions(T)[None], segments_BT, segments_BS)
+    mask = Mask(local_text_positions(T)[None], segments_BT, segments_BS, ends_BS)
     out_BKGTH = _blockwise(q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), mask)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -56,6 +55,8 @@ def _scores(q_BKGTH, k_BKSH, mask: Mask, scale_BKS=None) -> jax.Array:
     attended_BTS = mask.positions_BT[:, :, None] >= jnp.arange(k_BKSH.shape[2])
     if mask.segments_BT is not None and mask.segments_BS is not None:
         attended_BTS &= mask.segments_BT[:, :, None] == mask.segments_BS[:, None, :]
+    if mask.ends_BS is not None:
+        attended_BTS &= mask.positions_BT[:, :, None] < mask.ends_BS[:, None, :]
     scores = _einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     if scale_BKS is not None:
         scores *= scale_BKS[:, :, None, None]
@@ -78,7 +79,7 @@ def attend_cached(q_BKGTH: jax.Array, cache: LayerCache, positions_BT: jax.Array
     A query attends to the slots 0 … its position.
     """
     dtype = q_BKGTH.dtype
-    mask = Mask(positions_BT, None, None)
+    mask = Mask(positions_BT)
     scores = _scores(q_BKGTH, cache.k_BKSH.astype(dtype), mask, cache.k_scale_BKS)
     weights = jax.nn.softmax(scores, axis=-1)
     if cache.v_scale_BKS is not None:

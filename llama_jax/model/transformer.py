@@ -83,7 +83,8 @@ class _Inputs(NamedTuple):
 
     sin_cos: tuple[jax.Array, jax.Array]  # of the rotary embedding, [B, T, H/2] each
     positions_BT: jax.Array
-    segments_BT: jax.Array | None  # without a KV cache; None: each row is one text
+    segments_BT: jax.Array | None = None  # without a KV cache; None: each row is one text
+    ends_BT: jax.Array | None = None  # without a KV cache; of rows that are prefix trees
 
 
 def hidden_states(
@@ -92,11 +93,14 @@ def hidden_states(
     tokens_BT: jax.Array,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
+    ends_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the output of the last norm, which is the input of `output_head`.
 
-    The result is [B, T, D] in config.dtype; the arguments are those of `forward`. On a mesh that
-    splits sequences, arguments and result have T in balanced order (`collectives.shard_sequence`).
+    The result is [B, T, D] in config.dtype; the arguments are those of `forward`. Rows that are
+    prefix trees also have `ends_BT` (see `attention`), and the depth of each token as its position.
+    On a mesh that splits sequences, arguments and result have T in balanced order
+    (`collectives.shard_sequence`).
     """
     check_current_mesh(model.norm[...])
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
@@ -105,7 +109,7 @@ def hidden_states(
         positions_BT = jnp.broadcast_to(
             positions_T, tokens_BT.shape, out_sharding=activation_spec("BT")
         )
-    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, segments_BT)
+    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, segments_BT, ends_BT)
 
     def block(x_BTD: jax.Array, layer: Block):
         return _block(config, layer, x_BTD, inputs, None)
@@ -142,7 +146,7 @@ def forward_cached(
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
     T = tokens_BT.shape[1]
     positions_BT = cache.used_B[:, None] + jnp.arange(T)
-    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, None)
+    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT)
     x_BTD = embed(config, model.tok_embeddings, tokens_BT)
     layer_caches = []
     for number, layer_cache in enumerate(cache.layers):
@@ -176,7 +180,8 @@ def _attention(
     k_BTKH = save_for_backward("key", apply_rope(k_BTKH, inputs.sin_cos))
     v_BTKH = save_for_backward("value", matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wv))
     if cache is None:
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, config.attention)
+        texts = inputs.segments_BT, config.attention, inputs.ends_BT
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
         cache = write_cache(cache, k_BTKH, v_BTKH, inputs.positions_BT[:, 0])
         out_BTNH = cached_attention(q_BTNH, cache, inputs.positions_BT)
