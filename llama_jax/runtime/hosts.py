@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax._src.clusters import ClusterEnv  # `jax.distributed.initialize` uses it too
+from jax.experimental import multihost_utils
 
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import handshake, stop_signal
@@ -123,6 +125,20 @@ def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
     decision = decide()
     _channel.to_others("decision", decision)
     return decision
+
+
+def broadcast_json(produce: Callable[[], Any]) -> Any:
+    """As `broadcast_decision`, for a result of any size, which the devices' network carries.
+
+    All hosts must use all of their devices in the collectives around this call.
+    """
+    if _channel is None:
+        return produce()
+    data = json.dumps(produce()).encode() if is_host_zero() else b""
+    # The others wait for the size without a collective, which would end after a time-out.
+    size = broadcast_decision(lambda: len(data))
+    content = np.frombuffer(data.ljust(size, b"\0"), np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(content)))
 
 
 def check_equal_on_hosts(values: dict[str, Any]) -> None:

@@ -104,6 +104,21 @@ class ChatTemplate:
             encoded.answers.append((start, end + 1))
         return encoded
 
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """Returns the text of a chat; special tokens in messages are not marked as ordinary text.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: see `render_prefixes`.
+        """
+        prefix = [(len(messages), generation_prompt)]
+        [text] = render_prefixes(self._template, messages, self._tokens, prefix)
+        if generation_prompt:
+            return text
+        last = messages[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
     def _encode_prefixes(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of a rendered chat and of its prefixes.
 

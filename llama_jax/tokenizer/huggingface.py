@@ -146,6 +146,22 @@ class TokenizerJson:
         self._check_llama3()
         return chat.encode_llama3_chat(self.encode, self._llama3, messages)
 
+    def render_chat(
+        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a chat in the model's format, for `parse`.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        template = self._chat_template
+        if template is None:
+            self._check_llama3()
+            template = self._template_of(chat.LLAMA3_TEMPLATE)
+        return template.render(messages, generation_prompt=generation_prompt)
+
     def encode_example(
         self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
     ) -> chat.EncodedChat:
@@ -162,12 +178,13 @@ class TokenizerJson:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
-        if self.template is None:
-            return None
+        return None if self.template is None else self._template_of(self.template)
+
+    def _template_of(self, source: str) -> ChatTemplate:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         texts = {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items()}
         return ChatTemplate(
-            self.template,
+            source,
             self._settings.tokens or texts,
             special=self.special,
             end_ids=self.end_ids,

@@ -134,6 +134,22 @@ class SentencePiece:
         self._check_llama2()
         return chat.encode_llama2_chat(self.encode, messages)
 
+    def render_chat(
+        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a chat in the model's format, for `parse`.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        template = self._chat_template
+        if template is None:
+            self._check_llama2()
+            template = self._template_of(chat.LLAMA2_TEMPLATE)
+        return template.render(messages, generation_prompt=generation_prompt)
+
     def encode_example(
         self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
     ) -> chat.EncodedChat:
@@ -151,13 +167,14 @@ class SentencePiece:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
-        if self.template is None:
-            return None
+        return None if self.template is None else self._template_of(self.template)
+
+    def _template_of(self, source: str) -> ChatTemplate:
         p = self._processor
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
         encoder = self._parser or self
         return ChatTemplate(
-            self.template,
+            source,
             tokens | dict(self._settings.tokens),
             special=encoder.special,
             end_ids=self.end_ids,

@@ -121,6 +121,19 @@ class Tiktoken:
             return self._chat_template.encode_prompt(messages)
         return chat.encode_llama3_chat(self.encode, self.special, messages)
 
+    def render_chat(
+        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
+    ) -> str:
+        """Returns the text of a chat in the model's format, for `parse`.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        template = self._chat_template or self._template_of(chat.LLAMA3_TEMPLATE)
+        return template.render(messages, generation_prompt=generation_prompt)
+
     def encode_example(
         self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
     ) -> chat.EncodedChat:
@@ -136,11 +149,12 @@ class Tiktoken:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
-        if self.template is None:
-            return None
+        return None if self.template is None else self._template_of(self.template)
+
+    def _template_of(self, source: str) -> ChatTemplate:
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
         return ChatTemplate(
-            self.template,
+            source,
             tokens | dict(self._settings.tokens),
             special=self.special,
             end_ids=self.end_ids,

@@ -81,6 +81,16 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """Returns the text of a chat in the model's format, for `parse`.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        ...
+
     def encode_example(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
     ) -> EncodedChat:

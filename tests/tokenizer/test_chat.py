@@ -77,6 +77,11 @@ def test_the_templates_give_the_ids_of_the_code(request, tmp_path, template, nam
     chats = [[USER], [SYSTEM, USER], [USER, ANSWER, QUESTION], [SYSTEM, USER, ANSWER, QUESTION]]
     for messages in chats:
         assert other.encode_chat(messages) == tokenizer.encode_chat(messages)
+        assert other.render_chat(messages) == tokenizer.render_chat(messages)
+        assert tokenizer.parse(tokenizer.render_chat(messages)) == tokenizer.encode_chat(messages)
+    begun = tokenizer.render_chat([USER, ANSWER], generation_prompt=False)
+    assert begun.startswith(tokenizer.render_chat([USER]))
+    assert begun.endswith("Hello!")
 
 
 def test_invalid_chats_are_rejected(llama2, llama3):
