@@ -4,6 +4,7 @@
 layer is in memory. Both read and write the same folders.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from llama_jax.checkpoint import array_files
 from llama_jax.checkpoint.array_files import ArraySpec
 from llama_jax.checkpoint.arrays import FAULTS, open_arrays
-from llama_jax.checkpoint.content_sums import stored_sum
+from llama_jax.checkpoint.content_sums import complete_sums, stored_sum
 from llama_jax.checkpoint.model_folders import weights_location
-from llama_jax.runtime.damage import classify_errors
+from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.storage import AnyPath
 
 
@@ -33,6 +34,8 @@ class WeightsReader:
         where, files = weights_location(folder)
         self.folder = where / "model"
         self._stores = open_arrays(where, "model", files.names)
+        self._sums = files.sums
+        self._parts = defaultdict[str, dict[int, int]](dict)  # of each weight, by layer
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -40,10 +43,26 @@ class WeightsReader:
         return {n: (tuple(s.shape), s.dtype.numpy_dtype) for n, s in self._stores.items()}
 
     def read(self, name: str, layer: int | None) -> np.ndarray:
-        """Returns a weight, or its slice for `layer`."""
+        """Returns a weight, or its slice for `layer`.
+
+        Raises:
+            Damaged: a chunk is damaged; or this was the last slice of a weight that is not the one
+                that was written.
+            Fault: the machine could not read it.
+        """
         store = self._stores[name]
         with classify_errors(self.folder / name, FAULTS):
-            return (store if layer is None else store[layer]).read().result()
+            array = (store if layer is None else store[layer]).read().result()
+        values = array if layer is None else array[None]
+        origin = [layer or 0, *[0] * (values.ndim - 1)]
+        parts = self._parts[name]
+        parts[layer or 0] = stored_sum(store, [(origin, values)])
+        if layer is None or len(parts) == store.shape[0]:
+            item = f"model/{name}"
+            found = complete_sums({item: part} for part in parts.values())[item]
+            if self._sums.get(item, found) != found:
+                raise Damaged(self.folder / name, "it is not the array that was written")
+        return array
 
 
 class WeightsWriter:

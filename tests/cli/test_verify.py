@@ -47,6 +47,14 @@ def flip_bit(path, seed=0):
     path.write_bytes(data)
 
 
+def exchange_chunks(array, first, second):
+    """Exchanges two chunks of an array; each has a valid checksum."""
+    chunks = array / "c"
+    (chunks / first).rename(array / "first")
+    (chunks / second).rename(chunks / first)
+    (array / "first").rename(chunks / second)
+
+
 def test_what_is_intact_is_verified(run_folder, model_folder, token_folder, capsys):
     code, out, _ = run(capsys, "info", run_folder, "--verify")
     assert code == 0
@@ -82,7 +90,6 @@ def test_a_flipped_bit_in_an_array_is_reported(
 
 
 def test_exchanged_chunks_are_reported(run_folder, model_folder, token_folder, tmp_path, capsys):
-    """Each has a valid checksum."""
     model = shutil.copytree(model_folder, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_writer, "SHARD_TOKENS", 1024)
@@ -95,15 +102,21 @@ def test_exchanged_chunks_are_reported(run_folder, model_folder, token_folder, t
         (model, "weights/model/layers.w1", ("0/0/0", "1/0/0")),
         (tokens, "train/tokens", ("0", "1")),
     ):
-        first, second = (folder / array / "c" / chunk for chunk in chunks)
-        first.rename(tmp_path / "first")
-        second.rename(first)
-        (tmp_path / "first").rename(second)
+        exchange_chunks(folder / array, *chunks)
         code, out, _ = run(capsys, "info", folder, "--verify")
         assert code == 1
         name = array.removeprefix("checkpoints/2/")
         assert f": damaged ({name} is not the array that was written)" in out
         assert ("step 1: verified" in out) == (folder == run_folder)
+
+
+def test_a_model_with_exchanged_chunks_is_not_converted(model_folder, tmp_path, capsys):
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    exchange_chunks(model / "weights/model/layers.w1", "0/0/0", "1/0/0")
+    code, _, err = run(capsys, "convert", model, tmp_path / "hf", "--to", "hf")
+    assert code == 2
+    assert "layers.w1 is damaged or cut short (it is not the array that was written)" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_missing_chunk_is_reported(run_folder, capsys):
