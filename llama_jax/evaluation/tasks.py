@@ -145,9 +145,9 @@ def _load(manager: Any, names: list[str]) -> dict[str, dict[str, Any]]:
     logger.setLevel(logging.ERROR)  # it warns of each file that has its own reader
     try:
         loaded = manager.load(names)
-    except ModuleNotFoundError as error:  # of lm-eval's own extras: math_verify
+    except (ImportError, AssertionError) as error:  # of lm-eval[math]: missing, or its version
         raise missing_extra(
-            f"{', '.join(names)}: a package is missing ({error})", "eval"
+            f"{', '.join(names)}: lm-eval lacks a package ({error})", "eval"
         ) from error
     finally:
         logger.setLevel(level)
