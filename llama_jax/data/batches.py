@@ -1,20 +1,21 @@
 """Batches as a pure function of the step.
 
-A sample is a window at a fixed position of the token stream. The seed and the step alone determine
-the windows of a step's global batch. So the step is the only state to save, and any number of hosts
-reads the same batches.
+A sample is a window at a fixed position of the token stream of its source. The seed and the step
+alone determine the windows of a step's global batch. So the step is the only state to save, and any
+number of hosts reads the same batches.
 """
 
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from llama_jax.config.run import DataConfig
+from llama_jax.data.mixture import Draw, Mixture, MixtureSchedule
 from llama_jax.data.shards import TokenStream
-from llama_jax.data.windows import Batch, open_windows
+from llama_jax.data.windows import Batch, open_windows, shuffle
 from llama_jax.errors import InputError
 
 AHEAD = 4  # batches that are being read: from this step's to the third after it
@@ -31,8 +32,6 @@ class Batches:
     """
 
     def __init__(self, config: DataConfig, micro_batches: int = 1, steps: int | None = None):
-        import grain
-
         self.config = config
         self.micro_batches = micro_batches
         self.steps = sys.maxsize if steps is None else steps
@@ -49,28 +48,21 @@ class Batches:
                     f" window of data.seq_len + 1 = {config.seq_len + 1:,}: add text or"
                     " shorten seq_len"
                 )
+        self.schedule = MixtureSchedule({0: config.mixture})
+        self._windows = windows
         # With the same seed, sources of equal length would be read in the same order.
-        shuffled = [
-            grain.MapDataset.source(source).seed(config.seed + i).shuffle().repeat()
-            for i, source in enumerate(windows)
-        ]
-        self._train = (
-            shuffled[0]
-            if len(shuffled) == 1
-            else grain.MapDataset.mix(shuffled, list(config.mixture.values()))
-        )
+        self._orders = [shuffle(len(source), config.seed + i) for i, source in enumerate(windows)]
         self._held_out = [open_windows(tokens, config) for tokens in self.splits["validation"]]
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._ahead = dict[int, dict[int, Future[Batch]]]()  # by step and row
 
     @property
     def fingerprint(self) -> list[str]:
-        """Identifies the data: each folder's weight and the hashes of its tokenizer and shards."""
+        """Identifies the data: each folder's share and the hashes of its tokenizer and shards."""
+        shares = Mixture([*self.config.mixture.values()]).shares
         return [
-            f"{weight:g}:{tokens.meta['tokenizer_sha256'][:16]}:{tokens.content_hash()[:16]}"
-            for weight, tokens in zip(
-                self.config.mixture.values(), self.splits["train"], strict=True
-            )
+            f"{share}:{tokens.meta['tokenizer_sha256'][:16]}:{tokens.content_hash()[:16]}"
+            for share, tokens in zip(shares, self.splits["train"], strict=True)
         ]
 
     @property
@@ -102,14 +94,21 @@ class Batches:
     def _read_ahead(self, step: int) -> None:
         """Starts to read the rows of this host's devices in the batch of a step."""
         if step not in self._ahead:
-            first = step * self.config.batch_size
+            draws = self.schedule.draw(step * self.config.batch_size, self.config.batch_size)
             self._ahead[step] = {
-                row: self._readers.submit(self._sample, first + row) for row in self._rows()
+                row: self._readers.submit(self._read, draws[row]) for row in self._rows()
             }
 
-    def _sample(self, number: int) -> Batch:
-        """Returns sample `number` of the training data."""
-        return cast(Batch, self._train[number])
+    def sample(self, number: int) -> Batch:
+        """Returns sample `number` of the run, a Batch of int32 arrays [T]."""
+        return self._read(self.schedule.draw(number, 1)[0])
+
+    def window_index(self, draw: Draw) -> int:
+        """Returns the index of a sample's window in its source. An epoch has each window once."""
+        return self._orders[draw.source][draw.number]
+
+    def _read(self, draw: Draw) -> Batch:
+        return self._windows[draw.source][self.window_index(draw)]
 
     def _rows(self) -> list[int]:
         """Returns the rows of a batch that this host's devices need, in order."""

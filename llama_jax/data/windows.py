@@ -1,5 +1,6 @@
 """Windows of training tokens at fixed positions of a token stream."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,3 +107,14 @@ def open_windows(tokens: TokenStream, config: DataConfig) -> Windows | PackedWin
         InputError: see `PackedWindows`.
     """
     return (Windows if tokens.kind == "text" else PackedWindows)(tokens, config)
+
+
+def shuffle(count: int, seed: int) -> Sequence[int]:
+    """Returns the endless order in which `count` windows are read.
+
+    Elements [e·count, (e + 1)·count) are epoch e: each index once, in another order in each epoch.
+    An element is computed from seed and position alone.
+    """
+    import grain
+
+    return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()

@@ -140,9 +140,9 @@ class TrainingState:
             self.step = progress.step
             if progress.data != self._data:
                 raise InputError(
-                    f"the data in {', '.join(config.data.mixture)} differ from those that the run"
-                    f" {config.training.out} was trained on: restore them, or choose another"
-                    " training.out"
+                    f"the data in {', '.join(config.data.mixture)}, their weights or their order"
+                    f" differ from those that the run {config.training.out} was trained on: restore"
+                    " them, or choose another training.out"
                 )
             if progress.base != self._base_hash:
                 raise InputError(

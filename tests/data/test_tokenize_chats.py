@@ -255,7 +255,7 @@ def test_a_flipped_bit_in_the_mask_is_found(rows, token_folder, tmp_path, capsys
     assert (code, "damaged (DATA_LOSS: " in out) == (1, True)
     config = DataConfig(mixture={str(tmp_path / "out"): 1.0}, batch_size=1, seq_len=T)
     with pytest.raises(InputError, match="is damaged or cut short"):
-        Batches(config)._train[0]
+        Batches(config).sample(0)
     path.unlink()
     with pytest.raises(InputError, match="train/trained/c/0 is missing"):
         Batches(config)
