@@ -1,12 +1,12 @@
 """The configuration of a run: frozen dataclasses whose fields have descriptions."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from llama_jax.config.data import DataConfig, Fraction, StoragePath
 from llama_jax.config.lora import LoraConfig
 from llama_jax.config.model import (
     STRICT,
@@ -16,11 +16,9 @@ from llama_jax.config.model import (
     PositiveInt,
     StrictBool,
 )
-from llama_jax.runtime.storage import check_path, parse_path
+from llama_jax.runtime.storage import parse_path
 
 AxisSize = Annotated[int, Field(ge=-1, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-StoragePath = Annotated[str, AfterValidator(check_path)]
 
 
 def _check_local(path: str) -> str:
@@ -48,43 +46,6 @@ class MeshConfig:
         if 0 in (self.data, self.fsdp, self.context, self.tensor):
             raise ValueError("the size of an axis is at least 1, or -1 for all other devices")
         return self
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig:
-    """The training data: folders of token shards, and the corpus that one is created from."""
-
-    mixture: Annotated[
-        dict[StoragePath, PositiveFloat],
-        Field(
-            description="map from a folder of token shards (created by `llama-jax tokenize`) to its"
-            " sampling weight"
-        ),
-    ] = dataclasses.field(hash=False)  # a dict has no hash, and Config needs one
-    corpus: tuple[StoragePath, ...] = Field(
-        default=(),
-        description="files, folders or globs of text and JSONL (.gz, .zst) from which the only"
-        " folder of `mixture` is created if it is missing; python-stdlib is the source code of"
-        " Python's standard library",
-    )
-    tokenizer: StoragePath | None = Field(
-        default=None,
-        description="tokenizer (file or folder) for `corpus`; null: the tokenizer of"
-        " training.init_from, or else a tokenizer that is trained on `corpus`",
-    )
-    validation_fraction: Fraction = Field(
-        default=0.05, description="fraction of the documents of `corpus` that is held out"
-    )
-    seq_len: PositiveInt = Field(
-        default=2048, description="T, length of a training window [tokens]"
-    )
-    batch_size: PositiveInt = Field(description="windows per optimizer step, over all devices")
-    isolate_documents: StrictBool = Field(
-        default=True,
-        description="mask attention between the documents of a window, and compute no loss on the"
-        " first token of a document; false: a window is one text",
-    )
-    seed: NonNegativeInt = Field(default=0, description="seed of the random order of the windows")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
