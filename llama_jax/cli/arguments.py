@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.errors import InputError
@@ -101,3 +102,17 @@ def read_sampling(args: argparse.Namespace) -> "Sampling":
     except ValidationError as error:
         problem = first_problem(error)
         raise InputError(problem.sentence(f"--{problem.key.replace('_', '-')}")) from error
+
+
+def parse_picture(path: str) -> Path:
+    """Returns the path of --picture; checks it before a command works for minutes.
+
+    Raises:
+        InputError: the name ends neither with .png nor with .svg, or its folder is missing.
+    """
+    picture = Path(path)
+    if picture.suffix not in (".png", ".svg"):
+        raise InputError(f"--picture {path}: name a file that ends with .png or .svg")
+    if not picture.parent.is_dir():
+        raise InputError(f"--picture {path}: there is no folder {picture.parent}: create it first")
+    return picture

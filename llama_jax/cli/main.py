@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from llama_jax import __version__
-from llama_jax.cli import convert, generate, info, perplexity, plan, serve, tokenize, train
+from llama_jax.cli import convert, data, generate, info, perplexity, plan, serve, tokenize, train
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import stop_signal
 from llama_jax.runtime.storage import check_path
@@ -23,6 +23,7 @@ from llama_jax.runtime.storage import check_path
 COMMANDS = {
     "train": train,
     "plan": plan,
+    "data": data,
     "tokenize": tokenize,
     "generate": generate,
     "serve": serve,

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from llama_jax.cli.arguments import add_config
+from llama_jax.cli.arguments import add_config, parse_picture
 from llama_jax.errors import InputError, install_command
 
 MANUAL = f"""\
@@ -113,7 +113,7 @@ def _plan_training(args: argparse.Namespace) -> int:
     from llama_jax.runtime.console import print_status
 
     pod = topology.parse(args.topology)
-    picture = args.picture and figure.check_path(args.picture)
+    picture = args.picture and parse_picture(args.picture)
     if args.compile < 1:
         raise InputError(f"--compile must be at least 1, not {args.compile}")
     if args.search:
@@ -157,7 +157,7 @@ def _plan_inference(args: argparse.Namespace) -> int:
     from llama_jax.plan import figure, serving, serving_report, topology
     from llama_jax.runtime.console import print_status
 
-    picture = args.picture and figure.check_path(args.picture)
+    picture = args.picture and parse_picture(args.picture)
     dtype = args.dtype or "bfloat16"
     config = replace(
         config,

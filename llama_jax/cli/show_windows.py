@@ -8,6 +8,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from llama_jax.config.data import DataConfig
+from llama_jax.data.batches import Batches
 from llama_jax.data.shards import TokenStream
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -44,23 +46,63 @@ def show_windows(folder: AnyPath, n: int) -> str:
     """
     stream, tokenizer = TokenStream(folder, "train"), load_tokenizer(folder)
     style = style_of(sys.stdout)
-    trained = style.trained[0] + "trained" + style.trained[1]
-    lines = [f"{folder}: {trained} tokens are marked"]
+    lines = [f"{folder}: {_trained(style)} tokens are marked"]
     for number, (tokens, starts, trained_T) in enumerate(_read_windows(stream, n), 1):
-        lines.append(
-            f"{style.border[0]}══ window {number}: {len(tokens):,} tokens{style.border[1]}"
-        )
-        bounds = [*np.flatnonzero(starts), len(tokens)]
-        if bounds[0]:  # a document of text continues from the window before
-            bounds.insert(0, 0)
-        for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            ids, mask = tokens[start:stop], trained_T[start:stop]
-            title = _title(stream.kind, i, bool(mask.any()))
-            count = f"{len(ids):,} tokens, {mask.sum():,} trained"
-            lines.append(f"{style.border[0]}── {title}: {count}{style.border[1]}")
-            if mask.any():
-                lines.append(decode_marked(tokenizer, ids, mask, style))
+        title = f"window {number}"
+        lines += _show_window(title, stream.kind, tokenizer, tokens, starts, trained_T, style)
     return "\n".join(lines)
+
+
+def show_step(config: DataConfig, step: int, n: int) -> str:
+    """Returns the first `n` rows of the batch of a step (1 is the first), as `show_windows`.
+
+    Raises:
+        InputError: a folder contains no token shards, or is damaged.
+    """
+    data = Batches(config)
+    tokenizer, style = load_tokenizer(config.folders[0]), style_of(sys.stdout)
+    lines = [f"step {step:,}: {_trained(style)} tokens are marked"]
+    for row in range(min(n, config.batch_size)):
+        number = (step - 1) * config.batch_size + row
+        at, window = data.locate(number), data.sample(number)
+        title = (
+            f"row {row + 1} of {config.batch_size:,}: {at.tokens.folder}, window"
+            f" {at.window + 1:,} of {at.windows:,} in epoch {at.epoch + 1:,}"
+        )
+        starts = np.diff(window.segments, prepend=0) != 0
+        trained_T = np.concatenate([[False], window.targets[:-1] >= 0])
+        lines += _show_window(
+            title, at.tokens.kind, tokenizer, window.tokens, starts, trained_T, style
+        )
+    return "\n".join(lines)
+
+
+def _trained(style: Style) -> str:
+    return style.trained[0] + "trained" + style.trained[1]
+
+
+def _show_window(
+    title: str,
+    kind: str,
+    tokenizer: Tokenizer,
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    trained_T: np.ndarray,
+    style: Style,
+) -> list[str]:
+    """Returns the lines of a window: its title, then a border and the text of each segment."""
+    lines = [f"{style.border[0]}══ {title}: {len(tokens):,} tokens{style.border[1]}"]
+    bounds = [*np.flatnonzero(starts), len(tokens)]
+    if bounds[0]:  # a document of text continues from the window before
+        bounds.insert(0, 0)
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        ids, mask = tokens[start:stop], trained_T[start:stop]
+        segment = _title(kind, i, bool(mask.any()))
+        count = f"{len(ids):,} tokens, {mask.sum():,} trained"
+        lines.append(f"{style.border[0]}── {segment}: {count}{style.border[1]}")
+        if mask.any():
+            lines.append(decode_marked(tokenizer, ids, mask, style))
+    return lines
 
 
 def _title(kind: str, i: int, is_trained: bool) -> str:

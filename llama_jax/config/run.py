@@ -289,9 +289,9 @@ class Config:
             )
         if not self.data.mixture:
             raise ValueError("data.mixture must name at least one folder of token shards")
-        if self.data.corpus and len(self.data.mixture) != 1:
+        if self.data.corpus and len(self.data.folders) != 1:
             raise ValueError(
                 "one folder is created from data.corpus, but data.mixture names"
-                f" {len(self.data.mixture)}: create each with `llama-jax tokenize` instead"
+                f" {len(self.data.folders)}: create each with `llama-jax tokenize` instead"
             )
         return self

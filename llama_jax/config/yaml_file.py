@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from llama_jax.config.data import Source
 from llama_jax.config.family import FAMILY
 from llama_jax.config.run import Config
 from llama_jax.config.validation import Problem, first_problem
@@ -71,7 +72,8 @@ def _included() -> dict[str, Path]:
     package = Path(__file__).parents[1]
     installed = package / "configs"  # in a wheel; in a checkout, configs/ is next to the package
     folder = installed if installed.is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    files = sorted(folder.rglob("*.yaml"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 
 def dump(config: Config) -> str:
@@ -165,12 +167,15 @@ class _Document:
         if problem.is_unknown:
             section = ".".join(problem.path[:-1])
             siblings = [key for key in KEYS if key.rpartition(".")[0] == section]
-            valid = siblings if section and siblings else SECTIONS
-            hint = _suggest_section(problem.path[-1]) or _suggest_nearest(problem.key, valid)
+            name, valid = problem.key, siblings if section and siblings else SECTIONS
+            if problem.path[:2] in (("data", "mixture"), ("data", "phases")):
+                name, valid = problem.path[-1], [f.name for f in dataclasses.fields(Source)]
+            hint = _suggest_section(problem.path[-1]) or _suggest_nearest(name, valid)
             return f"{sentence}; {hint or 'known are ' + ', '.join(valid)}"
         if problem.is_missing:
             known = KEYS.get(problem.key)
-            return f"{sentence} ({known.description if known else 'a section'}); add it"
+            what = known.description if known else "a section" if len(problem.path) == 1 else None
+            return f"{sentence} ({what}); add it" if what else f"{sentence}: add it"
         return sentence
 
 
@@ -202,7 +207,8 @@ def _list_keys(cls: type, prefix: str = "") -> Iterator[Key]:
         hint = hints[name]
         nested = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
         if field.description:
-            default = "required" if field.is_required() else _yaml_value(field.default)
+            value = field.get_default(call_default_factory=True)
+            default = "required" if field.is_required() else _yaml_value(value)
             yield Key(prefix + name, _type_name(hint), default, field.description)
         for cls_below in nested:
             yield from _list_keys(typing.cast(type, cls_below), f"{prefix}{name}.")

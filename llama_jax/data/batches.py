@@ -8,18 +8,27 @@ number of hosts reads the same batches.
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama_jax.config.run import DataConfig
-from llama_jax.data.mixture import Draw, Mixture, MixtureSchedule
+from llama_jax.data.mixture import Draw, Mixture, open_schedule
 from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Batch, open_windows, shuffle
 from llama_jax.errors import InputError
 
 AHEAD = 4  # batches that are being read: from this step's to the third after it
 READERS = 64  # rows that are read at the same time; a bucket takes 50 ms for each
+
+
+class Location(NamedTuple):
+    """Where a sample is."""
+
+    tokens: TokenStream
+    epoch: int  # of its source, from 0
+    window: int  # index in its source
+    windows: int  # of its source
 
 
 class Batches:
@@ -35,7 +44,7 @@ class Batches:
         self.config = config
         self.micro_batches = micro_batches
         self.steps = sys.maxsize if steps is None else steps
-        folders = list(config.mixture)
+        folders = config.folders
         self.splits = {
             split: [TokenStream(folder, split) for folder in folders]
             for split in ("train", "validation")
@@ -48,7 +57,7 @@ class Batches:
                     f" window of data.seq_len + 1 = {config.seq_len + 1:,}: add text or"
                     " shorten seq_len"
                 )
-        self.schedule = MixtureSchedule({0: config.mixture})
+        self.schedule = open_schedule(config)
         self._windows = windows
         # With the same seed, sources of equal length would be read in the same order.
         self._orders = [shuffle(len(source), config.seed + i) for i, source in enumerate(windows)]
@@ -56,14 +65,22 @@ class Batches:
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._ahead = dict[int, dict[int, Future[Batch]]]()  # by step and row
 
-    @property
-    def fingerprint(self) -> list[str]:
-        """Identifies the data: each folder's share and the hashes of its tokenizer and shards."""
-        shares = Mixture([*self.config.mixture.values()]).shares
-        return [
-            f"{share}:{tokens.meta['tokenizer_sha256'][:16]}:{tokens.content_hash()[:16]}"
-            for share, tokens in zip(shares, self.splits["train"], strict=True)
-        ]
+    def fingerprint(self, steps: int | None = None) -> list[str]:
+        """Identifies the data of the first `steps` steps, or of all.
+
+        For each phase: the number of steps before it, then for each folder its share and the hashes
+        of its tokenizer and shards.
+        """
+        parts = list[str]()
+        streams = dict(zip(self.config.folders, self.splits["train"], strict=True))
+        for first, mixture in self.config.mixtures.items():
+            if first and steps is not None and first >= steps:
+                break
+            parts += [f"after step {first}"] if first else []
+            for folder, share in zip(mixture, Mixture([*mixture.values()]).shares, strict=True):
+                tokens, tokenizer = streams[folder], streams[folder].meta["tokenizer_sha256"]
+                parts.append(f"{share}:{tokenizer[:16]}:{tokens.content_hash()[:16]}")
+        return parts
 
     @property
     def unigram_entropy(self) -> float | None:
@@ -103,12 +120,15 @@ class Batches:
         """Returns sample `number` of the run, a Batch of int32 arrays [T]."""
         return self._read(self.schedule.draw(number, 1)[0])
 
-    def window_index(self, draw: Draw) -> int:
-        """Returns the index of a sample's window in its source. An epoch has each window once."""
-        return self._orders[draw.source][draw.number]
+    def locate(self, number: int) -> Location:
+        """Returns where sample `number` of the run is."""
+        [draw] = self.schedule.draw(number, 1)
+        windows = len(self._windows[draw.source])
+        epoch, index = draw.number // windows, self._orders[draw.source][draw.number]
+        return Location(self.splits["train"][draw.source], epoch, index, windows)
 
     def _read(self, draw: Draw) -> Batch:
-        return self._windows[draw.source][self.window_index(draw)]
+        return self._windows[draw.source][self._orders[draw.source][draw.number]]
 
     def _rows(self) -> list[int]:
         """Returns the rows of a batch that this host's devices need, in order."""

@@ -19,18 +19,19 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from llama_jax.config.data import DataConfig
+
 WINDOW = 10_000  # W
 _CIRCLE = WINDOW << 96  # one turn; an arc is rounded to a sample in 10³² or less
-# c, turns in W samples. c/W is near the golden ratio (its partial quotients are at most 3): shorter
-# runs of samples are nearly as even.
+# c, turns in W samples. c/W is near the golden ratio, and its partial quotients are at most 3: the
+# shares of shorter runs of samples are nearly as even.
 _TURNS = 6_181
-# The points of adjacent windows differ by W²ε, so a fraction f of a sample that is due in each
-# window is drawn as 0 for up to 1 / W²ε windows, then as 1. If a Wp is closer than this to an
-# integer, its source may have W·p ± 1.001: otherwise a source of share 1e-12 would make the shares
-# of all others wrong for 1e12 samples.
+# The least W²ε. A source has ⌊Wp⌋ samples in many windows, then ⌈Wp⌉ in many: that repeats after
+# 1 / W²ε windows. If a Wp is closer to an integer than this, its source may have Wp ± 1.001.
+# Otherwise a source of share 1e-12 would make the shares of the others wrong for 1e12 samples.
 _SLOWEST = Fraction(1, 1024)
-# With ε = 1 / (W²x + W·q) and q the denominator before the last of c/W, x continues its continued
-# fraction. The quotients of x are an integer and then only 1, those of the golden ratio.
+# With ε = 1 / (W²x + W·q), where c/W has the convergents …, p/q, c/W, x continues the continued
+# fraction of c/W. After an integer, x has the quotients of the golden ratio, which are all 1.
 _TAIL = Fraction("0.618033988749894848204586834366") + Fraction(pow(-_TURNS, -1, WINDOW), WINDOW)
 
 
@@ -155,3 +156,10 @@ class MixtureSchedule:
 
     def _phase(self, n: int) -> _Phase:
         return self._phases[bisect.bisect_right(self._phases, n, key=_first) - 1]
+
+
+def open_schedule(config: DataConfig) -> MixtureSchedule:
+    """Returns the origin of each sample of a run; a step has `batch_size` samples."""
+    return MixtureSchedule(
+        {steps * config.batch_size: mixture for steps, mixture in config.mixtures.items()}
+    )

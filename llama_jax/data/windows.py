@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.config.run import DataConfig
-from llama_jax.data.shards import TokenStream
+from llama_jax.data.shards import Kind, TokenStream
 from llama_jax.errors import InputError
 
 
@@ -35,7 +35,7 @@ class Windows:
         self.tokens = tokens
         self.length = config.seq_len
         self.isolate = config.isolate_documents
-        self.count = max(0, len(tokens) - 1) // self.length
+        self.count = count_windows(tokens.kind, len(tokens), self.length)
 
     def __len__(self) -> int:
         return self.count
@@ -79,7 +79,7 @@ class PackedWindows:
                 " data.isolate_documents must be true"
             )
         self.tokens = tokens
-        self.count = len(tokens) // T
+        self.count = count_windows(tokens.kind, len(tokens), T)
 
     def __len__(self) -> int:
         return self.count
@@ -107,6 +107,11 @@ def open_windows(tokens: TokenStream, config: DataConfig) -> Windows | PackedWin
         InputError: see `PackedWindows`.
     """
     return (Windows if tokens.kind == "text" else PackedWindows)(tokens, config)
+
+
+def count_windows(kind: Kind, tokens: int, seq_len: int) -> int:
+    """Returns the number of windows of T = `seq_len` of a split with this number of tokens."""
+    return max(0, tokens - (kind == "text")) // seq_len
 
 
 def shuffle(count: int, seed: int) -> Sequence[int]:

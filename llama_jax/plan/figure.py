@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.errors import InputError
 from llama_jax.plan.serving import InferencePlan
 from llama_jax.plan.training import TrainingPlan
 from llama_jax.plan.training_report import GIB
@@ -30,20 +29,6 @@ class Chart:
     capacity: float
     memory: Bars
     times: Bars
-
-
-def check_path(path: str) -> Path:
-    """Returns the path of the picture; checks it before the compiler runs for minutes.
-
-    Raises:
-        InputError: the name ends neither with .png nor with .svg, or its folder is missing.
-    """
-    picture = Path(path)
-    if picture.suffix not in (".png", ".svg"):
-        raise InputError(f"--picture {path}: name a file that ends with .png or .svg")
-    if not picture.parent.is_dir():
-        raise InputError(f"--picture {path}: there is no folder {picture.parent}: create it first")
-    return picture
 
 
 def chart_training(plan: TrainingPlan) -> Chart:

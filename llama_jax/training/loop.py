@@ -15,6 +15,7 @@ from llama_jax.checkpoint.local_checkpoints import LocalCheckpoints
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
+from llama_jax.data.source_use import check_epochs, count_use
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
@@ -96,9 +97,10 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
             saved_steps = saved_steps + local.steps
         hosts.broadcast_decision(lambda: prepare(config, folder, saved_steps))
         data = Batches(config.data, config.training.micro_batches, config.training.steps)
-        hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint})
+        hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint()})
         check_kind(config, data)
         check_vocabulary(config, data)
+        check_epochs(count_use(config.data, config.training.steps))
         if newest is None:
             init_from.check_tokenizer(config, data)
         if newest is not None and finished:
@@ -111,8 +113,8 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
                 draw_figure(folder, data)
             return _outcome(folder, newest, data, finished=True)
         state = TrainingState(config, data, checkpoints, local)
-        hosts.broadcast_decision(lambda: write_run_files(config, data, folder))
-        print_summary(config, data, mesh, state.step)
+        hosts.broadcast_decision(lambda: write_run_files(config, data, folder, state.step))
+        print_summary(config, mesh, state.step)
         step_function = _compile_step(config, data, state)
         with (
             _record_stop_signals() as stop,

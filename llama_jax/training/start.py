@@ -14,6 +14,7 @@ from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
+from llama_jax.data.source_use import count_use, describe_phases
 from llama_jax.errors import InputError
 from llama_jax.model.lora import Trained
 from llama_jax.model.weights import Llama, quantize_model
@@ -127,7 +128,7 @@ class TrainingState:
         checkpoints: TrainingCheckpoints,
         local: LocalCheckpoints | None,
     ):
-        self.step, self._data, self._base_hash = 0, data.fingerprint, None
+        self.step, self._data, self._base_hash = 0, data, None
         source = config.training.init_from
         if config.has_base:
             self._base_hash = hosts.broadcast_decision(lambda: manifest_hash(str(source)))
@@ -138,12 +139,7 @@ class TrainingState:
         if restored:
             progress, self.trained, self.opt_state = restored
             self.step = progress.step
-            if progress.data != self._data:
-                raise InputError(
-                    f"the data in {', '.join(config.data.mixture)}, their weights or their order"
-                    f" differ from those that the run {config.training.out} was trained on: restore"
-                    " them, or choose another training.out"
-                )
+            _check_data(config, progress, data.fingerprint(self.step))
             if progress.base != self._base_hash:
                 raise InputError(
                     f"the weights in {source}, training.init_from, are not those with which"
@@ -160,7 +156,36 @@ class TrainingState:
     @property
     def progress(self) -> Progress:
         """The metadata of a checkpoint of this state."""
-        return Progress(self.step, self._data, self._base_hash)
+        return Progress(self.step, self._data.fingerprint(self.step), self._base_hash)
+
+
+def _check_data(config: Config, progress: Progress, fingerprint: list[str]) -> None:
+    """Compares the data of the steps done with those of the configuration.
+
+    Args:
+        config: of the run, from now on.
+        progress: of the checkpoint from which the run resumes.
+        fingerprint: of as many steps of the configuration's data.
+
+    Raises:
+        InputError: they differ, in content or in order.
+    """
+    if progress.data == fingerprint:
+        return
+    saved, now = (
+        {p.partition(":")[2] for p in parts} - {""} for parts in (progress.data, fingerprint)
+    )
+    if saved == now:  # the hashes, without the shares and the phases
+        raise InputError(
+            f"{config.training.out} was trained with other shares of its sources in the first"
+            f" {progress.step} steps than data.mixture and data.phases have now, or in another"
+            f" order: restore them (a phase may change or begin after step {progress.step}), or"
+            " choose another training.out"
+        )
+    raise InputError(
+        f"the data in {', '.join(config.data.folders)} differ from those that the run"
+        f" {config.training.out} was trained on: restore them, or choose another training.out"
+    )
 
 
 def prepare_data(config: Config) -> None:
@@ -169,7 +194,7 @@ def prepare_data(config: Config) -> None:
     Raises:
         InputError: the folder is missing and `data.corpus` is empty.
     """
-    for name in config.data.mixture:
+    for name in config.data.folders:
         if parse_path(name).exists():
             continue
         if not config.data.corpus:
@@ -242,7 +267,7 @@ def _describe_parameters(config: Config) -> str:
     return f"{pairs:,} trained parameters ({pairs / n_params:.2%} of {n_params:,} in {storage})"
 
 
-def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: int) -> None:
+def print_summary(config: Config, mesh: jax.sharding.Mesh, step: int) -> None:
     """Prints the parameters, devices, steps and epochs of a run."""
     devices = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     tokens = config.data.batch_size * config.data.seq_len
@@ -252,9 +277,7 @@ def print_summary(config: Config, data: Batches, mesh: jax.sharding.Mesh, step: 
         f"{_describe_parameters(config)} on {jax.device_count()} {kind}"
         f" ({devices}); {config.training.steps - step:,} steps of {tokens:,} tokens"
     )
-    for source in data.splits["train"]:
-        epochs = config.training.steps * tokens / len(source)
-        share = config.data.mixture[str(source.folder)] / sum(config.data.mixture.values())
-        print_status(
-            f"{source.folder}: {len(source):,} tokens, {share * epochs:.2f} epochs in this run"
-        )
+    for use in count_use(config.data, config.training.steps):
+        print_status(f"{use.folder}: {use.tokens:,} tokens, {use.epochs:.2f} epochs in this run")
+    for line in describe_phases(config.data):
+        print_status(line)

@@ -206,6 +206,10 @@ def bad_commands(tmp_path, model_folder, token_folder):
             "--picture plan.pdf: name a file that ends with .png or .svg",
         ),
         (
+            ["plan", good, "--topology", "v5p:4x4x4", "--picture", "no/plan.png"],
+            "--picture no/plan.png: there is no folder no: create it first",
+        ),
+        (
             ["plan", "llama2-7b", "--topology", "v5p:4x4x4"],
             "llama2-7b is a model, and a training run needs a configuration file: give one, or add"
             " --inference to plan serving llama2-7b",

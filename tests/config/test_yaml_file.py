@@ -34,7 +34,9 @@ def test_a_member_of_the_family_gives_the_defaults_of_the_model(minimal):
 
 
 def test_a_saved_configuration_reads_back_equal(minimal, tmp_path):
-    config = yaml_file.load(minimal, ["model.family=llama3.1-8b", "mesh.tensor=4"])
+    phases = "data.phases={500: {data/x: 1, gs://b/y: 0.25}, 20: {data/y: 3}}"
+    config = yaml_file.load(minimal, ["model.family=llama3.1-8b", "mesh.tensor=4", phases])
+    assert config.data.folders == ["data/x", "data/y", "gs://b/y"]  # in the order of the steps
     (tmp_path / "again.yaml").write_text(yaml_file.dump(config))
     assert yaml_file.load(tmp_path / "again.yaml") == config
     assert hash(yaml_file.load(tmp_path / "again.yaml")) == hash(config)
@@ -48,22 +50,26 @@ def test_a_decay_may_fill_all_steps_after_the_warm_up(minimal):
 
 
 def test_every_file_in_configs_is_valid_and_starts_with_its_command():
-    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    paths = sorted((ROOT / "configs").rglob("*.yaml"))
     assert paths
     for path in paths:
         yaml_file.load(path)
         first = path.read_text().splitlines()[0]
-        assert first == f"# llama-jax train configs/{path.name}"
+        command = "data" if path.parent.name == "data" else "train"
+        assert first == f"# llama-jax {command} {path.relative_to(ROOT)}"
 
 
 def test_included_files_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quickstart").mkdir()  # a folder, not a file
+    assert yaml_file.find("data/llama") == ROOT / "configs/data/llama.yaml"
     for path in ("quickstart", "configs/quickstart.yaml"):
         assert yaml_file.load(path) == yaml_file.load(ROOT / "configs" / "quickstart.yaml")
     (tmp_path / "llama-7b").write_text(MINIMAL)
     assert yaml_file.load("llama-7b").training.steps == 10  # the user's own file takes precedence
-    with pytest.raises(InputError, match=r"no-such: No such .*; llama_jax includes dpo-lora, "):
+    with pytest.raises(
+        InputError, match=r"no-such: No such .*; llama_jax includes data/llama, dpo-lora, "
+    ):
         yaml_file.load("no-such")
 
 
@@ -120,7 +126,7 @@ BAD_OVERRIDES = [
     ("training.steps=", "training.steps must be a valid integer, not None"),
     ("logging.progress=1", "logging.progress must be a valid boolean, not 1"),
     ("data.corpus=books", "data.corpus must be a list, not 'books'"),
-    ("data.mixture={a: heavy}", "data.mixture.a must be a valid number, not 'heavy'"),
+    ("data.mixture={a: heavy}", "data.mixture.a.weight must be a valid number, not 'heavy'"),
     ("mesh=3", "mesh must be a section of keys, not 3"),
     ("mesh.fsdp=0", "mesh: the size of an axis is at least 1, or -1 for all other devices"),
     ("model.family=llama-9b", "model.family: 'llama-9b' is not a member; did you mean llama-7b?"),

@@ -185,6 +185,6 @@ def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(token_fold
         tokenizer=token_folder / "tokenizer.model", validation_fraction=0.1, progress=False,
     )  # fmt: skip
     copy = changed_copy(token_folder, tmp_path, lambda f: None)
-    expected = Batches(config(token_folder)).fingerprint
-    assert Batches(config(copy)).fingerprint == expected
-    assert Batches(config(tmp_path / "less")).fingerprint != expected
+    expected = Batches(config(token_folder)).fingerprint()
+    assert Batches(config(copy)).fingerprint() == expected
+    assert Batches(config(tmp_path / "less")).fingerprint() != expected

@@ -1,11 +1,9 @@
 import math
 from dataclasses import replace
 
-import pytest
 from conftest import tiny_config
 
 from llama_jax.config.family import FAMILY
-from llama_jax.errors import InputError
 from llama_jax.plan import figure, topology
 from llama_jax.plan.figure import Chart
 from llama_jax.plan.program_time import ProgramTime
@@ -63,12 +61,3 @@ def test_an_inference_chart_shows_the_needed_memory_and_the_time_of_each_program
     assert list(chart.times["decode, batch 8"].values()) == [2000, 250]
     larger_prefill = figure.chart_inference(replace(plan, prefill_bytes=4 * GIB))
     assert larger_prefill.memory["a chip"]["during prefill"] == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [("p.pdf", "ends with .png or .svg"), ("no/p.png", "there is no folder")],
-)
-def test_an_unwritable_picture_path_is_rejected_before_compiling(tmp_path, name, sentence):
-    with pytest.raises(InputError, match=sentence):
-        figure.check_path(str(tmp_path / name))
