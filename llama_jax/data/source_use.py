@@ -83,8 +83,8 @@ def _planned_size(folder: str, source: Source) -> _Size:
             f"there is no folder of token shards at {folder}: create it with `llama-jax tokenize`,"
             " or state its size in data.mixture (planned_tokens)"
         )
-    n_bytes = source.planned_bytes
-    return _Size("text", round(source.planned_tokens), n_bytes and round(n_bytes))
+    n_bytes = None if source.planned_bytes is None else round(source.planned_bytes)
+    return _Size("text", round(source.planned_tokens), n_bytes)
 
 
 def check_epochs(uses: Sequence[SourceUse]) -> None:

@@ -1,7 +1,7 @@
 """Windows of training tokens at fixed positions of a token stream."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -122,4 +122,5 @@ def shuffle(count: int, seed: int) -> Sequence[int]:
     """
     import grain
 
-    return grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
+    dataset = grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
+    return cast(Sequence[int], dataset)
