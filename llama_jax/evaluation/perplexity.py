@@ -1,17 +1,11 @@
 """The perplexity of a model on a text."""
 
-import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.inference.logprobs import POSITIONS_PER_CHUNK, token_logprobs
+from llama_jax.inference.score import ScoreRequest, score
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
-
-_ROWS = 4  # windows per batch
 
 
 def nats_per_token(
@@ -37,26 +31,7 @@ def nats_per_token(
     """
     if len(tokens) < 2:
         raise InputError("the text is shorter than two tokens: give a longer one")
-    unknown = [i for i in tokens if not 0 <= i < config.vocab_size]
-    if unknown:
-        raise InputError(
-            f"token {unknown[0]} of the text is outside the model's vocabulary of"
-            f" {config.vocab_size}: the tokenizer is not this model's"
-        )
-    n_predicted = len(tokens) - 1
-    needed = math.ceil(n_predicted / POSITIONS_PER_CHUNK) * POSITIONS_PER_CHUNK
-    window = min(window, config.context, needed)
-    n_windows = math.ceil(n_predicted / window)
-    rows = min(_ROWS, n_windows)
-    padded = np.full(math.ceil(n_windows / rows) * rows * window + 1, -1, np.int32)
-    padded[: len(tokens)] = tokens
-    inputs, targets = (part.reshape(-1, rows, window) for part in (padded[:-1], padded[1:]))
-    logprobs = [
-        token_logprobs(config, model, shard_array(np.maximum(a, 0), "BS"), shard_array(b, "BS"))
-        for a, b in zip(inputs, targets, strict=True)
-    ]
-    sums = [
-        np.sum(np.asarray(a)[b >= 0], dtype=np.float64)
-        for a, b in zip(logprobs, targets, strict=True)
-    ]
-    return -float(sum(sums)) / n_predicted
+    window, n_predicted = min(window, config.context), len(tokens) - 1
+    windows = (tuple(tokens[i : i + window + 1]) for i in range(0, n_predicted, window))
+    scores = score(config, model, [ScoreRequest(window, n_context=1) for window in windows])
+    return -sum(window_score.total for _, window_score in scores) / n_predicted

@@ -22,6 +22,7 @@ from llama_jax.errors import InputError
 from llama_jax.inference.complete import prompt_ids
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.sampling import Sampling
 from llama_jax.serving.connections import IDLE_SECONDS, Server
 from llama_jax.serving.metrics import CONTENT_TYPE, Metrics
 from llama_jax.serving.middleware import EXCEPTION_HANDLERS, AllowedHosts, RequestGuard, read_body
@@ -200,7 +201,8 @@ class _Endpoints:
             engine_request = Request(
                 prompt=tuple(prompt),
                 max_new_tokens=max(1, max_new),
-                sampling=request.sampling(),
+                # Without a new token the sampling doesn't matter. Greedy prompts are scored faster.
+                sampling=Sampling() if request.max_tokens == 0 else request.sampling(),
                 end_ids=frozenset() if request.ignore_eos else self._tokenizer.end_ids,
                 top_logprobs=request.n_top_logprobs() or 0,
                 logprobs=request.n_top_logprobs() is not None,

@@ -59,7 +59,7 @@ def test_a_sharded_model_has_the_same_cross_entropy(model):
     ("tokens", "message"),
     [
         ([1], "the text is shorter than two tokens"),
-        ([1, 320], "token 320 of the text is outside the model's vocabulary of 320"),
+        ([1, 320], "token 320 is outside the model's vocabulary of 320"),
     ],
 )
 def test_invalid_texts_are_refused_with_a_reason(model, tokens, message):

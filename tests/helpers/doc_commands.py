@@ -22,6 +22,7 @@ NOT_RUN = {
     "journalctl": "reads the log of a host of a pod",
     "kubectl": "needs a cluster",
     "llama-cli": "belongs to llama.cpp, which is not installed",
+    "lm_eval": "belongs to lm-evaluation-harness, which needs a running server here",
     "mpirun": "needs Open MPI and a cluster; the stub runs the command in its arguments",
     "openssl": "generates a secret, which no test needs",
     "pip": "installs packages; .ci/run tests the README's command",

@@ -11,8 +11,8 @@ from llama_jax.errors import InputError
 from llama_jax.inference.detokenize import stream_text
 from llama_jax.inference.generate import NO_TOKEN, generate
 from llama_jax.inference.load import load
-from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
+from llama_jax.inference.score import ScoreRequest, score
 from llama_jax.inference.stream import stream
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama, quantize_model, restore_layout
@@ -211,8 +211,8 @@ class TestOnOneDevice:
         logits = np.asarray(full(config, model, text_ids))[0, :-1]
         nll = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), text_ids[0, 1:]]
         np.testing.assert_allclose(nll, arrays["text_nll"], atol=5e-5)
-        logprobs = prompt_logprobs(config, model, text_ids)
-        np.testing.assert_allclose(-logprobs[0], arrays["text_nll"], atol=5e-5)
+        ((_, scored),) = score(config, model, [ScoreRequest(tuple(text_ids[0].tolist()), 1)])
+        np.testing.assert_allclose(-scored.logprobs, arrays["text_nll"], atol=5e-5)
 
     @pytest.mark.parametrize("name", REFERENCES)
     def test_greedy_continuations_are_those_of_metas_code(self, shared_data, name):

@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave one running batch.
 
-The engine's thread repeats one iteration: assign free rows to waiting requests, prefill one chunk
-of one prompt, and decode a few tokens in every row whose prompt is prefilled. So a running request
-waits at most one chunk for another request's prompt. The keys and values of a row stay in its slots
-when its request ends; a later prompt with a common prefix reuses them.
+The engine's thread repeats one iteration: score one prefix tree of prompts, assign free rows to
+waiting requests, prefill one chunk of one prompt, and decode a few tokens in every row whose prompt
+is prefilled. So a running request waits at most one tree and one chunk for the prompts of other
+requests. The keys and values of a row stay in its slots when its request ends; a later prompt with
+a common prefix reuses them.
 """
 
 import logging
@@ -20,11 +21,10 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.bandwidth import step_bytes
-from llama_jax.inference.engine import row_programs
+from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import (
     EngineStopped,
     Event,
-    GeneratedToken,
     PromptDone,
     QueueFull,
     Request,
@@ -33,11 +33,7 @@ from llama_jax.inference.engine.requests import (
     Ticket,
     check_request,
 )
-from llama_jax.inference.engine.slots import (
-    cache_sizes,
-    common_prefix_length,
-    slots_needed,
-)
+from llama_jax.inference.engine.slots import Row, cache_sizes, choose_row, slots_needed
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.cache import copy_row, resize_cache
@@ -48,17 +44,6 @@ from llama_jax.runtime.compile_cache import compile_statistics
 _log = logging.getLogger(__name__)
 
 DECODE_STEPS_DURING_PREFILL = 2  # of one dispatch, while a prompt waits for its prefill
-
-
-class _Row:
-    """A row of the batch: its request, and the tokens whose keys and values are in its slots."""
-
-    def __init__(self):
-        self.tokens: list[int] = []
-        self.ticket: Ticket | None = None  # None: the row is free
-        self.ready = False  # the prompt is prefilled
-        self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
-        self.assigned_at = 0.0  # when it was last assigned to a request [s]
 
 
 class Engine:
@@ -98,8 +83,9 @@ class Engine:
         self._config, self._model, self._queue = config, model, queue
         self._mesh = jax.sharding.get_mesh()
         self._sizes = cache_sizes(context)
-        self._rows = [_Row() for _ in range(rows)]
+        self._rows = [Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
+        self._trees: list[prompt_scores.Tree] = []  # prompts of waiting requests
         self._changed = threading.Condition()  # with a reentrant lock
         self._closing = False
         self._failure: str | None = None
@@ -193,10 +179,11 @@ class Engine:
             return not self._closing
 
     def _iterate(self) -> None:
-        """Assigns rows, prefills one chunk of the oldest prompt, and decodes the ready rows."""
+        """Scores a tree, assigns rows, prefills a chunk of the oldest prompt, decodes the rest."""
         for row in self._rows:
             if row.ticket is not None and row.ticket.cancelled:
                 self._release(row, RequestEnded("cancelled"))
+        self._score_next_tree()
         self._admit()
         prefilling = [row for row in self._rows if row.ticket is not None and not row.ready]
         if prefilling:
@@ -206,21 +193,43 @@ class Engine:
             n = DECODE_STEPS_DURING_PREFILL if prefilling else row_programs.DECODE_STEPS
             self._decode(ready, n)
 
+    def _score_next_tree(self) -> None:
+        """Scores one prefix tree of the prompts of waiting requests, and ends these requests."""
+        self._trees = [tree for tree in self._trees if not all(t.cancelled for t in tree.tickets)]
+        if not self._trees:
+            with self._changed:
+                tickets = [t for t in self._waiting if prompt_scores.is_score(t.request)]
+            self._trees = prompt_scores.pack_trees(tickets)
+        if not self._trees:
+            return
+        start, tree = time.perf_counter(), self._trees.pop()
+        events = prompt_scores.score_tree(self._config, self._model, tree)
+        self._count(prompt_tokens=len(tree.row.tokens), prefill_seconds=time.perf_counter() - start)
+        for ticket, events_of_ticket in zip(tree.tickets, events, strict=True):
+            with self._changed:
+                if ticket.cancelled:  # it has already left the queue
+                    continue
+                self._waiting.remove(ticket)
+            self._count(finished=1, generated_tokens=1)
+            for event in events_of_ticket:
+                ticket.deliver(event)
+
     def _admit(self) -> None:
         """Assigns free rows to waiting requests, first in, first out."""
-        while free := [row for row in self._rows if row.ticket is None]:
+        while any(row.ticket is None for row in self._rows):
             with self._changed:
-                if not self._waiting:
-                    return
-                ticket = self._waiting[0]
+                generating = (t for t in self._waiting if not prompt_scores.is_score(t.request))
+                ticket = next(generating, None)
+            if ticket is None:
+                return
             # Prompt log-probabilities exist only for tokens that are prefilled: reuse none then.
             reusable = () if ticket.request.prompt_logprobs else ticket.request.prompt
-            row, source, common = self._choose_row(free, reusable)
+            row, source, common = choose_row(self._rows, reusable)
             with self._changed:
                 if ticket.cancelled:  # it has already left the queue
                     continue
                 # Under one lock, so that after a failure each ticket is in the queue or in a row.
-                self._waiting.popleft()
+                self._waiting.remove(ticket)
                 row.ticket, row.ready, row.assigned_at = ticket, False, time.monotonic()
             if source is not row:
                 indices = self._rows.index(source), self._rows.index(row)
@@ -230,17 +239,6 @@ class Engine:
             row.prompt_logprobs = []
             self._count(reused_tokens=common)
             self._resize_cache()
-
-    def _choose_row(self, free: list[_Row], prompt: Sequence[int]) -> tuple[_Row, _Row, int]:
-        """Returns the row to assign, the row with the longest common prefix, and that length.
-
-        The prefix leaves out the prompt's last token: its prefill gives the first new token.
-        """
-        common = {row: common_prefix_length(row.tokens, prompt[:-1]) for row in self._rows}
-        source = max(self._rows, key=lambda row: (common[row], row in free))
-        oldest = min(free, key=lambda row: row.assigned_at)
-        row = source if source in free and common[source] else oldest
-        return row, source if common[source] else row, common[source]
 
     def _resize_cache(self) -> None:
         """Resizes the cache to the smallest size that has the slots that all requests need."""
@@ -255,7 +253,7 @@ class Engine:
         for row in self._rows:
             row.tokens = row.tokens[: slots - 1]
 
-    def _prefill_next_chunk(self, row: _Row) -> None:
+    def _prefill_next_chunk(self, row: Row) -> None:
         """Prefills one chunk of a prompt; after the last chunk the row is ready."""
         assert row.ticket is not None
         request, start = row.ticket.request, time.perf_counter()
@@ -287,7 +285,7 @@ class Engine:
         jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - start)
 
-    def _decode(self, ready: list[_Row], n: int) -> None:
+    def _decode(self, ready: list[Row], n: int) -> None:
         """Decodes up to `n` tokens in the ready rows and delivers them."""
         start = time.perf_counter()
         requests = [row.ticket.request for row in ready if row.ticket is not None]
@@ -314,7 +312,7 @@ class Engine:
     def _step_bytes(self) -> int:
         return step_bytes(self._config, self._model, self.rows, self._state.cache.slots)
 
-    def _deliver(self, row: _Row, ids: list[int], logprobs: list[np.ndarray]) -> None:
+    def _deliver(self, row: Row, ids: list[int], logprobs: list[np.ndarray]) -> None:
         """Delivers new tokens of a row; after the last one the row is free."""
         ticket = row.ticket
         assert ticket is not None
@@ -327,7 +325,7 @@ class Engine:
         elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:
             self._release(row, RequestEnded("length"))
 
-    def _release(self, row: _Row, ended: RequestEnded) -> None:
+    def _release(self, row: Row, ended: RequestEnded) -> None:
         """Ends a row's request and frees the row; its keys and values stay in the cache."""
         ticket = row.ticket
         assert ticket is not None

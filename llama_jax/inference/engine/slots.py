@@ -1,9 +1,34 @@
-"""How many slots the engine's KV cache has, and how many of a row's slots a prompt can reuse."""
+"""The rows of the engine's batch: how many slots they have, and which row a prompt gets."""
 
 from collections.abc import Sequence
 
-from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.engine.requests import GeneratedToken, Request, Ticket
 from llama_jax.inference.engine.row_programs import CHUNK_SIZES
+from llama_jax.inference.prefix_trees import common_prefix_length
+
+
+class Row:
+    """A row of the batch: its request, and the tokens whose keys and values are in its slots."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.ticket: Ticket | None = None  # None: the row is free
+        self.ready = False  # the prompt is prefilled
+        self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
+        self.assigned_at = 0.0  # when it was last assigned to a request [s]
+
+
+def choose_row(rows: Sequence[Row], prompt: Sequence[int]) -> tuple[Row, Row, int]:
+    """Returns the free row to assign, the row with the longest common prefix, and that length.
+
+    The prefix leaves out the prompt's last token: its prefill gives the first new token.
+    """
+    free = [row for row in rows if row.ticket is None]
+    common = {row: common_prefix_length(row.tokens, prompt[:-1]) for row in rows}
+    source = max(rows, key=lambda row: (common[row], row in free))
+    oldest = min(free, key=lambda row: row.assigned_at)
+    row = source if source in free and common[source] else oldest
+    return row, source if common[source] else row, common[source]
 
 
 def cache_sizes(context: int) -> list[int]:
@@ -27,9 +52,3 @@ def slots_needed(request: Request) -> int:
     After the prompt it needs a full chunk, or one slot more than its new tokens if that is larger.
     """
     return len(request.prompt) + max(CHUNK_SIZES[-1], request.max_new_tokens + 1)
-
-
-def common_prefix_length(tokens: Sequence[int], prompt: Sequence[int]) -> int:
-    """Returns the length of the longest common prefix of two texts [tokens]."""
-    pairs = zip(tokens, prompt, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(prompt)))

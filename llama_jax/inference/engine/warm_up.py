@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.engine import row_programs
+from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.slots import cache_sizes
 from llama_jax.inference.generate import DecodeState
@@ -17,7 +17,8 @@ from llama_jax.parallel.mesh import shard_array
 
 def n_programs(context: int) -> int:
     """Returns how many programs `warm_up` compiles for a context of `context` tokens."""
-    return len(cache_sizes(context)) * (len(row_programs.CHUNK_SIZES) + 2)
+    per_size = len(row_programs.CHUNK_SIZES) + 2
+    return len(prompt_scores.tree_lengths(context)) + len(cache_sizes(context)) * per_size
 
 
 def warm_up(
@@ -39,28 +40,31 @@ def warm_up(
     """
     sizes, total, done = cache_sizes(context), n_programs(context), 0
 
-    def report(program: str, slots: int) -> None:
+    def report(program: str) -> None:
         nonlocal done
-        progress(done / total, f"{done + 1} of {total}: {program}, {slots:,} slots")
+        progress(done / total, f"{done + 1} of {total}: {program}")
         done += 1
 
     def warm_up_size(slots: int) -> DecodeState:
         state = row_programs.init_state(config, rows, slots)
         for size in row_programs.CHUNK_SIZES:
-            report(f"prefill of {size} tokens", slots)
+            report(f"prefill of {size} tokens, {slots:,} slots")
             tokens_1T = shard_array(np.zeros((1, size), np.int32), "BT")
             args = 0, tokens_1T, 1, 0, tokens_1T, False
             state, _ = row_programs.prefill_chunk(config, model, state, *args)
-        report("decode", slots)
+        report(f"decode, {slots:,} slots")
         state = row_programs.start_row(state, 0, row_programs.init_row(config, Request((0,), 1)))
         generated, state = row_programs.decode_rows(config, model, state, 1, False)
         jax.block_until_ready(generated)
-        report("cache resize and copy", slots)
+        report(f"cache resize and copy, {slots:,} slots")
         for other in sizes:
             if other != slots:
                 resize_cache(state.cache, slots=other)
         return row_programs.stop_row(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
 
+    for length in prompt_scores.tree_lengths(context):
+        report(f"scores of {length:,} prompt tokens")
+        prompt_scores.warm_up_trees(config, model, length)
     for slots in sizes[:0:-1]:
         warm_up_size(slots)
     return warm_up_size(sizes[0])

@@ -3,9 +3,8 @@ import threading
 import time
 
 import jax
-import numpy as np
 import pytest
-from conftest import tiny_model
+from engine_requests import CONFIG, DRAWN, Response, random_prompt, submit, tokens_alone
 
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.engine import Engine
@@ -17,21 +16,10 @@ from llama_jax.inference.engine.requests import (
     Request,
     RequestEnded,
 )
-from llama_jax.inference.logprobs import prompt_logprobs
 from llama_jax.inference.sampling import Sampling
-from llama_jax.inference.stream import stream
-from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama, unstack_layers
-from llama_jax.parallel.mesh import one_device_mesh, shard_array
+from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.runtime.compile_cache import compile_statistics
-
-CONFIG = tiny_model(context=2048)
-RANDOM = np.random.default_rng(0)
-DRAWN = Sampling(temperature=0.9, top_p=0.95)
-
-
-def random_prompt(n):
-    return tuple(RANDOM.integers(3, 320, n).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -47,55 +35,18 @@ def engine(model):
         engine = Engine(
             CONFIG, model, rows=3, context=700, queue=4, progress=lambda *args: calls.append(args)
         )
-        names = "prefill of 32 tokens", "prefill of 256 tokens", "decode", "cache resize and copy"
-        expected = [(i / 4, f"{i + 1} of 4: {name}, 956 slots") for i, name in enumerate(names)]
+        names = [f"scores of {length} prompt tokens" for length in ("256", "1,024")]
+        programs = (
+            "prefill of 32 tokens",
+            "prefill of 256 tokens",
+            "decode",
+            "cache resize and copy",
+        )
+        names += [f"{program}, 956 slots" for program in programs]
+        expected = [(i / 6, f"{i + 1} of 6: {name}") for i, name in enumerate(names)]
         assert calls == expected
         yield engine
         engine.close()
-
-
-class Response:
-    """Submits a request and collects its events."""
-
-    def __init__(self, engine, request, pause=0.0):
-        self.events, self.pause = queue.Queue(), pause
-        (self.ticket,) = engine.submit([request], lambda _, event: self.deliver(event))
-        self.tokens, self.reason, self.prompt_done = [], None, None
-
-    def deliver(self, event):
-        time.sleep(self.pause)  # slows the engine, so that a tiny model doesn't finish too soon
-        self.events.put(event)
-
-    def wait(self, n=None):
-        """Waits for the last event, or for `n` tokens."""
-        while self.reason is None and (n is None or len(self.tokens) < n):
-            event = self.events.get(timeout=60)
-            if isinstance(event, GeneratedToken):
-                self.tokens.append(event)
-            elif isinstance(event, RequestEnded):
-                self.reason = event.reason
-            else:
-                self.prompt_done = event
-        return self
-
-    @property
-    def ids(self):
-        return [token.id for token in self.tokens]
-
-
-def tokens_alone(model, request):
-    """Returns the tokens of a request that runs alone, without the engine."""
-    with jax.set_mesh(one_device_mesh()):
-        return list(
-            stream(
-                CONFIG, model, request.prompt, max_new_tokens=request.max_new_tokens,
-                sampling=request.sampling, seed=request.seed, end_ids=request.end_ids,
-            )
-        )  # fmt: skip
-
-
-def submit(engine, *requests):
-    return [Response(engine, request) for request in requests]
 
 
 def test_a_request_gets_the_same_tokens_alone_and_in_a_batch(engine, model):
@@ -147,36 +98,6 @@ def test_an_end_id_ends_the_text(engine, model):
     (response,) = submit(engine, request._replace(end_ids=ends))
     assert response.wait().ids == ids[: ids.index(ids[4]) + 1]
     assert response.reason == "stop"
-
-
-def test_logprobs_come_with_the_tokens(engine, model):
-    request = Request(random_prompt(300), 3, logprobs=True, top_logprobs=4, prompt_logprobs=True)
-    # The slots of this request have the same prompt: prompt log-probabilities must not reuse it.
-    submit(engine, Request(request.prompt, 1))[0].wait()
-    (response,) = submit(engine, request)
-    response.wait()
-    text = [*request.prompt, *response.ids]
-    with jax.set_mesh(one_device_mesh()):
-        expected = prompt_logprobs(CONFIG, model, np.array([text], np.int32))[0]
-    tokens = [*response.prompt_done.prompt_logprobs, *response.tokens]
-    np.testing.assert_allclose([token.logprob for token in tokens], expected, atol=1e-5)
-    assert [token.id for token in tokens] == text[1:]
-    # The most likely tokens are those of one forward pass over the complete text.
-    with jax.set_mesh(one_device_mesh()):
-        logits = np.asarray(
-            forward(CONFIG, model, shard_array(np.array([text], np.int32), "BT"))[0]
-        )
-    exact = logits.astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    greedy = 0
-    for token, exact_V in zip(tokens, exact, strict=False):
-        best = np.argsort(-exact_V)[:4]
-        assert [i for i, _ in token.top] == best.tolist()
-        np.testing.assert_allclose([logprob for _, logprob in token.top], exact_V[best], atol=1e-5)
-        # Clients compare a token with the most likely one: the numbers must be bitwise equal.
-        assert dict(token.top).get(token.id, token.logprob) == token.logprob
-        greedy += token.top[0][0] == token.id
-    assert 3 <= greedy < 100
 
 
 def test_a_request_can_be_cancelled_in_the_queue_in_prefill_and_in_decode(engine, model):

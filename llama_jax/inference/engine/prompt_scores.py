@@ -1,0 +1,92 @@
+"""Scores prompts: many requests for log-probabilities together, as prefix trees.
+
+Evaluation harnesses ask for the log-probabilities of a prompt and at most one new token, the most
+likely one. Such requests need no row of the batch, and their common beginnings are computed once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from llama_jax.config.model import ModelConfig
+from llama_jax.inference.engine.requests import (
+    MAX_TOP_LOGPROBS,
+    Event,
+    PromptDone,
+    Request,
+    RequestEnded,
+    Ticket,
+)
+from llama_jax.inference.engine.row_programs import attach_logprobs
+from llama_jax.inference.prefix_trees import ScoreRequest, TreeRow, pack
+from llama_jax.inference.score import pair_logprobs, row_length, stack_rows
+from llama_jax.model.weights import Llama, UnstackedLlama
+
+# Tokens of the largest tree. Running requests wait for its computation. Longer prompts are
+# prefilled in chunks.
+_MAX_TOKENS = 1024
+
+
+class Tree(NamedTuple):
+    """A prefix tree of prompts, and their requests."""
+
+    row: TreeRow
+    tickets: list[Ticket]
+
+
+def is_score(request: Request) -> bool:
+    """Returns whether a request asks only for what `score_tree` returns.
+
+    Its one new token is the most likely one. Other settings change only draws, or count generated
+    tokens, of which there are none before.
+    """
+    sampling = request.sampling
+    is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+    is_short = len(request.prompt) <= _MAX_TOKENS and request.max_new_tokens == 1
+    return request.prompt_logprobs and is_greedy and is_short
+
+
+def pack_trees(tickets: Sequence[Ticket]) -> list[Tree]:
+    """Returns prefix trees with the prompts of all requests."""
+    if not tickets:
+        return []
+    # Each token is scored. The last one's target is only there for its alternatives.
+    scored = [ScoreRequest((*ticket.request.prompt, 0), 1) for ticket in tickets]
+    length = row_length(max(len(ticket.request.prompt) for ticket in tickets))
+    rows = pack(scored, range(len(scored)), length)
+    return [Tree(row, [tickets[i] for i in row.pairs]) for row in rows]
+
+
+def score_tree(config: ModelConfig, model: Llama | UnstackedLlama, tree: Tree) -> list[list[Event]]:
+    """Returns all events of each request of a tree."""
+    row = tree.row
+    length = row_length(max(len(row.tokens), len(row.queries)))
+    computed = pair_logprobs(config, model, stack_rows([row], 1, length), top=MAX_TOP_LOGPROBS)
+    logprobs, top_logprobs, top_tokens = (np.asarray(x_1S)[0] for x_1S in computed)
+    events = []
+    for ticket, pairs in zip(tree.tickets, row.pairs.values(), strict=True):
+        request, last = ticket.request, pairs[-1]
+        ids = [*request.prompt[1:], int(top_tokens[last, 0])]
+        *prompt_logprobs, new = attach_logprobs(
+            ids,
+            np.append(logprobs[pairs[:-1]], top_logprobs[last, 0]),
+            top_tokens[pairs],
+            top_logprobs[pairs],
+            top=request.top_logprobs,
+        )
+        ended = RequestEnded("stop" if new.id in request.end_ids else "length")
+        events.append([PromptDone(tuple(prompt_logprobs)), new, ended])
+    return events
+
+
+def tree_lengths(context: int) -> list[int]:
+    """Returns the lengths of the trees that an engine with a context of `context` tokens scores."""
+    return sorted({row_length(1), row_length(min(context, _MAX_TOKENS))})
+
+
+def warm_up_trees(config: ModelConfig, model: Llama | UnstackedLlama, length: int) -> None:
+    """Compiles the program that scores a tree of `length` tokens."""
+    trees = stack_rows([TreeRow([0], [0], [1], [0], [0], {})], 1, length)
+    jax.block_until_ready(pair_logprobs(config, model, trees, top=MAX_TOP_LOGPROBS))
