@@ -28,6 +28,15 @@ def add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="run folder or model folder")
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that join the hosts of a run where the environment doesn't describe them."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="number of processes, one per host"
+    )
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
 def add_int8(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that quantize the weights and the KV cache."""
     parser.add_argument("--quantize", choices=["int8"], help="quantize the weights while loading")

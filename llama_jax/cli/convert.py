@@ -26,8 +26,8 @@ and all end tokens of its training.
 
 --quantize int8 stores each matrix as 8-bit integers with a scale for each output channel, for
 inference only: a quarter of the size of float32. An int8 model can't be converted into another
-format, except with low-rank pairs: the sum is no longer int8. llama-jax perplexity measures the
-loss of quality.
+format, except with low-rank pairs: the sum is no longer int8. llama-jax eval measures the loss of
+quality.
 
 example:
   llama-jax convert Llama-3.1-8B/original models/llama3.1-8b
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted, outcome.merged)}")
     if args.quantize:
-        print(f"measure the loss of quality: llama-jax perplexity {outcome.folder} TEXT_FILE")
+        print(f"measure the loss of quality: llama-jax eval {outcome.folder} --perplexity TEXT")
     return 0
 
 

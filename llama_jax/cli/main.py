@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from llama_jax import __version__
-from llama_jax.cli import convert, data, generate, info, perplexity, plan, serve, tokenize, train
+from llama_jax.cli import convert, data, eval, generate, info, plan, serve, tokenize, train
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import stop_signal
 from llama_jax.runtime.storage import check_path
@@ -27,13 +27,13 @@ COMMANDS = {
     "tokenize": tokenize,
     "generate": generate,
     "serve": serve,
-    "perplexity": perplexity,
+    "eval": eval,
     "convert": convert,
     "info": info,
 }
 
 # Arguments that contain paths.
-_PATHS = ("config", "folder", "source", "sources", "out", "tokenizer", "text", "picture")
+_PATHS = ("config", "folder", "source", "sources", "out", "tokenizer", "text", "picture", "data")
 
 # Faults of the machine that can occur anywhere: the system's message is all that a user needs.
 _SYSTEM_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llama_jax.cli import generate
-from llama_jax.cli.arguments import add_config
+from llama_jax.cli.arguments import add_config, add_hosts
 
 if TYPE_CHECKING:
     from llama_jax.config.run import Config
@@ -40,11 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = f"The keys of a configuration file (type, default):\n{yaml_file.manual()}"
     add_config(parser)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    parser.add_argument(
-        "--processes", type=int, metavar="N", help="number of processes, one per host"
-    )
-    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    add_hosts(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,9 +61,13 @@ def _train(args: argparse.Namespace) -> int:
     from llama_jax.runtime.console import print_status
     from llama_jax.training import loop
 
-    sample_chats = _chat_samples(config)
+    sample_chats, evaluate = _chat_samples(config), None
+    if config.training.evaluate:
+        from llama_jax.evaluation.in_training import evaluator
+
+        evaluate = evaluator(config)
     try:
-        outcome = loop.run(config, sample_chats)
+        outcome = loop.run(config, sample_chats, evaluate)
     except loop.RunStopped as error:
         print_status(f"llama-jax train: {error}")
         return 1

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llama_jax.config.data import DataConfig, Fraction, StoragePath
+from llama_jax.config.evaluate import EvaluateConfig
 from llama_jax.config.lora import LoraConfig
 from llama_jax.config.model import (
     STRICT,
@@ -134,6 +135,11 @@ class TrainingConfig:
     )
     eval_batches: PositiveInt = Field(
         default=20, description="maximum number of batches per validation"
+    )
+    evaluate: EvaluateConfig | None = Field(
+        default=None,
+        description="evaluate the model on tasks of lm-evaluation-harness during the run; null:"
+        " don't",
     )
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def quantization_note(pairs: StoredPairs, config: ModelConfig) -> list[str]:
         return []
     return [
         f"{pairs.folder} was trained beside {trained} weights, and its pairs are merged into the"
-        " weights from which those were quantized: measure both with llama-jax perplexity"
+        " weights from which those were quantized: measure both with llama-jax eval"
     ]
 
 

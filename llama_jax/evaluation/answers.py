@@ -37,13 +37,13 @@ class Answers:
         self._file = None
         if folder is None:
             return
-        self._path, identity = folder / FILE, json.loads(json.dumps(identity or {}))
+        self._path, own = folder / FILE, json.loads(json.dumps(identity or {}))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             content = self._path.read_bytes() if self._path.exists() else b""
             # Without the line that a killed process was writing.
             complete = content[: content.rfind(b"\n") + 1]
-            self._read(complete.splitlines(), identity)
+            self._read(complete.splitlines(), own)
             self._file = open(self._path, "ab")  # noqa: SIM115 (close)
             self._file.truncate(len(complete))
         except OSError as error:
@@ -51,7 +51,7 @@ class Answers:
                 f"can't write results in {folder} ({error.strerror}): choose another --out"
             ) from error
         if not complete:
-            self._write(identity)
+            self._write(own)
 
     def _read(self, lines: list[bytes], identity: Mapping[str, Any]) -> None:
         """Reads the answers in the file.

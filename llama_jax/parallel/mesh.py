@@ -87,6 +87,19 @@ def tensor_mesh(model: ModelConfig, devices: Sequence[Any] | None = None) -> Mes
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices[:size])
 
 
+def inference_mesh(model: ModelConfig) -> Mesh:
+    """Returns a mesh of all hosts: `tensor_mesh` on one host, repeated along another axis.
+
+    That axis is `fsdp` if it divides the model, which shards the weights, or else `data`.
+    """
+    local = tensor_mesh(model)
+    if jax.process_count() == 1:
+        return local
+    shards = jax.device_count() // local.size
+    fsdp = shards if model.dim % shards == 0 else 1
+    return make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=local.size))
+
+
 _default = threading.local()  # .mesh: the last mesh that `set_default_mesh` set in this thread
 
 

@@ -31,6 +31,7 @@ from llama_jax.training.report import Report, draw_figure, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
 from llama_jax.training.start import (
     TrainingState,
+    check_evaluator,
     check_kind,
     check_vocabulary,
     prepare,
@@ -45,6 +46,7 @@ class RunStopped(RuntimeError):
 
 
 Sample = Callable[[Llama, int], None]
+Evaluate = Callable[[Llama], dict[str, float]]
 
 
 class RunOutcome(NamedTuple):
@@ -57,7 +59,9 @@ class RunOutcome(NamedTuple):
     unigram_entropy: float | None  # nats per token, of the held-out text
 
 
-def run(config: Config, sample: Sample | None = None) -> RunOutcome:
+def run(
+    config: Config, sample: Sample | None = None, evaluate: Evaluate | None = None
+) -> RunOutcome:
     """Trains until `training.steps` are done, from the newest checkpoint of the run folder, if any.
 
     >>> outcome = lj.train(lj.load_config("tiny.yaml"))
@@ -70,6 +74,8 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
     Args:
         config: of the run.
         sample: called on all hosts after each validation, with the model and the number of steps.
+        evaluate: called on all hosts as `training.evaluate` says, with the model; returns the
+            results on host 0, by 'TASK/METRIC' (`evaluation.in_training.evaluator`).
 
     Raises:
         InputError: the configuration, the data or the run folder is wrong.
@@ -77,6 +83,7 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
         Fault: a checkpoint can't be read or saved. Earlier checkpoints are unchanged.
     """
     retain_freed_memory()
+    check_evaluator(config, evaluate)
     if hosts.is_host_zero():
         check_wandb_installed(config.logging)
     hosts.check_equal_on_hosts(
@@ -122,7 +129,16 @@ def run(config: Config, sample: Sample | None = None) -> RunOutcome:
             contextlib.closing(local) if local else contextlib.nullcontext(),
         ):
             finished = _train(
-                config, folder, data, checkpoints, local, state, step_function, stop, sample
+                config,
+                folder,
+                data,
+                checkpoints,
+                local,
+                state,
+                step_function,
+                stop,
+                sample,
+                evaluate,
             )
         if finished and local:
             local.remove()
@@ -151,6 +167,7 @@ def _train(
     step_function: Any,
     stop: list[str],
     sample: Sample | None,
+    evaluate: Evaluate | None,
 ) -> bool:
     """Runs the remaining steps; returns whether all are done.
 
@@ -179,11 +196,13 @@ def _train(
             pending = (state.step, metrics)
             validate = state.step == steps or is_due(state.step, config.training.eval_every)
             save = state.step == steps or is_due(state.step, config.checkpoint.every)
+            tasks_every = config.training.evaluate.every if config.training.evaluate else 0
+            on_tasks = evaluate and (state.step == steps or is_due(state.step, tasks_every))
             local_every = config.checkpoint.local.every if config.checkpoint.local else 0
             save_local = is_due(state.step, local_every) and not save
             # After a skipped step, read each step's metrics at once: the run may have to stop.
             # A checkpoint also needs the metrics up to its step in metrics.jsonl.
-            read_now = validate or save or save_local or state.step == first + 1
+            read_now = validate or on_tasks or save or save_local or state.step == first + 1
             if read_now or report.skipped_in_a_row:
                 report.step(*pending)
                 pending = None
@@ -191,6 +210,9 @@ def _train(
                 report.validation(state.step, _validate(config, data, state))
                 if sample:
                     sample(complete_model(config, state.trained, state.base), state.step)
+            if evaluate and on_tasks:
+                model = complete_model(config, state.trained, state.base)
+                report.evaluation(state.step, evaluate(model))
             # The metrics first: a run that is killed now must find those of its last checkpoint.
             if save or report.skipped_in_a_row >= config.training.max_skipped:
                 report.upload()

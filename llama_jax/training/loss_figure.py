@@ -1,13 +1,18 @@
-"""The figure of a run's losses, loss.png."""
+"""The figure of a run's losses and of its results on tasks, loss.png."""
 
 import io
+from typing import Any
 
 from llama_jax.runtime.storage import AnyPath, write_file
-from llama_jax.training.metrics import read_metrics
+from llama_jax.training.metrics import EVALUATION, read_metrics
+
+_MAX_TASKS = 10  # lines of results; more can't be told apart
 
 
 def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
     """Draws the losses in metrics.jsonl as loss.png, and returns the path of loss.png.
+
+    If the run was evaluated on tasks, a second panel shows the first metric of each.
 
     Args:
         folder: of the run.
@@ -21,7 +26,12 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
     records = read_metrics(folder / "metrics.jsonl")
     training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
     validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    results = _results(records)
+    panels = 2 if results else 1
+    figure, grid = plt.subplots(
+        panels, figsize=(8, 4.5 * panels), dpi=120, layout="constrained", sharex=True, squeeze=False
+    )
+    axes = grid[0, 0]
     if training:
         axes.plot(*zip(*training, strict=True), color="#9db4d6", lw=1, label="training")
     if validation:
@@ -35,10 +45,16 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
         label = f"unigram entropy of the held-out text ({unigram_entropy:.2f})"
         axes.axhline(unigram_entropy, color="#b0532d", ls="--", lw=1.2, label=label)
     unit = "preference" if any("preferences" in r for r in records) else "token"
-    axes.set(xlabel="step", ylabel=f"loss [nats per {unit}]", title=folder.name)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.set(ylabel=f"loss [nats per {unit}]", title=folder.name)
+    if results:
+        for name, points in results.items():
+            grid[1, 0].plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
+        grid[1, 0].set(ylabel="results on tasks")
+    for axes in grid[:, 0]:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    axes.set(xlabel="step")
     path = folder / "loss.png"
     try:
         picture = io.BytesIO()
@@ -47,3 +63,17 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
     finally:
         plt.close(figure)
     return path
+
+
+def _results(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Returns the steps and values of the first metric of each task, by 'TASK METRIC'."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    metrics: dict[str, str] = {}
+    for record in records:
+        for name, value in record.items():
+            task, _, metric = name.removeprefix(EVALUATION).rpartition("/")
+            if not name.startswith(EVALUATION) or value is None:
+                continue
+            if metrics.setdefault(task, metric) == metric:
+                points.setdefault(f"{task} {metric}", []).append((record["step"], value))
+    return dict([*points.items()][:_MAX_TASKS])

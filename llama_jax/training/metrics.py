@@ -16,6 +16,7 @@ from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.chips import chip_of
 from llama_jax.runtime.storage import AnyPath, remove_tree, write_file, write_many
 
+EVALUATION = "eval/"  # starts the names of results on tasks: eval/TASK/METRIC
 UPLOAD_SECONDS = 60.0  # between two uploads of the logs into a bucket; each checkpoint also uploads
 
 

@@ -11,7 +11,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.loss_figure import draw_losses
-from llama_jax.training.metrics import MetricsLog, seconds_at_peak
+from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
 from llama_jax.training.step import StepMetrics
 
@@ -98,6 +98,12 @@ class Report:
             if self.log:
                 self.log.write(step, {f"validation_{name}": x for name, x in means.items()})
             self._validation = f"{means['loss']:.3f}"
+        self._done = time.monotonic()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Reports the results on tasks after `step` steps, by 'TASK/METRIC'; none: other hosts."""
+        if self.log and metrics:
+            self.log.write(step, {f"{EVALUATION}{name}": x for name, x in metrics.items()})
         self._done = time.monotonic()
 
     def upload(self) -> None:

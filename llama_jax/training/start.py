@@ -217,6 +217,19 @@ def prepare_data(config: Config) -> None:
         )
 
 
+def check_evaluator(config: Config, evaluate: object) -> None:
+    """Checks that a run whose configuration has tasks got the function that evaluates them.
+
+    Raises:
+        InputError: it got none.
+    """
+    if config.training.evaluate and evaluate is None:
+        raise InputError(
+            "training.evaluate needs a function that evaluates: start the run with `llama-jax"
+            " train`, or pass llama_jax.evaluation.in_training.evaluator(config)"
+        )
+
+
 def check_kind(config: Config, data: Batches) -> None:
     """Compares the kind of the data with the objective.
 

@@ -1,4 +1,4 @@
-"""The commands that run a model: generate, serve, perplexity."""
+"""The commands that run a model: generate, serve, eval --perplexity."""
 
 import os
 import re
@@ -67,20 +67,25 @@ def test_stories260k_generates_the_expected_text_byte_for_byte(capsys, shared_da
 def test_perplexity_measures_the_loss_of_int8(capsys, model_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("aeiou klt " * 10)
-    code, comparison, _ = run(capsys, "perplexity", model_folder, text, "--quantize", "int8")
+    code, comparison, _ = run(
+        capsys, "eval", model_folder, "--perplexity", text, "--quantize", "int8"
+    )
     types, nats = zip(*(line.split()[:2] for line in comparison.splitlines()), strict=True)
     assert (code, types) == (0, ("float32", "int8", "change"))
     assert float(nats[2]) == pytest.approx(float(nats[1]) - float(nats[0]), abs=2e-5)
     code, out, _ = run(capsys, "convert", model_folder, tmp_path / "int8", "--quantize", "int8")
     assert code == 0
-    assert out.endswith(f"llama-jax perplexity {tmp_path / 'int8'} TEXT_FILE\n")
+    assert out.endswith(f"llama-jax eval {tmp_path / 'int8'} --perplexity TEXT\n")
     assert (
-        run(capsys, "perplexity", tmp_path / "int8", text)[1] == comparison.splitlines()[1] + "\n"
+        run(capsys, "eval", tmp_path / "int8", "--perplexity", text)[1]
+        == comparison.splitlines()[1] + "\n"
     )
     code, out, _ = run(capsys, "generate", tmp_path / "int8", "--prompt", "aei")
     assert (code, out.startswith("aei")) == (0, True)
     assert "int8 with a scale for each output" in run(capsys, "info", tmp_path / "int8")[1]
-    code, out, err = run(capsys, "perplexity", tmp_path / "int8", text, "--quantize", "int8")
+    code, out, err = run(
+        capsys, "eval", tmp_path / "int8", "--perplexity", text, "--quantize", "int8"
+    )
     assert (code, out, "is already quantized to int8: quantize the original" in err) == (
         2,
         "",

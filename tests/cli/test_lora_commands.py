@@ -49,7 +49,7 @@ def test_perplexity_measures_the_pairs(capsys, model_folder, lora_run, adapter, 
     path.write_text("aeiou klt " * 10)
 
     def nats(*args):
-        code, out, err = run(capsys, "perplexity", args[0], path, *args[1:])
+        code, out, err = run(capsys, "eval", args[0], "--perplexity", path, *args[1:])
         assert code == 0, err
         return [float(line.split()[1]) for line in out.splitlines()]
 

@@ -198,7 +198,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["serve", model_folder, "--timeout", "nan"], "--timeout must be above 0, not nan"),
         (["serve", model_folder, "--api-key", ""], "the API key must be printable ASCII"),
         (
-            ["perplexity", model_folder, tmp_path / "no"],
+            ["eval", model_folder, "--perplexity", tmp_path / "no"],
             "can't be read (No such file or directory)",
         ),
         (
@@ -215,7 +215,10 @@ def bad_commands(tmp_path, model_folder, token_folder):
             " --inference to plan serving llama2-7b",
         ),
         (["plan", model_folder, "--topology", "v5p:4x4x4"], "or add --inference to plan serving"),
-        (["perplexity", model_folder, latin], "latin.txt can't be read (it is not UTF-8)"),
+        (
+            ["eval", model_folder, "--perplexity", latin],
+            "latin.txt can't be read (it is not UTF-8)",
+        ),
         (["convert", tmp_path / "no", out], "there is no"),
         (["convert", tmp_path, out], "is not a checkpoint: give a Meta folder"),
         (["convert", small, out], "small.txt is not a checkpoint"),
@@ -263,7 +266,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
         (["serve", "hdfs://b/m"], "hdfs://b/m: URLs of hdfs: are not"),
         (
-            ["perplexity", model_folder, "https://h/t.txt"],
+            ["eval", model_folder, "--perplexity", "https://h/t.txt"],
             "https://h/t.txt: URLs of https: are not",
         ),
         (["convert", "hf://a/b", out], "hf://a/b: URLs of hf: are not"),

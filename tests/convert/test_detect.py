@@ -79,7 +79,12 @@ def test_every_command_that_takes_a_model_suggests_the_conversion(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sources / "Llama/original", "-meta")
     (tmp_path / "text").write_text("ab")
-    commands = [["generate", "--prompt", "a"], ["serve"], ["perplexity", "text"], ["info"]]
+    commands = [
+        ["generate", "--prompt", "a"],
+        ["serve"],
+        ["eval", "--perplexity", "text"],
+        ["info"],
+    ]
     for name, *options in commands:
         assert main([name, "./-meta", *options]) == 2
         stderr = capsys.readouterr().err
