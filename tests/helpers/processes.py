@@ -1,8 +1,13 @@
-"""Starts several processes of one run on this machine, connected over the loopback interface."""
+"""Starts several processes of one run on this machine, connected over the loopback interface.
 
+They are forked from a process that has imported JAX and llama_jax, which takes seconds, and has
+started no threads.
+"""
+
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +16,9 @@ import pytest
 
 from llama_jax.runtime import handshake
 from llama_jax.training.metrics import read_metrics
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["llama_jax.cli.train", "llama_jax.training.loop", __name__])
 
 
 def free_port():
@@ -42,6 +50,23 @@ def close(channels):
         channel.close()
 
 
+def _run(program, argv, environment, n_devices, out, err):
+    """Runs a program in this process, as `python *program *argv` does."""
+    import jax
+
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    jax.config.update("jax_num_cpu_devices", n_devices)  # JAX has read its variables
+    option, source = program
+    sys.argv = [option, *argv]
+    if option == "-m":
+        runpy.run_module(source, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(source, "program", "exec"), {"__name__": "__main__"})
+
+
 class Group:
     """Processes of one run, each with an equal share of 8 simulated devices.
 
@@ -55,7 +80,6 @@ class Group:
 
     def __init__(self, folder, processes, *argv, program=("-m", "llama_jax"), own_arguments=()):
         folder.mkdir()
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(8 // processes)}
         self.folder = folder
         self.processes = []
         self.port = free_port()
@@ -63,25 +87,34 @@ class Group:
             own = own_arguments[i] if own_arguments else ()
             flags = ["--coordinator", f"127.0.0.1:{self.port}"]
             flags += ["--processes", str(processes), "--process", str(i)]
-            with open(folder / f"out{i}", "w") as out, open(folder / f"err{i}", "w") as err:
-                command = [sys.executable, *program, *map(str, argv), *own, *flags]
-                self.processes.append(
-                    subprocess.Popen(command, env=environment, stdout=out, stderr=err)
-                )
+            arguments = [*map(str, argv), *own, *flags]
+            outputs = folder / f"out{i}", folder / f"err{i}"
+            for path in outputs:
+                path.touch()
+            process = _context.Process(
+                target=_run, args=(program, arguments, {**os.environ}, 8 // processes, *outputs)
+            )
+            process.start()
+            self.processes.append(process)
 
     def outputs(self, name):
         """Returns the outputs so far, 'out' or 'err', one of each process."""
         return [(self.folder / f"{name}{i}").read_text() for i in range(len(self.processes))]
 
+    def send_signal(self, process, number):
+        os.kill(self.processes[process].pid, number)
+
     def wait(self, seconds=150):
         """Returns the exit codes. After `seconds`, kills all processes and fails."""
         deadline = time.monotonic() + seconds
-        try:
-            return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
-        except subprocess.TimeoutExpired:
+        for process in self.processes:
+            process.join(max(0.1, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
             for process in self.processes:
                 process.kill()
             pytest.fail(f"still running after {seconds} s: {self.outputs('err')}")
+        return codes
 
     def wait_for_step(self, run, step):
         self.wait_until(lambda: any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")))
@@ -89,7 +122,7 @@ class Group:
     def wait_until(self, reached):
         deadline = time.monotonic() + 120
         while not reached():
-            codes = [process.poll() for process in self.processes]
+            codes = [process.exitcode for process in self.processes]
             if any(code is not None for code in codes) or time.monotonic() > deadline:
                 self.wait(0)
                 pytest.fail(f"{codes}: {self.outputs('err')}")

@@ -63,7 +63,7 @@ def test_the_death_of_host_0_is_reported_too(tmp_path):
     while "joined\n" * 3 not in "".join(group.outputs("out")):
         assert time.monotonic() < deadline, group.outputs("err")
         time.sleep(0.05)
-    group.processes[0].kill()
+    group.send_signal(0, signal.SIGKILL)
     codes = group.wait(60)
     for code, err in zip(codes[1:], group.outputs("err")[1:], strict=True):
         assert f"llama-jax: host 0 ({socket.gethostname()}) has died" in err, err

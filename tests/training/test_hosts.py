@@ -131,7 +131,7 @@ def four(alone, runs, token_folder):
     path = write_config(runs / "four.yaml", config(runs / "four", token_folder))
     group = Group(runs / "four-output", 4, "train", path)
     group.wait_for_step(runs / "four", 2)
-    group.processes[3].send_signal(signal.SIGTERM)
+    group.send_signal(3, signal.SIGTERM)
     assert group.wait() == [0, 0, 0, 0], group.outputs("err")
     return group
 
@@ -195,7 +195,7 @@ def test_two_processes_resume_a_checkpoint_of_four_also_after_a_kill(
     path = write_config(runs / "killed.yaml", config(run, token_folder))
     group = Group(runs / "killed-output", 2, "train", path)
     group.wait_for_step(run, STEPS - 3)
-    group.processes[1].kill()
+    group.send_signal(1, signal.SIGKILL)
     start = time.monotonic()
     assert group.wait(60) == [1, -signal.SIGKILL]
     assert time.monotonic() - start < 20
@@ -215,7 +215,7 @@ def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
     path = write_config(runs / "early.yaml", config(runs / "early", token_folder))
     group = Group(runs / "early-output", 2, "train", path, program=("-c", COMPILING))
     group.wait_until(lambda: "compiles" in group.outputs("out")[1])
-    group.processes[1].send_signal(signal.SIGTERM)
+    group.send_signal(1, signal.SIGTERM)
     assert group.wait(60) == [0, 0], group.outputs("err")
     for err in group.outputs("err"):
         last = err.splitlines()[-1]
