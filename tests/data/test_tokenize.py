@@ -241,9 +241,11 @@ def test_a_full_disk_is_reported_in_one_sentence_and_leaves_no_output(sources):
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_workers_exit_when_a_signal_ends_the_command(sources, signal_number):
     tokenize_source(sources / "a.jsonl", sources / "tokenizer")
-    # The text never ends, so that the command can't finish before it is killed.
-    endless = "from llama_jax.data import text_files as t"
-    endless += "; t.read_text = lambda path: iter(lambda: 'a line of text\\n' * 1000, None)"
+    # The text never ends, so that the command can't finish before it is killed. Small tasks and
+    # shards: the first shard is written soon.
+    endless = "from llama_jax.data import shard_writer, text_files, tokenize"
+    endless += "; text_files.read_text = lambda _: iter(lambda: 'a line of text\\n' * 1000, None)"
+    endless += "; tokenize._TASK_CHARACTERS = shard_writer.SHARD_TOKENS = shard_writer.CHUNK_TOKENS"
     options = ["--tokenizer", sources / "tokenizer", "--workers", 2, "--validation-fraction", 0]
     process = start_tokenize(sources, sources / "texts", *options, setup=endless)
     deadline = time.monotonic() + 120
