@@ -36,11 +36,14 @@ KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q5_0", "
 def write(path: Path, config: ModelConfig, kind: str, **extra) -> dict[str, np.ndarray]:
     """Writes a random model whose matrices are of one type; returns the numbers in the file.
 
-    `extra` are additional tensors, with __ for the dots of their names, or another architecture.
+    `extra` are additional tensors, with __ for the dots of their names, another architecture, or
+    the standard deviation of the numbers.
     """
+    deviation = np.float32(extra.pop("deviation", 1.0))
     writer = gguf.GGUFWriter(path, extra.pop("architecture", "llama"))
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
+    writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(config.hidden_dim)
     writer.add_head_count(config.n_heads)
@@ -53,7 +56,7 @@ def write(path: Path, config: ModelConfig, kind: str, **extra) -> dict[str, np.n
     numbers = {}
     for weight in weights(config):
         ((_, name, shape),) = LAYOUT.tensor_specs(config, weight)
-        array = rng.standard_normal(shape, np.float32)
+        array = deviation * rng.standard_normal(shape, np.float32)
         if len(shape) == 1:  # llama.cpp stores norms in float32
             numbers[name] = array
             writer.add_tensor(name, array)
@@ -251,8 +254,30 @@ def smollm2() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
+def transformers_logits(folder: Path, ids: list[int], **options) -> np.ndarray:
+    torch, transformers = peer("torch"), peer("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, **options
+    )
+    with torch.no_grad():
+        return theirs(torch.tensor([ids])).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
+def test_the_logits_are_those_of_transformers_from_the_same_file(tmp_path, kind):
+    write(tmp_path / "m.gguf", CONFIG, kind, deviation=0.06)
+    folder = convert(tmp_path / "m.gguf", tmp_path / "m", progress=False).folder
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 24).tolist()
+    with jax.set_mesh(one_device_mesh()):
+        config, model = load_model(folder, replace(read_model_config(folder), remat="none"))
+        logits = jax.jit(forward, static_argnums=0)(config, model, np.array([ids], np.int32))
+    expected = transformers_logits(tmp_path, ids, gguf_file="m.gguf")
+    np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
+
+
 @pytest.mark.slow
 def test_a_trained_model_generates_the_same_tokens_as_transformers(smollm2, tmp_path):
+    """transformers reads the exported model: it needs a minute for the GGUF file."""
     folder = convert(smollm2, tmp_path / "m", progress=False).folder
     tokenizer = load_tokenizer(folder)
     config = replace(read_model_config(folder), remat="none")
@@ -263,11 +288,7 @@ def test_a_trained_model_generates_the_same_tokens_as_transformers(smollm2, tmp_
         assert tokenizer.decode(generated).startswith(" Paris")
         full = jax.jit(forward, static_argnums=0)
         logits = np.asarray(full(config, model, np.array([[*ids, *generated]], np.int32)))
-    torch, transformers = peer("torch"), peer("transformers")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-    )
-    with torch.no_grad():
-        expected = theirs(torch.tensor([[*ids, *generated]])).logits.numpy()
+    exported = convert(folder, tmp_path / "hf", to="hf", progress=False).folder
+    expected = transformers_logits(exported, [*ids, *generated])
     assert expected[0, len(ids) - 1 : -1].argmax(-1).tolist() == generated
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=0)
