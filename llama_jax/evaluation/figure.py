@@ -1,9 +1,6 @@
-"""Draws the paper's tables with one's own results: a panel for each table.
+"""Draws the paper's tables with one's own results: a panel for each table."""
 
-path = check_picture(args.picture)  # before the evaluation
-draw_tables(path, results, "my model")
-"""
-
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,28 @@ _OWN, _OTHERS = "#b0532d", "#7a7a7a"
 _DOTS, _PLACES, _WIDTH = -0.42, (-0.31, -0.17, -0.03, 0.11, 0.29), 0.14
 
 
-def check_picture(path: str) -> Path:
+def check_picture(path: str, names: Sequence[str]) -> Path:
     """Returns the path of the picture; checks it before the evaluation runs for hours.
 
+    Args:
+        path: of the picture.
+        names: the tasks to evaluate, `paper:TABLE` among them.
+
     Raises:
-        InputError: the name ends neither with .png nor with .svg, or its folder is missing.
+        InputError: the name ends neither with .png nor with .svg, its folder is missing, or no task
+            is in the paper's tables.
     """
     picture = Path(path)
     if picture.suffix not in (".png", ".svg"):
         raise InputError(f"--picture {path}: name a file that ends with .png or .svg")
     if not picture.parent.is_dir():
         raise InputError(f"--picture {path}: there is no folder {picture.parent}: create it first")
+    columns = {column.task for table in TABLES.values() for column in table.columns}
+    if not any(name in columns or name.startswith("paper:") for name in names):
+        raise InputError(
+            "--picture draws the paper's tables: add one of them, such as paper:common-sense, to"
+            " --tasks"
+        )
     return picture
 
 
@@ -40,9 +48,6 @@ def draw_tables(path: Path, results: Metrics, model: str) -> None:
         path: a .png or .svg file.
         results: of `metrics_of`.
         model: label of one's own bars.
-
-    Raises:
-        InputError: no column of the paper's tables was measured.
     """
     import matplotlib as mpl
 
@@ -50,10 +55,6 @@ def draw_tables(path: Path, results: Metrics, model: str) -> None:
     import matplotlib.pyplot as plt
 
     names = tables_of(results)
-    if not names:
-        raise InputError(
-            "--picture draws the paper's tables: add a task such as paper:common-sense"
-        )
     figure, axes = plt.subplots(
         len(names), figsize=(10, 0.6 + 2.9 * len(names)), dpi=120, layout="constrained",
         squeeze=False,
