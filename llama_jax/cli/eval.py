@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.arguments import add_hosts, add_lora, read_pairs
+from llama_jax.cli.arguments import add_hosts, add_lora, parse_picture, read_pairs
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import parse_path
 
 if TYPE_CHECKING:
     from llama_jax.config.model import ModelConfig
     from llama_jax.evaluation.evaluate import Evaluation
+    from llama_jax.evaluation.paper_tables import Metrics
 
 MANUAL = """\
 Measure a model on tasks of lm-evaluation-harness, or how well it predicts a text.
@@ -21,6 +22,9 @@ Measure a model on tasks of lm-evaluation-harness, or how well it predicts a tex
 Tasks need the extra: pip install 'llama_jax[eval]'. Prompts, normalization and metrics are those of
 the harness, and each answer equals that of its `hf` model on the same weights. Without --data the
 harness fetches the data sets; with it, each task reads a local file.
+
+--tasks paper:common-sense, paper:closed-book, paper:reading, paper:math, paper:code, paper:mmlu and
+paper:all run the tasks of the LLaMA paper's tables, and print the paper's rows above one's own.
 
 With --out, each answer is saved as soon as it is computed: the same command goes on after a kill.
 results.json contains the metrics with standard errors, and what they depend on; items/ contains
@@ -39,6 +43,7 @@ example:
   llama-jax eval models/llama3.1-8b --tasks arc_easy,hellaswag --out results/llama3.1-8b
   llama-jax eval models/llama3.1-8b --tasks gsm8k --shots 8 --limit 100 --data data/eval
   llama-jax eval models/llama3.1-8b --tasks arc_easy --lora runs/lora --out results/lora
+  llama-jax eval models/llama3.1-8b --tasks paper:common-sense --data data/eval --picture a.png
   llama-jax eval --compare results/llama3.1-8b results/lora
   llama-jax eval models/llama3.2-1b --perplexity book.txt --quantize int8
 """
@@ -59,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--run-code", action="store_true", help="allow tasks that run the programs of the model"
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw the paper's tables with the results: .png or .svg"
     )
     parser.add_argument("--quantize", choices=["int8"], help="quantize the weights while loading")
     add_lora(parser)
@@ -101,6 +109,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from llama_jax.checkpoint import folders
     from llama_jax.evaluation.answers import Answers
     from llama_jax.evaluation.evaluate import evaluate
+    from llama_jax.evaluation.figure import check_columns, draw_tables
+    from llama_jax.evaluation.paper_tables import metrics_of
     from llama_jax.evaluation.results import identify, write_results
     from llama_jax.evaluation.tasks import load_tasks
     from llama_jax.inference.load import choose_compute_dtype, load
@@ -111,11 +121,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder, out = parse_path(args.folder), args.out and parse_path(args.out)
     if out and not isinstance(out, Path):
         raise InputError(f"--out {out} is in a bucket, where files can't grow: give a local folder")
+    names = args.tasks.split(",")
+    picture = parse_picture(args.picture) if args.picture else None
+    if picture:
+        check_columns(names)
     stored = folders.read_model_config(folder)
     tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     data, tasks = args.data and parse_path(args.data), {}
     if hosts.is_host_zero():
-        tasks = load_tasks(args.tasks.split(","), data, args.shots, run_code=args.run_code)
+        tasks = load_tasks(names, data, args.shots, run_code=args.run_code)
     enable_compile_cache()
     with jax.set_mesh(_make_mesh(args.mesh, stored)):
         config, model = load(
@@ -136,6 +150,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         if out:
             write_results(out, evaluation, folder, config, identity, _options(args))
     _print_results(evaluation)
+    metrics = metrics_of(evaluation.results)
+    if "paper:" in args.tasks:
+        _print_tables(metrics, folder.name)
+    if picture:
+        draw_tables(picture, metrics, folder.name)
+        print(f"{picture}: the paper's tables with these results")
     return 0
 
 
@@ -169,6 +189,14 @@ def _print_results(evaluation: "Evaluation") -> None:
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def _print_tables(metrics: "Metrics", model: str) -> None:
+    """Prints the paper's tables that were measured."""
+    from llama_jax.evaluation.paper_tables import format_table, tables_of
+
+    for name in tables_of(metrics):
+        print(f"\n{format_table(name, metrics, model)}")
 
 
 def _compare(a: Path, b: Path) -> int:

@@ -14,29 +14,21 @@ _OWN, _OTHERS = "#b0532d", "#7a7a7a"
 _DOTS, _PLACES, _WIDTH = -0.42, (-0.31, -0.17, -0.03, 0.11, 0.29), 0.14
 
 
-def check_picture(path: str, names: Sequence[str]) -> Path:
-    """Returns the path of the picture; checks it before the evaluation runs for hours.
+def check_columns(names: Sequence[str]) -> None:
+    """Checks that a picture will show something, before the evaluation runs for hours.
 
     Args:
-        path: of the picture.
         names: the tasks to evaluate, `paper:TABLE` among them.
 
     Raises:
-        InputError: the name ends neither with .png nor with .svg, its folder is missing, or no task
-            is in the paper's tables.
+        InputError: none of them is in the paper's tables.
     """
-    picture = Path(path)
-    if picture.suffix not in (".png", ".svg"):
-        raise InputError(f"--picture {path}: name a file that ends with .png or .svg")
-    if not picture.parent.is_dir():
-        raise InputError(f"--picture {path}: there is no folder {picture.parent}: create it first")
     columns = {column.task for table in TABLES.values() for column in table.columns}
     if not any(name in columns or name.startswith("paper:") for name in names):
         raise InputError(
             "--picture draws the paper's tables: add one of them, such as paper:common-sense, to"
             " --tasks"
         )
-    return picture
 
 
 def draw_tables(path: Path, results: Metrics, model: str) -> None:

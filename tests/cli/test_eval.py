@@ -30,6 +30,26 @@ def computed(monkeypatch):
     return sizes
 
 
+def test_the_papers_table_is_printed_and_drawn(capsys, model_folder, tmp_path):
+    peer("lm_eval")
+    data, picture = tmp_path / "data", tmp_path / "tables.png"
+    data.mkdir()
+    row = {"article": "A a.", "question": "b?", "options": ["a", "b", "c", "d"], "answer": "B"}
+    for level in ("middle", "high"):
+        (data / f"race_{level}_test.jsonl").write_text(json.dumps(row))
+    command = ["eval", model_folder, "--tasks", "paper:reading", "--data", data]
+    code, out, err = run(capsys, *command, "--picture", picture)
+    assert code == 0, err
+    table = out[out.index("Table 6") :].splitlines()
+    assert table[9].split() == ["LLaMA", "65B", "67.9", "51.6"]
+    name, *values = table[10].split()
+    assert name == model_folder.name
+    assert values in (["0.0", "0.0"], ["100.0", "100.0"])  # both levels have the same question
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, "eval", model_folder, "--tasks", "piqb", "--picture", picture)
+    assert (code, "add one of them" in err) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_computes_only_what_is_missing(
     capsys, model_folder, task_data, tmp_path, computed
