@@ -122,7 +122,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if out and not isinstance(out, Path):
         raise InputError(f"--out {out} is in a bucket, where files can't grow: give a local folder")
     names = args.tasks.split(",")
-    picture = parse_picture(args.picture) if args.picture else None
+    picture = args.picture and parse_picture(args.picture)
     if picture:
         check_columns(names)
     stored = folders.read_model_config(folder)
