@@ -12,6 +12,7 @@ A task file in `task_files/` includes lm-eval's own file and says where its rows
 
 import difflib
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,7 @@ def load_tasks(
             a task runs programs and `run_code` is not set or this machine can't isolate them.
     """
     names = expand_names(names, shots)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval is imported: a bar for each task
     try:
         import lm_eval.tasks
     except ImportError as error:
