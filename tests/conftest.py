@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ REFERENCES = [
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
 # Meshes (data, fsdp, tensor, context), for training.
 CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the files with the most slow tests first, so that both processes end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True, scope="module")
