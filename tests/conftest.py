@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
+# 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module a program takes less
+# time than 32.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_parallel_codegen_split_count=1",
+        *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+    ]
+)
 
 import jax
 import numpy as np
@@ -88,21 +99,6 @@ def peer(name: str) -> Any:
     if "CI" not in os.environ:
         return pytest.importorskip(name, reason=f"compares with {name}, which is not installed")
     return importlib.import_module(name)
-
-
-@functools.cache
-def quick_compilation() -> dict[str, bool]:
-    """Returns `compiler_options` for tests that compile many programs and run each once.
-
-    XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters.
-    JAX 0.12 no longer has it.
-    """
-    options = {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
 
 
 def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of, quick_compilation, tiny_model
+from conftest import mesh_of, tiny_model
 
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
@@ -33,7 +33,7 @@ class LetterTokenizer:
 @pytest.fixture(scope="module")
 def model():
     with jax.set_mesh(one_device_mesh()):
-        init = jax.jit(partial(Llama, CONFIG), compiler_options=quick_compilation())
+        init = jax.jit(partial(Llama, CONFIG))
         return init(jax.random.key(0))
 
 

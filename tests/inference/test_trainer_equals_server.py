@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import textbook
-from conftest import load_reference, quick_compilation, tiny_model
+from conftest import load_reference, tiny_model
 
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import GeneratedToken, PromptDone, Request, RequestEnded
@@ -65,7 +65,7 @@ def stories260k(folder):
 
 def random_weights():
     config = tiny_model(**SHAPE)
-    init = jax.jit(partial(Llama, config), compiler_options=quick_compilation())
+    init = jax.jit(partial(Llama, config))
     model = init(jax.random.key(0))
     return config, model, np.random.default_rng(0).integers(3, 512, CONTEXT + 400).tolist()
 
@@ -82,7 +82,7 @@ def rounding(model, logits_BTV: np.ndarray, text: list[int]) -> float:
     """
     weights = {".".join(path_names(p)): np.asarray(w) for p, w in jax.tree.leaves_with_path(model)}
     positions = np.arange(len(text))[None]
-    logits = jax.jit(textbook.logits, compiler_options=quick_compilation())
+    logits = jax.jit(textbook.logits)
     _, score = logits(weights, np.array([text]), positions, np.ones_like(positions))
     return 16 * 2.0**-24 * float(score + np.abs(logits_BTV).max())
 
@@ -110,7 +110,7 @@ def test_prefill_and_decode_give_the_logprobs_of_forward(request, which):
         texts = np.zeros((len(responses), CONTEXT), np.int32)
         for row, response in zip(texts, responses, strict=True):
             row[: len(response.text)] = response.text
-        full_pass = jax.jit(partial(forward, config), compiler_options=quick_compilation())
+        full_pass = jax.jit(partial(forward, config))
         logits_BTV = np.asarray(full_pass(model, texts))
     bound = rounding(model, logits_BTV, responses[0].text)
     shifted = logits_BTV.astype(np.float64) - logits_BTV.max(-1, keepdims=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MESHES, mesh_of, quick_compilation, tiny_model
+from conftest import MESHES, mesh_of, tiny_model
 from flax import nnx
 
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
@@ -31,7 +31,7 @@ BOUND = 5e-5
 
 init = jax.jit(Llama, static_argnums=0)
 init_adapters = jax.jit(Adapters, static_argnums=(0, 1))
-forward = jax.jit(transformer.forward, static_argnums=0, compiler_options=quick_compilation())
+forward = jax.jit(transformer.forward, static_argnums=0)
 
 
 def trained_adapters(lora=LORA, model=MODEL):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import textbook
 import tokenizers
-from conftest import load_reference, mesh_of, peer, quick_compilation, tiny_config
+from conftest import load_reference, mesh_of, peer, tiny_config
 from test_gradients import (
     BOUND,
     CHECKPOINTS,
@@ -94,7 +94,7 @@ def shard_rows(rows: Batch, micro_batches: int = 1) -> Batch:
 @functools.cache
 def gradient_program(config: Config) -> Any:
     """Returns the compiled gradient of the training code."""
-    return jax.jit(functools.partial(gradients, config), compiler_options=quick_compilation())
+    return jax.jit(functools.partial(gradients, config))
 
 
 def dpo_gradient(config: Config, model: Any, reference: Any, batch: Batch):
@@ -114,7 +114,7 @@ def expected(tied: bool, sft_weight: float):
         program = functools.partial(
             textbook.dpo_and_gradient, batch=ROWS, beta=BETA, sft_weight=sft_weight
         )
-        result = jax.jit(program, compiler_options=quick_compilation())(model, reference)
+        result = jax.jit(program)(model, reference)
         loss, rewards, grads = jax.tree.map(np.asarray, result)
     return float(loss), rewards, grads
 

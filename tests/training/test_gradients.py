@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import textbook
-from conftest import load_reference, mesh_of, peer, quick_compilation, tiny_config, tiny_model
+from conftest import load_reference, mesh_of, peer, tiny_config, tiny_model
 
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.config.model import ModelConfig
@@ -127,9 +127,7 @@ def shard_batch(batch: Batch, micro_batches: int, packed: bool) -> Batch:
 
 def trained_gradient(config: Config, model: Llama, batch: Batch):
     """Compiles the training code; returns its gradient by leaf, and its loss."""
-    program = jax.jit(
-        lambda model, batch: gradients(config, model, batch), compiler_options=quick_compilation()
-    )
+    program = jax.jit(lambda model, batch: gradients(config, model, batch))
     grads, loss, targets, _ = program(model, batch)
     assert int(targets) == np.sum(np.asarray(batch.targets) >= 0)
     return leaves(grads), float(loss)
@@ -137,7 +135,7 @@ def trained_gradient(config: Config, model: Llama, batch: Batch):
 
 @functools.cache
 def textbook_program() -> Callable[..., Any]:
-    return jax.jit(textbook.loss_and_gradient, compiler_options=quick_compilation())
+    return jax.jit(textbook.loss_and_gradient)
 
 
 def textbook_gradient(weights: dict[str, np.ndarray], batch: Batch, z_loss: float):
@@ -335,7 +333,7 @@ def test_five_steps_are_those_of_pytorchs_adamw(mesh):
     expected, metrics, tolerance = torch_steps()
     assert metrics[0][1] > CLIP > metrics[-1][1]
     config = adamw_config()
-    step = jax.jit(lambda *args: train_step(config, *args), compiler_options=quick_compilation())
+    step = jax.jit(lambda *args: train_step(config, *args))
     found = []
     with jax.set_mesh(mesh_of(mesh)):
         model = random_model(config.model)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, quick_compilation, tiny_config
+from conftest import mesh_of, tiny_config
 from flax import nnx
 from test_gradients import (
     DATA_FSDP_TENSOR,
@@ -120,8 +120,7 @@ CASES = [
 
 def pair_gradients(config, adapters, batch, base, step=None):
     program = jax.jit(
-        lambda adapters, batch, base, step: gradients(config, adapters, batch, base, step)[:3],
-        compiler_options=quick_compilation(),
+        lambda adapters, batch, base, step: gradients(config, adapters, batch, base, step)[:3]
     )
     return program(adapters, batch, base, step)
 

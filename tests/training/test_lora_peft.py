@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import peer, quick_compilation, tiny_config
+from conftest import peer, tiny_config
 from test_gradients import (
     assert_close,
     leaves,
@@ -128,7 +128,7 @@ def test_losses_gradients_and_twenty_steps_are_those_of_peft(rank_stabilized):
         model = peft_model(config, *names)
         batch = shard_batch(BATCH, 1, packed=False)
         # The loss of each token.
-        compiled = jax.jit(forward, static_argnums=0, compiler_options=quick_compilation())
+        compiled = jax.jit(forward, static_argnums=0)
         logits = compiled(config.model, attach(config.lora, base, adapters), BATCH.tokens)
         logits = np.asarray(logits, np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import textbook
-from conftest import mesh_of, quick_compilation, tiny_config
+from conftest import mesh_of, tiny_config
 from test_gradients import B, T, V, assert_close, leaves, random_batch, random_model, small_model
 
 from llama_jax.checkpoint.tree import abstract_model
@@ -38,7 +38,7 @@ def expected():
 
         with jax.enable_x64(True):
             gradient = jax.grad(losses, has_aux=True)
-            grads, nll_BT = jax.jit(gradient, compiler_options=quick_compilation())(weights)
+            grads, nll_BT = jax.jit(gradient)(weights)
             results[tied] = np.asarray(nll_BT), {k: np.asarray(g) for k, g in grads.items()}
     return results
 
@@ -80,7 +80,7 @@ def test_losses_of_tokens_and_their_gradient_are_those_of_the_textbook(
         return objective(nll_BT), nll_BT
 
     with jax.set_mesh(mesh_of(mesh)):
-        program = jax.jit(jax.grad(losses, has_aux=True), compiler_options=quick_compilation())
+        program = jax.jit(jax.grad(losses, has_aux=True))
         batch = Batch(*(shard_array(field, "BT") for field in BATCH))
         found, found_nll_BT = program(random_model(config), batch)
         order = np.asarray(shard_sequence(jnp.tile(jnp.arange(T), (B, 1))))[0]

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from conftest import mesh_of, quick_compilation, tiny_config, tiny_model
+from conftest import mesh_of, tiny_config, tiny_model
 
 from llama_jax.checkpoint.tree import abstract_model, eval_shape_on_mesh
 from llama_jax.data.windows import Batch
@@ -23,7 +23,7 @@ def scopes(lowered: jax.stages.Lowered, *, backward: bool = False) -> set[str]:
         lowered: the program.
         backward: the operations of the backward pass, instead of all others.
     """
-    text = lowered.compile(quick_compilation()).as_text()
+    text = lowered.compile().as_text()
     named = [op for op in re.findall(r'op_name="([^"]*)"', text) if " " not in op]
     selected = [op for op in named if ("transpose(jvp" in op) == backward]
     return {part for op in selected for part in re.split(r"[/()]", op)}
