@@ -104,7 +104,7 @@ def _describe_run(folder: AnyPath) -> list[str]:
         *_describe_model(config.model),
         *_describe_lora(config),
         _describe_tokenizer(load_tokenizer(folder)),
-        f"data        {', '.join(config.data.mixture)}; {config.data.batch_size} windows of"
+        f"data        {', '.join(config.data.folders)}; {config.data.batch_size} windows of"
         f" {config.data.seq_len} tokens per step",
         f"progress    {done} of {config.training.steps} steps saved ({state})",
         f"checkpoints {', '.join(map(str, steps)) or 'none'}",

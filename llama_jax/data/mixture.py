@@ -4,9 +4,9 @@ Each source has an arc of a circle, as long as its share of the mixture. Sample 
 n·α [turns] and comes from the source whose arc contains the point. α = c/W + ε, with W = 10,000 and
 c coprime to W, so W consecutive samples are at the W-th parts of the circle, each displaced by less
 than W·ε. An arc of share p therefore contains more than Wp - 1 - W²ε and less than Wp + 1 + W²ε of
-them. W²ε is at most the distance of each Wp to an integer (but see `_SLOWEST`), so **of any 10,000
-consecutive samples, each source has Wp, rounded up or down**; if Wp is an integer, Wp or one sample
-more or less. If all are integers, ε is 0 and each source has exactly Wp.
+them. W²ε is at most the distance of each Wp that is no integer to the nearest one (but see
+`_SLOWEST`), so **of any 10,000 consecutive samples, each source has Wp, rounded up or down**. If Wp
+is an integer, it is Wp or one sample more or less; if all are integers, ε is 0, and it is Wp.
 
 All numbers are integers: c/W and ε in units of 1 / `_CIRCLE` turns.
 """

@@ -76,11 +76,13 @@ def test_each_epoch_contains_every_window_once_in_another_order(token_folder):
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_every_mesh_reads_the_same_global_batch(token_folder, shape):
+def test_every_mesh_reads_the_same_global_batch(token_folder, tmp_path, shape):
+    other = changed_copy(token_folder, tmp_path, lambda f: None)
+    mixed = config(token_folder, mixture={str(token_folder): 0.7, str(other): 0.3})
     with jax.set_mesh(one_device_mesh()):
-        expected = as_numpy(Batches(config(token_folder)).train(3))
+        expected = as_numpy(Batches(mixed).train(3))
     with jax.set_mesh(mesh_of(shape)):
-        for a, b in zip(as_numpy(Batches(config(token_folder)).train(3)), expected, strict=True):
+        for a, b in zip(as_numpy(Batches(mixed).train(3)), expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
