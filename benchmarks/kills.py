@@ -62,6 +62,7 @@ from llama_jax.runtime import folder_lock
 folder_lock.BEAT_SECONDS, folder_lock.WATCH_SECONDS = 0.5, 2.0
 sys.exit(main(sys.argv[1:]))
 """
+SECONDS_A_STEP = 0.06  # with the faults above; a kill comes before the last step
 START_SECONDS = 300.0  # until the step is compiled, or saved locally, on a busy machine
 
 
@@ -213,7 +214,7 @@ def kill_one_run(
         if done < kills and run.is_running():
             if config.checkpoint.local:  # each kill finds local checkpoints of this start
                 run.wait_until(lambda: newest_local_step(config) > newest)  # noqa: B023 (same)
-            time.sleep(rng.uniform(0, 12))
+            time.sleep(rng.uniform(0, SECONDS_A_STEP * config.training.steps))
         resumed = f"resumes after step {newest} of" if newest else "has no checkpoint yet"
         finished = config.training.steps in complete
         if not finished and resumed not in run.errors and (newest or done):
