@@ -161,7 +161,7 @@ def stack_rows(rows: Sequence[TreeRow], size: int, length: int) -> Trees:
         for array, values in zip(padded, row[:5], strict=True):
             array[i, : len(values)] = values
     n_pairs = max((len(row.queries) for row in rows), default=0)
-    return Trees(*(shard_array(array, "BS") for array in padded), n_pairs)
+    return Trees(*(shard_array(array, "BS") for array in padded), n_pairs=n_pairs)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="top")

@@ -29,8 +29,16 @@ class Mask(NamedTuple):
 
     def block(self, queries: slice, keys: slice) -> "Mask":
         """Returns the mask of some of the queries and keys."""
-        columns = queries, queries, keys, keys
-        return Mask(*(x if x is None else x[:, c] for x, c in zip(self, columns, strict=True)))
+
+        def take(x: jax.Array | None, columns: slice) -> jax.Array | None:
+            return x if x is None else x[:, columns]
+
+        return Mask(
+            self.positions_BT[:, queries],
+            take(self.segments_BT, queries),
+            take(self.segments_BS, keys),
+            take(self.ends_BS, keys),
+        )
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, ends_BS=None) -> jax.Array:
