@@ -116,7 +116,8 @@ def hf(folder: str, dtype: str, batch: int, *work: Any) -> Callable[[], Round]:
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(cpu_cores())
-    model = HFLM(pretrained=folder, device="cpu", dtype=dtype, batch_size=batch)
+    hf_model: Any = HFLM  # its decorator hides its arguments
+    model = hf_model(pretrained=folder, device="cpu", dtype=dtype, batch_size=batch)
     return scorer(lambda: model, *work)
 
 
