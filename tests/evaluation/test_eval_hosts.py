@@ -19,7 +19,8 @@ def test_two_processes_have_the_results_of_one(capsys, model_folder, shared_data
         out = tmp_path / f"two{i}"
         group = Group(tmp_path / f"group{i}", 2, *argv, "--out", out)
         assert group.wait() == [0, 0], group.outputs("err")
-        assert group.outputs("out")[1] == ""
+        # Gloo prints on the standard output of each process, and host 0 the results.
+        assert ["arc_easy" in output for output in group.outputs("out")] == [True, False]
         results.append(json.loads((out / "results.json").read_text()))
     code, _, err = run(capsys, *command, "--tasks", "arc_easy", "--out", tmp_path / "one")
     assert code == 0, err
