@@ -115,7 +115,8 @@ class HarnessModel(LM):
         occurrences = Counter[str]()
         encoded = []
         for request in requests:
-            context, settings = request.args
+            arguments: Any = request.args
+            context, settings = arguments
             occurrence = occurrences[key := request_key(context, settings)]
             occurrences[key] += 1
             encoded.append(self._generate_request(context, settings, occurrence))
