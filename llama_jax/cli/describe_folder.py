@@ -118,7 +118,9 @@ def _describe_run(folder: AnyPath) -> list[str]:
         lines.append(f"loss        {losses[-1]['loss']:.4f} in step {losses[-1]['step']}")
     if validations:
         last = validations[-1]
-        lines.append(f"validation  {last['validation_loss']:.4f} after step {last['step']}")
+        accuracy = last.get("validation_accuracy")  # of preferences
+        more = "" if accuracy is None else f", {accuracy:.1%} of the preferences right"
+        lines.append(f"validation  {last['validation_loss']:.4f} after step {last['step']}{more}")
     return lines
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import tiny_model
 
 from llama_jax.checkpoint.model_folders import save_model
+from llama_jax.cli.describe_folder import describe
 from llama_jax.config.lora import LoraConfig
 from llama_jax.config.run import (
     CheckpointConfig,
@@ -23,6 +24,7 @@ from llama_jax.config.run import (
 from llama_jax.errors import InputError
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.runtime.storage import parse_path
 from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
@@ -59,7 +61,7 @@ def long_run(request, preference_folder, model_folder, tmp_path_factory):
 
 
 def test_the_accuracy_rises_from_a_loss_of_log_2(long_run):
-    steps = records(loop.parse_path(long_run.training.out))
+    steps = records(parse_path(long_run.training.out))
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     first = steps[0]
     assert first["loss"] == pytest.approx(math.log(2), rel=2**-23)
@@ -73,9 +75,12 @@ def test_the_accuracy_rises_from_a_loss_of_log_2(long_run):
 
 
 def test_validation_has_the_same_means(long_run):
-    found = records(loop.parse_path(long_run.training.out), "validation_loss")
+    found = records(parse_path(long_run.training.out), "validation_loss")
     assert [record["step"] for record in found] == [8, 16]
     assert {name.removeprefix("validation_") for name in found[0]} - {"step"} == set(MEANS)
+    loss, accuracy = (found[1][f"validation_{name}"] for name in ("loss", "accuracy"))
+    line = f"validation  {loss:.4f} after step 16, {accuracy:.1%} of the preferences right"
+    assert line in describe(parse_path(long_run.training.out))
 
 
 @pytest.mark.slow
@@ -86,7 +91,7 @@ def test_an_extended_run_equals_a_long_one(long_run, tmp_path):
     for name in ("loss", "validation_loss"):
         ours, theirs = (
             records(tmp_path, name),
-            records(loop.parse_path(long_run.training.out), name),
+            records(parse_path(long_run.training.out), name),
         )
         for a, b in zip(ours, theirs, strict=True):
             assert {key: a[key] for key in a if "second" not in key} == {
