@@ -1,6 +1,7 @@
 """The figure of a run's losses and of its results on tasks, loss.png."""
 
 import io
+import math
 from typing import Any
 
 from llama_jax.runtime.storage import AnyPath, write_file
@@ -16,7 +17,8 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
 
     Args:
         folder: of the run.
-        unigram_entropy: of the held-out text [nats per token], drawn as a line; None: no line.
+        unigram_entropy: of the held-out text [nats per token], drawn as a line unless all losses
+            are below it, as in a fine-tune; None: no line.
     """
     import matplotlib as mpl
 
@@ -41,7 +43,8 @@ def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
         axes.annotate(
             f"{loss:.2f}", (step, loss), xytext=(0, 8), textcoords="offset points", ha="right"
         )
-    if unigram_entropy is not None:
+    losses = [loss for _, loss in (*training, *validation)]
+    if unigram_entropy is not None and unigram_entropy < max(losses, default=math.inf):
         label = f"unigram entropy of the held-out text ({unigram_entropy:.2f})"
         axes.axhline(unigram_entropy, color="#b0532d", ls="--", lw=1.2, label=label)
     unit = "preference" if any("preferences" in r for r in records) else "token"
