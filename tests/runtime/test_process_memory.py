@@ -20,8 +20,8 @@ def step(x):  # allocates a temporary of 64 MB
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-each = []
-for _ in range(12):
+each = []  # the first steps map memory for each thread that may run them
+for _ in range(40):
     before = faults()
     step(jnp.arange(4096.0)).block_until_ready()
     each.append(faults() - before)
