@@ -95,8 +95,11 @@ def test_a_killed_evaluation_computes_only_what_is_missing(
 
 def test_a_missing_extra_is_reported_before_the_model_is_loaded(capsys, monkeypatch):
     find_spec = importlib.util.find_spec
-    missing = lambda name: None if name == "lm_eval" else find_spec(name)  # noqa: E731
-    monkeypatch.setattr("importlib.util.find_spec", missing)
+
+    def find_others(name):
+        return None if name == "lm_eval" else find_spec(name)
+
+    monkeypatch.setattr("importlib.util.find_spec", find_others)
     code, _, err = run(capsys, "eval", "models/none", "--tasks", "arc_easy")
     assert code == 2
     assert err == (

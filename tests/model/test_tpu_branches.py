@@ -40,7 +40,11 @@ def test_loss_and_gradients_of_a_training_step(monkeypatch):
     segments_BT = np.sort(np.random.default_rng(1).integers(1, 4, (2, 128)))
     calls = []
     splash = attention.attention_splash.attention
-    recorded = lambda *args: calls.append(len(args)) or splash(*args)  # noqa: E731
+
+    def recorded(*args):
+        calls.append(len(args))
+        return splash(*args)
+
     monkeypatch.setattr(attention.attention_splash, "attention", recorded)
 
     def work():
