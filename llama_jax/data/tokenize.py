@@ -27,7 +27,7 @@ from llama_jax.data.text_files import (
     read_documents,
     split_lines,
 )
-from llama_jax.data.worker_pool import map_in_order, worker_pool
+from llama_jax.data.worker_pool import map_in_order, submit, worker_pool
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress, print_status
@@ -184,9 +184,8 @@ def tokenize_corpus(
                 _train_on_corpus(files, validation_fraction, model, n_vocab)
             else:  # in a worker, so that this process can still handle signals
                 with worker_pool(1) as pool:
-                    pool.submit(
-                        _train_on_corpus, files, validation_fraction, model, n_vocab
-                    ).result()
+                    train = _train_on_corpus, files, validation_fraction, model, n_vocab
+                    submit(pool, *train).result()
         else:
             raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
         loaded = load_tokenizer(model)
