@@ -7,7 +7,7 @@ from typing import Any
 from llama_jax.runtime.storage import AnyPath, write_file
 from llama_jax.training.metrics import EVALUATION, read_metrics
 
-_MAX_TASKS = 10  # lines of results; more can't be told apart
+_MAX_TASKS = 10  # lines of results; more can't be distinguished
 
 
 def draw_losses(folder: AnyPath, unigram_entropy: float | None) -> AnyPath:
