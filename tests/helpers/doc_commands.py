@@ -41,9 +41,13 @@ NOT_RUN = {
 PLAIN = ("bash", "cat", "grep", "mkdir")  # the real commands
 
 # Records its arguments; if they contain a command, executes that.
+# Commands of a pipe run side by side. bash writes one line at once, so a call is one line: \x1f is
+# between its words, and \x1e is a line break in a word.
 _STUB = """\
 #!/bin/bash
-printf '%s\\0' "${0##*/}" "$@" $'\\n' >> "$CALLS"
+call=${0##*/}
+for word; do call+=$'\\x1f'$word; done
+printf '%s\\n' "${call//$'\\n'/$'\\x1e'}" >> "$CALLS"
 [ -p /dev/stdin ] && cat > /dev/null
 case "${0##*/} $1" in
   "llama-jax info") echo "(finished)" ;;
@@ -59,7 +63,7 @@ case "${0##*/} $1" in
 esac
 exit 0
 """
-_UNKNOWN = 'command_not_found_handle() { printf "%s\\0" unknown "$1" $\'\\n\' >> "$CALLS"; }\n'
+_UNKNOWN = """command_not_found_handle() { printf 'unknown\\x1f%s\\n' "$1" >> "$CALLS"; }\n"""
 
 
 class Block(NamedTuple):
@@ -127,7 +131,8 @@ class PageRunner:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, (shell, done.stderr)
-        return [call.split("\0")[:-1] for call in calls.read_text().split("\n\0") if call]
+        lines = calls.read_text().split("\n")[:-1]
+        return [line.replace("\x1e", "\n").split("\x1f") for line in lines]
 
     def run_block(self, block: Block) -> list[list[str]]:
         """Runs a shell block, or the script in a JobSet; returns the commands that it executed."""
