@@ -31,7 +31,7 @@ _JSON_LINES = {".jsonl", ".ndjson"}
 COMPRESSED = (".gz", ".zst")
 
 
-class Document(NamedTuple):
+class SplitText(NamedTuple):
     """One text of the corpus, in parts, and its split.
 
     The iterator reads the parts from the file: use them up before you take the next document.
@@ -235,7 +235,7 @@ def plain_size(files: Sequence[AnyPath]) -> int | None:
     return sum(map(file_size, files))
 
 
-def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iterator[Document]:
+def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iterator[SplitText]:
     """Yields all non-empty documents in order; one in every 1/fraction documents is held out.
 
     If there are too few documents for that (a single book), the last part of each document is held
@@ -248,7 +248,7 @@ def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iter
             boundary = _validation_start(path, validation_fraction)
             for split, start, end in ((0, 0, boundary), (1, boundary, sys.maxsize)):
                 if parts := _parts_unless_empty(read_text(path, start, end)):
-                    yield Document(parts, SPLITS[split])
+                    yield SplitText(parts, SPLITS[split])
             continue
         lines = is_json_lines(path)
         texts = (iter([text]) for text in read_json_lines(path)) if lines else [read_text(path)]
@@ -256,7 +256,7 @@ def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iter
             if parts := _parts_unless_empty(text):
                 documents += 1
                 before, after = (int(n * validation_fraction) for n in (documents - 1, documents))
-                yield Document(parts, SPLITS[after > before])
+                yield SplitText(parts, SPLITS[after > before])
 
 
 def _parts_unless_empty(parts: Iterator[str]) -> Iterator[str] | None:
@@ -275,7 +275,7 @@ def _validation_start(path: AnyPath, fraction: float) -> int:
     return boundary
 
 
-def split_lines(documents: Iterator[Document], split: str, max_characters: int) -> Iterator[str]:
+def split_lines(documents: Iterator[SplitText], split: str, max_characters: int) -> Iterator[str]:
     """Yields the lines of one split, except those with more than `max_characters` characters."""
     for parts, document_split in documents:
         line = ""

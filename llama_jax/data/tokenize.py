@@ -21,7 +21,7 @@ from llama_jax.data.shards import write_meta
 from llama_jax.data.text_files import (
     COMPRESSED,
     SPLITS,
-    Document,
+    SplitText,
     find_files,
     plain_size,
     read_documents,
@@ -116,7 +116,7 @@ def _train_on_corpus(
     train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
 
 
-def _text_spans(documents: Iterable[Document], safe_split: SafeSplit) -> Iterator[_TextSpan]:
+def _text_spans(documents: Iterable[SplitText], safe_split: SafeSplit) -> Iterator[_TextSpan]:
     for parts, split in documents:
         texts = split_text(parts, safe_split)
         text, first = next(texts), True

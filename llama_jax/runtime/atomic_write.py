@@ -109,11 +109,15 @@ def check_absent(path: str | AnyPath) -> None:
         InputError: it exists.
     """
     path = parse_path(path)
-    if isinstance(path, BucketPath):
-        if path.exists() and not (path / INCOMPLETE).is_file():
-            raise _exists(path)
-    elif os.path.lexists(path):
+    if is_written(path):
         raise _exists(path)
+
+
+def is_written(path: AnyPath) -> bool:
+    """Returns whether a file or a folder exists. A leftover in a bucket doesn't count."""
+    if isinstance(path, BucketPath):
+        return path.exists() and not (path / INCOMPLETE).is_file()
+    return os.path.lexists(path)
 
 
 def _exists(path: AnyPath) -> InputError:

@@ -201,22 +201,46 @@ def _split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def find_place() -> tuple[int, int] | None:
+    """Returns the number of this process in its cluster, from 0, and that of all; joins no process.
+
+    None: the environment describes no cluster, or only one process.
+
+    Raises:
+        InputError: the environment can't be read.
+    """
+    try:
+        if (kind := _cluster_kind()) and (processes := kind.get_process_count()) > 1:
+            return kind.get_process_id(), processes
+    except Exception as error:  # of a metadata server, of Kubernetes, of missing variables
+        raise InputError(
+            f"can't detect the processes of this cluster ({_first_line(error)}): give --task I/N"
+        ) from error
+    return None
+
+
+def _cluster_kind() -> type[ClusterEnv] | None:
+    """Returns JAX's class for the cluster that the environment describes."""
+    # Any other pod of Kubernetes is a single process.
+    indexed = "JOB_COMPLETION_INDEX" in os.environ
+    for kind in ClusterEnv._cluster_types:
+        if kind.opt_in_only_method or (kind.__name__ == "K8sCluster" and not indexed):
+            continue
+        if kind.is_env_present():
+            return kind
+    return None
+
+
 def _detect_cluster() -> tuple[str, int, int] | None:
     """Returns address, processes and process of the cluster that the environment describes."""
-    indexed = (
-        "JOB_COMPLETION_INDEX" in os.environ
-    )  # any other pod of Kubernetes is a single process
     try:
-        for kind in ClusterEnv._cluster_types:
-            if kind.opt_in_only_method or (kind.__name__ == "K8sCluster" and not indexed):
-                continue
-            if kind.is_env_present():
-                processes = kind.get_process_count()
-                if processes == 1:
-                    return None
-                port = os.environ.get("JAX_COORDINATOR_PORT")
-                address = kind.get_coordinator_address(int(handshake.JOIN_SECONDS), port)
-                return address, processes, kind.get_process_id()
+        if kind := _cluster_kind():
+            processes = kind.get_process_count()
+            if processes == 1:
+                return None
+            port = os.environ.get("JAX_COORDINATOR_PORT")
+            address = kind.get_coordinator_address(int(handshake.JOIN_SECONDS), port)
+            return address, processes, kind.get_process_id()
     except Exception as error:  # of a metadata server, of Kubernetes, of missing variables
         raise InputError(
             f"can't detect the processes of this cluster ({_first_line(error)}): give"
