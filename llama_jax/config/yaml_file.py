@@ -16,8 +16,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from llama_jax.config.data import Source
+from llama_jax.config.data import Source, StoragePath
 from llama_jax.config.family import FAMILY
+from llama_jax.config.prepare import KINDS, SourceEntry
 from llama_jax.config.run import Config
 from llama_jax.config.validation import Problem, first_problem
 from llama_jax.errors import InputError
@@ -38,6 +39,25 @@ def load(path: str | AnyPath, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: names file, line and key, and the nearest valid name of an unknown key.
     """
+    return _read(path, overrides).config()
+
+
+def load_prepare(path: str | AnyPath, overrides: Sequence[str] = ()) -> dict[str, SourceEntry]:
+    """Returns the section `prepare` of a YAML file: an entry for each folder of documents.
+
+    A run doesn't use the section, so that its keys can change while a run is in progress.
+
+    Args:
+        path: as for `load`. The file needs no other section.
+        overrides: as for `load`.
+
+    Raises:
+        InputError: as `load`; or the file has no such section.
+    """
+    return _read(path, overrides).prepare()
+
+
+def _read(path: str | AnyPath, overrides: Sequence[str]) -> "_Document":
     path = find(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,7 +70,7 @@ def load(path: str | AnyPath, overrides: Sequence[str] = ()) -> Config:
     document.add_file(text)
     for override in overrides:
         document.add_override(override)
-    return document.config()
+    return document
 
 
 def find(path: str | AnyPath) -> AnyPath:
@@ -137,7 +157,7 @@ class _Document:
         self.locations[key] = location
 
     def config(self) -> Config:
-        values = self.values
+        values = {key: value for key, value in self.values.items() if key != "prepare"}
         model = values.get("model")
         if isinstance(model, dict) and "family" in model:
             values = values | {"model": self._with_family_defaults(model)}
@@ -145,6 +165,36 @@ class _Document:
             return TypeAdapter(Config).validate_python(values)
         except ValidationError as error:
             raise InputError(self._sentence(first_problem(error))) from error
+
+    def prepare(self) -> dict[str, SourceEntry]:
+        values = self.values.get("prepare")
+        if not isinstance(values, dict) or not values:
+            raise InputError(
+                f"{self._location(('prepare',))}: the section prepare must name at least one folder"
+                " of documents, such as `docs/c4: {kind: c4, inputs: [crawl/*.warc.gz]}`"
+            )
+        try:
+            return TypeAdapter(dict[StoragePath, SourceEntry]).validate_python(values)
+        except ValidationError as error:
+            problem = first_problem(error)
+            # pydantic adds the kind to the path, after the folder.
+            path = ("prepare", *problem.path[:1], *problem.path[2:])
+            raise InputError(self._prepare_sentence(problem._replace(path=path))) from error
+
+    def _prepare_sentence(self, problem: Problem) -> str:
+        where, kinds = self._location(problem.path), [*PREPARE_KEYS]
+        entry = self.values["prepare"].get(problem.path[1])
+        kind = entry.get("kind") if isinstance(entry, dict) else None
+        if kind not in kinds:
+            given = f"not {kind!r}" if kind is not None else "and is missing"
+            known = ", ".join(kinds)
+            return f"{where}: prepare.{problem.path[1]}.kind must be one of {known}, {given}"
+        sentence = f"{where}: {problem.sentence()}"
+        valid = [key.name for key in PREPARE_KEYS[kind]]
+        if problem.is_unknown:
+            hint = _suggest_nearest(problem.path[-1], valid)
+            return f"{sentence}; {hint or 'known are ' + ', '.join(valid)}"
+        return f"{sentence}: add it" if problem.is_missing else sentence
 
     def _with_family_defaults(self, model: dict[str, Any]) -> dict[str, Any]:
         name = model["family"]
@@ -244,6 +294,10 @@ _FAMILY_KEY = Key(
     "member of the LLaMA family, such as llama2-7b, that gives the defaults of this section",
 )
 KEYS = {key.name: key for key in [_FAMILY_KEY, *_list_keys(Config)]}
+# Of an entry of `prepare`, by its kind.
+PREPARE_KEYS = {
+    typing.get_args(cls.__annotations__["kind"])[0]: [*_list_keys(cls)] for cls in KINDS
+}
 
 
 def manual() -> str:
@@ -254,9 +308,19 @@ def manual() -> str:
         if key.name.split(".")[0] != section:
             section = key.name.split(".")[0]
             lines.append(f"\n{section}:")
-        default = "required" if key.default == "required" else f"default {key.default}"
-        lines.append(f"  {key.name}  ({key.type}, {default})")
-        lines += textwrap.wrap(
-            key.description, 88, initial_indent=6 * " ", subsequent_indent=6 * " "
-        )
+        lines += _describe(key)
     return "\n".join(lines)
+
+
+def prepare_manual() -> str:
+    """Returns the manual of the keys of an entry of `prepare`, kind by kind."""
+    lines: list[str] = []
+    for kind, keys in PREPARE_KEYS.items():
+        lines += [f"\nkind: {kind}", *(line for key in keys for line in _describe(key))]
+    return "\n".join(lines)
+
+
+def _describe(key: Key) -> list[str]:
+    default = "required" if key.default == "required" else f"default {key.default}"
+    text = textwrap.wrap(key.description, 88, initial_indent=6 * " ", subsequent_indent=6 * " ")
+    return [f"  {key.name}  ({key.type}, {default})", *text]

@@ -1,0 +1,114 @@
+"""The section `prepare`: how each source of the mixture is made from raw dumps."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from llama_jax.config.data import Fraction, StoragePath
+from llama_jax.config.model import STRICT, PositiveFloat, PositiveInt, StrictBool
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RawInputs:
+    """The keys that every kind of source has."""
+
+    inputs: tuple[StoragePath, ...] = Field(
+        min_length=1,
+        description="raw files: paths, folders and globs, here or in buckets; of equal documents"
+        " the first in this order remains",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CommonCrawlEntry(RawInputs):
+    """Pages of CommonCrawl (WARC or WET files) by the CCNet pipeline (arXiv 1911.00359)."""
+
+    kind: Literal["commoncrawl"]
+    main_content: StrictBool = Field(
+        default=True, description="for WARC: leave out navigation, headers, footers and the like"
+    )
+    min_characters: PositiveInt = Field(
+        default=300, description="a page with fewer characters is removed, as CCNet does"
+    )
+    line_files: PositiveInt | None = Field(
+        default=None,
+        description="number of consecutive files in which a line may occur once (CCNet compared 50"
+        " of the 1,600 parts of a snapshot); null: in all files",
+    )
+    languages: tuple[str, ...] = Field(
+        default=("en",), min_length=1, description="languages that remain, by ISO 639-1 code"
+    )
+    min_language: Fraction = Field(
+        default=0.5, description="probability of the language below which a page is removed"
+    )
+    quality_model: StoragePath | None = Field(
+        default=None, description="n-gram model (KenLM) of good text; null: no rule on perplexity"
+    )
+    quality_tokenizer: StoragePath | None = Field(
+        default=None,
+        description="SentencePiece model of the text on which quality_model is trained",
+    )
+    perplexity_limits: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None,
+        description="perplexities that divide head from middle and middle from tail (CCNet: such"
+        " that each has a third of the pages); null: write the perplexity of each page only",
+    )
+    buckets: tuple[Literal["head", "middle", "tail"], ...] = Field(
+        default=("head", "middle"), min_length=1, description="buckets of perplexity that remain"
+    )
+    reference_model: StoragePath | None = Field(
+        default=None,
+        description="fastText classifier of pages that Wikipedia cites as references against random"
+        " pages; null: no such rule",
+    )
+    reference_label: str = Field(
+        default="reference", description="label of references in reference_model (__label__ apart)"
+    )
+    min_reference: Fraction = Field(
+        default=0.5, description="probability of this label below which a page is removed"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "CommonCrawlEntry":
+        if (self.quality_model is None) != (self.quality_tokenizer is None):
+            raise ValueError("give quality_model and quality_tokenizer together, or omit both")
+        limits = self.perplexity_limits
+        if limits and self.quality_model is None:
+            raise ValueError("perplexity_limits need quality_model: add it, or omit the limits")
+        if limits and limits[0] >= limits[1]:
+            raise ValueError(
+                f"perplexity_limits ({limits[0]}, {limits[1]}): the first must be the smaller one"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class C4Entry(RawInputs):
+    """Pages of CommonCrawl (WARC or WET files) by the rules of C4 (arXiv 1910.10683, 2.2)."""
+
+    kind: Literal["c4"]
+    main_content: StrictBool = Field(
+        default=True, description="for WARC: leave out navigation, headers, footers and the like"
+    )
+    min_words: PositiveInt = Field(
+        default=5, description="a line with fewer words is removed from its page"
+    )
+    min_sentences: PositiveInt = Field(
+        default=3, description="a page with fewer sentences is removed"
+    )
+    languages: tuple[str, ...] = Field(
+        default=("en",), min_length=1, description="languages that remain, by ISO 639-1 code"
+    )
+    min_language: Fraction = Field(
+        default=0.99, description="probability of the language below which a page is removed"
+    )
+    bad_words: StoragePath | None = Field(
+        default=None,
+        description="text file with one word or phrase a line; a page with any of them is removed;"
+        " null: no such rule",
+    )
+
+
+SourceEntry = Annotated[CommonCrawlEntry | C4Entry, Field(discriminator="kind")]
+KINDS = (CommonCrawlEntry, C4Entry)
