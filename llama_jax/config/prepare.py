@@ -110,5 +110,25 @@ class C4Entry(RawInputs):
     )
 
 
-SourceEntry = Annotated[CommonCrawlEntry | C4Entry, Field(discriminator="kind")]
-KINDS = (CommonCrawlEntry, C4Entry)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ArxivEntry(RawInputs):
+    """LaTeX sources: arXiv's .tar files, or .tex and .Rnw files (LLaMA's paper, section 2.1)."""
+
+    kind: Literal["arxiv"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StackExchangeEntry(RawInputs):
+    """Questions with answers: Posts.xml of Stack Exchange (LLaMA's paper, section 2.1)."""
+
+    kind: Literal["stackexchange"]
+    sites: tuple[str, ...] = Field(
+        default=(),
+        description="sites that remain, by the name of the folder of Posts.xml; []: all",
+    )
+
+
+SourceEntry = Annotated[
+    CommonCrawlEntry | C4Entry | ArxivEntry | StackExchangeEntry, Field(discriminator="kind")
+]
+KINDS = (CommonCrawlEntry, C4Entry, ArxivEntry, StackExchangeEntry)
