@@ -14,10 +14,10 @@ from typing import Any
 Setup = Callable[[], Callable[[], Any]]
 
 
-def _serve_rounds(setup: Setup, requests: Connection) -> None:
+def _serve_rounds(setup: Setup, warm_up: int, requests: Connection) -> None:
     """Runs a round for each request; sends its seconds, or the round's own result if not None."""
     run_round = setup()
-    for _ in range(2):  # compile and warm up
+    for _ in range(warm_up):
         run_round()
     requests.send(None)
     while requests.recv():
@@ -26,12 +26,15 @@ def _serve_rounds(setup: Setup, requests: Connection) -> None:
         requests.send(time.perf_counter() - start if result is None else result)
 
 
-def time_alternately(sides: Mapping[str, Setup], rounds: int) -> dict[str, list[Any]]:
+def time_alternately(
+    sides: Mapping[str, Setup], rounds: int, warm_up: int = 2
+) -> dict[str, list[Any]]:
     """Returns the seconds of each round of each side, or the side's own results.
 
     Args:
         sides: setup function by name; must be picklable, as it runs in a new process.
         rounds: number of timed rounds of each side.
+        warm_up: rounds before these, of each side; they compile.
     """
     spawn = multiprocessing.get_context("spawn")
     results: dict[str, list[Any]] = {name: [] for name in sides}
@@ -39,7 +42,7 @@ def time_alternately(sides: Mapping[str, Setup], rounds: int) -> dict[str, list[
     processes = []
     for name, setup in sides.items():
         connections[name], child = spawn.Pipe()
-        processes.append(spawn.Process(target=_serve_rounds, args=(setup, child), daemon=True))
+        processes.append(spawn.Process(target=_serve_rounds, args=(setup, warm_up, child), daemon=True))
         processes[-1].start()
         child.close()  # the child's death then ends recv with EOFError
         connections[name].recv()

