@@ -42,7 +42,9 @@ def time_alternately(
     processes = []
     for name, setup in sides.items():
         connections[name], child = spawn.Pipe()
-        processes.append(spawn.Process(target=_serve_rounds, args=(setup, warm_up, child), daemon=True))
+        processes.append(
+            spawn.Process(target=_serve_rounds, args=(setup, warm_up, child), daemon=True)
+        )
         processes[-1].start()
         child.close()  # the child's death then ends recv with EOFError
         connections[name].recv()

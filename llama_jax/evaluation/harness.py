@@ -198,7 +198,7 @@ class HarnessModel(LM):
             if key not in self._answers
         }
         if missing:
-            unique, n_before, start = [*missing], len({*keys}) - len(missing), time.monotonic()
+            unique, n_before, first = [*missing], len({*keys}) - len(missing), 0.0
             total = n_before + len(missing)
             progress = TaskProgress(
                 BarColumn(bar_width=20), TEXT_COLUMN, total=total, completed=n_before,
@@ -208,9 +208,12 @@ class HarnessModel(LM):
                 jobs = run_job(self._evaluated, [*missing.values()])
                 for n, (i, answer) in enumerate(jobs, 1):
                     self._answers.add(unique[i], answer)
-                    left = (time.monotonic() - start) / n * (len(missing) - n)
-                    done = f"{title}: {n_before + n:,} of {total:,}"
-                    progress.update(n_before + n, f"{done}  left {format_duration(left)}")
+                    text = f"{title}: {n_before + n:,} of {total:,}"
+                    # The time before the first answer is mostly that of compiling.
+                    first = first or time.monotonic()
+                    if (seconds := time.monotonic() - first) > 2:
+                        text += f"  left {format_duration(seconds / n * (len(missing) - n))}"
+                    progress.update(n_before + n, text)
         return [self._answers[key] for key in keys]
 
 

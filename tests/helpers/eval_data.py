@@ -9,6 +9,7 @@ FILES = {
     "arc_easy_train": "arc_challenge_validation_sample",
     "gsm8k_test": "gsm8k_train_sample",
     "gsm8k_train": "gsm8k_train_sample",
+    "nq_open_validation": "nq_open_validation_sample",
 }
 
 
