@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gzip
 import importlib
 import math
 import os
@@ -46,7 +47,7 @@ from llama_jax.convert.convert import convert
 from llama_jax.data import tokenize
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import make_mesh, one_device_mesh
-from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -92,6 +93,21 @@ def shared_data() -> Path:
     if SHARED.is_dir():
         pytest.fail(f"{SHARED} exists, but {data} doesn't")
     pytest.skip("needs ../shared/data (reference models and logits), which is missing")
+
+
+@pytest.fixture(scope="session")
+def llama2(shared_data: Path) -> Tokenizer:
+    """The tokenizer of LLaMA and Llama 2."""
+    return load_tokenizer(shared_data / "tokenizers" / "llama_sentencepiece_32000.model")
+
+
+@pytest.fixture(scope="session")
+def llama3(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tokenizer of Llama 3."""
+    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
+    packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
+    path.write_bytes(gzip.decompress(packed.read_bytes()))
+    return load_tokenizer(path)
 
 
 def peer(name: str) -> Any:

@@ -1,18 +1,18 @@
 """Encodes chats in the formats of Llama 2 and Llama 3, turn by turn.
 
-`chat_template` encodes chats with a template instead.
+`chat_template` encodes chats with a template instead; all have the interface `ChatFormat`.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama_jax.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 TOOL_ROLES = ("tool", "ipython")  # results of tools; only training data have them
 
-# The formats of `format_llama2_turns` and `encode_llama3_chat`, for programs that need a template.
+# The formats of `Llama2Chats` and `Llama3Chats`, for programs that need a template.
 # A template doesn't separate a message from the format: the program that renders it must check that
 # no message contains the format's marks.
 LLAMA2_TEMPLATE = """\
@@ -73,6 +73,61 @@ class EncodedChat(NamedTuple):
     answers: list[tuple[int, int]]
 
 
+class ChatFormat(Protocol):
+    """How the messages of a chat become the ids that a model reads and learns."""
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat that ends with the user, up to the model's answer."""
+        ...
+
+    def encode_example(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> EncodedChat:
+        """Returns the ids of a chat that ends with an answer, and the ranges of the answers."""
+        ...
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Returns the text of a chat."""
+        ...
+
+
+class ChatTokenizer:
+    """The methods for chats of a tokenizer, whose format the subclass determines."""
+
+    @property
+    def _chat_format(self) -> ChatFormat:
+        """The model's chat format; raises InputError if there is none."""
+        raise NotImplementedError
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, up to the position of the model's answer.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        return self._chat_format.encode_prompt(messages)
+
+    def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """Returns the text of a chat in the model's format, for `parse`.
+
+        Without the generation prompt, the text ends with the last message, to continue it.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        return self._chat_format.render(messages, generation_prompt=generation_prompt)
+
+    def encode_example(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> EncodedChat:
+        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
+
+        Raises:
+            InputError: the messages don't match the chat format, or there is no chat format.
+        """
+        return self._chat_format.encode_example(messages, tools)
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Checks the rules for a chat that the model continues, which all formats share.
 
@@ -114,7 +169,7 @@ def _check_each(messages: Sequence[Message], roles: Sequence[str], listed: str) 
             raise InputError(f"message {number} of the chat has no text: give content as a string")
 
 
-def check_no_tools(tools: Sequence[Any] | None) -> None:
+def _check_no_tools(tools: Sequence[Any] | None) -> None:
     """Checks that a chat lists no tools: only a template defines how.
 
     Raises:
@@ -127,57 +182,63 @@ def check_no_tools(tools: Sequence[Any] | None) -> None:
         )
 
 
-def encode_llama2_chat(encode: Callable[..., list[int]], messages: Sequence[Message]) -> list[int]:
-    """Returns the ids of a chat in the format of Llama 2 Chat, up to the model's answer.
+class Llama2Chats(NamedTuple):
+    """The format of Llama 2 Chat (Meta's llama/generation.py, `chat_completion`).
 
-    Each turn (user message and answer) is between the begin and the end token; the last turn, which
-    has no answer, has no end token (Meta's llama/generation.py, `chat_completion`).
+    Each turn (user message and answer) is between the begin and the end token; a last turn that has
+    no answer has no end token.
 
-    Args:
+    Attributes:
         encode: `Tokenizer.encode`.
-        messages: the last message is the user's.
-
-    Raises:
-        InputError: user and assistant don't take turns, or a message contains a mark of the format.
+        template: the format as a template, which renders chats.
     """
-    check_messages(messages)
-    ids = []
-    for prompt, answer in _llama2_turns(messages):
-        text = prompt if answer is None else prompt + answer
-        ids += encode(text, bos=True, eos=answer is not None)
-    return ids
 
+    encode: Callable[..., list[int]]
+    template: ChatFormat
 
-def encode_llama2_example(
-    encode: Callable[..., list[int]], messages: Sequence[Message]
-) -> EncodedChat:
-    """Returns the ids of a chat in the format of Llama 2 Chat, and its answers.
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, up to the model's answer.
 
-    The format strips an answer and puts a space on both sides.
+        Raises:
+            InputError: user and assistant don't take turns, or a message contains a mark of the
+                format.
+        """
+        check_messages(messages)
+        ids = []
+        for prompt, answer in _llama2_turns(messages):
+            text = prompt if answer is None else prompt + answer
+            ids += self.encode(text, bos=True, eos=answer is not None)
+        return ids
 
-    Args:
-        encode: `Tokenizer.encode`.
-        messages: the last message is the assistant's.
+    def encode_example(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> EncodedChat:
+        """Returns the ids of a chat, and its answers, which have a space on both sides.
 
-    Raises:
-        InputError: as `encode_llama2_chat`; or the vocabulary has a piece that joins a prompt and
-            its answer, which no model generates.
-    """
-    check_example(messages)
-    encoded = EncodedChat([], [])
-    for prompt, answer in _llama2_turns(messages):
-        assert answer is not None  # the last message is the assistant's
-        prompt_ids = encode(prompt, bos=True)
-        turn = encode(prompt + answer, bos=True, eos=True)
-        if turn[: len(prompt_ids)] != prompt_ids:
-            raise InputError(
-                f"answer {len(encoded.answers) + 1} of the chat starts within a token of its prompt"
-                " ([/INST]): use a tokenizer that splits at spaces, as LLaMA's"
-            )
-        start = len(encoded.ids)
-        encoded.answers.append((start + len(prompt_ids), start + len(turn)))
-        encoded.ids.extend(turn)
-    return encoded
+        Raises:
+            InputError: as `encode_prompt`; there are tools; or the vocabulary has a piece that
+                joins a prompt and its answer, which no model generates.
+        """
+        _check_no_tools(tools)
+        check_example(messages)
+        encoded = EncodedChat([], [])
+        for prompt, answer in _llama2_turns(messages):
+            assert answer is not None  # the last message is the assistant's
+            prompt_ids = self.encode(prompt, bos=True)
+            turn = self.encode(prompt + answer, bos=True, eos=True)
+            if turn[: len(prompt_ids)] != prompt_ids:
+                raise InputError(
+                    f"answer {len(encoded.answers) + 1} of the chat starts within a token of its"
+                    " prompt ([/INST]): use a tokenizer that splits at spaces, as LLaMA's"
+                )
+            start = len(encoded.ids)
+            encoded.answers.append((start + len(prompt_ids), start + len(turn)))
+            encoded.ids.extend(turn)
+        return encoded
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Returns the text of a chat."""
+        return self.template.render(messages, generation_prompt=generation_prompt)
 
 
 def _llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, str | None]]:
@@ -209,73 +270,74 @@ def _llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, str | None
         yield prompt, f" {turns[i + 1]['content'].strip()} " if i + 1 < len(turns) else None
 
 
-def encode_llama3_chat(
-    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
-) -> list[int]:
-    """Returns the ids of a chat in the format of Llama 3 (Meta's llama3, `ChatFormat`).
+class Llama3Chats(NamedTuple):
+    """The format of Llama 3 (Meta's llama3, `ChatFormat`), with the tools of Llama 3.1.
 
-    Args:
+    Each message is stripped. An answer ends with <|eot_id|>; one that calls tools, or is followed
+    by the result of a tool, with <|eom_id|> if the model has it. Calls are written as JSON after
+    <|python_tag|> (Meta's llama-models, llama3_1/prompt_format.md).
+
+    Attributes:
         encode: returns the ids of plain text.
         special: ids of the special tokens.
-        messages: the last message is the user's.
-
-    Raises:
-        InputError: a message has no valid role or no text, or the last message is not the user's.
+        template: the format as a template, which renders chats.
     """
-    check_messages(messages)
-    ids = _encode_llama3(encode, special, messages).ids
-    return ids + _llama3_header(encode, special, "assistant")
 
+    encode: Callable[[str], list[int]]
+    special: Mapping[str, int]
+    template: ChatFormat
 
-def encode_llama3_example(
-    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
-) -> EncodedChat:
-    """Returns the ids of a chat in the format of Llama 3.1, and its answers.
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, up to the model's answer.
 
-    The format strips each message. An answer ends with <|eot_id|>; one that calls tools, or is
-    followed by the result of a tool, with <|eom_id|> if the model has it. Calls are written as JSON
-    after <|python_tag|> (Meta's llama-models, llama3_1/prompt_format.md).
+        Raises:
+            InputError: a message has no valid role or no text, or the last is not the user's.
+        """
+        check_messages(messages)
+        return self._encode(messages).ids + self._header("assistant")
 
-    Args:
-        encode, special: as for `encode_llama3_chat`.
-        messages: the last message is the assistant's.
+    def encode_example(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> EncodedChat:
+        """Returns the ids of a chat, and its answers.
 
-    Raises:
-        InputError: a message has no valid role or no text, or the last message is not the
-            assistant's.
-    """
-    check_example(messages)
-    return _encode_llama3(encode, special, messages)
+        Raises:
+            InputError: a message has no valid role or no text, the last is not the assistant's, or
+                there are tools.
+        """
+        _check_no_tools(tools)
+        check_example(messages)
+        return self._encode(messages)
 
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """Returns the text of a chat."""
+        return self.template.render(messages, generation_prompt=generation_prompt)
 
-def _encode_llama3(
-    encode: Callable[[str], list[int]], special: Mapping[str, int], messages: Sequence[Message]
-) -> EncodedChat:
-    ids, answers = [special["<|begin_of_text|>"]], []
-    end_of_turn = special["<|eot_id|>"]
-    end_of_message = special.get("<|eom_id|>", end_of_turn)
-    for i, message in enumerate(messages):
-        ids += _llama3_header(encode, special, message["role"])
-        start, calls = len(ids), message.get("tool_calls", [])
-        if calls and "<|python_tag|>" in special:
-            ids.append(special["<|python_tag|>"])
-        ids += encode(message["content"].strip())
-        for call in calls:
-            ids += encode(_llama3_call(call["function"]))
-        waits = bool(calls) or any(m["role"] in TOOL_ROLES for m in messages[i + 1 : i + 2])
-        if message["role"] == "assistant":
-            ids.append(end_of_message if waits else end_of_turn)
-            answers.append((start, len(ids)))
-        else:
-            ids.append(end_of_turn)
-    return EncodedChat(ids, answers)
+    def _encode(self, messages: Sequence[Message]) -> EncodedChat:
+        special = self.special
+        ids, answers = [special["<|begin_of_text|>"]], []
+        end_of_turn = special["<|eot_id|>"]
+        end_of_message = special.get("<|eom_id|>", end_of_turn)
+        for i, message in enumerate(messages):
+            ids += self._header(message["role"])
+            start, calls = len(ids), message.get("tool_calls", [])
+            if calls and "<|python_tag|>" in special:
+                ids.append(special["<|python_tag|>"])
+            ids += self.encode(message["content"].strip())
+            for call in calls:
+                ids += self.encode(_llama3_call(call["function"]))
+            waits = bool(calls) or any(m["role"] in TOOL_ROLES for m in messages[i + 1 : i + 2])
+            if message["role"] == "assistant":
+                ids.append(end_of_message if waits else end_of_turn)
+                answers.append((start, len(ids)))
+            else:
+                ids.append(end_of_turn)
+        return EncodedChat(ids, answers)
 
-
-def _llama3_header(
-    encode: Callable[[str], list[int]], special: Mapping[str, int], role: str
-) -> list[int]:
-    text = encode("ipython" if role == "tool" else role)
-    return [special["<|start_header_id|>"], *text, special["<|end_header_id|>"], *encode("\n\n")]
+    def _header(self, role: str) -> list[int]:
+        text = self.encode("ipython" if role == "tool" else role)
+        start, end = self.special["<|start_header_id|>"], self.special["<|end_header_id|>"]
+        return [start, *text, end, *self.encode("\n\n")]
 
 
 def _llama3_call(function: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import tokenizers
 
@@ -28,7 +27,7 @@ _LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|e
 _LLAMA3_TOOLS = ("<|eom_id|>", "<|python_tag|>")  # Llama 3.1 and later
 
 
-class TokenizerJson:
+class TokenizerJson(chat.ChatTokenizer):
     """A tokenizer.json with the settings of the files next to it.
 
     `end_ids` are the end ids of generation_config.json (or, if it has none, of config.json) and the
@@ -135,50 +134,17 @@ class TokenizerJson:
         check_text(text)
         return self._parser.encode(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
-        """Returns the ids of a chat, up to the position of the model's answer.
-
-        Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
-        """
-        if self._chat_template:
-            return self._chat_template.encode_prompt(messages)
-        self._check_llama3()
-        return chat.encode_llama3_chat(self.encode, self._llama3, messages)
-
-    def render_chat(
-        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
-    ) -> str:
-        """Returns the text of a chat in the model's format, for `parse`.
-
-        Without the generation prompt, the text ends with the last message, to continue it.
-
-        Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
-        """
-        template = self._chat_template
-        if template is None:
-            self._check_llama3()
-            template = self._template_of(chat.LLAMA3_TEMPLATE)
-        return template.render(messages, generation_prompt=generation_prompt)
-
-    def encode_example(
-        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
-    ) -> chat.EncodedChat:
-        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
-
-        Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
-        """
-        if self._chat_template:
-            return self._chat_template.encode_example(messages, tools)
-        self._check_llama3()
-        chat.check_no_tools(tools)
-        return chat.encode_llama3_example(self.encode, self._llama3, messages)
-
     @cached_property
-    def _chat_template(self) -> ChatTemplate | None:
-        return None if self.template is None else self._template_of(self.template)
+    def _chat_format(self) -> chat.ChatFormat:
+        if self.template is not None:
+            return self._template_of(self.template)
+        if self._is_llama3:
+            template = self._template_of(chat.LLAMA3_TEMPLATE)
+            return chat.Llama3Chats(self.encode, self._llama3, template)
+        raise InputError(
+            f"{self.path} has no chat format, so this is a base model: use a chat model, or put a"
+            " chat_template.jinja next to it"
+        )
 
     def _template_of(self, source: str) -> ChatTemplate:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
@@ -191,13 +157,6 @@ class TokenizerJson:
             encode=self.encode,
             parse=self.parse,
         )
-
-    def _check_llama3(self) -> None:
-        if not self._is_llama3:
-            raise InputError(
-                f"{self.path} has no chat format, so this is a base model: use a chat model, or put"
-                " a chat_template.jinja next to it"
-            )
 
     @cached_property
     def _parser(self) -> tokenizers.Tokenizer:

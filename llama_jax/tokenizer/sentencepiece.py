@@ -4,7 +4,6 @@ import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import sentencepiece as spm
 from sentencepiece.sentencepiece_model_pb2 import (
@@ -29,7 +28,7 @@ _LLAMA2C_START = (
 )
 
 
-class SentencePiece:
+class SentencePiece(chat.ChatTokenizer):
     """A SentencePiece model with the settings of the files next to it.
 
     `end_ids` are the model's own end token and the end ids of generation_config.json. The chat
@@ -122,72 +121,32 @@ class SentencePiece:
             return check_ids(self._parser.parse(text), self.n_vocab, self.path)
         return encode_around_special(self._processor.encode, self.special, text)
 
-    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
-        """Returns the ids of a chat, up to the position of the model's answer.
-
-        Raises:
-            InputError: the messages don't match the chat format, or the format is unknown.
-        """
-        if self._chat_template:
-            ids = self._chat_template.encode_prompt(messages)
-            return check_ids(ids, self.n_vocab, self.path)
-        self._check_llama2()
-        return chat.encode_llama2_chat(self.encode, messages)
-
-    def render_chat(
-        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
-    ) -> str:
-        """Returns the text of a chat in the model's format, for `parse`.
-
-        Without the generation prompt, the text ends with the last message, to continue it.
-
-        Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
-        """
-        template = self._chat_template
-        if template is None:
-            self._check_llama2()
-            template = self._template_of(chat.LLAMA2_TEMPLATE)
-        return template.render(messages, generation_prompt=generation_prompt)
-
-    def encode_example(
-        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
-    ) -> chat.EncodedChat:
-        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
-
-        Raises:
-            InputError: the messages don't match the chat format, or the format is unknown.
-        """
-        if self._chat_template:
-            encoded = self._chat_template.encode_example(messages, tools)
-            return encoded._replace(ids=check_ids(encoded.ids, self.n_vocab, self.path))
-        self._check_llama2()
-        chat.check_no_tools(tools)
-        return chat.encode_llama2_example(self.encode, messages)
-
     @cached_property
-    def _chat_template(self) -> ChatTemplate | None:
-        return None if self.template is None else self._template_of(self.template)
+    def _chat_format(self) -> chat.ChatFormat:
+        if self.template is not None:
+            return self._template_of(self.template)
+        if self.has_llama2_chats:
+            return chat.Llama2Chats(self.encode, self._template_of(chat.LLAMA2_TEMPLATE))
+        raise InputError(
+            f"{self.path} has control tokens for chats, but the folder doesn't define their use:"
+            " put the model's tokenizer_config.json next to it"
+        )
 
     def _template_of(self, source: str) -> ChatTemplate:
-        p = self._processor
+        p, parser = self._processor, self._parser
         tokens = {"bos_token": p.id_to_piece(self.bos_id), "eos_token": p.id_to_piece(self.eos_id)}
-        encoder = self._parser or self
+
+        def encode(text: str) -> list[int]:
+            return check_ids((parser or self).encode(text), self.n_vocab, self.path)
+
         return ChatTemplate(
             source,
             tokens | dict(self._settings.tokens),
-            special=encoder.special,
+            special=(parser or self).special,
             end_ids=self.end_ids,
-            encode=encoder.encode,
-            parse=encoder.parse,
+            encode=encode,
+            parse=self.parse,
         )
-
-    def _check_llama2(self) -> None:
-        if not self.has_llama2_chats:
-            raise InputError(
-                f"{self.path} has control tokens for chats, but the folder doesn't define their"
-                " use: put the model's tokenizer_config.json next to it"
-            )
 
     @cached_property
     def _parser(self) -> TokenizerJson | None:

@@ -5,7 +5,6 @@ import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
 
 import tiktoken
 
@@ -42,7 +41,7 @@ _MAX_RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1},}}")
 
 
-class Tiktoken:
+class Tiktoken(chat.ChatTokenizer):
     """Llama 3's tokenizer.model with the settings of the files next to it.
 
     `end_ids` are <|end_of_text|>, <|eom_id|>, <|eot_id|> and the end ids of generation_config.json.
@@ -111,45 +110,12 @@ class Tiktoken:
         encode = self._encoding.encode
         return [i for part in split_long(text) for i in encode(part, allowed_special="all")]
 
-    def encode_chat(self, messages: Sequence[chat.Message]) -> list[int]:
-        """Returns the ids of a chat, up to the position of the model's answer.
-
-        Raises:
-            InputError: the messages don't match the chat format.
-        """
-        if self._chat_template:
-            return self._chat_template.encode_prompt(messages)
-        return chat.encode_llama3_chat(self.encode, self.special, messages)
-
-    def render_chat(
-        self, messages: Sequence[chat.Message], *, generation_prompt: bool = True
-    ) -> str:
-        """Returns the text of a chat in the model's format, for `parse`.
-
-        Without the generation prompt, the text ends with the last message, to continue it.
-
-        Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
-        """
-        template = self._chat_template or self._template_of(chat.LLAMA3_TEMPLATE)
-        return template.render(messages, generation_prompt=generation_prompt)
-
-    def encode_example(
-        self, messages: Sequence[chat.Message], tools: Sequence[Any] | None = None
-    ) -> chat.EncodedChat:
-        """Returns the ids of a chat to learn from, and the ranges of the assistant's answers.
-
-        Raises:
-            InputError: the messages don't match the chat format.
-        """
-        if self._chat_template:
-            return self._chat_template.encode_example(messages, tools)
-        chat.check_no_tools(tools)
-        return chat.encode_llama3_example(self.encode, self.special, messages)
-
     @cached_property
-    def _chat_template(self) -> ChatTemplate | None:
-        return None if self.template is None else self._template_of(self.template)
+    def _chat_format(self) -> chat.ChatFormat:
+        if self.template is not None:
+            return self._template_of(self.template)
+        template = self._template_of(chat.LLAMA3_TEMPLATE)
+        return chat.Llama3Chats(self.encode, self.special, template)
 
     def _template_of(self, source: str) -> ChatTemplate:
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}

@@ -12,11 +12,6 @@ from llama_jax.tokenizer.export import huggingface_files
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def llama2(shared_data):
-    return load_tokenizer(shared_data / "tokenizers" / "llama_sentencepiece_32000.model")
-
-
 def llama3(folder: Path, end_ids: list[int] | int):
     """Returns a small tokenizer with Llama 3's special tokens, a chat template and end ids."""
     ranks = [bytes([i]) for i in range(256)]

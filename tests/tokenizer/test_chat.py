@@ -1,4 +1,3 @@
-import gzip
 import re
 import signal
 import subprocess
@@ -16,19 +15,6 @@ SYSTEM = {"role": "system", "content": " Be brief.\n"}
 USER = {"role": "user", "content": "  Hi there\n"}
 ANSWER = {"role": "assistant", "content": " Hello! "}
 QUESTION = {"role": "user", "content": "2+2?"}
-
-
-@pytest.fixture(scope="module")
-def llama2(shared_data):
-    return load_tokenizer(shared_data / "tokenizers" / "llama_sentencepiece_32000.model")
-
-
-@pytest.fixture(scope="module")
-def llama3(shared_data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
-    path.write_bytes(gzip.decompress(packed.read_bytes()))
-    return load_tokenizer(path)
 
 
 def with_template(shared_data, folder, template):

@@ -4,7 +4,6 @@ Property tests: whatever is in the messages, the decoded tokens of the ranges ar
 format makes of the answers, and everything else is what it makes of the other messages.
 """
 
-import gzip
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,19 +78,6 @@ def with_files(source, folder, **files):
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
     return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def llama2(shared_data):
-    return load_tokenizer(shared_data / "tokenizers" / "llama_sentencepiece_32000.model")
-
-
-@pytest.fixture(scope="module")
-def llama3(shared_data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
-    path.write_bytes(gzip.decompress(packed.read_bytes()))
-    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import gzip
 import json
 import random
 
@@ -33,12 +32,10 @@ def write(files, folder):
 
 
 @pytest.fixture(scope="module")
-def folders(shared_data, tmp_path_factory):
+def folders(shared_data, llama3, tmp_path_factory):
     """By name: a tokenizer, its exported folder, and the tokenizer.json in that folder, loaded."""
     root = tmp_path_factory.mktemp("exported")
-    packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
-    (root / "tokenizer.model").write_bytes(gzip.decompress(packed.read_bytes()))
-    originals = {"llama3": load_tokenizer(root)}
+    originals = {"llama3": llama3}
     for name, file in SENTENCEPIECE.items():
         originals[name] = load_tokenizer(shared_data / "tokenizers" / file)
     exported = {}

@@ -1,5 +1,4 @@
 import base64
-import gzip
 import json
 import random
 
@@ -15,14 +14,6 @@ def small_file(n: int = 300) -> bytes:
     """Returns a tokenizer.model with n ranks: all bytes, and pairs of a space and a byte."""
     pieces = [bytes([i]) for i in range(256)] + [b" " + bytes([i]) for i in range(33, n - 223)]
     return b"".join(b"%s %d\n" % (base64.b64encode(p), i) for i, p in enumerate(pieces))
-
-
-@pytest.fixture(scope="module")
-def llama3(shared_data, tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
-    packed = shared_data / "tokenizers" / "llama3_tiktoken_128000.model.gz"
-    path.write_bytes(gzip.decompress(packed.read_bytes()))
-    return load_tokenizer(path.parent)
 
 
 def test_llama_3_reproduces_the_reference_ids(shared_data, llama3):
