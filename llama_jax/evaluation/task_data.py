@@ -94,7 +94,7 @@ def _checked_rows(path: AnyPath, fields: tuple[tuple[str, Any], ...], source: st
         InputError: a row has not the fields of the data set.
     """
     rows = []
-    for number, row in enumerate(_read_rows(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         wrong = [name for name, allowed in fields if not _has(row, name, allowed)]
         if wrong:
             found = (
@@ -129,7 +129,7 @@ def _describe(allowed: Any) -> str:
     return allowed if isinstance(allowed, str) else " or ".join(map(json.dumps, allowed))
 
 
-def _read_rows(path: AnyPath) -> Iterator[Any]:
+def read_rows(path: AnyPath) -> Iterator[Any]:
     """Yields the rows of a file: JSON lines, one JSON array, or Parquet.
 
     Raises:

@@ -8,7 +8,7 @@ the order of the inputs only, not on the order in which tasks run.
 
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class Grouping(NamedTuple):
         remove: is given a document and the numbers of its removed units (at least one); returns
             what remains of the document, or None.
         files: number of consecutive input files that are compared with each other; None: all.
+        report: is given the keys of all removed units [n, W] and the number of the document of each
+            [n]; returns a value for the funnel, as JSON. None: nothing to report.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Grouping(NamedTuple):
     find: Callable[[np.ndarray], np.ndarray] = find_later_occurrences
     remove: Callable[[Document, np.ndarray], Document | None] = remove_document
     files: int | None = None
+    report: Callable[[np.ndarray, np.ndarray], Any] | None = None
 
 
 def hash_texts(texts: list[str], n_bits: int = 64) -> np.ndarray:
