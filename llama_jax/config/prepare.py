@@ -101,7 +101,9 @@ class C4Entry(RawInputs):
         default=("en",), min_length=1, description="languages that remain, by ISO 639-1 code"
     )
     min_language: Fraction = Field(
-        default=0.99, description="probability of the language below which a page is removed"
+        default=0.65,
+        description="probability of the language below which a page is removed (C4's 0.99 is of"
+        " langdetect, whose probabilities are nearer to 1)",
     )
     bad_words: StoragePath | None = Field(
         default=None,

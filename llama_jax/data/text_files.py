@@ -143,11 +143,11 @@ def _read_start(path: AnyPath) -> tuple[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _open_text(path: AnyPath) -> Iterator[IO[str]]:
-    """Opens a UTF-8 file, plain or compressed, without translating line ends.
+def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
+    """Opens a file, plain or compressed, to read its bytes without compression.
 
     Raises:
-        InputError: the file can't be read, is truncated, or is not UTF-8.
+        InputError: the file can't be read, or is truncated or damaged.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -156,15 +156,27 @@ def _open_text(path: AnyPath) -> Iterator[IO[str]]:
                 file = stack.enter_context(gzip.GzipFile(fileobj=file))
             elif path.suffix == ".zst":
                 file = stack.enter_context(zstd.ZstdFile(file))
-            yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline=""))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start} of a block): convert it or leave it out"
-        ) from error
+            yield file
     except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _open_text(path: AnyPath) -> Iterator[IO[str]]:
+    """Opens a UTF-8 file, plain or compressed, without translating line ends.
+
+    Raises:
+        InputError: the file can't be read, is truncated, or is not UTF-8.
+    """
+    try:
+        with open_plain(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start} of a block): convert it or leave it out"
+        ) from error
 
 
 def read_text(path: AnyPath, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:

@@ -35,7 +35,14 @@ def write_documents(path: AnyPath, documents: Iterable[Document]) -> None:
     Raises:
         Fault: the system can't write it.
     """
-    with replace_any_file(path) as partial, zstd.open(partial, "wb") as file:
+    with replace_any_file(path) as partial:
+        write_lines(partial, documents)
+
+
+def write_lines(path: Path, documents: Iterable[Document]) -> None:
+    """Writes documents as `write_documents` does, into a local file that grows meanwhile."""
+    with zstd.open(path, "wb") as file:
+        file.write(b"")  # without documents the file has a frame, too
         for document in documents:
             line = json.dumps(document._asdict(), ensure_ascii=False)
             # Half a surrogate pair, which JSON's escapes can contain, has no UTF-8.

@@ -21,7 +21,8 @@ def find_later_occurrences(keys: np.ndarray) -> np.ndarray:
     Args:
         keys: uint64 [n, W] in the order of the units.
     """
-    _, first = np.unique(keys, axis=0, return_index=True)
+    rows = np.ascontiguousarray(keys).view([(f"{i}", keys.dtype) for i in range(keys.shape[1])])
+    _, first = np.unique(rows if keys.shape[1] > 1 else keys, return_index=True)
     later = np.ones(len(keys), bool)
     later[first] = False
     return later

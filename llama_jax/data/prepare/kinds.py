@@ -1,0 +1,44 @@
+"""The kinds of sources: how a raw file of each is read, and the rules of each in their order."""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+from llama_jax.config.prepare import SourceEntry
+from llama_jax.data.prepare import arxiv, c4, commoncrawl, stackexchange
+from llama_jax.data.prepare.document import Document
+from llama_jax.data.prepare.grouping import Grouping
+from llama_jax.data.prepare.rules import Rule
+from llama_jax.runtime.storage import AnyPath
+
+# Each module has `read(path)`, which yields the documents of a raw file, and `rules(entry)`, which
+# returns rules and grouping steps in their order. They import their libraries inside functions.
+_MODULES: dict[str, ModuleType] = {
+    "commoncrawl": commoncrawl,
+    "c4": c4,
+    "arxiv": arxiv,
+    "stackexchange": stackexchange,
+}
+
+_NOT_EMPTY = Rule(
+    "not empty",
+    "nothing to learn from",
+    lambda document: document if document.text.strip() else None,
+)
+
+
+def read_raw(entry: SourceEntry, path: AnyPath) -> Iterator[Document]:
+    """Yields the documents of a raw file.
+
+    Raises:
+        InputError: the file can't be read, or is damaged.
+    """
+    return _MODULES[entry.kind].read(path)
+
+
+def source_steps(entry: SourceEntry) -> list[Rule | Grouping]:
+    """Returns the rules and grouping steps of a source in their order.
+
+    Raises:
+        InputError: a package or a file that a rule needs is missing.
+    """
+    return [_NOT_EMPTY, *_MODULES[entry.kind].rules(entry)]
