@@ -113,6 +113,59 @@ class C4Entry(RawInputs):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GitHubEntry(RawInputs):
+    """Source code: archives or folders of repositories, or JSON lines (arXiv 2302.13971, 2.1)."""
+
+    kind: Literal["github"]
+    licenses: tuple[str, ...] = Field(
+        default=("MIT", "BSD", "Apache"),
+        min_length=1,
+        description="licences that remain, by SPDX name or its beginning; a repository without a"
+        " licence, or with another one, is removed",
+    )
+    license: str | None = Field(
+        default=None,
+        description="licence of the inputs in which no licence is found, as in packages of Debian",
+    )
+
+
+# The paper: "20 languages, which use either the Latin or Cyrillic scripts".
+WIKIPEDIA_LANGUAGES = (
+    "bg", "ca", "cs", "da", "de", "en", "es", "fr", "hr", "hu",
+    "it", "nl", "pl", "pt", "ro", "ru", "sl", "sr", "sv", "uk",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WikipediaEntry(RawInputs):
+    """Dumps of Wikipedia (XML), or texts in several languages (arXiv 2302.13971, 2.1)."""
+
+    kind: Literal["wikipedia"]
+    languages: tuple[str, ...] = Field(
+        default=WIKIPEDIA_LANGUAGES,
+        min_length=1,
+        description="languages that remain, by ISO 639-1 code",
+    )
+    min_language_share: Fraction = Field(
+        default=0.5,
+        description="a page is removed if a smaller share of its paragraphs, in characters, is in"
+        " the page's language: pages that are translated in part",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BooksEntry(RawInputs):
+    """Books: .txt, .epub, .html, or JSON lines (arXiv 2302.13971, 2.1)."""
+
+    kind: Literal["books"]
+    max_overlap: Fraction = Field(
+        default=0.9,
+        description="share of a book's sequences of 5 words that also are in an earlier book, above"
+        " which the book is removed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ArxivEntry(RawInputs):
     """LaTeX sources: arXiv's .tar files, or .tex and .Rnw files (LLaMA's paper, section 2.1)."""
 
@@ -131,6 +184,21 @@ class StackExchangeEntry(RawInputs):
 
 
 SourceEntry = Annotated[
-    CommonCrawlEntry | C4Entry | ArxivEntry | StackExchangeEntry, Field(discriminator="kind")
+    CommonCrawlEntry
+    | C4Entry
+    | GitHubEntry
+    | WikipediaEntry
+    | BooksEntry
+    | ArxivEntry
+    | StackExchangeEntry,
+    Field(discriminator="kind"),
 ]
-KINDS = (CommonCrawlEntry, C4Entry, ArxivEntry, StackExchangeEntry)
+KINDS = (
+    CommonCrawlEntry,
+    C4Entry,
+    GitHubEntry,
+    WikipediaEntry,
+    BooksEntry,
+    ArxivEntry,
+    StackExchangeEntry,
+)
