@@ -18,6 +18,11 @@ class RawInputs:
         description="raw files: paths, folders and globs, here or in buckets; of equal documents"
         " the first in this order remains",
     )
+    decontaminate: StoragePath | None = Field(
+        default=None,
+        description="folder of evaluation sets, as for `eval --data`, whose questions and answers"
+        " are cut out of the documents; null: none",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

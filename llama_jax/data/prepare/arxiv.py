@@ -54,9 +54,10 @@ def read(path: AnyPath) -> Iterator[Document]:
         with open_file(path) as file:
             if path.suffix == ".tar":
                 yield from _read_bulk(file)
-            elif text := _read_submission(path.name, file.read(_MAX_SUBMISSION)):
+            else:
                 name = PurePosixPath(path.name)
-                yield Document(name.stem if name.suffix == ".gz" else str(name), text, {})
+                identifier = name.stem if name.suffix == ".gz" else str(name)
+                yield from _read_submission(path.name, identifier, file.read(_MAX_SUBMISSION))
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
@@ -140,18 +141,20 @@ def _read_bulk(file: IO[bytes]) -> Iterator[Document]:
                 continue
             name = PurePosixPath(member.name)
             is_source = name.suffix == ".gz" or name.name.lower().endswith(_TEX)
-            if is_source and (text := _read_submission(member.name, content.read())):
-                yield Document(str(name.with_suffix("")), text, {})
+            if is_source:
+                identifier = str(name.with_suffix(""))
+                yield from _read_submission(member.name, identifier, content.read())
 
 
-def _read_submission(name: str, data: bytes) -> str:
-    """Returns the text of a submission: of its main file, with the files that it inputs."""
+def _read_submission(name: str, identifier: str, data: bytes) -> Iterator[Document]:
+    """Yields the main files of a submission, each with the files that it inputs."""
     if name.endswith((".gz", ".tgz")):
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
             data = stream.read(_MAX_SUBMISSION)
     if not _is_tar(data):
-        is_text = b"\0" not in data[:4096] and not data.startswith((b"%PDF", b"%!PS"))
-        return _decode(data) if is_text else ""
+        if b"\0" not in data[:4096] and not data.startswith((b"%PDF", b"%!PS")):
+            yield Document(identifier, _decode(data), {})
+        return
     files = dict[str, str]()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
@@ -166,9 +169,10 @@ def _read_submission(name: str, data: bytes) -> str:
         if (file := _find_input(match, parent, files))
     }
     main = [file for file in main if file not in included] or main
-    main.sort()
-    texts = [_inline(file, files.pop(file), files) for file in main if file in files]
-    return "\n".join(texts)
+    for file in sorted(main):
+        others = files.copy()
+        text = _inline(file, others.pop(file), others)
+        yield Document(f"{identifier}/{file}" if len(main) > 1 else identifier, text, {})
 
 
 def _is_tar(data: bytes) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
 from llama_jax.errors import InputError
-from llama_jax.runtime.storage import AnyPath, list_files, read_file, write_file
+from llama_jax.runtime.storage import AnyPath, list_files, parse_path, read_file, write_file
 
 MAX_WORDS, MIN_WORDS = 13, 8  # in an n-gram
 MAX_DOCUMENTS = 10
@@ -178,7 +178,7 @@ def cut_out(text: str, starts: Iterable[int], ends: Iterable[int]) -> str | None
     return "\n\n".join(p.strip() for p in pieces if len(p) >= _MIN_PIECE) or None
 
 
-def decontamination(folder: AnyPath) -> Grouping:
+def decontamination(folder: str | AnyPath) -> Grouping:
     """Returns the step that removes the n-grams of evaluation sets, as `save_index` wrote them.
 
     A unit is an n-gram of an evaluation set that a document contains, however often.
@@ -186,7 +186,7 @@ def decontamination(folder: AnyPath) -> Grouping:
     Raises:
         InputError: the folder has no n-grams.
     """
-    index = load_index(folder)
+    index = load_index(parse_path(folder))
 
     def keys(document: Document) -> np.ndarray:
         return np.unique(find_ngrams(index, document.text).hashes)[:, np.newaxis]

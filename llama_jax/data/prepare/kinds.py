@@ -5,6 +5,7 @@ from types import ModuleType
 
 from llama_jax.config.prepare import SourceEntry
 from llama_jax.data.prepare import arxiv, c4, commoncrawl, stackexchange
+from llama_jax.data.prepare.decontamination import decontamination
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
 from llama_jax.data.prepare.rules import Rule
@@ -41,4 +42,5 @@ def source_steps(entry: SourceEntry) -> list[Rule | Grouping]:
     Raises:
         InputError: a package or a file that a rule needs is missing.
     """
-    return [_NOT_EMPTY, *_MODULES[entry.kind].rules(entry)]
+    steps = [_NOT_EMPTY, *_MODULES[entry.kind].rules(entry)]
+    return steps if entry.decontaminate is None else [*steps, decontamination(entry.decontaminate)]

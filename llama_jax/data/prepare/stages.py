@@ -236,6 +236,9 @@ class FinishTask:
             for name, reference in step_names(stage):
                 counts = asdict(funnel.counts[name])
                 rows.append({"rule": name, "reference": reference, **counts})
+            if stage.grouping and stage.grouping.report:
+                row = next(row for row in rows if row["rule"] == stage.grouping.name)
+                row["report"] = self._report(number, stage.grouping)
         last = rows[-1]
         content = {
             "entry": json.loads(TypeAdapter(SourceEntry).dump_json(layout.entry)),
@@ -245,3 +248,18 @@ class FinishTask:
             "rules": rows,
         }
         write_file(self.output, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def _report(self, stage: int, grouping: Grouping) -> Any:
+        """Returns a grouping step's own report about the units that it removes."""
+        layout = self.layout
+        keys, documents = list[np.ndarray](), list[np.ndarray]()
+        for index in range(layout.n_files):
+            group, files = layout.group_of(index, grouping)
+            for partition in range(layout.n_partitions):
+                path = layout.removed(stage, group, partition)
+                records = read_section(path, index - files[0])
+                keys.append(records["key"])
+                documents.append((index << 32) + records["document"].astype(np.int64))
+        filled = [array for array in keys if len(array)] or [np.empty((0, 1), np.uint64)]
+        assert grouping.report is not None
+        return grouping.report(np.concatenate(filled), np.concatenate(documents))

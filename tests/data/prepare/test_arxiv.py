@@ -128,10 +128,11 @@ def test_a_bulk_file_has_submissions_of_one_file_and_of_many(tmp_path):
     main = "\\documentclass{a}\nONE \\input{main}\nTWO\n\\input{no}"
     assert found == {
         "2301/2301.00001": "\\section{S}\ntext",
-        "2301/2301.00002": f"\\documentclass{{b}} é\n{main}",
+        "2301/2301.00002/latin.tex": "\\documentclass{b} é",
+        "2301/2301.00002/main.tex": main,
     }
     (tmp_path / "one.tar.gz").write_bytes(gzip.compress(many))
-    assert [d.text for d in arxiv.read(tmp_path / "one.tar.gz")] == [found["2301/2301.00002"]]
+    assert [d.text for d in arxiv.read(tmp_path / "one.tar.gz")] == ["\\documentclass{b} é", main]
     (tmp_path / "vignette.Rnw").write_text("\\section{R}")
     assert [*arxiv.read(tmp_path / "vignette.Rnw")] == [
         Document("vignette.Rnw", "\\section{R}", {})

@@ -3,9 +3,11 @@ import re
 import numpy as np
 import pytest
 
+from llama_jax.config.prepare import StackExchangeEntry
 from llama_jax.data.prepare import decontamination
 from llama_jax.data.prepare.decontamination import cut_out, find_ngrams, load_index, save_index
-from llama_jax.data.prepare.document import Document
+from llama_jax.data.prepare.document import Document, read_documents
+from llama_jax.data.prepare.prepare import prepare_sources
 from llama_jax.errors import InputError
 
 QUESTION = "Which of these seventeen planets, seen from Earth, is the brightest in the sky of June?"
@@ -128,3 +130,37 @@ def test_a_folder_without_n_grams_is_refused(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"other")
     with pytest.raises(InputError, match=r"x\.npy has no n-grams \(.*\): remove it"):
         load_index(tmp_path)
+
+
+def test_preparing_cuts_the_items_out_and_reports_them(tmp_path):
+    save_index(tmp_path / "ngrams", SETS)
+    bodies = [f"{FILLER} {QUESTION} {FILLER}", QUESTION, *[f"{SHORT} {FILLER}"] * 11, FILLER]
+    for part in range(2):
+        rows = (
+            f'<row Id="{i}" PostTypeId="1" Body="{body}"/>'
+            for i, body in enumerate(bodies)
+            if i % 2 == part
+        )
+        (tmp_path / f"{part}.xml").write_text(f"<posts>{''.join(rows)}</posts>")
+    entry = StackExchangeEntry(
+        kind="stackexchange",
+        inputs=(f"{tmp_path}/*.xml",),
+        decontaminate=str(tmp_path / "ngrams"),
+    )
+    out = tmp_path / "out"
+    funnel = prepare_sources({"x": entry}, out, workers=1, progress=False)["x"]
+    row = funnel["rules"][-1]
+    assert (row["rule"], row["changed_documents"], row["removed_documents"]) == (
+        "decontamination", 1, 1,
+    )  # fmt: skip
+    assert [(r["set"], r["found"], r["documents"]) for r in row["report"]] == [
+        ("cats", 1, 2), ("stars", 1, 2),
+    ]  # fmt: skip
+    texts = [
+        document.text
+        for path in sorted((out / "x").glob("part-*"))
+        for document in read_documents(path)
+    ]
+    assert len(texts) == len(bodies) - 1
+    assert not [text for text in texts if "planets" in text]
+    assert len([text for text in texts if SHORT in text]) == 11  # a common phrase
