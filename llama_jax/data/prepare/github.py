@@ -23,6 +23,7 @@ from llama_jax.data.prepare.licenses import (
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.data.text_files import is_json_lines, parse_json_line, read_lines
 from llama_jax.errors import InputError
+from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import AnyPath
 
 PAPER = "arXiv 2302.13971, section 2.1, GitHub"
@@ -59,6 +60,13 @@ def read(path: AnyPath) -> Iterator[Document]:
         inner = file.name.removeprefix(root)
         text = file.read(LONGEST_FILE + 1).decode(errors="replace")
         yield Document(f"{name}/{inner}", text, _metadata(name, inner, license_name))
+
+
+def is_repository(path: AnyPath) -> bool:
+    """Returns whether a path is a folder on this machine with a licence file."""
+    if isinstance(path, BucketPath) or not path.is_dir():
+        return False
+    return any(is_license_file(inner.name) for inner in path.iterdir() if inner.is_file())
 
 
 def _metadata(repository: str, path: str, license_name: str) -> dict[str, str]:

@@ -4,10 +4,19 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from llama_jax.config.prepare import SourceEntry
-from llama_jax.data.prepare import arxiv, c4, commoncrawl, stackexchange
+from llama_jax.data.prepare import (
+    arxiv,
+    books,
+    c4,
+    commoncrawl,
+    github,
+    stackexchange,
+    wikipedia,
+)
 from llama_jax.data.prepare.decontamination import decontamination
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
+from llama_jax.data.prepare.near_duplicates import NearDuplicates
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.runtime.storage import AnyPath
 
@@ -16,6 +25,9 @@ from llama_jax.runtime.storage import AnyPath
 _MODULES: dict[str, ModuleType] = {
     "commoncrawl": commoncrawl,
     "c4": c4,
+    "github": github,
+    "wikipedia": wikipedia,
+    "books": books,
     "arxiv": arxiv,
     "stackexchange": stackexchange,
 }
@@ -36,7 +48,12 @@ def read_raw(entry: SourceEntry, path: AnyPath) -> Iterator[Document]:
     return _MODULES[entry.kind].read(path)
 
 
-def source_steps(entry: SourceEntry) -> list[Rule | Grouping]:
+def is_raw_folder(entry: SourceEntry, path: AnyPath) -> bool:
+    """Returns whether a folder is one raw file of its kind: for `github`, that of a repository."""
+    return entry.kind == "github" and github.is_repository(path)
+
+
+def source_steps(entry: SourceEntry) -> list[Rule | Grouping | NearDuplicates]:
     """Returns the rules and grouping steps of a source in their order.
 
     Raises:

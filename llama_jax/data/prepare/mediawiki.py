@@ -132,6 +132,20 @@ _NO_CONVERSION = re.compile(r"-\{(?:[^{}|]*\|)?([^{}|]*)\}-")  # Serbian: -{text
 _EMPTY_PARENTHESES = re.compile(r"[ \t]*\([ \t,;:–-]*\)")
 
 
+def check_wikitext_package() -> None:
+    """Checks that the parser of wikitext is installed.
+
+    Raises:
+        InputError: it isn't.
+    """
+    try:
+        import mwparserfromhell  # noqa: F401
+    except ImportError as error:
+        raise missing_extra(
+            "mwparserfromhell, which parses wikitext, is missing", "prepare"
+        ) from error
+
+
 def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS_EXCLUDED) -> str:
     """Returns the text that a reader sees, without templates, tables, references and link targets.
 
@@ -140,16 +154,11 @@ def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS
 
     Args:
         excluded_prefixes: names, in lower case, of the namespaces to which a link is no text.
-
-    Raises:
-        InputError: mwparserfromhell is not installed.
     """
-    try:
-        import mwparserfromhell
-        from mwparserfromhell.nodes import Heading
-        from mwparserfromhell.parser import ParserError
-    except ImportError as error:
-        raise missing_extra("converting wikitext needs mwparserfromhell", "prepare") from error
+    import mwparserfromhell
+    from mwparserfromhell.nodes import Heading
+    from mwparserfromhell.parser import ParserError
+
     try:
         nodes = mwparserfromhell.parse(_NO_CONVERSION.sub(r"\1", wikitext)).nodes
     except ParserError:

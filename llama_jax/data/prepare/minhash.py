@@ -53,16 +53,22 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def hash_bands(shingles: list[np.ndarray]) -> np.ndarray:
-    """Returns BANDS hashes of each set: uint64 [n, BANDS]. Similar sets probably share one.
+def check_minhash_package() -> None:
+    """Checks that the package of signatures is installed.
 
     Raises:
-        InputError: rensa is not installed.
+        InputError: it isn't.
     """
     try:
-        from rensa import RMinHash
+        import rensa  # noqa: F401
     except ImportError as error:
-        raise missing_extra("finding near-duplicates needs rensa", "prepare") from error
+        raise missing_extra("rensa, which finds near-duplicates, is missing", "prepare") from error
+
+
+def hash_bands(shingles: list[np.ndarray]) -> np.ndarray:
+    """Returns BANDS hashes of each set: uint64 [n, BANDS]. Similar sets probably share one."""
+    from rensa import RMinHash
+
     # rensa is given hashes of ours: its own hash of strings depends on the machine's word size.
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     flat = np.concatenate([np.empty(0, np.uint64), *shingles])

@@ -1,8 +1,8 @@
 """Prepares the sources of a mixture: plans the tasks of all stages, and runs them."""
 
 import glob
+import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from llama_jax.config.prepare import SourceEntry
+from llama_jax.data.prepare.grouping import Grouping
+from llama_jax.data.prepare.kinds import is_raw_folder
+from llama_jax.data.prepare.near_duplicates import NearDuplicates, near_duplicate_stages
 from llama_jax.data.prepare.stages import (
     FinishTask,
     GroupTask,
@@ -76,8 +79,10 @@ def prepare_sources(
     unfinished = [plan for plan in plans if not plan.is_finished()]
     run = {"workers": workers, "part": part, "progress": progress, "runner": runner}
     for stage in range(max((len(plan.stages) for plan in unfinished), default=0)):
-        groups = [task for plan in unfinished for task in plan.group_tasks(stage)]
-        run_tasks(groups, title=f"preparing: duplicates before stage {stage}", **run)
+        steps = [plan.group_tasks(stage) for plan in unfinished]
+        for tasks in itertools.zip_longest(*steps, fillvalue=[]):
+            groups = [*itertools.chain(*tasks)]
+            run_tasks(groups, title=f"preparing: duplicates before stage {stage}", **run)
         parts = [task for plan in unfinished for task in plan.part_tasks(stage)]
         run_tasks(parts, title=f"preparing: stage {stage}", **run)
     # Each takes a moment: less than a process that would run it.
@@ -96,10 +101,11 @@ class _Plan:
 
     def __init__(self, folder: AnyPath, entry: SourceEntry):
         self.stages: list[Stage] = source_stages(entry)
-        self.raw = find_raw_files(entry.inputs)
+        self.raw = find_raw_files(entry)
         measured = self.raw[:: max(1, len(self.raw) // _MEASURED_FILES)]
         size = sum(map(file_size, measured)) // len(measured)
-        grouped = [stage.grouping.files or len(self.raw) for stage in self.stages if stage.grouping]
+        groupings = [stage.grouping for stage in self.stages]
+        grouped = [g.files or len(self.raw) for g in groupings if isinstance(g, Grouping)]
         files = min(max(grouped, default=0), len(self.raw))
         n_partitions = max(1, -(-size * files // _PARTITION_BYTES))
         self.layout = Layout(folder, entry, len(self.raw), n_partitions)
@@ -136,13 +142,20 @@ class _Plan:
     def is_finished(self) -> bool:
         return self.finish_task().output.is_file()
 
-    def group_tasks(self, stage: int) -> list[GroupTask]:
-        """Returns the tasks of the grouping step with which a stage begins, if there is one."""
+    def group_tasks(self, stage: int) -> list[list[Task]]:
+        """Returns the tasks of the grouping step with which a stage begins, one list after another.
+
+        There are none if it begins with no such step.
+        """
         if stage >= len(self.stages) or not (grouping := self.stages[stage].grouping):
             return []
-        n_groups = -(-len(self.raw) // (grouping.files or len(self.raw)))
-        partitions = range(self.layout.n_partitions)
-        return [GroupTask(self.layout, stage, g, p) for g in range(n_groups) for p in partitions]
+        layout, n_files = self.layout, len(self.raw)
+        if isinstance(grouping, NearDuplicates):
+            parts = [layout.part(stage - 1, i, len(self.stages)) for i in range(n_files)]
+            return near_duplicate_stages(grouping, parts, layout.near_duplicates(stage))
+        n_groups = -(-n_files // (grouping.files or n_files))
+        partitions = range(layout.n_partitions)
+        return [[GroupTask(layout, stage, g, p) for g in range(n_groups) for p in partitions]]
 
     def part_tasks(self, stage: int) -> list[PartTask]:
         """Returns the tasks of the parts of a stage."""
@@ -159,22 +172,26 @@ class _Plan:
         return FinishTask(self.layout, tuple(map(str, self.raw)))
 
 
-def find_raw_files(inputs: Sequence[str]) -> list[AnyPath]:
-    """Returns the files of paths, folders and globs, sorted within each.
+def find_raw_files(entry: SourceEntry) -> list[AnyPath]:
+    """Returns the files of a source's paths, folders and globs, sorted within each.
+
+    The folder of a repository counts as a file, if its own path or a glob names it.
 
     Raises:
         InputError: one matches no file.
     """
     found: list[AnyPath] = []
-    for text in inputs:
+    for text in entry.inputs:
         path = parse_path(text)
-        if files := list_files(path):
+        if is_raw_folder(entry, path):
+            files = [path]
+        elif files := list_files(path):
             files = [file for file in files if not file.name.startswith(".")]
         elif isinstance(path, BucketPath):
             files = path.matches()
         else:
-            names = glob.glob(text, recursive=True)
-            files = [Path(name) for name in names if os.path.isfile(name)]
+            paths = map(Path, glob.glob(text, recursive=True))
+            files = [path for path in paths if path.is_file() or is_raw_folder(entry, path)]
         if not files:
             raise InputError(f"prepare: no files at {text!r}: name files, folders or globs")
         found += sorted(files)

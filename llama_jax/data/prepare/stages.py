@@ -7,7 +7,7 @@ next grouping step. Every file is a pure function of the raw files and of the so
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from pydantic import TypeAdapter
 
 from llama_jax.config.prepare import SourceEntry
 from llama_jax.data.prepare.document import Document, read_documents, replace_any_file, write_lines
-from llama_jax.data.prepare.grouping import Grouping
+from llama_jax.data.prepare.grouping import Grouping, remove_document
 from llama_jax.data.prepare.kinds import read_raw, source_steps
+from llama_jax.data.prepare.near_duplicates import NearDuplicates, read_duplicates
 from llama_jax.data.prepare.rules import Funnel, Rule, RuleCount, apply_rules
 from llama_jax.data.prepare.unit_files import (
     concatenate,
@@ -32,7 +33,7 @@ from llama_jax.runtime.storage import AnyPath, read_file, write_file
 class Stage(NamedTuple):
     """The grouping step (None in stage 0) and the rules of a stage."""
 
-    grouping: Grouping | None
+    grouping: Grouping | NearDuplicates | None
     rules: list[Rule]
 
 
@@ -44,7 +45,7 @@ def source_stages(entry: SourceEntry) -> list[Stage]:
     """
     stages = [Stage(None, [])]
     for step in source_steps(entry):
-        if isinstance(step, Grouping):
+        if isinstance(step, Grouping | NearDuplicates):
             stages.append(Stage(step, []))
         else:
             stages[-1].rules.append(step)
@@ -93,6 +94,10 @@ class Layout:
         """Returns the path of the units that a partition of a grouping step removes."""
         return self.work / f"removed-{stage}" / f"group-{group:05}-{partition:05}"
 
+    def near_duplicates(self, stage: int) -> AnyPath:
+        """Returns the folder of the outputs of near-duplicates, with which a stage begins."""
+        return self.work / f"near-duplicates-{stage}"
+
     def group_of(self, index: int, grouping: Grouping) -> tuple[int, range]:
         """Returns the number of a file's group, and the files of the group."""
         size = grouping.files or self.n_files
@@ -126,14 +131,17 @@ class PartTask:
             documents = read_raw(layout.entry, self.input)
         else:
             count = funnel.counts.setdefault(stage.grouping.name, RuleCount())
-            removed = self._removed(stage.grouping)
-            documents = _without(read_documents(self.input), removed, stage.grouping, count)
+            near = isinstance(stage.grouping, NearDuplicates)
+            remove = remove_document if near else stage.grouping.remove
+            removed = self._near_duplicates() if near else self._removed(stage.grouping)
+            documents = _without(read_documents(self.input), removed, remove, count)
         documents = apply_rules(stage.rules, documents, funnel)
         following = stages[self.stage + 1].grouping if self.stage + 1 < len(stages) else None
         keys = list[np.ndarray]()
         with replace_any_file(self.output) as partial:
-            write_lines(partial, _collect_keys(documents, following, keys))
-            if following:
+            grouping = following if isinstance(following, Grouping) else None
+            write_lines(partial, _collect_keys(documents, grouping, keys))
+            if grouping:
                 records, n = unit_records(keys), layout.n_partitions
                 path = layout.side_file(self.stage, self.index, "keys")
                 write_sections(path, records, partition_of(records, n), n)
@@ -148,6 +156,13 @@ class PartTask:
         records = concatenate([read_section(path, self.index - files[0]) for path in paths])
         return records[np.lexsort((records["unit"], records["document"]))]
 
+    def _near_duplicates(self) -> np.ndarray:
+        """Returns records of the near-duplicates of this part, in order; each is one unit."""
+        rows = read_duplicates(self.layout.near_duplicates(self.stage), self.index)
+        records = unit_records([np.zeros((1, 1), np.uint64)] * len(rows))
+        records["document"] = rows
+        return records
+
 
 def _collect_keys(
     documents: Iterable[Document], grouping: Grouping | None, keys: list[np.ndarray]
@@ -160,13 +175,16 @@ def _collect_keys(
 
 
 def _without(
-    documents: Iterable[Document], removed: np.ndarray, grouping: Grouping, count: RuleCount
+    documents: Iterable[Document],
+    removed: np.ndarray,
+    remove: Callable[[Document, np.ndarray], Document | None],
+    count: RuleCount,
 ) -> Iterator[Document]:
     """Yields what remains of the documents without the removed units."""
     for number, before in enumerate(documents):
         start, end = np.searchsorted(removed["document"], (number, number + 1))
         units = removed["unit"][start:end]
-        after = grouping.remove(before, units) if len(units) else before
+        after = remove(before, units) if len(units) else before
         count.count(before, after)
         if after is not None:
             yield after
@@ -197,7 +215,7 @@ class GroupTask:
         """Writes the output."""
         layout = self.layout
         grouping = source_stages(layout.entry)[self.stage].grouping
-        assert grouping is not None
+        assert isinstance(grouping, Grouping)
         size = grouping.files or layout.n_files
         _, files = layout.group_of(self.group * size, grouping)
         paths = [layout.side_file(self.stage - 1, index, "keys") for index in files]

@@ -1,0 +1,68 @@
+"""Code, encyclopedias and books through all stages: what remains, and where it is counted."""
+
+import io
+import json
+import tarfile
+
+import license_texts as texts
+import pytest
+
+from llama_jax.config.prepare import BooksEntry, GitHubEntry
+from llama_jax.data.prepare.document import read_documents
+from llama_jax.data.prepare.prepare import find_raw_files, prepare_sources
+
+
+def removed_by(folder, rule):
+    rows = json.loads((folder / "funnel.json").read_text())["rules"]
+    return next(row["removed_documents"] for row in rows if row["rule"] == rule)
+
+
+def remaining(folder):
+    return [d.id for path in sorted(folder.glob("part-*")) for d in read_documents(path)]
+
+
+def test_books_that_share_nine_tenths_with_an_earlier_one_are_removed(tmp_path):
+    words = [f"w{i}" for i in range(2000)]
+    edition = [*words[:1000], "another", *words[1000:]]
+    for name, book in {"a": words, "b": edition, "c": words[:900]}.items():
+        (tmp_path / f"{name}.txt").write_text(" ".join(book))
+    entry = BooksEntry(kind="books", inputs=(f"{tmp_path}/*.txt",))
+    prepare_sources({"docs/books": entry}, tmp_path / "docs", workers=1, progress=False)
+    folder = tmp_path / "docs" / "books"
+    assert remaining(folder) == [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
+    assert removed_by(folder, "near-duplicates") == 1
+    assert not (tmp_path / "docs" / "books.work").exists()
+
+
+@pytest.fixture
+def repositories(tmp_path):
+    """Two folders of repositories and an archive; one file is in all of them."""
+    for name in ("a", "b"):
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "LICENSE").write_text(texts.MIT)
+        (tmp_path / name / "src" / "same.py").write_text("print(1)\n")
+        (tmp_path / name / "src" / f"{name}.py").write_text(f"{name} = 1\n")
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        for name, text in {"c/COPYING": texts.GPL, "c/c.py": "c = 1\n"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return tmp_path
+
+
+def test_equal_files_of_repositories_remain_once(repositories):
+    entry = GitHubEntry(kind="github", inputs=(f"{repositories}/[abc]*",))
+    assert [path.name for path in find_raw_files(entry)] == ["a", "b", "c.tar.gz"]
+    prepare_sources({"docs/code": entry}, repositories / "docs", workers=1, progress=False)
+    folder = repositories / "docs" / "code"
+    assert remaining(folder) == ["a/src/a.py", "a/src/same.py", "b/src/b.py"]
+    assert removed_by(folder, "exact duplicates") == 1
+    assert removed_by(folder, "licence") == 2
+    assert removed_by(folder, "language") == 2
+
+
+def test_a_folder_without_a_licence_is_one_of_archives(repositories):
+    (repositories / "archives").mkdir()
+    (repositories / "c.tar.gz").rename(repositories / "archives" / "c.tar.gz")
+    entry = GitHubEntry(kind="github", inputs=(f"{repositories}/archives", f"{repositories}/a"))
+    assert [path.name for path in find_raw_files(entry)] == ["c.tar.gz", "a"]
