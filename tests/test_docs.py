@@ -82,7 +82,8 @@ def check_command(command, monkeypatch, named):
             is_run = args.name == "data" and args.config.startswith("runs/")
             assert there or is_run or args.config in named, command
             if there:
-                yaml_file.load(args.config, args.overrides)
+                load = yaml_file.load_prepare if args.name == "prepare" else yaml_file.load
+                load(args.config, args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

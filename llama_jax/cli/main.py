@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from llama_jax import __version__
-from llama_jax.cli import convert, data, eval, generate, info, plan, serve, tokenize, train
+from llama_jax.cli import convert, data, eval, generate, info, plan, prepare, serve, tokenize, train
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import stop_signal
 from llama_jax.runtime.storage import check_path
@@ -24,6 +24,7 @@ COMMANDS = {
     "train": train,
     "plan": plan,
     "data": data,
+    "prepare": prepare,
     "tokenize": tokenize,
     "generate": generate,
     "serve": serve,
@@ -115,7 +116,7 @@ def _handle_sigterm(argv: Sequence[str]) -> contextlib.AbstractContextManager[No
             return stop_signal.exit_at_sigterm(
                 f"stopped on SIGTERM: there was nothing to save; start again with: {command}"
             )
-        case ["tokenize" | "convert"]:
+        case ["tokenize" | "convert" | "prepare"]:
             return _unwind_at_sigterm()
     return contextlib.nullcontext()  # `serve` installs its own handler
 

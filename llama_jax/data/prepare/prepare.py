@@ -4,7 +4,7 @@ import glob
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -68,12 +68,8 @@ def prepare_sources(
             sources have one name, or a folder was prepared from other files or with other settings.
         Fault: the system can't write `out`.
     """
-    out = parse_path(out)
-    names = [Path(folder).name for folder in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"prepare: two folders are named {name}: rename one")
-    plans = [_Plan(out / name, entry) for name, entry in zip(names, entries.values(), strict=True)]
+    names = source_names(entries)
+    plans = [_Plan(parse_path(out) / names[folder], entry) for folder, entry in entries.items()]
     for plan in plans:
         plan.record()
     unfinished = [plan for plan in plans if not plan.is_finished()]
@@ -93,7 +89,42 @@ def prepare_sources(
         for plan in plans:
             remove_tree(plan.layout.work)
     contents = (read_many(plan.layout.folder, ["funnel.json"])["funnel.json"] for plan in plans)
-    return {name: json.loads(c or b"") for name, c in zip(names, contents, strict=True)}
+    return {n: json.loads(c or b"") for n, c in zip(names.values(), contents, strict=True)}
+
+
+def source_names(entries: Mapping[str, SourceEntry]) -> dict[str, str]:
+    """Returns the last part of the name of each folder, by the complete one.
+
+    Raises:
+        InputError: it is the same for two folders.
+    """
+    names = {folder: PurePosixPath(folder).name for folder in entries}
+    for name in names.values():
+        if [*names.values()].count(name) > 1:
+            raise InputError(f"prepare: two folders are named {name}: rename one")
+    return names
+
+
+def select_sources(
+    entries: Mapping[str, SourceEntry], only: Sequence[str] | None
+) -> dict[str, SourceEntry]:
+    """Returns the entries that are named, by the folder or the last part of its name.
+
+    Args:
+        entries: of all sources.
+        only: the names; None: all.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if only is None:
+        return dict(entries)
+    names = source_names(entries)
+    known = {*names, *names.values()}
+    for name in only:
+        if name not in known:
+            raise InputError(f"--only {name}: the section prepare has {', '.join(names.values())}")
+    return {f: entry for f, entry in entries.items() if {f, names[f]} & {*only}}
 
 
 class _Plan:
