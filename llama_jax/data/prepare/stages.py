@@ -131,9 +131,10 @@ class PartTask:
             documents = read_raw(layout.entry, self.input)
         else:
             count = funnel.counts.setdefault(stage.grouping.name, RuleCount())
-            near = isinstance(stage.grouping, NearDuplicates)
-            remove = remove_document if near else stage.grouping.remove
-            removed = self._near_duplicates() if near else self._removed(stage.grouping)
+            if isinstance(stage.grouping, NearDuplicates):
+                removed, remove = self._near_duplicates(), remove_document
+            else:
+                removed, remove = self._removed(stage.grouping), stage.grouping.remove
             documents = _without(read_documents(self.input), removed, remove, count)
         documents = apply_rules(stage.rules, documents, funnel)
         following = stages[self.stage + 1].grouping if self.stage + 1 < len(stages) else None
@@ -254,7 +255,7 @@ class FinishTask:
             for name, reference in step_names(stage):
                 counts = asdict(funnel.counts[name])
                 rows.append({"rule": name, "reference": reference, **counts})
-            if stage.grouping and stage.grouping.report:
+            if isinstance(stage.grouping, Grouping) and stage.grouping.report:
                 row = next(row for row in rows if row["rule"] == stage.grouping.name)
                 row["report"] = self._report(number, stage.grouping)
         last = rows[-1]
