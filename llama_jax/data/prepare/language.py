@@ -12,6 +12,7 @@ from llama_jax.errors import missing_extra
 # A shorter paragraph (a heading, a name, a command) has no certain language.
 _MIN_LETTERS = 40
 _CERTAIN = 0.5  # probability from which a paragraph counts
+_LABELS = 8  # that can matter: the variants of a language, and one other
 _LETTER = re.compile(r"[^\W\d_]")
 # Labels that the classifier gives to texts of another label, as well: Serbo-Croatian and its
 # standards, and the standards of Norwegian.
@@ -85,13 +86,14 @@ def keep_paragraphs_of_stated_language(min_share: float, reference: str) -> Rule
     """Returns the rule that removes documents whose paragraphs are in another language.
 
     The language is the one that the source states in `metadata["language"]`. Pages of a source that
-    is translated are often translated in part. The language of such a page as one text is that of
-    its larger part, or uncertain, so each paragraph is judged alone. The page remains or is removed
-    as one: without some of its paragraphs it would be a text that nobody wrote.
+    is translated are often translated in part, and as one text such a page may have the language of
+    the translation even if three of four paragraphs are English. So each paragraph is judged alone.
+    The page remains or is removed as one: without some of its paragraphs it would be a text that
+    nobody wrote.
 
     Args:
         min_share: smallest share of the stated language in the characters of the paragraphs whose
-            language is certain. If there is none, the page is judged as one paragraph.
+            language is certain. A page of short paragraphs is judged as one paragraph.
         reference: of the rule.
 
     Raises:
@@ -108,14 +110,17 @@ def keep_paragraphs_of_stated_language(min_share: float, reference: str) -> Rule
 
 
 def share_of_language(text: str, language: str) -> float:
-    """Returns the share of a language in a text, 0 to 1, judged paragraph by paragraph."""
+    """Returns the share of a language in a text, 0 to 1, judged paragraph by paragraph.
+
+    1 if the language of no paragraph is certain.
+    """
     stated = {language}.union(*(variants for variants in _VARIANTS if language in variants))
     counts = {True: 0, False: 0}
     paragraphs = [p for p in text.split("\n") if len(_LETTER.findall(p)) >= _MIN_LETTERS]
-    for paragraph in paragraphs:
-        found, probability = detect_language(paragraph)
-        if probability >= _CERTAIN:
-            counts[found in stated] += len(paragraph)
-    if not any(counts.values()):
-        return float(detect_language(text)[0] in stated)
-    return counts[True] / sum(counts.values())
+    for paragraph in paragraphs or [text]:
+        found = classify(paragraph, load_fasttext(None), _LABELS)
+        in_stated = sum(found.get(variant, 0.0) for variant in stated)
+        in_other = max((p for label, p in found.items() if label not in stated), default=0.0)
+        if not paragraphs or max(in_stated, in_other) >= _CERTAIN:
+            counts[in_stated > in_other] += len(paragraph)
+    return counts[True] / sum(counts.values()) if any(counts.values()) else 1.0
