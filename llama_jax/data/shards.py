@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from llama_jax.config.validation import first_problem
 from llama_jax.data import shard_writer
-from llama_jax.data.shard_writer import SplitWriter
+from llama_jax.data.shard_writer import SplitWriter, token_dtype
 from llama_jax.errors import InputError
 from llama_jax.runtime import zarr_arrays
 from llama_jax.runtime.damage import Damaged, classify_errors
@@ -181,21 +181,48 @@ def write_meta(
         kind: of the data.
         details: more fields of the `meta.json`.
     """
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    more = dict(details or {})
+    if kind != "text":
+        more["seq_len"] = writers["train"].seq_len
+        more["max_segments"] = max(writer.max_segments for writer in writers.values())
+    return write_meta_of_splits(
+        folder, sources=sources, tokenizer=tokenizer, n_vocab=n_vocab, splits=splits, kind=kind,
+        shard_tokens=shard_writer.SHARD_TOKENS, details=more,
+    )  # fmt: skip
+
+
+def write_meta_of_splits(
+    folder: AnyPath,
+    *,
+    sources: Sequence[str],
+    tokenizer: AnyPath,
+    n_vocab: int,
+    splits: Mapping[str, Mapping[str, Any]],
+    shard_tokens: int,
+    kind: Kind = "text",
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Writes the `meta.json` of a folder whose arrays are written, and returns its content.
+
+    Args:
+        splits: entries of the splits, by name.
+        shard_tokens: tokens in a file.
+
+    The other arguments are those of `write_meta`.
+    """
     meta: dict[str, Any] = {
         "format": _FORMATS[kind],
         "kind": kind,
         "sources": list(sources),
         "tokenizer_sha256": file_hash(tokenizer),
         "n_vocab": n_vocab,
-        "dtype": writers["train"].dtype,
-        "shard_tokens": shard_writer.SHARD_TOKENS,
+        "dtype": token_dtype(n_vocab),
+        "shard_tokens": shard_tokens,
         "files": {n: hash_bytes(data) for n, data in load_tokenizer(folder).files.items()},
-        "splits": {split: writer.finish() for split, writer in writers.items()},
+        "splits": dict(splits),
+        **details,
     }
-    if kind != "text":
-        meta["seq_len"] = writers["train"].seq_len
-        meta["max_segments"] = max(writer.max_segments for writer in writers.values())
-    meta |= details or {}
     write_manifest(folder, meta, _META)
     return meta
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
@@ -47,7 +48,8 @@ class Task(Protocol):
         ...
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """The part of the tasks that this process runs: those with number `index` modulo `count`."""
 
     index: int  # from 0
@@ -117,6 +119,7 @@ def run_tasks(
     part: Part | None = None,
     progress: bool = True,
     runner: Callable[[Sequence[Task]], None] | None = None,
+    until: AnyPath | None = None,
 ) -> None:
     """Runs the tasks whose outputs don't exist; when it returns, all outputs exist.
 
@@ -127,6 +130,8 @@ def run_tasks(
         part: run only this part, then wait for the outputs of the others.
         progress: whether to show the progress on standard error.
         runner: runs the missing tasks elsewhere, such as `beam.run_in_beam`.
+        until: an output of a later stage. If it exists, all tasks of this stage were done, and
+            their outputs may have been removed: the others' outputs are not waited for.
 
     Raises:
         InputError, Fault: as the first task that fails. The tasks that are done stay done.
@@ -137,7 +142,7 @@ def run_tasks(
     if runner is not None and missing:
         runner(missing)
     elif missing:
-        results = _run(missing, min(workers or cpu_cores(), len(missing)))
+        results = _run(missing, workers or cpu_cores())
         columns = (TEXT_COLUMN, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         total, before = len(own), len(own) - len(missing)
         bar = TaskProgress(*columns, total=total, text=title, completed=before, shown=progress)
@@ -145,7 +150,7 @@ def run_tasks(
             for done, _ in enumerate(results, before + 1):
                 bar.update(done, title, line_details=f"  {done:,} of {total:,}")
     if part is not None:
-        _wait_for_others(tasks, title, progress)
+        _wait_for_others(tasks, title, progress, until)
 
 
 def _run(tasks: Sequence[Task], workers: int) -> Generator[None, None, None]:
@@ -156,7 +161,7 @@ def _run(tasks: Sequence[Task], workers: int) -> Generator[None, None, None]:
             yield
         return
     waiting = iter(tasks)
-    with worker_pool(workers) as pool:
+    with worker_pool(min(workers, len(tasks))) as pool:
         running = {submit(pool, task.run) for task in itertools.islice(waiting, 2 * workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -197,14 +202,16 @@ def _names(folder: AnyPath) -> set[str]:
     return set()
 
 
-def _wait_for_others(tasks: Sequence[Task], title: str, progress: bool) -> None:
-    """Waits until the outputs of all tasks exist."""
+def _wait_for_others(
+    tasks: Sequence[Task], title: str, progress: bool, until: AnyPath | None
+) -> None:
+    """Waits until the outputs of all tasks exist, or that of a later stage."""
     missing = _missing(tasks)
     columns = (TEXT_COLUMN, BarColumn(), MofNCompleteColumn())
     shown = progress and bool(missing)
     with contextlib.closing(TaskProgress(*columns, total=len(tasks), shown=shown)) as bar:
         first = True
-        while missing:
+        while missing and not (until and is_written(until)):
             counts = f"{len(missing):,} of {len(tasks):,}"
             text = f"{title}: waits for {counts} outputs of other processes"
             bar.update(len(tasks) - len(missing), text, line_now=first)

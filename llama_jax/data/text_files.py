@@ -4,7 +4,6 @@ import contextlib
 import glob
 import gzip
 import io
-import itertools
 import json
 import os
 import re
@@ -13,7 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.bucket_path import BucketPath
@@ -26,28 +25,19 @@ else:
 
 SPLITS = ("train", "validation")
 _PART_CHARACTERS = 1 << 18  # one part that is read from a file
+PARQUET = ".parquet"
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
 COMPRESSED = (".gz", ".zst")
-
-
-class SplitText(NamedTuple):
-    """One text of the corpus, in parts, and its split.
-
-    The iterator reads the parts from the file: use them up before you take the next document.
-    """
-
-    parts: Iterator[str]
-    split: str
 
 
 def find_files(sources: Sequence[str]) -> list[AnyPath]:
     """Returns the files of `sources`, sorted within each source.
 
     Args:
-        sources: files, folders (searched for .txt .md .py .rst .jsonl .ndjson, and .json files that
-            contain texts; also with .gz or .zst), globs, or `python-stdlib` for the sources of
-            Python's standard library without its tests.
+        sources: files, folders (searched for .txt .md .py .rst .jsonl .ndjson .parquet, and .json
+            files that contain texts; also with .gz or .zst), globs, or `python-stdlib` for the
+            sources of Python's standard library without its tests.
 
     Raises:
         InputError: a source matches no file.
@@ -90,7 +80,7 @@ def _is_corpus_file(path: AnyPath) -> bool:
     """Returns whether a file in a folder is part of the corpus: by its name, or .json content."""
     suffix = _inner_suffix(path)
     if suffix != ".json":
-        return suffix in _TEXT | _JSON_LINES
+        return suffix in _TEXT | _JSON_LINES or path.suffix == PARQUET
     start, record = _read_start(path)
     array = re.match(r"\s*\[\s*\{", start) and '"text"' in start
     return bool(array) or isinstance(record.get("text"), str)
@@ -100,7 +90,7 @@ def _inner_suffix(path: AnyPath) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def is_json_lines(path: AnyPath) -> bool:
+def is_json_lines(path: AnyPath, text_field: str = "text") -> bool:
     """Returns True if each line of a file is a JSON object with a text, False if it is one text.
 
     Files named .jsonl or .ndjson are JSON lines; .txt, .md, .py and .rst are one text. For any
@@ -114,7 +104,8 @@ def is_json_lines(path: AnyPath) -> bool:
         return suffix in _JSON_LINES
     start, record = _read_start(path)
     if suffix != ".json" or record:
-        return bool(record) and (suffix == ".json" or isinstance(record.get("text"), str))
+        has_text = isinstance(find_field(record, text_field), str)
+        return bool(record) and (suffix == ".json" or has_text)
     if not start.strip():
         return True
     is_array = start.lstrip().startswith("[")
@@ -124,6 +115,20 @@ def is_json_lines(path: AnyPath) -> bool:
         f"{path} is {content}: write each row on its own line (`{command}`), or rename"
         " the file to .txt if the complete file is one text"
     )
+
+
+def find_field(record: Any, name: str) -> Any:
+    """Returns a field of a JSON object; 'a.b' also names the field b of the object a; None: none.
+
+    >>> find_field({"content": {"text": "once"}}, "content.text")
+    'once'
+    """
+    if not isinstance(record, dict):
+        return None
+    if name in record:
+        return record[name]
+    outer, _, inner = name.partition(".")
+    return find_field(record.get(outer), inner) if inner else None
 
 
 def _read_start(path: AnyPath) -> tuple[str, dict[str, Any]]:
@@ -179,29 +184,15 @@ def _open_text(path: AnyPath) -> Iterator[IO[str]]:
         ) from error
 
 
-def read_text(path: AnyPath, start: int = 0, end: int = sys.maxsize) -> Iterator[str]:
-    """Yields the parts of a text file from character `start` to `end`.
+def read_text(path: AnyPath) -> Iterator[str]:
+    """Yields the parts of a text file.
 
     Raises:
         InputError: the file can't be read, is truncated, or is not UTF-8.
     """
-    position = 0
     with _open_text(path) as file:
-        while position < end and (part := file.read(_PART_CHARACTERS)):
-            if selected := part[max(0, start - position) : end - position]:
-                yield selected
-            position += len(part)
-
-
-def read_json_lines(path: AnyPath) -> Iterator[str]:
-    """Yields the `text` of each line.
-
-    Raises:
-        InputError: a line is not JSON or has no `text` (the message has file and line); or the file
-            can't be read, is truncated, or is not UTF-8.
-    """
-    for location, line in read_lines(path):
-        yield _text_field(parse_json_line(line, location), location)
+        while part := file.read(_PART_CHARACTERS):
+            yield part
 
 
 def read_lines(path: AnyPath) -> Iterator[tuple[str, str]]:
@@ -231,15 +222,6 @@ def parse_json_line(line: str, location: str) -> Any:
         raise InputError(f"{location}: not valid JSON ({problem}): correct or remove it") from error
 
 
-def _text_field(record: Any, location: str) -> str:
-    """Returns the `text` of a JSON object."""
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f'{location}: a line needs a string "text"; this one has: {found}')
-    return text
-
-
 def plain_size(files: Sequence[AnyPath]) -> int | None:
     """Returns the size of the text in `files` [bytes]; None (unknown) if a file is compressed."""
     if any(file.suffix in COMPRESSED for file in files):
@@ -247,57 +229,16 @@ def plain_size(files: Sequence[AnyPath]) -> int | None:
     return sum(map(file_size, files))
 
 
-def read_documents(files: Sequence[AnyPath], validation_fraction: float) -> Iterator[SplitText]:
-    """Yields all non-empty documents in order; one in every 1/fraction documents is held out.
-
-    If there are too few documents for that (a single book), the last part of each document is held
-    out instead, from a line break on.
-    """
-    documents = 0
-    too_few = len(files) * validation_fraction < 1 and not any(map(is_json_lines, files))
-    for path in files:
-        if too_few and validation_fraction:
-            boundary = _validation_start(path, validation_fraction)
-            for split, start, end in ((0, 0, boundary), (1, boundary, sys.maxsize)):
-                if parts := _parts_unless_empty(read_text(path, start, end)):
-                    yield SplitText(parts, SPLITS[split])
-            continue
-        lines = is_json_lines(path)
-        texts = (iter([text]) for text in read_json_lines(path)) if lines else [read_text(path)]
-        for text in texts:
-            if parts := _parts_unless_empty(text):
-                documents += 1
-                before, after = (int(n * validation_fraction) for n in (documents - 1, documents))
-                yield SplitText(parts, SPLITS[after > before])
-
-
-def _parts_unless_empty(parts: Iterator[str]) -> Iterator[str] | None:
-    first = next(parts, "")
-    return itertools.chain([first], parts) if first else None
-
-
-def _validation_start(path: AnyPath, fraction: float) -> int:
-    """Returns the number of characters before the held-out part of a text."""
-    limit = round(sum(map(len, read_text(path))) * (1 - fraction))
-    boundary = position = 0
-    for part in read_text(path, 0, limit):
-        if "\n" in part:
-            boundary = position + part.rfind("\n") + 1
-        position += len(part)
-    return boundary
-
-
-def split_lines(documents: Iterator[SplitText], split: str, max_characters: int) -> Iterator[str]:
-    """Yields the lines of one split, except those with more than `max_characters` characters."""
-    for parts, document_split in documents:
-        line = ""
-        for part in parts if document_split == split else ():
-            *line_ends, rest = part.split("\n")
-            for end in line_ends:
-                if len(line) + len(end) <= max_characters:
-                    yield line + end
-                line = ""
-            # A line that is already too long doesn't have to grow: this bounds the memory.
-            line = (line + rest)[: max_characters + 1]
-        if len(line) <= max_characters:
-            yield line
+def split_lines(parts: Iterator[str], max_characters: int) -> Iterator[str]:
+    """Yields the lines of a text, except those with more than `max_characters` characters."""
+    line = ""
+    for part in parts:
+        *line_ends, rest = part.split("\n")
+        for end in line_ends:
+            if len(line) + len(end) <= max_characters:
+                yield line + end
+            line = ""
+        # A line that is already too long doesn't have to grow: this bounds the memory.
+        line = (line + rest)[: max_characters + 1]
+    if len(line) <= max_characters:
+        yield line

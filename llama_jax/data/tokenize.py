@@ -1,142 +1,44 @@
-"""Tokenizes a corpus into token shards, in parallel processes.
+"""Tokenizes a corpus into token shards, in tasks that any number of processes and machines share.
 
-Each document is written between the begin and the end token. Neither a complete text nor a complete
-file of the corpus is in memory at once: documents are split into spans, and the tokens of a span
-are written as soon as it is encoded.
+The corpus is divided into parts of up to 64 MiB of text. Each part is encoded by itself. Then each
+file of the shards is assembled from the parts that it overlaps, and `meta.json` is written last.
+All of it is a function of the corpus, the tokenizer and the settings. So the bytes don't depend on
+who ran which task, and a killed process continues with the missing tasks alone.
 """
 
-import contextlib
-import functools
-import itertools
-import os
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
-from llama_jax.data.shards import write_meta
-from llama_jax.data.text_files import (
-    COMPRESSED,
-    SPLITS,
-    SplitText,
-    find_files,
-    plain_size,
-    read_documents,
-    split_lines,
-)
-from llama_jax.data.worker_pool import map_in_order, submit, worker_pool
+from llama_jax.data import shard_writer
+from llama_jax.data.assemble_shards import BAD_RECORDS, Publish, SumParts, plan_shards, read_summary
+from llama_jax.data.bad_records import BadLimit, BadRecords
+from llama_jax.data.corpus import CorpusSettings
+from llama_jax.data.corpus_plan import MIN_PART_BYTES, divide, hold_out, list_ranges, text_size
+from llama_jax.data.encode_part import EncodePart
+from llama_jax.data.shards import is_token_folder, read_meta
+from llama_jax.data.tasks import Part, Task, run_tasks
+from llama_jax.data.text_files import SPLITS, find_files
+from llama_jax.data.train_on_corpus import TrainTokenizer
 from llama_jax.errors import InputError
-from llama_jax.runtime.atomic_write import check_absent, new_folder
-from llama_jax.runtime.console import byte_progress, print_status
-from llama_jax.runtime.storage import AnyPath, file_size, write_many
-from llama_jax.tokenizer.special_text import (
-    encode_around_special,
-    special_pattern,
-    split_around_special,
+from llama_jax.runtime.atomic_write import Unfinished, is_written, unfinished_folder
+from llama_jax.runtime.console import print_status
+from llama_jax.runtime.cpu import cpu_cores
+from llama_jax.runtime.manifest import hash_bytes
+from llama_jax.runtime.storage import (
+    AnyPath,
+    parse_path,
+    read_many,
+    remove_tree,
+    write_file,
+    write_many,
 )
-from llama_jax.tokenizer.split_points import SafeSplit, split_text
-from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.train import MAX_LINE_BYTES, train_tokenizer
+from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
 
-_TASK_CHARACTERS = 1 << 20  # text that a worker encodes in one task
-# A tokenizer is trained on at most this much of the corpus, on lines at equal distances:
-# SentencePiece needs four times the text in memory. The text of a compressed file is estimated as
-# four times the file.
-_TRAINING_BYTES = 1 << 26
+Runner = Callable[[Sequence[Task]], None]
 
-
-class _TextSpan(NamedTuple):
-    """A part of a document that one call of `encode` takes."""
-
-    text: str
-    split: str
-    first: bool  # whether the document starts with this span
-    last: bool  # whether the document ends with this span
-
-
-_load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
-
-
-def _encode_task(
-    tokenizer: AnyPath, parse_special: bool, task: list[_TextSpan]
-) -> tuple[list[EncodedSpan], Counter[str]]:
-    """Returns the encoded spans, and how often each text of a special token occurs in them."""
-    loaded = _load_tokenizer_once(tokenizer)
-    encode = _encode_with_special if parse_special else _encode
-    pattern, found, spans = special_pattern(loaded.special), Counter[str](), list[EncodedSpan]()
-    for span in task:
-        if pattern:
-            found.update(match[0] for match in pattern.finditer(span.text))
-        ids = np.array(encode(loaded, span), np.uint32)
-        n_bytes = len(span.text.encode())
-        spans.append(EncodedSpan(ids, n_bytes, span.split, span.first, span.last))
-    return spans, found
-
-
-def _encode(tokenizer: Tokenizer, span: _TextSpan) -> list[int]:
-    return tokenizer.encode(span.text, bos=span.first, eos=span.last, continued=not span.first)
-
-
-def _encode_with_special(tokenizer: Tokenizer, span: _TextSpan) -> list[int]:
-    """Returns the ids of a span; a begin or end token that the text contains is not added twice."""
-    continued = not span.first
-
-    def encode_part(text: str) -> list[int]:
-        nonlocal continued
-        ids = tokenizer.encode(text, continued=continued)
-        continued = False  # the rest of the span follows a special token
-        return ids
-
-    ids = encode_around_special(encode_part, tokenizer.special, span.text)
-    bos = span.first and ids[:1] != [tokenizer.bos_id]
-    eos = span.last and ids[-1:] != [tokenizer.eos_id]
-    return [tokenizer.bos_id] * bos + ids + [tokenizer.eos_id] * eos
-
-
-def _warn_of_special_texts(found: Counter[str]) -> None:
-    texts = ", ".join(f"{text} ({count:,})" for text, count in found.most_common(3))
-    print_status(
-        f"warning: the corpus contains the text of special tokens {found.total():,} times"
-        f" ({texts}). It is encoded as ordinary text, which the model never sees in a chat: use"
-        " --chat for chats, or --parse-special for text with a chat format in it"
-    )
-
-
-def _train_on_corpus(
-    files: Sequence[AnyPath], validation_fraction: float, model: AnyPath, n_vocab: int
-) -> None:
-    documents = read_documents(files, validation_fraction)
-    lines = split_lines(documents, "train", MAX_LINE_BYTES)
-    compressed = (path.suffix in COMPRESSED for path in files)
-    size = sum(file_size(path) * 4**c for path, c in zip(files, compressed, strict=True))
-    every = max(1, -(-size // _TRAINING_BYTES))
-    train_tokenizer(itertools.islice(lines, 0, None, every), model, n_vocab)
-
-
-def _text_spans(documents: Iterable[SplitText], safe_split: SafeSplit) -> Iterator[_TextSpan]:
-    for parts, split in documents:
-        texts = split_text(parts, safe_split)
-        text, first = next(texts), True
-        for following in texts:
-            yield _TextSpan(text, split, first, last=False)
-            text, first = following, False
-        yield _TextSpan(text, split, first, last=True)
-
-
-def _group_into_tasks(spans: Iterable[_TextSpan]) -> Iterator[list[_TextSpan]]:
-    task: list[_TextSpan] = []
-    size = 0
-    for span in spans:
-        task.append(span)
-        size += len(span.text)
-        if size >= _TASK_CHARACTERS:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
+_PLAN = "plan"  # names all parts, in the folder of the intermediate files
+_SMALL_TOKENS = 1 << 24  # so few are assembled sooner than a process starts
 
 
 def tokenize_corpus(
@@ -147,71 +49,204 @@ def tokenize_corpus(
     tokenizer: str | AnyPath | None = None,
     validation_fraction: float = 0.05,
     parse_special: bool = False,
+    documents: str = "file",
+    text_field: str = "text",
+    id_field: str = "id",
+    max_bad: BadLimit | None = None,
     workers: int | None = None,
+    part: Part | None = None,
+    runner: Runner | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenizes a corpus into the new folder `out` and returns the content of its `meta.json`.
 
     Args:
         sources: files, folders and globs, as `find_files` takes them.
-        out: folder to create. It appears once it is complete; after an error it doesn't exist.
+        out: folder to create. It appears once it is complete. Until then the finished parts are in
+            a hidden folder beside it, and the next call continues there.
         n_vocab: number of tokens of a tokenizer to train on the corpus (on about 64 MiB of its
             lines), where `tokenizer` is None.
         tokenizer: file or folder of the tokenizer to use.
         validation_fraction: fraction of the documents that is held out.
         parse_special: whether the text of a special token is encoded as that token; otherwise it is
             ordinary text, which the model never sees in a chat.
+        documents: of a plain text: 'file', 'paragraph', 'line', or the text between two documents.
+        text_field: field of JSON lines, or column of Parquet, that has the text.
+        id_field: field that identifies a record in the report of bad records.
+        max_bad: how many records may be bad; these are left out. Default: none.
         workers: number of processes; default: one per core.
+        part: this process runs this part of the tasks, and others run the rest.
+        runner: runs the tasks elsewhere, such as `beam.run_in_beam`.
         progress: whether to show the progress on standard error.
 
     Raises:
-        InputError: `out` exists already, a source can't be read, or a split has no document.
+        InputError: `out` exists already, a source can't be read, there are too many bad records, or
+            a split has no document.
         Fault: the system can't write `out`.
     """
-    check_absent(out)
-    files = find_files(sources)
-    size = sum(file_size(file) for file in files)
-    workers = workers or max(1, min(os.cpu_count() or 1, size // _TASK_CHARACTERS))
-    with new_folder(out) as partial:
-        model = partial / "tokenizer.model"
-        if tokenizer is not None:
-            write_many(partial, load_tokenizer(tokenizer).files)
-            model = load_tokenizer(partial).path
-        elif n_vocab is not None:
-            if progress:
-                print(f"training a tokenizer of {n_vocab} tokens …", file=sys.stderr, flush=True)
-            if workers == 1:
-                _train_on_corpus(files, validation_fraction, model, n_vocab)
-            else:  # in a worker, so that this process can still handle signals
-                with worker_pool(1) as pool:
-                    train = _train_on_corpus, files, validation_fraction, model, n_vocab
-                    submit(pool, *train).result()
-        else:
-            raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
-        loaded = load_tokenizer(model)
-        safe_split = loaded.safe_split
-        if parse_special:
-            safe_split = split_around_special(safe_split, loaded.special)
-        spans = _text_spans(read_documents(files, validation_fraction), safe_split)
-        special_texts = Counter[str]()
-        with contextlib.ExitStack() as stack:
-            writers = {split: SplitWriter(partial / split, loaded.n_vocab) for split in SPLITS}
-            advance = stack.enter_context(byte_progress("tokenizing", plain_size(files), progress))
-            encode = functools.partial(_encode_task, model, parse_special)
-            tasks = map_in_order(encode, _group_into_tasks(spans), workers)
-            for encoded, found in stack.enter_context(contextlib.closing(tasks)):
-                special_texts += found
-                for span in encoded:
-                    writers[span.split].append(span)
-                    advance(span.n_bytes)
-        if special_texts and not parse_special:
-            _warn_of_special_texts(special_texts)
-        for split, writer in writers.items():
-            if not writer.documents and (split == "train" or validation_fraction):
+    if tokenizer is None and n_vocab is None:
+        raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
+    out, limit = parse_path(out), max_bad or BadLimit(0)
+    if part is not None and is_written(out) and is_token_folder(out):
+        print_status(f"{out} is complete: this part of the tasks has nothing to do")
+        return read_meta(out)
+    with unfinished_folder(out, shared=part is not None) as folder:
+        if is_token_folder(folder.final):  # a process was killed while it published the folder
+            folder.publish()
+            return read_meta(out)
+        settings = CorpusSettings(documents, text_field, id_field)
+        files = list_ranges(find_files(sources), settings)
+        settings = hold_out(files, settings, validation_fraction)
+        most = max(1, sum(map(text_size, files)) // MIN_PART_BYTES)
+        workers = workers or min(cpu_cores(), most)
+        stages = _Stages(folder, workers, part, runner, progress)
+        part_limit = limit.count if limit.share is None else None
+        try:
+            if tokenizer is not None:
+                path = load_tokenizer(tokenizer).path
+            else:
+                assert n_vocab is not None
+                path = stages.train(
+                    TrainTokenizer(folder.work, tuple(files), settings, n_vocab, part_limit)
+                )
+            copied = stages.copy_tokenizer(path)
+            parts = [
+                EncodePart(
+                    folder.work, ranges, settings, copied, file_hash(path), parse_special,
+                    part_limit,
+                )
+                for ranges in divide(files, text_field)
+            ]  # fmt: skip
+            stages.begin(parts, path)
+            summary = stages.encode(parts)
+            if summary is not None:
+                if summary["special"] and not parse_special:
+                    _warn_of_special_texts(summary["special"])
+                stages.check(summary, limit, len(files), bool(validation_fraction))
+                stages.publish(summary, tuple(sources), path)
+        except BaseException:
+            stages.discard_if_nothing_is_done()
+            raise
+        return read_meta(out)
+
+
+def _warn_of_special_texts(found: Mapping[str, int]) -> None:
+    texts = ", ".join(f"{text} ({count:,})" for text, count in [*found.items()][:3])
+    print_status(
+        f"warning: the corpus contains the text of special tokens {sum(found.values()):,} times"
+        f" ({texts}). It is encoded as ordinary text, which the model never sees in a chat: use"
+        " --chat for chats, or --parse-special for text with a chat format in it"
+    )
+
+
+@dataclass
+class _Stages:
+    """The stages of one call of `tokenize_corpus`."""
+
+    folder: Unfinished
+    workers: int
+    part: Part | None
+    runner: Runner | None
+    progress: bool
+
+    def _run(
+        self, tasks: Sequence[Task], title: str, workers: int, runner: Runner | None = None
+    ) -> None:
+        run_tasks(
+            tasks, title=title, workers=workers, part=self.part, progress=self.progress,
+            runner=runner, until=self.folder.path,
+        )  # fmt: skip
+
+    def train(self, task: TrainTokenizer) -> AnyPath:
+        """Returns the file of a tokenizer, after it is trained."""
+        if self.progress and not is_written(task.output):
+            print_status(f"training a tokenizer of {task.n_vocab} tokens …")
+        self._run([task], "training a tokenizer", self.workers)
+        return task.output
+
+    def copy_tokenizer(self, path: AnyPath) -> AnyPath:
+        """Writes a tokenizer's files where all machines find them; returns the main file."""
+        files = load_tokenizer(path).files
+        key = hash_bytes(b"".join(name.encode() + data for name, data in sorted(files.items())))
+        folder = self.folder.work / f"copy-{key[:32]}"
+        write_many(folder, files)
+        return load_tokenizer(folder).path
+
+    def begin(self, parts: Sequence[EncodePart], tokenizer: AnyPath) -> None:
+        """Compares the parts with those of the other processes, and of killed ones.
+
+        Raises:
+            InputError: this process shares the folder, and they differ.
+        """
+        work, final = self.folder.work, self.folder.final
+        plan = SumParts(tuple(parts)).output.name.encode()
+        found = read_many(work, [_PLAN])[_PLAN]
+        if found not in (None, plan):
+            if self.part is not None:
                 raise InputError(
-                    f"corpus: no document for the {split} split in {len(files)} file(s): add text"
+                    f"{work} belongs to a corpus or settings that differ from those of this"
+                    f" process: give all processes the same, or remove the folder"
+                )
+            for name in SPLITS:  # parts that are still the same are not encoded again
+                remove_tree(final / name)
+            remove_tree(work / "shards")
+        write_file(work / _PLAN, plan)
+        write_many(final, load_tokenizer(tokenizer).files)
+
+    def encode(self, parts: Sequence[EncodePart]) -> dict[str, Any] | None:
+        """Encodes the parts and returns their summary.
+
+        None: another process of this job has published the folder meanwhile.
+        """
+        self._run(parts, "tokenizing", self.workers, self.runner)
+        sums = SumParts(tuple(parts))
+        self._run([sums], "summing up", 1)
+        return read_summary(sums)
+
+    def check(self, summary: dict[str, Any], limit: BadLimit, n_files: int, held_out: bool) -> None:
+        """Checks the summary of all parts.
+
+        Raises:
+            InputError: there are too many bad records, or a split has no document.
+        """
+        bad = BadRecords(**summary["bad"])
+        if bad.counts:
+            report = self.folder.work / BAD_RECORDS
+            write_file(report, bad.report())
+            bad.check(limit, summary["records"], report)
+            print_status(f"left out: {bad.describe()} (listed in {self.folder.path / BAD_RECORDS})")
+        for split, totals in summary["totals"].items():
+            if not totals["documents"] and (split == "train" or held_out):
+                if self.part is None:
+                    self.folder.discard()  # other settings need other parts
+                raise InputError(
+                    f"corpus: no document for the {split} split in {n_files} file(s): add text"
                     " or change validation_fraction"
                 )
-        return write_meta(
-            partial, sources=sources, tokenizer=model, n_vocab=loaded.n_vocab, writers=writers
-        )
+
+    def publish(
+        self,
+        summary: dict[str, Any],
+        sources: tuple[str, ...],
+        tokenizer: AnyPath,
+    ) -> None:
+        """Assembles the shards and publishes their folder."""
+        n_vocab, final = load_tokenizer(tokenizer).n_vocab, self.folder.final
+        sizes = shard_writer.SHARD_TOKENS, shard_writer.CHUNK_TOKENS
+        shards = plan_shards(self.folder.work, summary, final, n_vocab, *sizes)
+        few = sum(totals["tokens"] for totals in summary["totals"].values()) <= _SMALL_TOKENS
+        self._run(shards, "assembling", 1 if few else self.workers, None if few else self.runner)
+        done = Publish(self.folder, tuple(shards), summary, sources, tokenizer, n_vocab, *sizes)
+        self._run([done], "publishing", 1)
+
+    def discard_if_nothing_is_done(self) -> None:
+        """Removes the intermediate files after an error, unless a part is finished or shared."""
+        if self.part is not None or is_written(self.folder.path):
+            return
+        records = self.folder.work / "records"
+        if records.is_dir() and any(not file.name.startswith(".") for file in records.iterdir()):
+            print_status(
+                f"the finished parts are in {self.folder.work}: the same command continues there"
+            )
+        else:
+            self.folder.discard()

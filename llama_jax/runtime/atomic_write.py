@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.errors import Fault, InputError
@@ -23,6 +24,7 @@ from llama_jax.runtime.damage import root_cause
 from llama_jax.runtime.storage import AnyPath, parse_path, read_many, remove_tree
 
 INCOMPLETE = ".incomplete"  # in a bucket, while a folder is being written
+_SHARED_MARK = b"several processes"  # the content of that file, if they write the folder
 
 # Errors of the path itself: a file among its folders, a link to itself, a name that is too long.
 _BAD_NAME = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -84,6 +86,76 @@ def _new_bucket_folder(path: BucketPath) -> Iterator[None]:
         if not is_ours():
             raise InputError(f"another process is writing {path}: choose another folder")
         mark.unlink()
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A folder that several processes or attempts fill: it survives them, and is published once."""
+
+    path: AnyPath  # of the complete folder
+
+    @property
+    def work(self) -> AnyPath:
+        """Folder of intermediate files."""
+        if isinstance(self.path, BucketPath):
+            return self.path / ".unfinished"
+        return self.path.with_name(f".{self.path.name}.unfinished")
+
+    @property
+    def final(self) -> AnyPath:
+        """The folder that will be at `path`: in a bucket, which can't rename, `path` itself."""
+        return self.path if isinstance(self.path, BucketPath) else self.work / "final"
+
+    def publish(self) -> None:
+        """Makes the folder appear at `path`, and removes the intermediate files.
+
+        Raises:
+            OSError: the system can't do this.
+        """
+        if isinstance(self.path, BucketPath):
+            remove_tree(self.work)
+            (self.path / INCOMPLETE).unlink()
+        else:
+            if not self.path.exists():  # else another process has published it
+                os.rename(str(self.final), self.path)
+            remove_tree(self.work)
+
+    def discard(self) -> None:
+        """Removes everything."""
+        remove_tree(self.path if isinstance(self.path, BucketPath) else self.work)
+
+
+@contextlib.contextmanager
+def unfinished_folder(path: str | AnyPath, *, shared: bool = False) -> Iterator[Unfinished]:
+    """Yields the folder towards `path` of this process and of killed ones; the block publishes it.
+
+    Args:
+        path: of the complete folder.
+        shared: whether other processes fill it at the same time.
+
+    Raises:
+        InputError: `path` exists or is impossible, or a process that doesn't share it writes it.
+        Fault: the system can't write it.
+    """
+    folder = Unfinished(parse_path(path))
+    path = folder.path
+    if isinstance(path, BucketPath):
+        check_absent(path)
+        with _faults(path):
+            mark, found = path / INCOMPLETE, read_many(path, [INCOMPLETE])[INCOMPLETE]
+            if found != _SHARED_MARK:  # new, or a leftover of `new_folder`
+                remove_tree(path)
+                mark.write_bytes(_SHARED_MARK)
+            yield folder
+        return
+    with _faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path, wait=False, shared=shared) as locked:
+            if is_written(path):
+                if locked and not shared:
+                    remove_tree(folder.work)  # of a process that was killed after it had published
+                raise _exists(path)
+            yield folder
 
 
 @contextlib.contextmanager
@@ -174,11 +246,12 @@ def _partial(path: Path, *, wait: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+def _locked(path: Path, *, wait: bool, shared: bool = False) -> Iterator[bool]:
     """Locks `path` for writing; yields False on a file system without locks.
 
     Args:
         wait: wait for another process that holds the lock.
+        shared: whether other processes may hold it too, if they share it.
 
     Raises:
         InputError: another process holds the lock, and `wait` is False.
@@ -188,7 +261,8 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
         while True:
             lock = opened.enter_context(open(name, "a"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(lock, kind | (0 if wait else fcntl.LOCK_NB))
                 locked = True
             except BlockingIOError as error:
                 raise InputError(
@@ -200,8 +274,19 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
             if not locked or _is_at(lock.fileno(), name):
                 break
             opened.close()
-        opened.callback(name.unlink, missing_ok=True)  # before the lock is released
+        opened.callback(_unlink_lock, lock.fileno(), name)  # before the lock is released
         yield locked
+
+
+def _unlink_lock(file: int, path: Path) -> None:
+    """Removes the file of a lock, unless other processes share it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    except OSError:  # a file system without locks
+        pass
+    path.unlink(missing_ok=True)
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -20,6 +20,7 @@ from llama_jax.model.lora import Trained
 from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import check_divides, make_mesh, set_default_mesh
 from llama_jax.runtime import hosts, stop_signal
+from llama_jax.runtime.atomic_write import is_written
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
@@ -195,7 +196,7 @@ def prepare_data(config: Config) -> None:
         InputError: the folder is missing and `data.corpus` is empty.
     """
     for name in config.data.folders:
-        if parse_path(name).exists():
+        if is_written(parse_path(name)):
             continue
         if not config.data.corpus:
             raise InputError(

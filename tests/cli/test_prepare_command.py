@@ -4,7 +4,8 @@ import pytest
 from conftest import peer, run
 from warc_files import conversion, write_warc
 
-from llama_jax.data.text_files import find_files, read_json_lines
+from llama_jax.data.prepare.document import read_documents
+from llama_jax.data.text_files import find_files
 
 ENGLISH = "The ferry leaves the small island every morning at seven, when the market opens."
 DANISH = "Færgen forlader den lille ø hver morgen klokken syv, når markedet åbner."
@@ -46,7 +47,9 @@ def test_the_command_prints_and_draws_what_each_rule_removed(config, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     # `tokenize` finds the documents of the folder, and nothing else.
     [file] = find_files([str(out / "crawl")])
-    assert [*read_json_lines(file)] == [f"{ENGLISH}\nIt returns at noon."]
+    assert [document.text for document in read_documents(file)] == [
+        f"{ENGLISH}\nIt returns at noon."
+    ]
     _, again, _ = run(capsys, *command, "--json")
     funnel = json.loads(again)["crawl"]
     assert funnel == json.loads((out / "crawl" / "funnel.json").read_text())

@@ -20,7 +20,6 @@ def test_documents_continue_across_shards_of_a_bounded_size(tmp_path, monkeypatc
     one, many = (TokenStream(tmp_path / name, "train") for name in ("one", "many"))
     assert len(list((tmp_path / "one/train/tokens/c").iterdir())) == 1
     assert len(list((tmp_path / "many/train/tokens/c").iterdir())) == -(-len(many) // 64) > 5
-    assert one.content_hash() == many.content_hash()
     assert len(one) == len(many) == expected["splits"]["train"]["tokens"]
     for a, b in zip(one.read(0, len(one)), many.read(0, len(many)), strict=True):
         np.testing.assert_array_equal(a, b)

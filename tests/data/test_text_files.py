@@ -5,8 +5,10 @@ import json
 
 import pytest
 
-from llama_jax.data import text_files
-from llama_jax.data.text_files import find_files, is_json_lines, read_documents, split_lines
+from llama_jax.data import corpus
+from llama_jax.data.bad_records import BadRecords
+from llama_jax.data.corpus_plan import list_ranges
+from llama_jax.data.text_files import find_files, is_json_lines, split_lines
 from llama_jax.errors import InputError
 
 TEXTS = ["one\ntwo", "three"]
@@ -17,7 +19,11 @@ ARRAY = json.dumps([{"text": text} for text in TEXTS]).encode()
 
 
 def documents(path, fraction=0.0):
-    return [("".join(parts), split) for parts, split in read_documents([path], fraction)]
+    settings = corpus.CorpusSettings(end_share=fraction)
+    texts = corpus.read_range(
+        list_ranges([path], settings)[0], settings, lambda text: 0, BadRecords(limit=0)
+    )
+    return [("".join(text.parts), text.split) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -85,19 +91,18 @@ def test_a_folder_search_finds_text_files_and_json_files_that_contain_texts(tmp_
 def test_the_held_out_part_of_a_single_text_does_not_depend_on_the_part_size(
     tmp_path, monkeypatch, fraction, part
 ):
-    monkeypatch.setattr(text_files, "_PART_CHARACTERS", part)
+    monkeypatch.setattr(corpus, "_BLOCK", part)
     for text in ("line é\nnext\r\n\n last", "no line end", "\nends\n", "", "\n"):
         (tmp_path / "x.txt").write_bytes(text.encode())
-        limit = round(len(text) * (1 - fraction))
-        boundary = text.rfind("\n", 0, limit) + 1 if fraction else len(text)
-        expected = [(text[:boundary], "train"), (text[boundary:], "validation")]
+        data = text.encode()
+        limit = round(len(data) * (1 - fraction))
+        boundary = data.rfind(b"\n", 0, limit) + 1 or limit if fraction else len(data)
+        expected = [(data[:boundary].decode(), "train"), (data[boundary:].decode(), "validation")]
         assert documents(tmp_path / "x.txt", fraction) == [d for d in expected if d[0]]
 
 
-def test_split_lines_skips_only_the_lines_that_are_too_long(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [1, 3, 100])
+def test_split_lines_skips_only_the_lines_that_are_too_long(part):
     text = "one\n\ntwo three\nfour, which is too long\nfive\n"
-    (tmp_path / "x.txt").write_text(text)
-    for part in (1, 3, 100):
-        monkeypatch.setattr(text_files, "_PART_CHARACTERS", part)
-        lines = split_lines(read_documents([tmp_path / "x.txt"], 0.0), "train", 10)
-        assert list(lines) == ["one", "", "two three", "five", ""]
+    parts = (text[i : i + part] for i in range(0, len(text), part))
+    assert list(split_lines(parts, 10)) == ["one", "", "two three", "five", ""]

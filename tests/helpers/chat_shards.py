@@ -41,3 +41,9 @@ def write_packed_shards(folder, tokenizer, kind="chats", seq_len=16, n_examples=
         writers=writers, kind=kind,
     )  # fmt: skip
     return examples
+
+
+def read_tree(folder):
+    """Returns the content of each file of a folder by its relative name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
