@@ -27,6 +27,7 @@ from llama_jax.tokenizer.split_points import SafeSplit, split_text
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 PART_SHARD_TOKENS = 1 << 21  # in a file of a part: a worker holds a few times this in memory
+_FEW = 8  # starts of special tokens that are searched one by one
 _COUNTS = "counts"  # of each token of the vocabulary, in the folder of a split
 
 _load_tokenizer_once = functools.lru_cache(maxsize=1)(load_tokenizer)
@@ -150,4 +151,11 @@ def _encode_with_special(tokenizer: Tokenizer, span: _Span) -> list[int]:
 def _special_counter(tokenizer: Tokenizer) -> Callable[[str], list[str]]:
     """Returns the function that finds the texts of special tokens in a text."""
     pattern = special_pattern(tokenizer.special)
-    return pattern.findall if pattern else lambda text: []
+    # A search for two fixed characters takes a tenth of the time of the pattern.
+    starts = {text[:2] for text in tokenizer.special}
+    starts = starts if len(starts) <= _FEW else {""}
+
+    def find(text: str) -> list[str]:
+        return pattern.findall(text) if pattern and any(s in text for s in starts) else []
+
+    return find
