@@ -63,3 +63,4 @@ Files: src/debug/*
 Copyright: Others
 License: GPL-2
 """
+DEBIAN_TEXT = "\nLicense: Go\n " + BSD_2.replace("\n\n", "\n.\n").replace("\n", "\n ")

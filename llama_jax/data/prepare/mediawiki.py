@@ -160,7 +160,9 @@ def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS
     from mwparserfromhell.parser import ParserError
 
     try:
-        nodes = mwparserfromhell.parse(_NO_CONVERSION.sub(r"\1", wikitext)).nodes
+        code = _NO_CONVERSION.sub(r"\1", wikitext)
+        # Quotes of bold and italic type that are not balanced would stop the parsing of tags.
+        nodes = mwparserfromhell.parse(code, skip_style_tags=True).nodes
     except ParserError:
         return ""
     parts = list[str]()

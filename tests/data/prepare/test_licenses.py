@@ -27,6 +27,8 @@ ALLOWED = ("MIT", "BSD", "Apache")
         (texts.LINUX, "GPL-2.0 WITH Linux-syscall-note"),
         (texts.DEBIAN, "BSD-3-clause"),
         (texts.DEBIAN.replace("License: BSD-3-clause", "License: Expat or GPL-2"), "GPL-2 OR MIT"),
+        (texts.DEBIAN.replace("BSD-3-clause", "Go") + texts.DEBIAN_TEXT, "BSD-2-Clause"),
+        (texts.DEBIAN.replace("BSD-3-clause", "Go"), "Go"),
         ("# SPDX-License-Identifier: MIT OR Apache-2.0 */", "MIT OR Apache-2.0"),
         ("All rights reserved. Ask us.", ""),
         ("Our own terms. " * 300 + texts.MIT, ""),  # the licence of a part

@@ -90,6 +90,7 @@ def test_a_page_without_end_stops_the_reader(tmp_path, monkeypatch):
         ("See [[Paris]] and [[Paris|the city]].", "See Paris and the city."),
         ("[http://a.org A title], [http://b.org], http://c.org.", "A title, , ."),
         ("Text.<!-- note --> More.<ref name=x>Book, 1999.</ref><ref name=x />", "Text. More."),
+        ("Said '''x'' \"y\".<ref>''Not '''closed</ref> End", 'Said x "y". End'),
         ("{{Infobox|a=1}}It{{cite|x}} is.", "It is."),
         ("{{a|{{b|[[c]]}}}}Text", "Text"),
         ("Before\n{| class=x\n|-\n! Head\n| Cell\n|}\nAfter", "Before\n\nAfter"),
