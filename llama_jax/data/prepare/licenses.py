@@ -8,39 +8,30 @@ ALLOWED = ("MIT", "BSD", "Apache")
 
 # The first sentence of each licence's own terms, or its title, in the form of `_words`. The licence
 # whose sentence comes first in a file is the file's licence: the GPL also mentions the LGPL.
-_FIRST_SENTENCES = (
-    (
-        "MIT",
-        "permission is hereby granted free of charge to any person obtaining a copy of this"
-        " software and associated documentation files the software to deal in the software without"
-        " restriction",
-    ),
-    (
-        "BSD",
-        "redistribution and use in source and binary forms with or without modification are"
-        " permitted",
-    ),
-    ("Apache-2.0", "version 2 0 january 2004 http www apache org licenses"),
-    ("Apache-2.0", "licensed under the apache license version 2 0"),
-    (
-        "ISC",
-        "permission to use copy modify and or distribute this software for any purpose with or"
-        " without fee is hereby granted",
-    ),
-    ("GFDL", "gnu free documentation license"),
-    ("GPL", "gnu general public license"),
-    ("LGPL", "gnu lesser general public license"),
-    ("LGPL-2.0", "gnu library general public license"),
-    ("AGPL", "gnu affero general public license"),
-    ("MPL", "mozilla public license"),
-    ("EPL", "eclipse public license"),
-    ("CDDL", "common development and distribution license"),
-    ("PSF-2.0", "python software foundation license version 2"),
-    ("BSL-1.0", "boost software license"),
-    ("Unlicense", "this is free and unencumbered software released into the public domain"),
-    ("Artistic", "artistic license"),
-    ("CC", "creative commons"),
-)
+_FIRST_SENTENCES = {
+    "MIT": "permission is hereby granted free of charge to any person obtaining a copy of this"
+    " software and associated documentation files the software to deal in the software without"
+    " restriction",
+    "BSD": "redistribution and use in source and binary forms with or without modification are"
+    " permitted",
+    "Apache-2.0": "version 2 0 january 2004 http www apache org licenses",
+    "Apache-2": "licensed under the apache license version 2 0",
+    "ISC": "permission to use copy modify and or distribute this software for any purpose with or"
+    " without fee is hereby granted",
+    "GFDL": "gnu free documentation license",
+    "GPL": "gnu general public license",
+    "LGPL": "gnu lesser general public license",
+    "LGPL-2.0": "gnu library general public license",
+    "AGPL": "gnu affero general public license",
+    "MPL": "mozilla public license",
+    "EPL": "eclipse public license",
+    "CDDL": "common development and distribution license",
+    "PSF-2.0": "python software foundation license version 2",
+    "BSL-1.0": "boost software license",
+    "Unlicense": "this is free and unencumbered software released into the public domain",
+    "Artistic": "artistic license",
+    "CC": "creative commons",
+}
 _BEGINNING = 2000  # characters; further on, a file lists the licences of other projects' parts
 _POINTER = 1500  # characters; a file that names other files is shorter
 _ADVERTISING = "all advertising materials mentioning features or use of this software must display"
@@ -82,14 +73,14 @@ def recognize_license(text: str) -> str:
     if tag := re.search(r"SPDX-License-Identifier:[ \t]*(.+)", text[:_BEGINNING]):
         return tag[1].strip(" \t\r*/-")
     words = _words(text)
-    found = [
-        (position, name)
-        for name, sentence in _FIRST_SENTENCES
+    found = {
+        name: position
+        for name, sentence in _FIRST_SENTENCES.items()
         if (position := words.find(sentence, 0, _BEGINNING + len(sentence))) >= 0
-    ]
+    }
     if not found:
         return ""
-    _, name = min(found)
+    name = min(found, key=lambda name: found[name])
     if name != "BSD":
         return name
     if _ADVERTISING in words:
@@ -102,21 +93,22 @@ def _words(text: str) -> str:
 
 
 def _debian_license(text: str) -> str:
-    """Returns the licence of the paragraph `Files: *`; a paragraph of its own may have its text."""
-    paragraphs = re.split(r"\n[ \t]*\n(?=\S)", text)
-    texts = {
-        field[1].strip(): recognize_license(field[2])
-        for paragraph in paragraphs
-        if (field := re.match(r"License:(.*)\n((?s:.+))", paragraph))
-    }
+    paragraphs = re.split(r"\n[ \t]*\n", text)
+
+    def spdx_name(name: str) -> str:
+        family = name.lower().split("-")[0]
+        if family in _DEBIAN_NAMES or family in {n.lower().split("-")[0] for n in _FIRST_SENTENCES}:
+            return _DEBIAN_NAMES.get(name.lower(), name)
+        # Names of Debian's own ("Go" is a BSD licence) have a paragraph with their text.
+        own = (p for p in paragraphs if re.match(rf"License:[ \t]*{re.escape(name)}[ \t]*\n", p))
+        return recognize_license(next(own, "")) or name
+
     for paragraph in paragraphs:
-        if re.search(r"(?m)^Files:\s*\*[ \t]*$", paragraph) and (
-            field := re.search(r"(?m)^License:(.*)$", paragraph)
+        if re.search(r"(?m)^Files:[ \t]*\*[ \t]*$", paragraph) and (
+            name := re.search(r"(?m)^License:[ \t]*(.+)$", paragraph)
         ):
-            names = re.split(r"\s+or\s+", field[1].strip())
-            return join_licenses(
-                (texts.get(name) or _DEBIAN_NAMES.get(name.lower(), name) for name in names), " OR "
-            )
+            names = re.split(r"\s+or\s+", name[1].strip())
+            return join_licenses(map(spdx_name, names), " OR ")
     return ""
 
 

@@ -1,5 +1,7 @@
 """Licences: from the texts of licence files and SPDX expressions to a decision."""
 
+import re
+
 import license_texts as texts
 import pytest
 
@@ -9,6 +11,10 @@ from llama_jax.data.prepare.licenses import (
     license_of_files,
     recognize_license,
 )
+
+# Debian's own name of a licence, with the licence as a paragraph of its format.
+DEBIAN_GO = texts.DEBIAN.replace("BSD-3-clause", "Go") + "\nLicense: Go\n" + texts.BSD_3.strip()
+DEBIAN_GO = re.sub(r"\n\n(?=[^FL])", "\n .\n", DEBIAN_GO)
 
 ALLOWED = ("MIT", "BSD", "Apache")
 
@@ -27,8 +33,8 @@ ALLOWED = ("MIT", "BSD", "Apache")
         (texts.LINUX, "GPL-2.0 WITH Linux-syscall-note"),
         (texts.DEBIAN, "BSD-3-clause"),
         (texts.DEBIAN.replace("License: BSD-3-clause", "License: Expat or GPL-2"), "GPL-2 OR MIT"),
-        (texts.DEBIAN.replace("BSD-3-clause", "Go") + texts.DEBIAN_TEXT, "BSD-2-Clause"),
         (texts.DEBIAN.replace("BSD-3-clause", "Go"), "Go"),
+        (DEBIAN_GO, "BSD-3-Clause"),
         ("# SPDX-License-Identifier: MIT OR Apache-2.0 */", "MIT OR Apache-2.0"),
         ("All rights reserved. Ask us.", ""),
         ("Our own terms. " * 300 + texts.MIT, ""),  # the licence of a part
