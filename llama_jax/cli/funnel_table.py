@@ -36,6 +36,21 @@ def show(funnels: Mapping[str, Any]) -> None:
                 _share(row["removed_characters"], row["characters"]),
             )
         console.print(table)
+        for row in funnel["rules"]:
+            if "report" in row:
+                console.print(_evaluation_table(row["report"]))
+
+
+def _evaluation_table(report: list[dict[str, Any]]) -> Table:
+    """Returns the items of evaluation sets that decontamination found."""
+    table = Table(box=None, pad_edge=False, header_style="")
+    columns = ("  evaluation set", "items", "too short to find", "found", "in documents")
+    for column in columns:
+        table.add_column(column, justify="left" if "set" in column else "right")
+    for row in report:
+        counts = (row[key] for key in ("items", "too_short", "found", "documents"))
+        table.add_row(f"  {row['set']}", *(f"{count:,}" for count in counts))
+    return table
 
 
 def _share(part: int, total: int) -> str:

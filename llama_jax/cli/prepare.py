@@ -21,6 +21,9 @@ same --out; each waits until all folders are complete. SLURM arrays, indexed Job
 (with JOB_COMPLETIONS) and the hosts of a pod need no --task. The same command without --task then
 removes the intermediate files, NAME.work. The result is the same, byte for byte, in all cases.
 
+`decontaminate: FOLDER` in an entry cuts the questions and answers of evaluation sets out of its
+documents, and reports which sets occur (docs/prepare.md). The files are those of `eval --data`.
+
 example:
   llama-jax prepare configs/data/llama.yaml --out docs/
   llama-jax prepare configs/data/llama.yaml --out docs/ --only c4 --picture c4.png
@@ -54,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
     from llama_jax.config import yaml_file
     from llama_jax.data.prepare.prepare import prepare_sources, select_sources
     from llama_jax.data.tasks import find_part
+    from llama_jax.evaluation.item_texts import replace_evaluation_data
+    from llama_jax.runtime.storage import parse_path
 
     picture = args.picture and parse_picture(args.picture)
     entries = yaml_file.load_prepare(args.config, args.overrides)
+    entries = select_sources(entries, args.only)
     funnels = prepare_sources(
-        select_sources(entries, args.only),
+        replace_evaluation_data(entries, parse_path(args.out)),
         args.out,
         workers=args.workers,
         part=find_part(args.task),

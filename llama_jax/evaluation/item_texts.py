@@ -1,5 +1,6 @@
 """The texts of evaluation sets, by which `llama-jax prepare` finds them in training data."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -8,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from llama_jax.config.prepare import SourceEntry
 from llama_jax.data.prepare.decontamination import save_index
 from llama_jax.errors import InputError
 from llama_jax.evaluation.task_data import find_file, read_rows
-from llama_jax.runtime.storage import AnyPath
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 _FILES = Path(__file__).with_name("task_files")
 # Passages come from books and Wikipedia, where a model may read them; it must not have seen the
@@ -27,6 +29,26 @@ class _TaskLoader(yaml.SafeLoader):
 
 
 _TaskLoader.add_constructor("!function", lambda loader, node: None)
+
+
+def replace_evaluation_data(
+    entries: Mapping[str, SourceEntry], out: AnyPath
+) -> dict[str, SourceEntry]:
+    """Returns the entries with n-grams in place of the evaluation sets in `decontaminate`.
+
+    Args:
+        entries: of the sources.
+        out: as for `write_ngrams`.
+
+    Raises:
+        InputError: as `write_ngrams`.
+    """
+    folders = {entry.decontaminate for entry in entries.values()} - {None}
+    ngrams = {data: str(write_ngrams(parse_path(data), out)) for data in sorted(folders)}
+    return {
+        name: dataclasses.replace(entry, decontaminate=ngrams.get(entry.decontaminate))
+        for name, entry in entries.items()
+    }
 
 
 def write_ngrams(data: AnyPath, out: AnyPath) -> AnyPath:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from conftest import run
 
 from llama_jax.data.prepare.decontamination import find_ngrams, load_index
 from llama_jax.errors import InputError
@@ -47,3 +48,23 @@ def test_a_folder_without_evaluation_sets_or_with_other_rows_is_refused(tmp_path
     (tmp_path / "gsm8k_test.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(InputError, match=r"row 1 has none of the fields question, answer"):
         write_ngrams(tmp_path, tmp_path)
+
+
+def test_the_command_cuts_evaluation_sets_out_and_reports_them(tmp_path, capsys):
+    data = tmp_path / "eval-data"
+    data.mkdir()
+    (data / "boolq_validation.jsonl").write_text(json.dumps(ROWS["boolq_validation"]) + "\n")
+    bodies = [f"Tell me, {QUESTION}?", "Another question. " * 20]
+    rows = (f'<row Id="{i}" PostTypeId="1" Body="{body}"/>' for i, body in enumerate(bodies))
+    (tmp_path / "towns.xml").write_text(f"<posts>{''.join(rows)}</posts>")
+    config = tmp_path / "data.yaml"
+    entry = {
+        "kind": "stackexchange", "inputs": [f"{tmp_path}/towns.xml"], "decontaminate": str(data),
+    }  # fmt: skip
+    config.write_text(json.dumps({"prepare": {"towns": entry}}))
+    code, table, _ = run(capsys, "prepare", config, "--out", tmp_path / "docs", "--workers", 1)
+    assert code == 0
+    lines = [line.split() for line in table.splitlines()]
+    assert ["decontamination", "2", "1", "50.00%", "0", "93", "20.58%"] in lines
+    assert lines[-1] == ["boolq_validation", "1", "0", "1", "1"]
+    assert len([*(tmp_path / "docs").glob("evaluation-ngrams-*/boolq_validation.npy")]) == 1
