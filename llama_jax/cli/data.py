@@ -47,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table, or rows of a step; returns the exit code."""
     picture = args.picture and parse_picture(args.picture)
-    config, done = _load(parse_path(args.config), args.overrides)
+    path = parse_path(args.config)
+    config, done = _load(path, args.overrides)
     if args.show is not None:
+        if done:
+            _check_order(path, done)
         return _show(config, args.show, args.rows)
     from llama_jax.cli import source_table
     from llama_jax.data.source_use import count_use
@@ -74,6 +77,14 @@ def _load(path: AnyPath, overrides: list[str]) -> "tuple[Config, int | None]":
         return yaml_file.load(path, overrides), None
     steps, _ = folders.committed_steps(path / "checkpoints")
     return yaml_file.load(path / "config.yaml", overrides), max(steps, default=0)
+
+
+def _check_order(run: AnyPath, step: int) -> None:
+    """Refuses a run of a version that read other rows, given the step of a checkpoint."""
+    from llama_jax.data.batches import check_order
+    from llama_jax.runtime.manifest import verified_manifest
+
+    check_order(str(run), verified_manifest(run / "checkpoints" / str(step))["data"])
 
 
 def _show(config: "Config", step: int, rows: int) -> int:

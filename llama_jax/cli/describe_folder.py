@@ -121,6 +121,29 @@ def _describe_run(folder: AnyPath) -> list[str]:
         accuracy = last.get("validation_accuracy")  # of preferences
         more = "" if accuracy is None else f", {accuracy:.1%} of the preferences right"
         lines.append(f"validation  {last['validation_loss']:.4f} after step {last['step']}{more}")
+    if len(config.data.folders) > 1:
+        lines += _describe_source_losses(config, records)
+    seconds = sum(r["step_seconds"] for r in losses if "data_wait" in r)
+    if seconds:
+        waited = sum(r["data_wait"] * r["step_seconds"] for r in losses if "data_wait" in r)
+        lines.append(f"data wait   {waited / seconds:.2%} of the step time")
+    return lines
+
+
+def _describe_source_losses(config: Config, records: list[dict[str, Any]]) -> list[str]:
+    """Returns a line about the last losses of each source; sources without one are left out."""
+    lines = list[str]()
+    for folder in config.data.folders:
+        parts = list[str]()
+        for name, key, when in (
+            ("loss", f"loss/{folder}", "in"),
+            ("validation", f"validation_loss/{folder}", "after"),
+        ):
+            found = [r for r in records if r.get(key) is not None]
+            if found:
+                parts.append(f"{name} {found[-1][key]:.4f} {when} step {found[-1]['step']}")
+        if parts:
+            lines.append(f"{'' if lines else 'sources':11} {folder}: {', '.join(parts)}")
     return lines
 
 

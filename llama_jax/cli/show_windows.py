@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from llama_jax.config.data import DataConfig
-from llama_jax.data.batches import Batches
+from llama_jax.data.samples import Samples
 from llama_jax.data.shards import TokenStream
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -59,12 +59,12 @@ def show_step(config: DataConfig, step: int, n: int) -> str:
     Raises:
         InputError: a folder contains no token shards, or is damaged.
     """
-    data = Batches(config)
+    samples = Samples(config)
     tokenizer, style = load_tokenizer(config.folders[0]), style_of(sys.stdout)
     lines = [f"step {step:,}: {_trained(style)} tokens are marked"]
     for row in range(min(n, config.batch_size)):
         number = (step - 1) * config.batch_size + row
-        at, window = data.locate(number), data.sample(number)
+        at, window = samples.locate(number), samples[number]
         title = (
             f"row {row + 1} of {config.batch_size:,}: {at.tokens.folder}, window"
             f" {at.window + 1:,} of {at.windows:,} in epoch {at.epoch + 1:,}"

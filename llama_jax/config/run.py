@@ -134,7 +134,9 @@ class TrainingConfig:
         default=1000, description="steps between validations (0: only at the end)"
     )
     eval_batches: PositiveInt = Field(
-        default=20, description="maximum number of batches per validation"
+        default=20,
+        description="maximum number of batches per validation; they are divided among the sources"
+        " of the mixture, at least one each",
     )
     evaluate: EvaluateConfig | None = Field(
         default=None,

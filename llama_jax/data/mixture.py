@@ -144,6 +144,14 @@ class MixtureSchedule:
             drawn[source] += count
         return drawn
 
+    def shares(self, n: int) -> dict[int, Fraction]:
+        """Returns the shares in the mixture of sample n, by source; 0: only earlier ones had it."""
+        shares = dict[int, Fraction]()
+        for phase in self._phases[: bisect.bisect_right(self._phases, n, key=_first)]:
+            shares = dict.fromkeys([*shares, *phase.sources], Fraction(0))
+            shares |= zip(phase.sources, phase.mixture.shares, strict=True)
+        return shares
+
     def draw(self, first: int, count: int) -> list[Draw]:
         """Returns the origins of samples [first, first + count)."""
         numbers, draws = self.drawn(first), list[Draw]()

@@ -1,7 +1,6 @@
 """Windows of training tokens at fixed positions of a token stream."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -112,15 +111,3 @@ def open_windows(tokens: TokenStream, config: DataConfig) -> Windows | PackedWin
 def count_windows(kind: Kind, tokens: int, seq_len: int) -> int:
     """Returns the number of windows of T = `seq_len` of a split with this number of tokens."""
     return max(0, tokens - (kind == "text")) // seq_len
-
-
-def shuffle(count: int, seed: int) -> Sequence[int]:
-    """Returns the endless order in which `count` windows are read.
-
-    Elements [e·count, (e + 1)·count) are epoch e: each index once, in another order in each epoch.
-    An element is computed from seed and position alone.
-    """
-    import grain
-
-    dataset = grain.MapDataset.source(range(count)).seed(seed).shuffle().repeat()
-    return cast(Sequence[int], dataset)

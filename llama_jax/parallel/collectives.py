@@ -143,3 +143,8 @@ def reduce_over_vocab(reduction: Callable[..., jax.Array], x: jax.Array) -> jax.
 def sum_over_tokens(x: jax.Array) -> jax.Array:
     """Returns the sum over all devices that have different tokens. For use in `jax.shard_map`."""
     return jax.lax.psum(x, (*BATCH_AXES, "context"))
+
+
+def sum_over_context(x: jax.Array) -> jax.Array:
+    """Returns the sum over the devices that share a row's tokens. For use in `jax.shard_map`."""
+    return jax.lax.psum(x, "context") if context_shards() > 1 else x

@@ -35,11 +35,6 @@ class PreferenceSums(NamedTuple):
     chosen_targets: Any
     targets: Any
 
-    @classmethod
-    def zeros(cls) -> "PreferenceSums":
-        """Returns the sums of no preferences."""
-        return cls(*[jnp.float32(0)] * 4, *[jnp.int32(0)] * 4)
-
 
 class PreferenceMetrics(NamedTuple):
     """Means over the preferences of a batch, and their number."""

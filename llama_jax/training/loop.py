@@ -25,10 +25,10 @@ from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
-from llama_jax.training.dpo import PreferenceSums, preference_means
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.report import Report, draw_figure, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
+from llama_jax.training.source_losses import held_out_means
 from llama_jax.training.start import (
     TrainingState,
     check_evaluator,
@@ -37,7 +37,7 @@ from llama_jax.training.start import (
     prepare,
     print_summary,
 )
-from llama_jax.training.step import StepMetrics, eval_step, train_step
+from llama_jax.training.step import StepMetrics, train_step
 from llama_jax.training.trainable import complete_model
 
 
@@ -117,7 +117,7 @@ def run(
             print_status(f"{folder} is finished: {newest} steps are done, no step remains")
             # A run that was killed between its last checkpoint and its end has no figure.
             if hosts.is_host_zero() and not (folder / "loss.png").exists():
-                draw_figure(folder, data)
+                draw_figure(folder, data, newest)
             return _outcome(folder, newest, data, finished=True)
         state = TrainingState(config, data, checkpoints, local)
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder, state.step))
@@ -186,6 +186,7 @@ def _train(
             step = state.step
             report.record_dispatch()
             batch = data.train(step)
+            report.record_batch(pending[1] if pending else None)
             state.trained, state.opt_state, metrics = step_function(
                 state.trained, state.opt_state, batch, np.int32(step), state.base
             )
@@ -207,7 +208,8 @@ def _train(
                 report.step(*pending)
                 pending = None
             if validate:
-                report.validation(state.step, _validate(config, data, state))
+                means = held_out_means(config, data, state.step, state.trained, state.base)
+                report.validation(state.step, means)
                 if sample:
                     sample(complete_model(config, state.trained, state.base), state.step)
             if evaluate and on_tasks:
@@ -234,24 +236,6 @@ def _train(
     return state.step >= steps
 
 
-def _validate(config: Config, data: Batches, state: TrainingState) -> dict[str, float]:
-    """Returns the mean loss over the held-out batches, and for DPO more; {} without targets."""
-    batches = data.count_validation_batches(config.training.eval_batches)
-    if not batches:
-        return {}
-    sums = []
-    for i in range(batches):
-        found = eval_step(config, state.trained, data.validation(i, batches), state.base)
-        sums.append(jax.tree.map(lambda x: np.asarray(x).item(), found))
-    totals = jax.tree.map(lambda *numbers: sum(numbers), *sums)
-    if isinstance(totals, PreferenceSums):
-        loss, preferences = preference_means(config, totals)
-        means = {"loss": loss, **preferences._asdict()} if totals.preferences else {}
-        return {name: np.asarray(mean).item() for name, mean in means.items()}
-    nll, targets = totals
-    return {"loss": nll / targets} if targets else {}
-
-
 def _outcome(folder: AnyPath, step: int, data: Batches, finished: bool) -> RunOutcome:
     losses = [
         record["validation_loss"]
@@ -259,7 +243,7 @@ def _outcome(folder: AnyPath, step: int, data: Batches, finished: bool) -> RunOu
         if record.get("validation_loss") is not None
     ]
     last = losses[-1] if losses else None
-    return RunOutcome(folder, step, finished, last, data.unigram_entropy)
+    return RunOutcome(folder, step, finished, last, data.unigram_entropy(step))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from llama_jax.parallel.collectives import (
     reduce_over_vocab,
     shard_sequence,
     sum_gradient,
+    sum_over_context,
     sum_over_tokens,
     vocab_shard_start,
 )
@@ -30,8 +31,17 @@ from llama_jax.parallel.sharding import activation_spec, weight_spec
 CHUNK_BYTES = 1 << 30
 
 
-def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
-    """Returns the summed objective of a batch and (summed cross-entropy [nats], counted targets).
+class RowSums(NamedTuple):
+    """Sums over the counted targets of each row of a batch, [B] or, with micro-batches, [A, B]."""
+
+    nll: Any  # cross-entropy [nats], float32
+    targets: Any  # their number, int32
+
+
+def loss_sums(
+    config: ModelConfig, model: Llama, batch: Batch, z_loss: float
+) -> tuple[jax.Array, RowSums]:
+    """Returns the summed objective of a batch, and the sums of each row.
 
     Targets below 0 do not count. The objective adds z_loss · log² Z per target, so that the
     normalizer Z stays near 1 (PaLM, arXiv 2204.02311, section 5). These are sums, not means: the
@@ -42,8 +52,10 @@ def loss_sums(config: ModelConfig, model: Llama, batch: Batch, z_loss: float):
     operands = _operands(config, model, batch, z_loss)
     with jax.named_scope("loss"):
         sums: Any = _head_loss(*operands)
-    objective, nll = sums
-    return objective, (jax.lax.stop_gradient(nll), jnp.sum(batch.targets >= 0))
+    objective, nll_B = sums
+    return objective, RowSums(
+        jax.lax.stop_gradient(nll_B), jnp.sum(batch.targets >= 0, axis=1, dtype=jnp.int32)
+    )
 
 
 def token_losses(config: ModelConfig, model: Llama, batch: Batch) -> jax.Array:
@@ -93,10 +105,11 @@ def _gather_head(head: _Head, dtype: Any) -> _Head:
 
 
 _HEAD_SPECS = _Head(activation_spec("DV"), activation_spec("V"))
+_SUM_SPECS = P(), activation_spec("B")
 
 
 def _losses(static: _Static, x_BTD: jax.Array, head: _Head, targets_BT: jax.Array):
-    """Returns objective and cross-entropy, both summed over all tokens, and that of each token."""
+    """Returns (the summed objective, the cross-entropy of each row), and that of each token."""
 
     def local(x_BTD, head, targets_BT):
         head = head._replace(w_DV=head.w_DV.astype(x_BTD.dtype))
@@ -105,13 +118,14 @@ def _losses(static: _Static, x_BTD: jax.Array, head: _Head, targets_BT: jax.Arra
             more, nll_BT, _ = _chunk_loss(static.z_loss, head, *chunk)
             return jax.tree.map(jnp.add, sums, more), nll_BT
 
-        zero = jnp.float32(0)
         chunks = _split_chunks(head.w_DV.shape[1], x_BTD, targets_BT)
-        sums, nll = jax.lax.scan(add, (zero, zero), chunks, unroll=static.unroll)
-        return jax.tree.map(sum_over_tokens, sums), _join_chunks(nll, x_BTD.shape[1])
+        start = jnp.float32(0), jnp.zeros(len(x_BTD), jnp.float32)
+        (objective, nll_B), nll = jax.lax.scan(add, start, chunks, unroll=static.unroll)
+        sums = sum_over_tokens(objective), sum_over_context(nll_B)
+        return sums, _join_chunks(nll, x_BTD.shape[1])
 
     specs = activation_spec("BTD"), _HEAD_SPECS, activation_spec("BT")
-    out_specs = (P(), P()), activation_spec("BT")
+    out_specs = _SUM_SPECS, activation_spec("BT")
     mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
     return mapped(x_BTD, _gather_head(head, x_BTD.dtype), targets_BT)
 
@@ -161,15 +175,15 @@ def _chunk_loss(z_loss, head, x_BTD, targets_BT, weights_BT=None):
     chosen_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0), axis=-1)
     chosen_BT = reduce_over_vocab(jax.lax.psum, chosen_BT)
     nll_BT = jnp.where(counted_BT, log_z_BT - chosen_BT, 0)
-    nll = jnp.sum(nll_BT)
-    objective = nll + z_loss * jnp.sum(jnp.where(counted_BT, log_z_BT**2, 0))
+    nll_B = jnp.sum(nll_BT, axis=1)
+    objective = jnp.sum(nll_B) + z_loss * jnp.sum(jnp.where(counted_BT, log_z_BT**2, 0))
     scale_BT = jnp.where(counted_BT, 1 + 2 * z_loss * log_z_BT, 0)
     d_logits_BTV = jnp.exp(logits_BTV - log_z_BT[..., None]) * scale_BT[..., None] - chosen_BTV
     if weights_BT is not None:
         d_logits_BTV = d_logits_BTV * weights_BT[..., None]
     if scale_V is not None:
         d_logits_BTV = d_logits_BTV * scale_V
-    return (objective, nll), nll_BT, d_logits_BTV.astype(x_BTD.dtype)
+    return (objective, nll_B), nll_BT, d_logits_BTV.astype(x_BTD.dtype)
 
 
 def _losses_and_gradients(static: _Static, x_BTD, head: _Head, targets_BT, *weights_BT):
@@ -188,25 +202,25 @@ def _losses_and_gradients(static: _Static, x_BTD, head: _Head, targets_BT, *weig
         def add(sums, chunk):
             # Otherwise an unrolled loop would materialize the logits of several chunks at once.
             chunk, sums = jax.lax.optimization_barrier((chunk, sums))
-            (objective, nll), _, d_logits = _chunk_loss(static.z_loss, head, *chunk)
+            (objective, nll_B), _, d_logits = _chunk_loss(static.z_loss, head, *chunk)
             x_BTD, out = chunk[0], accumulate_dtype(chunk[0].dtype)
             dx = jnp.einsum("BTV,DV->BTD", d_logits, head.w_DV, preferred_element_type=out)
             dw = None if static.frozen else einsum_float32("BTD,BTV->DV", x_BTD, d_logits)
-            sums = jax.tree.map(jnp.add, sums, (objective, nll, dw))
+            sums = jax.tree.map(jnp.add, sums, (objective, nll_B, dw))
             return sums, dx.astype(x_BTD.dtype)
 
-        zero = jnp.float32(0)
-        start = zero, zero, None if static.frozen else jnp.zeros(head.w_DV.shape, jnp.float32)
+        start_dw = None if static.frozen else jnp.zeros(head.w_DV.shape, jnp.float32)
+        start = jnp.float32(0), jnp.zeros(len(x_BTD), jnp.float32), start_dw
         chunks = _split_chunks(head.w_DV.shape[1], x_BTD, *tokens_BT)
-        (objective, nll, dw), dx = jax.lax.scan(add, start, chunks, unroll=static.unroll)
+        (objective, nll_B, dw), dx = jax.lax.scan(add, start, chunks, unroll=static.unroll)
         dx = _join_chunks(reduce_over_vocab(jax.lax.psum, dx), x_BTD.shape[1])
-        sums = sum_over_tokens(objective), sum_over_tokens(nll)
+        sums = sum_over_tokens(objective), sum_over_context(nll_B)
         dw = None if static.frozen else sum_gradient(dw, "DV", static.reduce_dtype)
         return sums, dx, dw
 
     tokens_BT = targets_BT, *weights_BT
     specs = activation_spec("BTD"), _HEAD_SPECS, *(activation_spec("BT") for _ in tokens_BT)
-    out_specs = (P(), P()), activation_spec("BTD"), weight_spec("DV")
+    out_specs = _SUM_SPECS, activation_spec("BTD"), weight_spec("DV")
     mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
     sums, dx, dw = mapped(x_BTD, _gather_head(head, x_BTD.dtype), *tokens_BT)
     return sums, (dx, _Head(None if dw is None else dw.astype(head.w_DV.dtype), None))
@@ -214,7 +228,7 @@ def _losses_and_gradients(static: _Static, x_BTD, head: _Head, targets_BT, *weig
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(static: _Static, x_BTD: jax.Array, head: _Head, targets_BT: jax.Array):
-    """Returns the objective and the cross-entropy, each summed over all tokens.
+    """Returns the objective, summed over all tokens, and the cross-entropy of each row.
 
     Its tokens all have the same weight: the forward pass computes the gradients too, up to that
     factor.

@@ -10,9 +10,11 @@ from llama_jax.data.batches import Batches
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.runtime.storage import AnyPath
+from llama_jax.training.data_wait import DataWait
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
+from llama_jax.training.source_losses import split_loss
 from llama_jax.training.step import StepMetrics
 
 
@@ -21,13 +23,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def draw_figure(folder: AnyPath, data: Batches) -> None:
-    """Draws the losses of a run as loss.png.
+def draw_figure(folder: AnyPath, data: Batches, steps: int) -> None:
+    """Draws the losses of a run of `steps` steps as loss.png.
 
     A failure is printed: it must neither fail the run nor replace the error that ended it.
     """
     try:
-        draw_losses(folder, data.unigram_entropy)
+        draw_losses(folder, data.unigram_entropy(steps))
     except OSError as error:
         print_status(f"can't draw the losses: {error}")
 
@@ -48,6 +50,7 @@ class Report:
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
+        self._data_wait = DataWait()
         self._dispatched = self._done = time.monotonic()
         device = jax.devices()[0].device_kind
         self._seconds_at_peak = seconds_at_peak(config, device, jax.device_count())
@@ -57,14 +60,26 @@ class Report:
         """Records the time at which the host dispatches a step."""
         self._dispatched = time.monotonic()
 
+    def record_batch(self, computing: StepMetrics | None) -> None:
+        """Records that the batch of the step is on the host.
+
+        Args:
+            computing: of the previous step; None: it has ended. While the devices compute it, they
+                don't wait. Otherwise they have waited since it ended, at most since the dispatch.
+        """
+        if computing is None or computing.loss.is_ready():
+            self._data_wait.add(time.monotonic() - self._dispatched)
+
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Waits for the metrics of a step (1 is the first) and reports them."""
-        numbers = jax.tree.map(lambda value: np.asarray(value).item(), metrics)
-        loss, norm, rate, targets, skipped, preferences = numbers
+        scalars = metrics._replace(rows=None)
+        numbers = jax.tree.map(lambda value: np.asarray(value).item(), scalars)
+        loss, norm, rate, targets, skipped, preferences, _ = numbers
         now = time.monotonic()
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
         self._done = now
+        data_wait = self._data_wait.end_step(seconds)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         record = {
@@ -73,6 +88,7 @@ class Report:
             "learning_rate": rate,
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds,
+            "data_wait": data_wait,
             "targets": targets,
             "masked": 1 - targets / self._tokens,
             "tokens_seen": step * self._tokens,
@@ -83,12 +99,15 @@ class Report:
             record["mfu"] = self._seconds_at_peak / seconds
         logged = is_due(step, self.config.logging.every) or step == self.config.training.steps
         if self.log and logged:
+            if metrics.rows and len(self.config.data.folders) > 1:
+                record |= split_loss(metrics.rows, self.data.samples.folders(step - 1))
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
         shown |= {"accuracy": f"{preferences.accuracy:.0%}"} if preferences else {}
         shown |= {"val": self._validation} if self._validation else {}
         shown |= {"tok/s": f"{record['tokens_per_second']:,.0f}"}
         shown |= {"MFU": f"{record['mfu']:.1%}"} if self._seconds_at_peak else {}
+        shown |= {"data wait": f"{data_wait:.1%}"}
         shown |= {"skipped": str(self.skipped)} if self.skipped else {}
         self.progress.update(step, shown)
 
@@ -97,7 +116,8 @@ class Report:
         if means:
             if self.log:
                 self.log.write(step, {f"validation_{name}": x for name, x in means.items()})
-            self._validation = f"{means['loss']:.3f}"
+            if "loss" in means:
+                self._validation = f"{means['loss']:.3f}"
         self._done = time.monotonic()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
@@ -116,4 +136,4 @@ class Report:
         self.progress.close()
         if self.log:
             self.log.close()
-            draw_figure(self.folder, self.data)
+            draw_figure(self.folder, self.data, self.config.training.steps)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -86,8 +87,9 @@ def _record_changes(config: Config, folder: AnyPath, step: int) -> None:
     changes = list(_list_changes(folders.read_run_config(folder), config))
     if not changes:
         return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     records = [
-        {"step": step, "event": "changed", "key": name, "from": old, "to": value}
+        {"time": now, "step": step, "event": "changed", "key": name, "from": old, "to": value}
         for name, old, value in changes
     ]
     path = folder / "events.jsonl"

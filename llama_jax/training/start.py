@@ -13,7 +13,7 @@ from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoi
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
-from llama_jax.data.batches import Batches
+from llama_jax.data.batches import Batches, check_order
 from llama_jax.data.source_use import count_use, describe_phases
 from llama_jax.errors import InputError
 from llama_jax.model.lora import Trained
@@ -171,6 +171,7 @@ def _check_data(config: Config, progress: Progress, fingerprint: list[str]) -> N
     Raises:
         InputError: they differ, in content or in order.
     """
+    check_order(config.training.out, progress.data)
     if progress.data == fingerprint:
         return
     saved, now = (

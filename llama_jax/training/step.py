@@ -1,11 +1,12 @@
 """One step of training, as a pure function."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
@@ -18,7 +19,7 @@ from llama_jax.training.dpo import (
     preference_sums,
     sft_scale,
 )
-from llama_jax.training.loss import loss_sums
+from llama_jax.training.loss import RowSums, loss_sums
 from llama_jax.training.optimizer import adamw, clip_scale, learning_rate
 from llama_jax.training.trainable import complete_model, dropout_keys, init_trained
 
@@ -31,7 +32,18 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     targets: jax.Array  # number of targets that the loss counts
     skipped: jax.Array  # True: the gradient was not finite, and the step changed no weights
-    preferences: PreferenceMetrics | None = None  # for DPO
+    preferences: PreferenceMetrics | None  # for DPO
+    rows: RowSums | None  # of each row, [A, B]; not for DPO
+
+
+class Gradients(NamedTuple):
+    """The gradient of the mean objective of a batch, and metrics of the batch."""
+
+    grads: Trained
+    loss: jax.Array  # see StepMetrics
+    targets: jax.Array
+    preferences: PreferenceMetrics | None
+    rows: RowSums | None
 
 
 def init_state(config: Config, key: jax.Array) -> tuple[Trained, optax.OptState]:
@@ -51,8 +63,8 @@ def gradients(
     batch: Batch,
     base: Llama | None = None,
     step: jax.Array | None = None,
-) -> tuple[Trained, jax.Array, jax.Array, PreferenceMetrics | None]:
-    """Returns the gradient of the mean objective, the mean loss, the targets, and for DPO more.
+) -> Gradients:
+    """Returns the gradient of the mean objective, and the metrics of the batch.
 
     `batch` has a leading axis A of micro-batches, which are computed one after another. Sums are
     accumulated, and divided once by the number of targets (for DPO: preferences) of all
@@ -79,35 +91,37 @@ def gradients(
     if config.training.micro_batches == 1:
         first = jax.tree.map(lambda x: x[0], (batch, keys))
         grads, sums = micro_batch_sums(trained, *first)
+        sums = jax.tree.map(lambda x: x[None], sums)
     else:
-        zeros = jax.tree.map(jnp.zeros_like, trained)
 
         def add(total, inputs):
-            return jax.tree.map(jnp.add, total, micro_batch_sums(trained, *inputs)), None
+            grads, sums = micro_batch_sums(trained, *inputs)
+            return jax.tree.map(jnp.add, total, grads), sums
 
-        (grads, sums), _ = jax.lax.scan(add, (zeros, _zero_sums(config)), (batch, keys))
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        grads, sums = jax.lax.scan(add, zeros, (batch, keys))
     if isinstance(sums, PreferenceSums):
+        sums = jax.tree.map(jnp.sum, sums)
         per_preference = 1 / jnp.maximum(sums.preferences, 1)
         loss, preferences = preference_means(config, sums)
         grads = jax.tree.map(lambda g: g * per_preference, grads)
-        return grads, loss, sums.targets, preferences
-    nll, targets = sums
+        return Gradients(grads, loss, sums.targets, preferences, None)
+    # Each device gets the sums of all rows, in one collective for all micro-batches.
+    rows = jax.tree.map(lambda x: jax.reshard(x, P()), sums)
+    nll, targets = jax.tree.map(jnp.sum, rows)
     per_target = 1 / jnp.maximum(targets, 1)
-    return jax.tree.map(lambda g: g * per_target, grads), nll * per_target, targets, None
+    grads = jax.tree.map(lambda g: g * per_target, grads)
+    return Gradients(grads, nll * per_target, targets, None, rows)
 
 
-def _sums(config, trained, batch, base, key=None, scale=None) -> tuple[jax.Array, Any]:
+def _sums(
+    config, trained, batch, base, key=None, scale=None
+) -> tuple[jax.Array, RowSums | PreferenceSums]:
     """Returns the summed objective of a batch [B, T], and the sums for its metrics."""
     model = complete_model(config, trained, base, key)
     if config.training.objective == "dpo":
         return preference_sums(config, model, base, batch, scale)
     return loss_sums(config.model, model, batch, config.training.z_loss)
-
-
-def _zero_sums(config: Config) -> Any:
-    if config.training.objective == "dpo":
-        return PreferenceSums.zeros()
-    return jnp.float32(0), jnp.int32(0)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -134,7 +148,8 @@ def train_step(
     pairs, and `base`, which is not donated, is the model beside which they are trained. For DPO
     `base` is the reference.
     """
-    grads, loss, targets, preferences = gradients(config, trained, batch, base, step)
+    grads, *of_batch = gradients(config, trained, batch, base, step)
+    loss, targets, preferences, rows = of_batch
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
@@ -145,7 +160,7 @@ def train_step(
         )
         new_trained = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, trained, updates)
         select = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        metrics = StepMetrics(loss, norm, rate, targets, ~finite, preferences)
+        metrics = StepMetrics(loss, norm, rate, targets, ~finite, preferences, rows)
         return select(new_trained, trained), select(new_state, opt_state), metrics
 
 
@@ -154,9 +169,6 @@ def eval_step(
     config: Config, trained: Trained, batch: Batch, base: Llama | None = None
 ) -> tuple[jax.Array, jax.Array] | PreferenceSums:
     """Returns the sums of a batch [A, B, T]: cross-entropy [nats] and number of targets."""
-
-    def add(total: Any, batch: Batch):
-        _, sums = _sums(config, trained, batch, base)
-        return jax.tree.map(jnp.add, total, sums), None
-
-    return jax.lax.scan(add, _zero_sums(config), batch)[0]
+    sums = jax.lax.map(lambda rows: _sums(config, trained, rows, base)[1], batch)
+    sums = jax.tree.map(jnp.sum, sums)
+    return sums if isinstance(sums, PreferenceSums) else tuple(sums)

@@ -15,6 +15,8 @@ from llama_jax.cli.show_windows import decode_marked, style_of
 from llama_jax.config import yaml_file
 from llama_jax.config.run import DataConfig
 from llama_jax.data.batches import Batches
+from llama_jax.data.samples import Samples
+from llama_jax.runtime.manifest import read_manifest, write_manifest
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 LLAMA = ROOT / "configs/data/llama.yaml"
@@ -94,15 +96,16 @@ def mixed(token_folder, tmp_path):
         ),
     )  # fmt: skip
     (folder / "checkpoints/3").mkdir(parents=True)
-    (folder / "checkpoints/3/manifest.json").write_text("{}")
+    fingerprint = Batches(config.data).fingerprint(3)
+    write_manifest(folder / "checkpoints/3", {"step": 3, "data": fingerprint, "files": {}})
     (folder / "config.yaml").write_text(yaml_file.dump(config))
     return folder, config
 
 
 def test_a_run_folder_shows_what_has_been_read_exactly(mixed, capsys):
     folder, config = mixed
-    data = Batches(config.data)
-    read = Counter(str(data.locate(n).tokens.folder) for n in range(3 * 8))
+    samples = Samples(config.data)
+    read = Counter(str(samples.locate(n).tokens.folder) for n in range(3 * 8))
     sources = table(capsys, folder)
     assert {name: use["drawn_tokens_so_far"] for name, use in sources.items()} == {
         name: 16 * count for name, count in read.items()
@@ -110,7 +113,7 @@ def test_a_run_folder_shows_what_has_been_read_exactly(mixed, capsys):
     first, second = sources.values()
     assert first["drawn_tokens"] + second["drawn_tokens"] == 200 * 8 * 16
     assert first["drawn_tokens"] == pytest.approx(0.7 * 100 * 8 * 16, abs=64)
-    assert first["tokens"] == len(data.splits["train"][0])
+    assert first["tokens"] == len(samples.streams[0])
     assert first["epochs"] == first["drawn_tokens"] / 16 / ((first["tokens"] - 1) // 16)
     _, out, _ = run(capsys, "data", folder, "training.steps=100")
     assert "100 steps of 128 tokens; 3 steps are saved" in out
@@ -122,11 +125,11 @@ def test_a_step_is_shown_as_the_model_sees_it(mixed, capsys):
     folder, config = mixed
     code, out, _ = run(capsys, "data", folder, "--show", 2, "--rows", 3)
     assert code == 0
-    data, tokenizer = Batches(config.data), load_tokenizer(config.data.folders[0])
+    samples, tokenizer = Samples(config.data), load_tokenizer(config.data.folders[0])
     rows = re.split("══ .*\n", out)[1:]
     assert len(rows) == 3
     for row, text in enumerate(rows):
-        window, at = data.sample(8 + row), data.locate(8 + row)
+        window, at = samples[8 + row], samples.locate(8 + row)
         title = f"row {row + 1} of 8: {at.tokens.folder}, window {at.window + 1:,} of"
         assert title in out
         assert text.count("── document") == window.segments[-1]
@@ -135,6 +138,16 @@ def test_a_step_is_shown_as_the_model_sees_it(mixed, capsys):
         style = style_of(sys.stdout)
         if trained[last].any():
             assert decode_marked(tokenizer, window.tokens[last], trained[last], style) in text
+
+
+def test_rows_of_a_run_with_another_order_are_not_shown(mixed, capsys):
+    folder, _ = mixed
+    found = read_manifest(folder / "checkpoints/3")
+    write_manifest(folder / "checkpoints/3", found | {"data": found["data"][1:]})
+    code, _, err = run(capsys, "data", folder, "--show", 2)
+    assert code == 2
+    assert f"{folder} was trained by an earlier version of llama_jax, which reads" in err
+    assert run(capsys, "data", folder)[0] == 0  # the counts are the same in any order
 
 
 def test_the_picture_is_drawn(tmp_path, capsys):

@@ -308,7 +308,7 @@ from llama_jax.cli.main import COMMANDS, main
 try:
     main({argv})
 except SystemExit:
-    print({{"jax", "flax", "orbax", "grain", "starlette"}} & set(sys.modules))
+    print({{"jax", "flax", "orbax", "starlette"}} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.endswith("set()\n"), done.stderr

@@ -69,7 +69,7 @@ def test_the_seed_and_the_step_alone_determine_a_batch(token_folder):
 def test_each_epoch_contains_every_window_once_in_another_order(token_folder):
     data = Batches(config(token_folder))
     count = len(Windows(TokenStream(token_folder, "train"), config(token_folder)))
-    epochs = [[data.sample(e * count + i).tokens.tobytes() for i in range(count)] for e in (0, 1)]
+    epochs = [[data.samples[e * count + i].tokens.tobytes() for i in range(count)] for e in (0, 1)]
     assert Counter(epochs[0]) == Counter(epochs[1])
     assert len(set(epochs[0])) == count
     assert epochs[0] != epochs[1]
@@ -102,7 +102,7 @@ def test_a_mixture_is_sampled_by_its_weights(token_folder, tmp_path):
     rewrite_tokens(other, lambda tokens: tokens ^ 1)  # the same length, other tokens
     data = Batches(config(token_folder, mixture={str(token_folder): 0.75, str(other): 0.25}))
     index_of = {source[i].tokens.tobytes(): i for i in range(len(source))}
-    drawn = [data.sample(i).tokens for i in range(1000)]
+    drawn = [data.samples[i].tokens for i in range(1000)]
     first = [index_of[t.tobytes()] for t in drawn if t.tobytes() in index_of]
     second = [index_of[(t ^ 1).tobytes()] for t in drawn if t.tobytes() not in index_of]
     assert len(first) == 750
@@ -116,12 +116,12 @@ def test_validation_reads_every_held_out_window_once(token_folder):
     windows = Windows(TokenStream(token_folder, "validation"), settings)
     data = Batches(settings)
     with jax.set_mesh(one_device_mesh()):
-        count = data.count_validation_batches(99)
-        batches = [as_numpy(data.validation(i, count)) for i in range(count)]
-        few = [as_numpy(data.validation(i, 2)) for i in range(2)]
+        count = data.count_validation_batches(0, 99)
+        batches = [as_numpy(data.validation(0, i, count)) for i in range(count)]
+        few = [as_numpy(data.validation(0, i, 2)) for i in range(2)]
     with_loss = sum((targets >= 0).sum() for _, targets, _, _ in batches)
     assert with_loss == sum((windows[i].targets >= 0).sum() for i in range(len(windows)))
-    assert data.count_validation_batches(2) == 2
+    assert data.count_validation_batches(0, 2) == 2
     # Fewer batches read windows at equal distances in the complete text.
     index_of = {windows[i].tokens.tobytes(): i for i in range(len(windows))}
     indices = [index_of[row.tobytes()] for batch in few for row in batch[0][0]]

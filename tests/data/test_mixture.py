@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data.mixture import WINDOW, Draw, Mixture, MixtureSchedule
-from llama_jax.data.windows import shuffle
+from llama_jax.data.samples import locate_windows
 
 PAPER = [67.0, 15.0, 4.5, 4.5, 4.5, 2.5, 2.0]  # per cent, table 1 of arXiv 2302.13971
 FAR = 10**12
@@ -101,14 +101,52 @@ def schedules(draw):
 
 
 @cheap
-@given(schedules(), sample, st.integers(1, 12), st.integers(1, 3))
-def test_hosts_that_read_parts_of_a_step_draw_the_samples_of_one_host(phases, first, rows, hosts):
-    together = MixtureSchedule(phases).draw(first, rows)
-    apart = []
+@given(schedules(), sample, st.integers(0, 12), st.integers(1, 12))
+def test_a_run_that_starts_at_any_sample_draws_what_a_run_that_reads_on_draws(
+    phases, first, skipped, count
+):
+    schedule = MixtureSchedule(phases)
+    assert schedule.draw(first, skipped + count)[skipped:] == MixtureSchedule(phases).draw(
+        first + skipped, count
+    )
+
+
+sizes = st.one_of(st.integers(1, 40), st.integers(1, FAR))  # windows of a source
+
+
+@cheap
+@given(schedules(), st.lists(sizes, min_size=6, max_size=6), st.integers(0, FAR // 64),
+       st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 99))  # fmt: skip
+def test_any_number_of_hosts_reads_the_windows_of_one_host(phases, counts, step, hosts, seed):
+    rows = 12
+    together = MixtureSchedule(phases).draw(step * rows, rows)
+    windows = locate_windows(together, counts, seed)
     for host in range(hosts):
-        own = MixtureSchedule(phases)
-        apart += [own.draw(first + row, 1)[0] for row in range(host, rows, hosts)]
-    assert sorted(together) == sorted(apart)
+        own = range(host * rows // hosts, (host + 1) * rows // hosts)
+        draws = MixtureSchedule(phases).draw(step * rows, rows)
+        assert [draws[row] for row in own] == [together[row] for row in own]
+        found = locate_windows([draws[row] for row in own], counts, seed)
+        assert found == [windows[row] for row in own]
+
+
+@cheap
+@given(schedules(), st.lists(st.integers(1, 9), min_size=6, max_size=6), st.integers(0, 99),
+       st.integers(0, FAR))  # fmt: skip
+def test_each_epoch_has_each_window_once_through_all_phases(phases, counts, seed, start):
+    schedule = MixtureSchedule(phases)
+    read = {}
+    for first in [*phases, start]:  # the samples around each change, and anywhere
+        begin = max(first - 40, 0)
+        draws = schedule.draw(begin, 80)
+        windows = locate_windows(draws, counts, seed)
+        for (source, number), window in zip(draws, windows, strict=True):
+            read[source, number] = window
+    epochs = {}
+    for (source, number), window in read.items():
+        epochs.setdefault((source, number // counts[source]), []).append(window)
+    for (source, _), windows in epochs.items():
+        assert len(set(windows)) == len(windows) <= counts[source]
+        assert set(windows) <= set(range(counts[source]))
 
 
 @cheap
@@ -125,6 +163,13 @@ def test_a_source_continues_in_a_new_phase_where_it_was(phases):
             numbers[source] += 1
 
 
+def test_the_shares_of_a_sample_are_those_of_its_phase_and_name_earlier_sources():
+    schedule = MixtureSchedule({0: {"a": 1.0}, 8: {"a": 1.0, "b": 3.0}, 16: {"c": 2.0}})
+    assert schedule.shares(7) == {0: 1}
+    assert schedule.shares(8) == schedule.shares(15) == {0: Fraction(1, 4), 1: Fraction(3, 4)}
+    assert schedule.shares(FAR) == {0: 0, 1: 0, 2: 1}
+
+
 @cheap
 @given(schedules(), sample)
 def test_each_phase_has_its_own_shares(phases, n):
@@ -138,21 +183,13 @@ def test_each_phase_has_its_own_shares(phases, n):
         assert abs(count - expected[name]) < len(phases) * 267
 
 
-@cheap
-@given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 10**6))
-def test_each_epoch_has_each_window_once_however_late(count, seed, epoch):
-    order = shuffle(count, seed)
-    assert sorted(order[epoch * count + i] for i in range(count)) == list(range(count))
-
-
-def test_an_epoch_of_a_trillion_tokens_is_shuffled_without_a_list():
+def test_sources_of_the_same_size_are_read_in_different_orders():
     count = FAR // 2048
-    order = shuffle(count, seed=0)
-    first, second = ([order[e * count + i] for i in range(4_000)] for e in (0, 1))
-    for epoch in (first, second):
-        assert len(set(epoch)) == 4_000
-        # Uniform: the standard deviation of the mean is 0.005 of the range.
-        assert abs(sum(epoch) / 4_000 / count - 0.5) < 0.02
+    first, second = (
+        locate_windows([Draw(source, n) for n in range(4_000)], [count, count], seed=0)
+        for source in (0, 1)
+    )
+    assert len(set(first)) == len(set(second)) == 4_000
     assert len(set(first) & set(second)) < 5  # 0.03 are expected
 
 

@@ -19,6 +19,7 @@ from llama_jax.cli import show_windows
 from llama_jax.config.run import DataConfig
 from llama_jax.data.batches import Batches
 from llama_jax.data.chats import parse_row
+from llama_jax.data.samples import Samples
 from llama_jax.data.shards import TokenStream
 from llama_jax.data.tokenize_chats import encode_example, tokenize_chats
 from llama_jax.data.windows import PackedWindows
@@ -255,7 +256,7 @@ def test_a_flipped_bit_in_the_mask_is_found(rows, token_folder, tmp_path, capsys
     assert (code, "damaged (DATA_LOSS: " in out) == (1, True)
     config = DataConfig(mixture={str(tmp_path / "out"): 1.0}, batch_size=1, seq_len=T)
     with pytest.raises(InputError, match="is damaged or cut short"):
-        Batches(config).sample(0)
+        Samples(config)[0]
     path.unlink()
     with pytest.raises(InputError, match="train/trained/c/0 is missing"):
         Batches(config)

@@ -84,8 +84,8 @@ def test_a_step_never_waits_for_a_distant_bucket(store, token_folder):
         store.faults.latency = 0.05
         ahead, ready, blocked = [], [], []
         for step in range(20):
-            reads = data._ahead.get(step, {})
-            ahead.append(sum(len(rows) for rows in data._ahead.values()))
+            reads = data.samples._ahead.get(step, {})
+            ahead.append(sum(len(rows) for rows in data.samples._ahead.values()))
             ready.append(all(read.done() for read in reads.values()))
             start = time.monotonic()
             data.train(step)

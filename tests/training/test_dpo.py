@@ -99,8 +99,9 @@ def gradient_program(config: Config) -> Any:
 
 def dpo_gradient(config: Config, model: Any, reference: Any, batch: Batch):
     """Returns the gradient by leaf, and loss, rewards of chosen and rejected, margin, accuracy."""
-    grads, loss, targets, preferences = gradient_program(config)(model, batch, reference)
+    grads, loss, targets, preferences, rows = gradient_program(config)(model, batch, reference)
     assert int(targets) == np.sum(np.asarray(batch.targets) >= 0)
+    assert rows is None
     assert int(preferences.preferences) == np.sum(np.max(batch.segments, axis=-1) // 2)
     return leaves(grads), [float(x) for x in (loss, *preferences[:-1])]
 

@@ -128,8 +128,11 @@ def shard_batch(batch: Batch, micro_batches: int, packed: bool) -> Batch:
 def trained_gradient(config: Config, model: Llama, batch: Batch):
     """Compiles the training code; returns its gradient by leaf, and its loss."""
     program = jax.jit(lambda model, batch: gradients(config, model, batch))
-    grads, loss, targets, _ = program(model, batch)
-    assert int(targets) == np.sum(np.asarray(batch.targets) >= 0)
+    grads, loss, targets, _, rows = program(model, batch)
+    counts = np.sum(np.asarray(batch.targets) >= 0, axis=-1)
+    np.testing.assert_array_equal(rows.targets, counts)
+    mean = np.asarray(rows.nll, np.float64).sum() / int(targets)
+    assert (int(targets), mean) == (counts.sum(), pytest.approx(float(loss), rel=1e-6))
     return leaves(grads), float(loss)
 
 

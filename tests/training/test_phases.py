@@ -1,7 +1,9 @@
 """A run whose mixture changes at a step: planned from the start, or while the run is stopped."""
 
 import json
+import shutil
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import tiny_config
@@ -15,7 +17,9 @@ from llama_jax.config.run import (
     OptimizerConfig,
 )
 from llama_jax.data import tokenize
+from llama_jax.data.batches import ORDER
 from llama_jax.errors import InputError
+from llama_jax.runtime.manifest import read_manifest, write_manifest
 from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
@@ -73,6 +77,10 @@ def test_phases_that_are_added_on_resume_equal_phases_planned_from_the_start(
     assert f"{folder}: data.phases changes from " in status
     assert f"after step 10 the mixture is {sources[0]} 1" in status
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    for event in events:
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(event.pop("time"))) < timedelta(
+            hours=1
+        )
     by_key = {event["key"]: event for event in events}
     assert by_key.keys() == {"data.mixture", "data.phases", "training.steps"}
     assert by_key["data.phases"] == {
@@ -98,6 +106,26 @@ def test_the_mixture_of_the_steps_done_can_not_change(planned, sources, capsys):
     with pytest.raises(InputError, match="with other shares"):
         loop.run(replace(changed, data=replace(changed.data, mixture=swapped)))
     assert (planned / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_began_with_another_order_of_its_windows_does_not_resume(
+    planned, sources, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(planned, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        found = read_manifest(checkpoint)
+        assert found["data"][0] == ORDER
+        # As before this entry existed.
+        write_manifest(checkpoint, found | {"data": found["data"][1:]})
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        InputError, match="by an earlier version of llama_jax, which reads the same"
+    ):
+        loop.run(mixed(folder, sources, 20, phases(sources)))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    # A finished run has nothing to read.
+    assert loop.run(mixed(folder, sources, 12, phases(sources))).finished
 
 
 def test_a_run_that_needs_more_epochs_than_allowed_does_not_start(sources, tmp_path):
