@@ -165,8 +165,8 @@ class BooksEntry(RawInputs):
     kind: Literal["books"]
     max_overlap: Fraction = Field(
         default=0.9,
-        description="share of a book's sequences of 5 words that also are in an earlier book, above"
-        " which the book is removed",
+        description="share of the larger book's sequences of 5 words that two books have in common,"
+        " from which on the later book is removed",
     )
 
 

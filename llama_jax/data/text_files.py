@@ -1,16 +1,18 @@
 """Reads the files of a corpus in parts: text or JSON lines, plain or compressed."""
 
+import bz2
 import contextlib
 import glob
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,13 @@ PARQUET = ".parquet"
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
 COMPRESSED = (".gz", ".zst")
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open, ".tgz": gzip.open,
+    ".bz2": bz2.open, ".tbz2": bz2.open,
+    ".xz": lzma.open, ".txz": lzma.open,
+    ".zst": zstd.open,
+}  # fmt: skip
+_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, zstd.ZstdError)
 
 
 def find_files(sources: Sequence[str]) -> list[AnyPath]:
@@ -149,7 +158,7 @@ def _read_start(path: AnyPath) -> tuple[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
-    """Opens a file, plain or compressed, to read its bytes without compression.
+    """Opens a file, plain or compressed (.gz .bz2 .xz .zst), to read its bytes without compression.
 
     Raises:
         InputError: the file can't be read, or is truncated or damaged.
@@ -157,14 +166,14 @@ def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(open_file(path))
-            if path.suffix == ".gz":
-                file = stack.enter_context(gzip.GzipFile(fileobj=file))
-            elif path.suffix == ".zst":
-                file = stack.enter_context(zstd.ZstdFile(file))
+            if unpack := _UNPACK.get(path.suffix):
+                file = stack.enter_context(unpack(file))
             yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+    except _DAMAGE as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
+        if error.errno is None:  # bz2 reports damage so
+            raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
 
 

@@ -13,13 +13,13 @@ from urllib.parse import unquote
 from xml.parsers import expat
 
 from llama_jax.config.prepare import BooksEntry
-from llama_jax.data.prepare.archive_files import open_decompressed
 from llama_jax.data.prepare.commoncrawl import extract_text
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.minhash import check_minhash_package, overlap
 from llama_jax.data.prepare.near_duplicates import NearDuplicates
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.data.prepare.text_inputs import HTML_SUFFIXES, inner_suffix, read_json_documents
+from llama_jax.data.text_files import open_plain
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 
@@ -36,8 +36,11 @@ def read(path: AnyPath) -> Iterator[Document]:
     """
     suffix = inner_suffix(path)
     if suffix == ".epub":
-        with open_decompressed(path) as file, zipfile.ZipFile(file) as archive:
-            title, text = _read_epub(archive, str(path))
+        try:
+            with open_plain(path) as file, zipfile.ZipFile(file) as archive:
+                title, text = _read_epub(archive, str(path))
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
         yield Document(str(path), text, {"title": title} if title else {})
     elif suffix == ".txt":
         yield Document(str(path), _read_text(path), {})
@@ -48,7 +51,7 @@ def read(path: AnyPath) -> Iterator[Document]:
 
 
 def _read(path: AnyPath) -> bytes:
-    with open_decompressed(path) as file:
+    with open_plain(path) as file:
         return file.read()
 
 

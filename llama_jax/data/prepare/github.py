@@ -200,8 +200,9 @@ def remove_license_header(text: str) -> str:
 
     Other comments stay, as do a shebang, the encoding, and the first line of PHP, XML and HTML.
     """
-    start = _FIRST_LINES.match(text).end()
-    head, rest = text[:start], text[start:]
+    first = _FIRST_LINES.match(text)
+    head = first[0] if first else ""
+    rest = text[len(head) :]
     while (comment := _COMMENT.match(rest)) and _ABOUT_LICENSE.search(comment[0]):
         rest = rest[comment.end() :].lstrip("\n")
     return head + rest

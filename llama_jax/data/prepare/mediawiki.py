@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 from xml.parsers import expat
 
-from llama_jax.data.prepare.archive_files import open_decompressed
+from llama_jax.data.text_files import open_plain
 from llama_jax.errors import InputError, missing_extra
 from llama_jax.runtime.storage import AnyPath
 
@@ -65,7 +65,7 @@ class Dump:
         Raises:
             InputError: the file can't be read, is damaged or truncated, or is no dump.
         """
-        with open_decompressed(self._path) as file:
+        with open_plain(self._path) as file:
             while block := file.read(_BLOCK):
                 self._parse(block, False)
                 yield from self._pages
@@ -199,7 +199,10 @@ def _visible(nodes: Iterable[Any], excluded_prefixes: Collection[str]) -> str:
             prefix = target.partition(":")[0].strip().casefold()
             if prefix in excluded_prefixes or _INTERWIKI.match(target):
                 continue
-            inner = node.text or target.removeprefix(":")
+            if node.text:
+                inner = node.text
+            else:
+                parts.append(target.removeprefix(":"))
         elif isinstance(node, ExternalLink):
             inner = node.title if node.brackets else None
         elif isinstance(node, Tag):
@@ -208,9 +211,7 @@ def _visible(nodes: Iterable[Any], excluded_prefixes: Collection[str]) -> str:
                 parts.append("\n")
             elif name not in _EXCLUDED_TAGS:
                 inner = node.contents
-        if isinstance(inner, str) and not hasattr(inner, "nodes"):
-            parts.append(inner)
-        elif inner is not None:
+        if inner is not None:
             parts.append(_visible(inner.nodes, excluded_prefixes))
     return "".join(parts)
 

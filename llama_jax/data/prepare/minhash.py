@@ -67,7 +67,7 @@ def check_minhash_package() -> None:
 
 def hash_bands(shingles: list[np.ndarray]) -> np.ndarray:
     """Returns BANDS hashes of each set: uint64 [n, BANDS]. Similar sets probably share one."""
-    from rensa import RMinHash
+    from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
     # rensa is given hashes of ours: its own hash of strings depends on the machine's word size.
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)

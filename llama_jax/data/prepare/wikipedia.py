@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 
 from llama_jax.config.prepare import WIKIPEDIA_LANGUAGES, WikipediaEntry
-from llama_jax.data.prepare.archive_files import open_decompressed
 from llama_jax.data.prepare.commoncrawl import extract_text
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
@@ -16,6 +15,7 @@ from llama_jax.data.prepare.language import keep_paragraphs_of_stated_language
 from llama_jax.data.prepare.mediawiki import Dump, check_wikitext_package, wikitext_to_text
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.data.prepare.text_inputs import HTML_SUFFIXES, inner_suffix, read_json_documents
+from llama_jax.data.text_files import open_plain
 from llama_jax.runtime.storage import AnyPath
 
 PAPER = "arXiv 2302.13971, section 2.1, Wikipedia"
@@ -34,7 +34,7 @@ def read(path: AnyPath) -> Iterator[Document]:
     if suffix == ".xml":
         yield from _read_dump(path)
     elif suffix == ".txt" or suffix in HTML_SUFFIXES:
-        with open_decompressed(path) as file:
+        with open_plain(path) as file:
             body = file.read()
         text = body.decode(errors="replace") if suffix == ".txt" else extract_text(body, None)
         yield Document(str(path), text, {"language": language_of_path(str(path))})

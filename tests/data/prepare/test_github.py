@@ -80,6 +80,8 @@ def test_zip_files_and_folders_are_read_as_archives_of_tar(tmp_path):
             archive.writestr(name, text)
             (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "repo" / name).write_text(text)
+    (tmp_path / "repo" / ".git").mkdir()
+    (tmp_path / "repo" / ".git" / "config").write_text("[core]\n")
     write_tar(tmp_path / "repo.tar", files, "w")
     expected = [*github.read(tmp_path / "repo.tar")]
     assert [d.metadata["license"] for d in expected] == ["BSD-2-Clause"] * 2
