@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.bad_records import BadRecords
-from llama_jax.data.encode_part import EncodePart, read_counts
+from llama_jax.data.encode_part import PART_SHARD_TOKENS, EncodePart, read_counts
 from llama_jax.data.shard_writer import (
     hash_shards,
     split_metadata,
@@ -110,24 +110,21 @@ class AssembleShard:
         for folder, start, stop in self.slices:
             with classify_errors(folder):
                 arrays = zarr_arrays.open_for_reading(folder, ("tokens", "starts"))
-                part = arrays["tokens"][start:stop].read()
-                bits = arrays["starts"][start // 8 : -(-stop // 8)].read()
-                end = position + stop - start
-                tokens[position:end] = part.result()
-                unpacked = np.unpackbits(bits.result())[start % 8 :]
-            starts[position:end] = unpacked[: stop - start]
-            position = end
+                for low in range(start, stop, PART_SHARD_TOKENS):  # bounds the memory
+                    high = min(low + PART_SHARD_TOKENS, stop)
+                    end = position + high - low
+                    tokens[position:end] = arrays["tokens"][low:high].read().result()
+                    bits = arrays["starts"][low // 8 : -(-high // 8)].read().result()
+                    starts[position:end] = np.unpackbits(bits)[low % 8 :][: high - low]
+                    position = end
         assert position == n, (position, n)
         packed = np.packbits(starts)
+        del starts
         metadata = split_metadata(self.length, dtype, self.shard_tokens, self.chunk_tokens)
         stores = zarr_arrays.open_for_writing(self.folder, metadata)
         contents = {"tokens": (tokens, first), "starts": (packed, first // 8)}
-        writes = [
-            stores[name][offset : offset + len(array)].write(array)
-            for name, (array, offset) in contents.items()
-        ]
-        for write in writes:
-            write.result()
+        for name, (array, offset) in contents.items():
+            stores[name][offset : offset + len(array)].write(array).result()
         hashes = {name: hash_bytes(array.data) for name, (array, _) in contents.items()}
         write_file(self.output, json.dumps(hashes).encode())
 

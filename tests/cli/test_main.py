@@ -166,7 +166,7 @@ def bad_commands(tmp_path, model_folder, token_folder):
             "--process 2 with --processes 2: number the",
         ),
         (["tokenize", incomplete, "--out", out, *vocabulary], "incomplete.jsonl:2: not valid JSON"),
-        (["tokenize", latin, "--out", out, *vocabulary], "latin.txt is not UTF-8 text"),
+        (["tokenize", latin, "--out", out, *vocabulary], "latin.txt:1: not UTF-8 text"),
         (["tokenize", small, "--out", out, "--vocab-size", "9999"], "corpus is too small to train"),
         (["tokenize", small, "--out", out, "--vocab-size", "5"], "corpus is too small to train"),
         (["tokenize", small, "--out", out, "--tokenizer", small], "is not a SentencePiece model"),
