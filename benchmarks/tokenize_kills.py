@@ -37,7 +37,13 @@ def start(corpus: Path, out: Path, number: int, processes: int) -> subprocess.Po
     command += ["--vocab-size", "1000", "--workers", "2"]
     if processes > 1:
         command += ["--task", f"{number + 1}/{processes}"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def run(corpus: Path, out: Path, processes: int, kills: int, rng: random.Random) -> int:

@@ -9,6 +9,7 @@ import pytest
 from backports import zstd
 
 from llama_jax.data import corpus, corpus_plan, text_files, tokenize, train_on_corpus
+from llama_jax.data.bad_records import BadLimit
 from llama_jax.data.shards import TokenStream
 from llama_jax.errors import InputError
 from llama_jax.tokenizer import split_points
@@ -238,3 +239,32 @@ def test_a_full_disk_is_reported_in_one_sentence_and_leaves_no_output(sources):
     assert process.returncode == 1
     assert "Traceback" not in stderr
     assert names(sources / "o") == []
+
+
+def test_bad_records_up_to_the_limit_are_left_out_and_reported(sources, capsys):
+    good = (sources / "a.jsonl").read_text()
+    (sources / "bad.jsonl").write_text(good + '{"text": \n{"body": "x", "id": 7}\n{"text": ""}\n')
+    options = {"validation_fraction": 0, "max_bad": BadLimit(0, 0.05)}  # 2 of 43 are allowed
+    expected = tokenize_source(sources / "a.jsonl", sources / "good", validation_fraction=0)
+    meta = tokenize_source(sources / "bad.jsonl", sources / "out", **options)
+    assert meta["splits"] == expected["splits"]
+    counts = {"not JSON": 1, "without text": 1, "empty": 1}
+    assert meta["bad_records"] == counts
+    report = [*map(json.loads, (sources / "out" / "bad_records.log").read_text().splitlines())]
+    where = {"not JSON": ":41", "without text": ":42 (7)", "empty": ":43"}
+    assert report == [
+        {"kind": kind, "at": f"{sources / 'bad.jsonl'}{line}"} for kind, line in where.items()
+    ]
+    assert "left out: 1 not JSON, 1 without text, 1 empty" in capsys.readouterr().err
+    with pytest.raises(InputError, match="2 of 43 records of the corpus are bad"):
+        tokenize_source(
+            sources / "bad.jsonl",
+            sources / "less",
+            validation_fraction=0,
+            max_bad=BadLimit(0, 0.04),
+        )
+    assert (sources / ".less.unfinished" / "bad_records.log").exists()
+    with pytest.raises(
+        InputError, match=r"bad.jsonl:42 \(7\): a line needs a string .* \(2 bad records"
+    ):
+        tokenize_source(sources / "bad.jsonl", sources / "one", max_bad=BadLimit(1))
