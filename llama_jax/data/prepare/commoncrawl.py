@@ -8,7 +8,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -42,7 +42,11 @@ def read(path: AnyPath) -> Iterator[Document]:
     with open_plain(path) as file:
         try:
             records = ArchiveIterator(
-                file, record_types=kinds, parse_http=True, auto_decode="all", stream_detect=False
+                cast(BinaryIO, file),
+                record_types=kinds,
+                parse_http=True,
+                auto_decode="all",
+                stream_detect=False,
             )
             for record in records:
                 if text := _page_text(record, path):

