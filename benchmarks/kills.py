@@ -62,7 +62,6 @@ from llama_jax.runtime import folder_lock
 folder_lock.BEAT_SECONDS, folder_lock.WATCH_SECONDS = 0.5, 2.0
 sys.exit(main(sys.argv[1:]))
 """
-SECONDS_A_STEP = 0.06  # with the faults above; a kill comes before the last step
 START_SECONDS = 300.0  # until the step is compiled, or saved locally, on a busy machine
 
 
@@ -199,9 +198,23 @@ def lose_disk(config: Config, host: int) -> str:
 
 
 def kill_one_run(
-    path: Path, config: Config, environment: dict[str, str], kills: int, rng: random.Random
+    path: Path,
+    config: Config,
+    environment: dict[str, str],
+    kills: int,
+    longest: float,
+    rng: random.Random,
 ) -> tuple[int, list[str]]:
-    """Runs to the end, with at most so many kills; returns their number, and wrong resumptions."""
+    """Runs to the end, with kills; returns their number, and wrong resumptions.
+
+    Args:
+        path: for the file of the configuration.
+        config: of the run.
+        environment: of its processes.
+        kills: the most kills.
+        longest: the most seconds between compiling and a kill.
+        rng: draws the moments and the hosts.
+    """
     processes, done, wrong = config.mesh.data * config.mesh.fsdp, 0, list[str]()
     checkpoints = parse_path(config.training.out) / "checkpoints"
     path.write_text(yaml_file.dump(config))
@@ -211,10 +224,14 @@ def kill_one_run(
         newest = max([local, *complete])
         run = Run(path, processes, environment)
         run.wait_until(lambda: "compiled in" in run.errors)  # noqa: B023 (called at once)
+        if "Gloo context initialization failed" in run.errors:
+            print("the hosts were too slow to connect: started again", flush=True)
+            run.kill(range(processes))
+            continue
         if done < kills and run.is_running():
             if config.checkpoint.local:  # each kill finds local checkpoints of this start
                 run.wait_until(lambda: newest_local_step(config) > newest)  # noqa: B023 (same)
-            time.sleep(rng.uniform(0, SECONDS_A_STEP * config.training.steps))
+            time.sleep(rng.uniform(0, longest))
         resumed = f"resumes after step {newest} of" if newest else "has no checkpoint yet"
         finished = config.training.steps in complete
         if not finished and resumed not in run.errors and (newest or done):
@@ -267,14 +284,23 @@ def main() -> int:
             return make_config(tokens, folder, args.processes, args.steps, disk)
 
         undisturbed = config_of(0)
-        kill_one_run(Path(temporary, "0.yaml"), undisturbed, env, 0, rng)
+        path = Path(temporary, "0.yaml")
+        path.write_text(yaml_file.dump(undisturbed))
+        # Kills come at any moment of a run, however fast this machine is. The start, which compiles
+        # the step, doesn't count: it is longest here.
+        run = Run(path, args.processes, env)
+        run.wait_until(lambda: "compiled in" in run.errors)
+        start = time.monotonic()
+        run.wait()
+        longest = time.monotonic() - start
+        print(f"an undisturbed run: {longest:.1f} s after its step is compiled", flush=True)
         start = time.monotonic()
         while killed < args.kills:
             runs += 1
             config = config_of(runs)
             path = Path(temporary, f"{runs}.yaml")
             vars(store.faults).update(FAULTS)
-            n, found = kill_one_run(path, config, env, args.kills - killed, rng)
+            n, found = kill_one_run(path, config, env, args.kills - killed, longest, rng)
             vars(store.faults).update(dict.fromkeys(FAULTS, 0.0))
             killed += n
             wrong += found
