@@ -10,8 +10,8 @@ out. The three wrong endings follow other places of the same file.
 
 import json
 import random
-import sysconfig
 import sys
+import sysconfig
 from pathlib import Path
 
 N_CONTEXT, N_ENDING, N_ENDINGS = 8, 2, 4
