@@ -18,6 +18,11 @@ class RawInputs:
         description="raw files: paths, folders and globs, here or in buckets; of equal documents"
         " the first in this order remains",
     )
+    near_duplicates: Annotated[float, Field(ge=0.7, le=1)] | None = Field(
+        default=None,
+        description="Jaccard similarity of the sequences of 5 words from which on the later one of"
+        " two documents is removed, such as 0.8; null: near-duplicates remain",
+    )
     decontaminate: StoragePath | None = Field(
         default=None,
         description="folder of evaluation sets, as for `eval --data`, whose questions and answers"
@@ -163,7 +168,7 @@ class BooksEntry(RawInputs):
     """Books: .txt, .epub, .html, or JSON lines (arXiv 2302.13971, 2.1)."""
 
     kind: Literal["books"]
-    max_overlap: Fraction = Field(
+    max_overlap: Annotated[float, Field(ge=0.8, le=1)] = Field(
         default=0.9,
         description="share of the larger book's sequences of 5 words that two books have in common,"
         " from which on the later book is removed",

@@ -129,7 +129,7 @@ def rules(settings: BooksEntry) -> list[Rule | NearDuplicates]:
     check_minhash_package()
     return [
         Rule("Gutenberg frame", _GUTENBERG, _without_frame),
-        NearDuplicates("near-duplicates", PAPER, overlap, settings.max_overlap),
+        NearDuplicates("overlapping books", PAPER, overlap, settings.max_overlap),
     ]
 
 

@@ -16,7 +16,7 @@ from llama_jax.data.prepare import (
 from llama_jax.data.prepare.decontamination import decontamination
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
-from llama_jax.data.prepare.near_duplicates import NearDuplicates
+from llama_jax.data.prepare.near_duplicates import NearDuplicates, near_duplicates
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.runtime.storage import AnyPath
 
@@ -60,4 +60,8 @@ def source_steps(entry: SourceEntry) -> list[Rule | Grouping | NearDuplicates]:
         InputError: a package or a file that a rule needs is missing.
     """
     steps = [_NOT_EMPTY, *_MODULES[entry.kind].rules(entry)]
-    return steps if entry.decontaminate is None else [*steps, decontamination(entry.decontaminate)]
+    if entry.near_duplicates is not None:
+        steps.append(near_duplicates(entry.near_duplicates))
+    if entry.decontaminate is not None:
+        steps.append(decontamination(entry.decontaminate))
+    return steps

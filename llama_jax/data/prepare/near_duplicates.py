@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_jax.data.prepare.document import read_documents
-from llama_jax.data.prepare.minhash import hash_bands, hash_shingles, jaccard
+from llama_jax.data.prepare.minhash import check_minhash_package, hash_bands, hash_shingles, jaccard
 from llama_jax.data.prepare.number_files import NumberFile, write_numbers
 from llama_jax.data.tasks import Task
 from llama_jax.runtime.storage import AnyPath
@@ -51,9 +51,20 @@ class NearDuplicates(NamedTuple):
 
     name: str
     reference: str
-    similarity: Callable[[int, int, int], float] = jaccard
-    threshold: float = 0.8
+    similarity: Callable[[int, int, int], float]
+    threshold: float
     n_words: int = 5
+
+
+def near_duplicates(threshold: float) -> NearDuplicates:
+    """Returns the step that removes documents whose Jaccard similarity to an earlier one is high.
+
+    Raises:
+        InputError: the package that finds near-duplicates is not installed.
+    """
+    check_minhash_package()
+    reference = "Lee et al., arXiv 2107.06499, section 4.2"
+    return NearDuplicates("near-duplicates", reference, jaccard, threshold)
 
 
 def near_duplicate_stages(

@@ -11,10 +11,11 @@ from llama_jax.data.prepare.minhash import overlap
 from llama_jax.data.prepare.near_duplicates import (
     NearDuplicates,
     near_duplicate_stages,
+    near_duplicates,
     read_duplicates,
 )
 
-STEP = NearDuplicates("near-duplicates", "")
+STEP = near_duplicates(0.8)
 
 
 def sample_texts(n=60):

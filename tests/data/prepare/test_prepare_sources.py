@@ -7,7 +7,7 @@ import tarfile
 import license_texts as texts
 import pytest
 
-from llama_jax.config.prepare import BooksEntry, GitHubEntry
+from llama_jax.config.prepare import BooksEntry, GitHubEntry, WikipediaEntry
 from llama_jax.data.prepare.document import read_documents
 from llama_jax.data.prepare.prepare import find_raw_files, prepare_sources
 
@@ -30,8 +30,24 @@ def test_books_that_share_nine_tenths_with_an_earlier_one_are_removed(tmp_path):
     prepare_sources({"docs/books": entry}, tmp_path / "docs", workers=1, progress=False)
     folder = tmp_path / "docs" / "books"
     assert remaining(folder) == [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
-    assert removed_by(folder, "near-duplicates") == 1
+    assert removed_by(folder, "overlapping books") == 1
     assert not (tmp_path / "docs" / "books.work").exists()
+
+
+def test_any_source_can_remove_near_duplicates(tmp_path):
+    words = [f"w{i}" for i in range(200)]
+    texts = [words, [*words[:100], "x", *words[101:]], [*words[:100], *("x" * 100)]]
+    lines = [json.dumps({"text": " ".join(text), "language": "en"}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:2]))
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[2:] + lines[:1]))
+    inputs = (f"{tmp_path}/*.jsonl",)
+    entry = WikipediaEntry(
+        kind="wikipedia", inputs=inputs, near_duplicates=0.8, min_language_share=0
+    )
+    prepare_sources({"docs/wiki": entry}, tmp_path / "docs", workers=1, progress=False)
+    ids = [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:1"]
+    assert remaining(tmp_path / "docs" / "wiki") == ids
+    assert removed_by(tmp_path / "docs" / "wiki", "near-duplicates") == 2
 
 
 @pytest.fixture
