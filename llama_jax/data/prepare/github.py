@@ -29,7 +29,9 @@ from llama_jax.runtime.storage import AnyPath
 PAPER = "arXiv 2302.13971, section 2.1, GitHub"
 _FILTERS = "https://github.com/bigcode-project/bigcode-dataset/tree/main/preprocessing"  # The Stack
 _GITHUB_CODE = "https://huggingface.co/datasets/codeparrot/github-code"
-LONGEST_FILE = 1 << 20  # bytes; github-code has no larger files
+_CLEAN = "https://huggingface.co/datasets/codeparrot/github-code-clean"
+_CODEPARROT = "https://huggingface.co/datasets/transformersbook/codeparrot"
+LONGEST_FILE = (1 << 20) - 1  # bytes
 LONGEST_LINE = 1000  # characters
 LONGEST_MEAN_LINE = 100  # characters
 LOWEST_ALPHANUMERIC_SHARE = 0.25
@@ -134,11 +136,11 @@ def rules(settings: GitHubEntry) -> list[Rule | Grouping]:
         Rule("language", _GITHUB_CODE, _keep_if(lambda d: d.metadata["language"] != "")),
         Rule(
             "size",
-            _GITHUB_CODE,
+            _CODEPARROT,
             _keep_if(lambda d: len(d.text.encode(errors="replace")) <= LONGEST_FILE),
         ),
-        Rule("binary", _GITHUB_CODE, _keep_if(lambda d: is_text(d.text))),
-        Rule("generated", _FILTERS, _keep_if(lambda d: not is_generated(d.text))),
+        Rule("binary", _CODEPARROT, _keep_if(lambda d: is_text(d.text))),
+        Rule("generated", _CLEAN, _keep_if(lambda d: not is_generated(d.text))),
         Rule("licence header", PAPER, lambda d: d._replace(text=remove_license_header(d.text))),
         Rule("longest line", _FILTERS, _keep_if(lambda d: longest_line(d.text) <= LONGEST_LINE)),
         Rule("mean line", _FILTERS, _keep_if(lambda d: mean_line(d.text) <= LONGEST_MEAN_LINE)),

@@ -143,7 +143,7 @@ def test_a_bad_input_is_named(name, content, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("x = 1\n" * 174_762 + "x=1\n", None),  # 2**20 bytes
+        ("x = 1\n" * 174_762 + "x=1", None),  # 2**20 - 1 bytes
         ("x = 1\n" * 174_763, "size"),
         ("é = 1\n" * 149_797, "size"),  # two bytes a letter
         ("x = '\0'\n", "binary"),
