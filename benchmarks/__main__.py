@@ -39,6 +39,7 @@ ON_THE_CPU = [
     "serve_load.py --requests 60 --minutes 0",
     "finetune.py --rounds 5",
     "evaluation.py",
+    "tokenize_speed.py",
     "convert.py {folder}/checkpoint --layers 4 --to hf",
 ]
 ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]

@@ -108,7 +108,7 @@ def main() -> None:
         if not args.tokenizer:
             train_tokenizer(texts[::8], tokenizer, 8000)
         name, _ = library_of(tokenizer)
-        ours, theirs = list[float](), list[float]()
+        ours, theirs, n = list[float](), list[float](), 0
         for i in range(args.rounds):
             begin = time.perf_counter()
             meta = tokenize_corpus(
@@ -119,10 +119,10 @@ def main() -> None:
             begin = time.perf_counter()
             n = encode_bare(tokenizer, corpus, args.processes)
             theirs.append(time.perf_counter() - begin)
-        splits = meta["splits"].values()
-        tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)
-        if tokens != n:
-            raise SystemExit(f"the tokens differ: {tokens} and {n}")
+            splits = meta["splits"].values()
+            tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)
+            if tokens != n:
+                raise SystemExit(f"the tokens differ: {tokens} and {n}")
     rate, bare = n / statistics.median(ours), n / statistics.median(theirs)
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     title = f"tokenize, {args.processes} processes, {name}"

@@ -87,21 +87,21 @@ def tokenize_corpus(
     if tokenizer is None and n_vocab is None:
         raise InputError("tokenize: give a tokenizer, or the vocabulary size of one to train")
     out, limit = parse_path(out), max_bad or BadLimit(0)
-    if part is not None and is_written(out) and is_token_folder(out):
+    if part is not None and _is_published(out):
         print_status(f"{out} is complete: this part of the tasks has nothing to do")
         return read_meta(out)
     with unfinished_folder(out, shared=part is not None) as folder:
         if is_token_folder(folder.final):  # a process was killed while it published the folder
             folder.publish()
             return read_meta(out)
-        settings = CorpusSettings(documents, text_field, id_field)
-        files = list_ranges(find_files(sources), settings)
-        settings = hold_out(files, settings, validation_fraction)
-        most = max(1, sum(map(text_size, files)) // MIN_PART_BYTES)
-        workers = workers or min(cpu_cores(), most)
-        stages = _Stages(folder, workers, part, runner, progress)
         part_limit = limit.count if limit.share is None else None
         try:
+            settings = CorpusSettings(documents, text_field, id_field)
+            files = list_ranges(find_files(sources), settings)
+            settings = hold_out(files, settings, validation_fraction)
+            most = max(1, sum(map(text_size, files)) // MIN_PART_BYTES)
+            workers = workers or min(cpu_cores(), most)
+            stages = _Stages(folder, workers, part, runner, progress)
             if tokenizer is not None:
                 path = load_tokenizer(tokenizer).path
             else:
@@ -125,9 +125,28 @@ def tokenize_corpus(
                 stages.check(summary, limit, len(files), bool(validation_fraction))
                 stages.publish(summary, tuple(sources), path)
         except BaseException:
-            stages.discard_if_nothing_is_done()
-            raise
+            # A process that started again at the end may miss files that the others have removed.
+            if part is None or not _is_published(out):
+                _discard_if_nothing_is_done(folder, part)
+                raise
+        if part is not None:
+            remove_tree(folder.work)  # which this process may have created again
         return read_meta(out)
+
+
+def _is_published(out: AnyPath) -> bool:
+    return is_written(out) and is_token_folder(out)
+
+
+def _discard_if_nothing_is_done(folder: Unfinished, part: Part | None) -> None:
+    """Removes the intermediate files after an error, unless a part is finished or shared."""
+    if part is not None or is_written(folder.path):
+        return
+    records = folder.work / "records"
+    if records.is_dir() and any(not file.name.startswith(".") for file in records.iterdir()):
+        print_status(f"the finished parts are in {folder.work}: the same command continues there")
+    else:
+        folder.discard()
 
 
 def _warn_of_special_texts(found: Mapping[str, int]) -> None:
@@ -238,15 +257,3 @@ class _Stages:
         self._run(shards, "assembling", 1 if few else self.workers, None if few else self.runner)
         done = Publish(self.folder, tuple(shards), summary, sources, tokenizer, n_vocab, *sizes)
         self._run([done], "publishing", 1)
-
-    def discard_if_nothing_is_done(self) -> None:
-        """Removes the intermediate files after an error, unless a part is finished or shared."""
-        if self.part is not None or is_written(self.folder.path):
-            return
-        records = self.folder.work / "records"
-        if records.is_dir() and any(not file.name.startswith(".") for file in records.iterdir()):
-            print_status(
-                f"the finished parts are in {self.folder.work}: the same command continues there"
-            )
-        else:
-            self.folder.discard()

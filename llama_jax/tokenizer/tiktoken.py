@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -38,6 +39,7 @@ END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 # white space, or of other characters, that is longer than _MAX_RUN.
 _MAX_PART = 400_000
 _MAX_RUN = 25_000
+_RUN = re.compile(r"\s+|\S+")
 _LONG_RUN = re.compile(rf"(?<!\s)\s{{{_MAX_RUN + 1},}}|(?<!\S)\S{{{_MAX_RUN + 1},}}")
 
 
@@ -82,8 +84,8 @@ class Tiktoken(chat.ChatTokenizer):
             InputError: the text contains half of a surrogate pair, which UTF-8 can't encode.
         """
         check_text(text)
-        encode = self._encoding.encode_ordinary
-        ids = [i for part in split_long(text) for i in encode(part)]
+        parts = map(self._encoding.encode_ordinary, split_long(text))
+        ids = list(itertools.chain.from_iterable(parts))
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def safe_split(self, text: str) -> int:
@@ -134,11 +136,24 @@ def split_long(text: str) -> Iterator[str]:
     for start in range(0, len(text), _MAX_PART):
         part = text[start : start + _MAX_PART]
         position = 0
-        for run in _LONG_RUN.finditer(part):
+        for run in _LONG_RUN.finditer(part) if _has_long_run(part) else ():
             for end in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
                 yield part[position:end]
                 position = end
         yield part[position:]
+
+
+def _has_long_run(text: str) -> bool:
+    """Returns False only if no run is too long; reads a few characters of a usual text.
+
+    A run that is too long covers one of the blocks of _MAX_RUN // 2 characters completely.
+    """
+    block = _MAX_RUN // 2
+    for start in range(0, len(text) - block + 1, block):
+        run = _RUN.match(text, start, start + block)
+        if run and run.end() == start + block:
+            return True
+    return False
 
 
 def is_tiktoken(data: bytes) -> bool:
