@@ -36,7 +36,8 @@ def imported(*folders: str) -> set[str]:
 
 def distributions(modules: set[str]) -> set[str]:
     """Returns the distributions of `modules`; of a module that is not installed, its own name."""
-    installed = packages_distributions() | {"backports": ["backports.zstd"]}
+    named_otherwise = {"backports": ["backports.zstd"], "kenlm": ["ufal.kenlm"]}
+    installed = packages_distributions() | named_otherwise
     return {normalize(name) for module in modules for name in installed.get(module, [module])}
 
 

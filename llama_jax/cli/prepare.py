@@ -4,6 +4,7 @@ import argparse
 import json
 
 from llama_jax.cli.arguments import add_config, parse_picture
+from llama_jax.errors import InputError
 
 MANUAL = """\
 Convert raw dumps into documents by the rules of LLaMA's paper, and count what each rule removes.
@@ -19,7 +20,8 @@ one remains, in the order of the raw files. A killed or interrupted command cont
 --task I/N runs every N-th task, in N processes on any machines that see the same files and the
 same --out; each waits until all folders are complete. SLURM arrays, indexed Jobs of Kubernetes
 (with JOB_COMPLETIONS) and the hosts of a pod need no --task. The same command without --task then
-removes the intermediate files, NAME.work. The result is the same, byte for byte, in all cases.
+removes the intermediate files, NAME.work. --beam, the last option, runs the tasks in Apache Beam
+(extra `beam`): its flags name the engine. The result is the same, byte for byte, in all cases.
 
 `decontaminate: FOLDER` in an entry cuts the questions and answers of evaluation sets out of its
 documents, and reports which sets occur (docs/prepare.md). The files are those of `eval --data`.
@@ -45,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", metavar="I/N", help="run every N-th task, from the I-th; others run the rest"
     )
+    parser.add_argument(
+        "--beam", nargs=argparse.REMAINDER, metavar="FLAG",
+        help="run the tasks in Apache Beam with its flags, which are the rest of the line",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the funnels as JSON")
     parser.add_argument(
         "--picture", metavar="FILE", help="also draw the funnels: FILE.png or FILE.svg"
@@ -55,19 +61,23 @@ def run(args: argparse.Namespace) -> int:
     """Prepares the sources and prints their funnels; returns the exit code."""
     from llama_jax.cli.funnel_table import show
     from llama_jax.config import yaml_file
+    from llama_jax.data.beam import beam_runner
     from llama_jax.data.prepare.prepare import prepare_sources, select_sources
     from llama_jax.data.tasks import find_part
     from llama_jax.evaluation.item_texts import replace_evaluation_data
     from llama_jax.runtime.storage import parse_path
 
     picture = args.picture and parse_picture(args.picture)
+    if args.beam is not None and args.task is not None:
+        raise InputError("--beam and --task both divide the work: give one of them")
     entries = yaml_file.load_prepare(args.config, args.overrides)
     entries = select_sources(entries, args.only)
     funnels = prepare_sources(
         replace_evaluation_data(entries, parse_path(args.out)),
         args.out,
         workers=args.workers,
-        part=find_part(args.task),
+        part=find_part(args.task) if args.beam is None else None,
+        runner=None if args.beam is None else beam_runner(args.beam),
     )
     if args.json:
         print(json.dumps(funnels, indent=1, ensure_ascii=False))

@@ -63,6 +63,7 @@ def test_the_command_prints_and_draws_what_each_rule_removed(config, capsys):
         (["--only", "books"], "--only books: the section prepare has crawl, other"),
         (["--only", "other"], "prepare: no files at 'none': name files, folders or globs"),
         (["--task", "3/2"], "--task 3/2: write I/N with I from 1 to N, as in 1/4"),
+        (["--task", "1/2", "--beam"], "--beam and --task both divide the work: give one of them"),
         (["--picture", "x.pdf"], "--picture x.pdf: name a file that ends with .png or .svg"),
         (["prepare.data/crawl.min_character=3"], "did you mean min_characters?"),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from llama_jax.config.prepare import C4Entry
-from llama_jax.data.prepare.commoncrawl import read
+from llama_jax.data.prepare.commoncrawl import check_html_packages, read
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping, hash_texts
 from llama_jax.data.prepare.language import keep_languages
@@ -27,8 +27,9 @@ def rules(settings: C4Entry) -> list[Rule | Grouping]:
     """Returns C4's steps.
 
     Raises:
-        InputError: the package that recognizes languages is missing, or the list of words.
+        InputError: a package is missing, or the list of words.
     """
+    check_html_packages()
     n = settings.min_sentences
     steps: list[Rule | Grouping] = [
         Rule("citation marks", C4, remove_citation_marks),

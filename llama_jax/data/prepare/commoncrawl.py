@@ -30,13 +30,10 @@ def read(path: AnyPath) -> Iterator[Document]:
     """Yields the pages of a WARC or WET file; the id of a page is its URL.
 
     Raises:
-        InputError: the file can't be read, is truncated, or is no WARC file; or the package that
-            reads it is missing.
+        InputError: the file can't be read, is truncated, or is no WARC file.
     """
-    try:
-        from fastwarc.warc import ArchiveIterator, WarcRecordType
-    except ImportError as error:
-        raise missing_extra("fastwarc, which reads WARC files, is missing", "prepare") from error
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
     kinds = WarcRecordType.response | WarcRecordType.conversion
     # fastwarc takes the end of a truncated gzip member for the end of the file: Python unpacks it.
     with open_plain(path) as file:
@@ -57,6 +54,20 @@ def read(path: AnyPath) -> Iterator[Document]:
             if error.errno is not None:
                 raise
             raise InputError(f"{path} is not a WARC file, or damaged ({error})") from error
+
+
+def check_html_packages() -> None:
+    """Checks that the packages are installed which read WARC files and HTML pages.
+
+    Raises:
+        InputError: one isn't.
+    """
+    try:
+        import fastwarc.warc  # noqa: F401
+        import resiliparse.extract.html2text  # noqa: F401
+    except ImportError as error:
+        problem = "resiliparse, which reads web pages, is missing"
+        raise missing_extra(problem, "prepare") from error
 
 
 def _page_text(record: Any, path: AnyPath) -> str:
@@ -89,6 +100,7 @@ def rules(settings: CommonCrawlEntry) -> list[Rule | Grouping]:
     Raises:
         InputError: a package or a model is missing.
     """
+    check_html_packages()
     steps: list[Rule | Grouping] = [
         long_enough(settings.min_characters),
         duplicate_lines(settings.line_files),

