@@ -15,9 +15,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ FILES_PER_PARTITION = 8
 # Documents with an equal hash are compared with the first of them, not all with all: the number of
 # pairs grows linearly with the number of copies.
 _LEADERS = 8
-_BATCH = 256  # documents whose signatures are computed together
+_BATCH = 1 << 22  # characters of the documents whose signatures are computed together
 
 
 class NearDuplicates(NamedTuple):
@@ -143,7 +142,7 @@ class Signatures:
         def read_sets() -> Iterator[np.ndarray]:
             texts = (document.text for document in read_documents(self.documents))
             first = self.file << 32
-            while batch := [*itertools.islice(texts, _BATCH)]:
+            for batch in _batches(texts):
                 sets = [hash_shingles(text, self.n_words) for text in batch]
                 yield from sets
                 sizes.append(np.array([*map(len, sets)], np.uint64))
@@ -167,6 +166,19 @@ class Signatures:
     def _partition_bounds(self, hashes: np.ndarray) -> np.ndarray:
         top = hashes[:, 0] >> np.uint64(32)
         return 2 * _bounds(top * np.uint64(self.n_partitions) >> np.uint64(32), self.n_partitions)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields consecutive texts of about _BATCH characters, at least one."""
+    batch, size = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        size += len(text) + 1000  # a short text has a signature, too
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _sorted_rows(rows: np.ndarray) -> np.ndarray:
