@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama_jax.errors import InputError
@@ -94,7 +95,7 @@ class ChatFormat(Protocol):
 class ChatTokenizer:
     """The methods for chats of a tokenizer, whose format the subclass determines."""
 
-    @property
+    @cached_property
     def _chat_format(self) -> ChatFormat:
         """The model's chat format; raises InputError if there is none."""
         raise NotImplementedError
