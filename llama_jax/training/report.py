@@ -1,6 +1,7 @@
 """Reports the metrics of a run: records, progress on standard error, and the loss figure."""
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,7 +68,8 @@ class Report:
             computing: of the previous step; None: it has ended. While the devices compute it, they
                 don't wait. Otherwise they have waited since it ended, at most since the dispatch.
         """
-        if computing is None or computing.loss.is_ready():
+        loss: Any = computing and computing.loss
+        if loss is None or loss.is_ready():
             self._data_wait.add(time.monotonic() - self._dispatched)
 
     def step(self, step: int, metrics: StepMetrics) -> None:

@@ -148,8 +148,7 @@ def train_step(
     pairs, and `base`, which is not donated, is the model beside which they are trained. For DPO
     `base` is the reference.
     """
-    grads, *of_batch = gradients(config, trained, batch, base, step)
-    loss, targets, preferences, rows = of_batch
+    grads, loss, targets, preferences, rows = gradients(config, trained, batch, base, step)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)

@@ -1,6 +1,7 @@
 """Commands, their output and exit codes, and the sentence for each bad input."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_the_quickstart_trains_resumes_and_generates(capsys, tmp_path, monkeypat
     code, out, err = run(capsys, *command, "training.steps=2")
     assert code == 0
     assert "data/quickstart does not exist yet: tokenizing python-stdlib" in err
+    assert re.search(r"step 2/2  loss .*  data wait \d+\.\d%", err)
     assert "validation loss" in out
     assert "unigram entropy" in out
     assert out.count("--- sample") == 3
@@ -41,6 +43,7 @@ def test_the_quickstart_trains_resumes_and_generates(capsys, tmp_path, monkeypat
     assert (code, out.startswith("def ")) == (0, True)
     code, out, err = run(capsys, "info", "runs/quickstart")
     assert "4 of 4 steps saved (finished)" in out
+    assert re.search(r"data wait   \d+\.\d\d% of the step time", out)
     assert "1,786,624 parameters" in out
     assert yaml_file.load(ROOT / "configs/quickstart.yaml").model.n_params == 4_000_000
 
