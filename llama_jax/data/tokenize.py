@@ -18,7 +18,7 @@ from llama_jax.data.corpus_plan import MIN_PART_BYTES, divide, hold_out, list_ra
 from llama_jax.data.encode_part import EncodePart
 from llama_jax.data.shards import is_token_folder, read_meta
 from llama_jax.data.tasks import Part, Task, run_tasks
-from llama_jax.data.text_files import SPLITS, find_files
+from llama_jax.data.text_files import find_files
 from llama_jax.data.train_on_corpus import TrainTokenizer
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import Unfinished, is_written, unfinished_folder
@@ -204,11 +204,13 @@ class _Stages:
             if self.part is not None:
                 raise InputError(
                     f"{work} belongs to a corpus or settings that differ from those of this"
-                    f" process: give all processes the same, or remove the folder"
+                    " process: give all processes the same, or remove the folder"
                 )
-            for name in SPLITS:  # parts that are still the same are not encoded again
-                remove_tree(final / name)
+            # Shards and tokenizer may differ. The parts that are the same are not encoded again.
             remove_tree(work / "shards")
+            for entry in [*final.iterdir()] if final.is_dir() else []:
+                if not entry.name.startswith("."):
+                    remove_tree(entry)
         write_file(work / _PLAN, plan)
         write_many(final, load_tokenizer(tokenizer).files)
 
@@ -233,7 +235,9 @@ class _Stages:
             report = self.folder.work / BAD_RECORDS
             write_file(report, bad.report())
             bad.check(limit, summary["records"], report)
-            print_status(f"left out: {bad.describe()} (listed in {self.folder.path / BAD_RECORDS})")
+            if bad.total:  # not if texts are only empty
+                listed = self.folder.path / BAD_RECORDS
+                print_status(f"left out: {bad.describe()} (listed in {listed})")
         for split, totals in summary["totals"].items():
             if not totals["documents"] and (split == "train" or held_out):
                 if self.part is None:

@@ -15,6 +15,7 @@ from llama_jax.config.run import Config
 from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches, check_order
 from llama_jax.data.source_use import count_use, describe_phases
+from llama_jax.data.text_files import SPLITS
 from llama_jax.errors import InputError
 from llama_jax.model.lora import Trained
 from llama_jax.model.weights import Llama, quantize_model
@@ -213,7 +214,7 @@ def prepare_data(config: Config) -> None:
             validation_fraction=config.data.validation_fraction,
             progress=config.logging.progress,
         )
-        train, held_out = (meta["splits"][split] for split in tokenize.SPLITS)
+        train, held_out = (meta["splits"][split] for split in SPLITS)
         print_status(
             f"{name}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out"
         )

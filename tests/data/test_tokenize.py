@@ -62,7 +62,7 @@ def test_decoding_the_shards_gives_the_documents(sources):
     meta = tokenize_source(sources / "a.jsonl", sources / "out")
     tokenizer = load_tokenizer(sources / "out")
     texts = {}
-    for split in tokenize.SPLITS:
+    for split in text_files.SPLITS:
         tokens, _ = stream(sources / "out", split)
         starts = np.flatnonzero(tokens == tokenizer.bos_id)
         assert np.all(tokens[starts[1:] - 1] == 2)
@@ -76,7 +76,7 @@ def test_the_last_part_of_a_single_book_is_held_out(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"sentence number {i}\n" for i in range(1000)))
     tokenize_source(tmp_path / "book.txt", tmp_path / "out", n_vocab=290)
     tokenizer = load_tokenizer(tmp_path / "out")
-    texts = [tokenizer.decode(stream(tmp_path / "out", s)[0].tolist()) for s in tokenize.SPLITS]
+    texts = [tokenizer.decode(stream(tmp_path / "out", s)[0].tolist()) for s in text_files.SPLITS]
     assert "".join(texts) == (tmp_path / "book.txt").read_text()
     assert 0.08 < len(texts[1]) / len("".join(texts)) < 0.12
     assert texts[1].startswith("sentence")

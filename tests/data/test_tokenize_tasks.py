@@ -177,6 +177,7 @@ def test_a_changed_corpus_replaces_the_parts_that_changed(sources, expected, tmp
     with pytest.raises(InputError, match=r"rows.jsonl:81: not valid JSON"):
         tokenize(other, out, workers=1, n_vocab=None, tokenizer=model)
     assert finished_parts(tmp_path / "o")
+    (tmp_path / "o/.out.unfinished/final/tokenizer.json").touch()  # of another tokenizer
     (other / "rows.jsonl").write_bytes(rows)
     tokenize(other, out, workers=1, n_vocab=None, tokenizer=model)
     found = read_tree(out)
