@@ -7,6 +7,7 @@ the text that CommonCrawl extracted (CCNet reads these).
 import functools
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +24,7 @@ from llama_jax.errors import InputError, missing_extra
 from llama_jax.runtime.storage import AnyPath
 
 CCNET = "CCNet, arXiv 1911.00359"
+_MAX_PAGE = 1 << 26  # bytes
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -42,7 +44,7 @@ def read(path: AnyPath) -> Iterator[Document]:
                 cast(BinaryIO, file),
                 record_types=kinds,
                 parse_http=True,
-                auto_decode="all",
+                auto_decode="none",  # of a body that can't be decoded the rest could not be read
                 stream_detect=False,
             )
             for record in records:
@@ -71,27 +73,83 @@ def check_html_packages() -> None:
 
 
 def _page_text(record: Any, path: AnyPath) -> str:
-    """Returns the text of a page; '' if a record is none."""
-    http = record.http_headers
-    if http is not None and (http.status_code != 200 or record.http_content_type not in _HTML):
-        return ""
-    body = record.reader.read()
-    encoded = http is not None and (http.get("Content-Encoding") or http.get("Transfer-Encoding"))
-    if len(body) < record.content_length and not encoded:
+    """Returns the text of a page; '' if a record is none, or can't be decoded."""
+    http, body = record.http_headers, record.reader.read()
+    if len(body) < record.content_length:
         raise InputError(f"{path} is truncated: fetch it again")
     if http is None:  # of a WET file
         return body.decode(errors="replace")
-    return extract_text(body, record.http_charset)
+    if http.status_code != 200 or record.http_content_type not in _HTML:
+        return ""
+    try:
+        page = decode_body(body, http.get("Transfer-Encoding"), http.get("Content-Encoding"))
+    except (ValueError, zlib.error):
+        return ""
+    return extract_text(page, record.http_charset)
+
+
+def decode_body(body: bytes, transfer: str | None, content: str | None) -> bytes:
+    """Returns the content of an HTTP response, up to 64 MiB of it.
+
+    Args:
+        body: as it was sent. (CommonCrawl stores it decoded, other crawlers don't.)
+        transfer: the header Transfer-Encoding.
+        content: the header Content-Encoding: gzip and deflate are supported.
+
+    Raises:
+        ValueError, zlib.error: it has another encoding than the headers state, or an unknown one.
+    """
+    if "chunked" in (transfer or "").lower():
+        body = _join_chunks(body)
+    for encoding in reversed((content or "").lower().replace(" ", "").split(",")):
+        if encoding in ("gzip", "x-gzip"):
+            body = zlib.decompressobj(31).decompress(body, _MAX_PAGE)
+        elif encoding == "deflate":
+            bits = 15 if body[:1] == b"\x78" else -15  # of zlib's format, or bare
+            body = zlib.decompressobj(bits).decompress(body, _MAX_PAGE)
+        elif encoding not in ("", "identity"):
+            raise ValueError(f"the content encoding {encoding} is unknown")
+    return body
+
+
+def _join_chunks(body: bytes) -> bytes:
+    chunks, position = list[bytes](), 0
+    while True:
+        end = body.index(b"\r\n", position)
+        size = int(body[position:end].split(b";")[0], 16)
+        if size <= 0:
+            return b"".join(chunks)
+        chunks.append(body[end + 2 : end + 2 + size])
+        position = end + 2 + size + 2
 
 
 def extract_text(body: bytes, charset: str | None) -> str:
-    """Returns the main text of an HTML page, without navigation, headers and footers."""
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+    """Returns the main text of an HTML page, without navigation, headers and footers.
 
-    encoding = charset or detect_encoding(body, from_html_meta=True) or "utf-8"
+    Of a page whose blocks are nested deeper than in any browser, all text is returned.
+    """
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+
+    stated = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
+    encoding = stated or detect_encoding(body, from_html_meta=True) or "utf-8"
     html = bytes_to_str(body, encoding)
-    return extract_plain_text(html, main_content=True, alt_texts=False)
+    # The time to find the main text grows with the square of this depth: 6 s at 10,000.
+    main_content = _depth(html) <= _MAX_DEPTH
+    return extract_plain_text(html, main_content=main_content, alt_texts=False)
+
+
+_MAX_DEPTH = 512  # the one of browsers
+_NESTED = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
+
+
+def _depth(html: str) -> int:
+    """Returns how deeply the blocks of a page are nested."""
+    deepest = depth = 0
+    for tag in _NESTED.finditer(html):
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def rules(settings: CommonCrawlEntry) -> list[Rule | Grouping]:

@@ -1,5 +1,6 @@
 import gzip
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -29,17 +30,43 @@ def test_pages_are_read_from_warc_files_and_other_records_are_left_out(tmp_path)
     records = [
         response("http://a/1", page, "text/html; charset=utf-8"),
         response("http://a/2", latin.encode("latin-1"), "text/html"),
+        response("http://a/4", page, "text/html; charset=no-such"),
+        response("http://a/5", page, "text/html\r\nContent-Encoding: gzip"),  # it isn't
+        response("http://a/6", page, "text/html\r\nTransfer-Encoding: chunked"),  # it isn't
+        response("http://a/7", page, "text/html\r\nContent-Encoding: unknown"),
         response("http://a/gone", b"<p>Not found</p>", status="404 Not Found"),
         response("http://a/x.pdf", b"%PDF-1.4", "application/pdf"),
         response("http://a/3", gzip.compress(page), "text/html\r\nContent-Encoding: gzip"),
     ]
     for name in ("pages.warc.gz", "pages.warc"):
         documents = [*commoncrawl.read(write_warc(tmp_path / name, records))]
-        assert [d.id for d in documents] == ["http://a/1", "http://a/2", "http://a/3"]
+        assert [d.id for d in documents] == [f"http://a/{i}" for i in (1, 2, 4, 3)]
         text = "\n\n".join(PARAGRAPHS)
-        assert [d.text for d in documents][::2] == [text, text]  # no navigation, no footer
+        assert [documents[i].text for i in (0, 2, 3)] == [text] * 3  # no navigation, no footer
         assert documents[1].text == "Blåbærgrød på øen smager bedre end æbler i haven."
         assert documents[0].metadata == {"date": "2020-01-02T03:04:05Z"}
+
+
+def test_bodies_are_decoded_by_their_headers():
+    page = html_page(PARAGRAPHS)
+    chunked = b"5;x=y\r\n" + page[:5] + b"\r\n%x\r\n" % len(page[5:]) + page[5:] + b"\r\n0\r\n\r\n"
+    bare = zlib.compressobj(wbits=-15)
+    cases = [
+        (page, None, None),
+        (page, None, "identity"),
+        (chunked, "chunked", None),
+        (gzip.compress(page), None, "gzip"),
+        (zlib.compress(page), None, "deflate"),
+        (bare.compress(page) + bare.flush(), None, "Deflate"),
+        (gzip.compress(zlib.compress(page)), None, "deflate, gzip"),
+    ]
+    assert [commoncrawl.decode_body(*case) for case in cases] == [page] * len(cases)
+    for body, transfer, content in (
+        (page, "chunked", None), (chunked[:40], "chunked", None), (b"-5\r\nx", "chunked", "br"),
+        (page, None, "gzip"), (page, None, "br"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, zlib.error)):
+            commoncrawl.decode_body(body, transfer, content)
 
 
 def test_wet_files_give_their_text(tmp_path):
@@ -48,6 +75,12 @@ def test_wet_files_give_their_text(tmp_path):
     assert [(d.id, d.text) for d in documents] == [
         ("http://a/1", "one\ntwo ü\n"), ("http://a/2", "three"),
     ]  # fmt: skip
+
+
+def test_the_time_for_a_page_does_not_grow_with_the_square_of_its_depth():
+    for n in (300, 100_000):  # the second would take ten minutes
+        page = b"<body>" + b"<div>" * n + PARAGRAPHS[0].encode() + b"</div>" * n
+        assert commoncrawl.extract_text(page, None) == PARAGRAPHS[0]
 
 
 @pytest.mark.parametrize("name", ["a.warc.gz", "a.warc"])
