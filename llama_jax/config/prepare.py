@@ -124,7 +124,7 @@ class C4Entry(RawInputs):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GitHubEntry(RawInputs):
-    """Source code: archives or folders of repositories, or JSON lines (arXiv 2302.13971, 2.1)."""
+    """Source code: archives or folders of repositories, JSON lines, Parquet (the paper, 2.1)."""
 
     kind: Literal["github"]
     licenses: tuple[str, ...] = Field(

@@ -67,8 +67,8 @@ def read_rows(
     with _open(path) as file:
         metadata = file.metadata
         number = sum(metadata.row_group(i).num_rows for i in range(start))
-        names = {metadata.schema.column(i).path for i in range(metadata.num_columns)}
-        columns = [name for name in fields if name in names]
+        paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        columns = [name for name in fields if any(f"{p}.".startswith(f"{name}.") for p in paths)]
         groups = range(start, metadata.num_row_groups if stop is None else stop)
         for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns):
             for row in batch.to_pylist():

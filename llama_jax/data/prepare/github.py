@@ -1,8 +1,8 @@
 """Source code of repositories (LLaMA's paper, arXiv 2302.13971, section 2.1).
 
 A raw input is an archive of a repository or of a source package (.tar, also with .gz .bz2 .xz .zst,
-or .zip), the folder of a repository, or JSON lines with content, path, repository and licence, as
-BigQuery's tables of GitHub and The Stack have them.
+or .zip), the folder of a repository, or JSON lines or Parquet with content, path, repository and
+licence, as BigQuery's tables of GitHub and The Stack have them.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama_jax.config.prepare import GitHubEntry
+from llama_jax.data.parquet_files import read_rows
 from llama_jax.data.prepare.archive_files import is_archive, read_archive
 from llama_jax.data.prepare.code_languages import code_language
 from llama_jax.data.prepare.document import Document
@@ -21,7 +22,7 @@ from llama_jax.data.prepare.licenses import (
     license_of_files,
 )
 from llama_jax.data.prepare.rules import Rule
-from llama_jax.data.text_files import is_json_lines, parse_json_line, read_lines
+from llama_jax.data.text_files import PARQUET, is_json_lines, parse_json_line, read_lines
 from llama_jax.errors import InputError
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import AnyPath
@@ -44,7 +45,7 @@ _LICENSE = ("license", "licenses", "detected_licenses", "max_stars_repo_licenses
 
 
 def read(path: AnyPath) -> Iterator[Document]:
-    """Yields every file of a repository, or the document of each JSON line.
+    """Yields every file of a repository, or the file of each JSON line or row.
 
     The metadata are `repository`, `path`, `license` (an SPDX expression; "" if unknown) and
     `language`. Bytes that are not UTF-8 become U+FFFD. Of a file above the limit, the text is
@@ -54,7 +55,7 @@ def read(path: AnyPath) -> Iterator[Document]:
         InputError: the input can't be read, is damaged, or a line has no content or path.
     """
     if not is_archive(path) and not path.is_dir():
-        yield from _read_json_lines(path)
+        yield from _read_files_of_records(path)
         return
     name = re.sub(r"\.(tar(\.\w+)?|t[gbx]z2?|zip)$", "", path.name)
     root, license_name = _find_license(path)
@@ -98,20 +99,31 @@ def _find_license(path: AnyPath) -> tuple[str, str]:
     )
 
 
-def _read_json_lines(path: AnyPath) -> Iterator[Document]:
+def _read_records(path: AnyPath) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the location and the fields of each row of Parquet, or of each JSON line."""
+    if path.suffix == PARQUET:
+        fields = (*_CONTENT, *_PATH, *_REPOSITORY, *_LICENSE)
+        for number, row in read_rows(path, 0, None, *fields):
+            yield f"{path}: row {number}", row
+        return
     if not is_json_lines(path):
         raise InputError(
             f"{path} is no source of code: give an archive (.tar.gz, .tar.xz, .zip …), the folder"
-            " of a repository, or JSON lines"
+            " of a repository, JSON lines, or Parquet"
         )
     for location, line in read_lines(path):
         record = parse_json_line(line, location)
         if not isinstance(record, dict):
             raise InputError(f"{location} is not a JSON object: correct or remove it")
+        yield location, record
+
+
+def _read_files_of_records(path: AnyPath) -> Iterator[Document]:
+    for location, record in _read_records(path):
         text, name = _field(record, _CONTENT), _field(record, _PATH)
         if not isinstance(text, str) or not isinstance(name, str):
             raise InputError(
-                f"{location}: a line needs a string of {_alternatives(_CONTENT)} and of"
+                f"{location}: a file needs a string of {_alternatives(_CONTENT)} and of"
                 f" {_alternatives(_PATH)}; this one has: {', '.join(record)}"
             )
         repository, licenses = _field(record, _REPOSITORY), _field(record, _LICENSE)

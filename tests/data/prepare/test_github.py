@@ -109,15 +109,24 @@ def test_the_entry_may_state_the_licence_of_inputs_without_one(tmp_path):
     assert [d.id for d in documents] == ["a/a.py"]
 
 
-def test_json_lines_of_bigquery_and_the_stack_are_read(tmp_path):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_tables_of_bigquery_and_the_stack_are_read(suffix, tmp_path):
     records = [
         {"content": CODE, "path": "a.py", "repo_name": "x/y", "license": "mit"},
         {"content": CODE, "max_stars_repo_path": "b.py", "max_stars_repo_name": "x/z",
          "max_stars_repo_licenses": ["MIT", "GPL-3.0"]},
         {"content": CODE, "path": "c.py"},
     ]  # fmt: skip
-    path = tmp_path / "code.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = tmp_path / f"code.{suffix}"
+    if suffix == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        # A table has the columns of all rows: the first row names them.
+        columns = dict.fromkeys(name for record in records for name in record)
+        rows = [{name: record.get(name) for name in columns} for record in records]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
     documents, removed = prepare(path)
     assert [d.id for d in documents] == ["x/y/a.py"]
     assert removed == {"licence": 2}
@@ -126,7 +135,7 @@ def test_json_lines_of_bigquery_and_the_stack_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"path": "a.py"}\n', 'a line needs a string of "content" or'),
+        ("a.jsonl", b'{"path": "a.py"}\n', 'a file needs a string of "content" or'),
         ("a.jsonl", b"[1]\n", "is not a JSON object"),
         ("a.py", b"x = 1\n", "is no source of code"),
         ("a.tar.gz", b"\x1f\x8b\x08\0\0\0\0\0", "is damaged or truncated"),
