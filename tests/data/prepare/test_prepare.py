@@ -105,6 +105,7 @@ def test_documents_and_funnel_are_those_that_the_pages_imply(prepared):
     assert (spans["removed_documents"], spans["changed_documents"]) == (4, 0)
 
 
+@pytest.mark.slow
 def test_three_workers_and_one_partition_give_the_same_bytes(prepared, entries, tmp_path):
     crawl = {"docs/crawl": entries["docs/crawl"]}
     prepare.prepare_sources(crawl, tmp_path, workers=3, progress=False)
