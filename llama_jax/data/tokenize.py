@@ -33,7 +33,7 @@ from llama_jax.runtime.storage import (
     write_file,
     write_many,
 )
-from llama_jax.tokenizer.tokenizer import file_hash, load_tokenizer
+from llama_jax.tokenizer.tokenizer import Tokenizer, file_hash, load_tokenizer
 
 Runner = Callable[[Sequence[Task]], None]
 
@@ -103,27 +103,28 @@ def tokenize_corpus(
             workers = workers or min(cpu_cores(), most)
             stages = _Stages(folder, workers, part, runner, progress)
             if tokenizer is not None:
-                path = load_tokenizer(tokenizer).path
+                path = parse_path(tokenizer)
             else:
                 assert n_vocab is not None
                 path = stages.train(
                     TrainTokenizer(folder.work, tuple(files), settings, n_vocab, part_limit)
                 )
-            copied = stages.copy_tokenizer(path)
+            loaded = load_tokenizer(path)  # takes half a second for Llama 3's tokenizer
+            copied, key = stages.copy_tokenizer(loaded.files), file_hash(loaded.path)
             parts = [
                 EncodePart(
-                    folder.work, ranges, settings, copied, file_hash(path), parse_special,
+                    folder.work, ranges, settings, copied, key, parse_special,
                     part_limit,
                 )
                 for ranges in divide(files, text_field)
             ]  # fmt: skip
-            stages.begin(parts, path)
+            stages.begin(parts, loaded.files)
             summary = stages.encode(parts)
             if summary is not None:
                 if summary["special"] and not parse_special:
                     _warn_of_special_texts(summary["special"])
                 stages.check(summary, limit, len(files), bool(validation_fraction))
-                stages.publish(summary, tuple(sources), path)
+                stages.publish(summary, tuple(sources), loaded)
         except BaseException:
             # A process that started again at the end may miss files that the others have removed.
             if part is None or not _is_published(out):
@@ -183,15 +184,14 @@ class _Stages:
         self._run([task], "training a tokenizer", self.workers)
         return task.output
 
-    def copy_tokenizer(self, path: AnyPath) -> AnyPath:
-        """Writes a tokenizer's files where all machines find them; returns the main file."""
-        files = load_tokenizer(path).files
+    def copy_tokenizer(self, files: Mapping[str, bytes]) -> AnyPath:
+        """Writes a tokenizer's files where all machines find them; returns their folder."""
         key = hash_bytes(b"".join(name.encode() + data for name, data in sorted(files.items())))
         folder = self.folder.work / f"copy-{key[:32]}"
         write_many(folder, files)
-        return load_tokenizer(folder).path
+        return folder
 
-    def begin(self, parts: Sequence[EncodePart], tokenizer: AnyPath) -> None:
+    def begin(self, parts: Sequence[EncodePart], tokenizer: Mapping[str, bytes]) -> None:
         """Compares the parts with those of the other processes, and of killed ones.
 
         Raises:
@@ -212,7 +212,7 @@ class _Stages:
                 if not entry.name.startswith("."):
                     remove_tree(entry)
         write_file(work / _PLAN, plan)
-        write_many(final, load_tokenizer(tokenizer).files)
+        write_many(final, tokenizer)
 
     def encode(self, parts: Sequence[EncodePart]) -> dict[str, Any] | None:
         """Encodes the parts and returns their summary.
@@ -251,13 +251,15 @@ class _Stages:
         self,
         summary: dict[str, Any],
         sources: tuple[str, ...],
-        tokenizer: AnyPath,
+        tokenizer: Tokenizer,
     ) -> None:
         """Assembles the shards and publishes their folder."""
-        n_vocab, final = load_tokenizer(tokenizer).n_vocab, self.folder.final
+        n_vocab, final = tokenizer.n_vocab, self.folder.final
         sizes = shard_writer.SHARD_TOKENS, shard_writer.CHUNK_TOKENS
         shards = plan_shards(self.folder.work, summary, final, n_vocab, *sizes)
         few = sum(totals["tokens"] for totals in summary["totals"].values()) <= _SMALL_TOKENS
         self._run(shards, "assembling", 1 if few else self.workers, None if few else self.runner)
-        done = Publish(self.folder, tuple(shards), summary, sources, tokenizer, n_vocab, *sizes)
+        done = Publish(
+            self.folder, tuple(shards), summary, sources, tokenizer.path, n_vocab, *sizes
+        )
         self._run([done], "publishing", 1)
