@@ -127,9 +127,17 @@ _EXCLUDED_TAGS = {
     "templatedata", "categorytree", "inputbox", "section", "style", "indicator",
 }  # fmt: skip
 _INTERWIKI = re.compile(r"[a-z]{2,3}(-[a-z]+)*:")
+_COMMENT = re.compile(r"(?s)<!--.*?(?:-->|\Z)")
+_OPENED = re.compile(
+    r"(?i)\{\{|<(?!br\b|hr\b|wbr\b|li\b|d[dt]\b|t[dhr]\b|p\b)[a-z]+(?:\s[^<>]*)?(?<!/)>"
+)
+_CLOSED = re.compile(r"\}\}|</")
+# Elements that are opened and not closed. mwparserfromhell searches the end of each, in quadratic
+# time or worse; an article has a few at most.
+_MOST_UNCLOSED = 100
 _SWITCH = re.compile(r"__[^\W\d_]+__")  # __NOTOC__
 _NO_CONVERSION = re.compile(r"-\{(?:[^{}|]*\|)?([^{}|]*)\}-")  # Serbian: -{text}-
-_EMPTY_PARENTHESES = re.compile(r"[ \t]*\([ \t,;:–-]*\)")
+_EMPTY_PARENTHESES = re.compile(r" ?\([ ,;:–-]*\)")
 
 
 def check_wikitext_package() -> None:
@@ -150,7 +158,7 @@ def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS
     """Returns the text that a reader sees, without templates, tables, references and link targets.
 
     Paragraphs and headings are separated by an empty line; an item of a list is a line. A heading
-    without text below it is left out. "" if mwparserfromhell can't parse the page.
+    without text below it is left out. "" if the page can't be parsed.
 
     Args:
         excluded_prefixes: names, in lower case, of the namespaces to which a link is no text.
@@ -159,8 +167,10 @@ def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS
     from mwparserfromhell.nodes import Heading
     from mwparserfromhell.parser import ParserError
 
+    code = _NO_CONVERSION.sub(r"\1", _COMMENT.sub("", wikitext))
+    if len(_OPENED.findall(code)) - len(_CLOSED.findall(code)) > _MOST_UNCLOSED:
+        return ""
     try:
-        code = _NO_CONVERSION.sub(r"\1", wikitext)
         # Quotes of bold and italic type that are not balanced would stop the parsing of tags.
         nodes = mwparserfromhell.parse(code, skip_style_tags=True).nodes
     except ParserError:
@@ -219,8 +229,9 @@ def _visible(nodes: Iterable[Any], excluded_prefixes: Collection[str]) -> str:
 def _clean(text: str) -> str:
     """Removes what conversion leaves behind: empty parentheses, quotes of bold type, spaces."""
     text = _SWITCH.sub("", re.sub("'{2,}", "", text))
-    text = _EMPTY_PARENTHESES.sub("", text)
-    lines = (re.sub(r"[ \t\xa0]+", " ", line).strip() for line in text.split("\n"))
+    # Spaces are joined first: a long run of them would cost quadratic time in the next pattern.
+    text = _EMPTY_PARENTHESES.sub("", re.sub(r"[ \t\xa0]+", " ", text))
+    lines = (line.strip() for line in text.split("\n"))
     # A table that is not closed stays in the text.
     lines = (line for line in lines if not line.startswith(("{|", "|")))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()

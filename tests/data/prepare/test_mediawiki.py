@@ -116,6 +116,16 @@ def test_wikitext_becomes_the_text_that_a_reader_sees(wikitext, text):
     assert got.replace("  ", " ") == text.replace("  ", " ")
 
 
+@pytest.mark.parametrize("opening", ["{{{a|", "{{a|", "<ref>", '<div class="x">', "<!-- "])
+def test_a_page_of_openings_without_end_is_no_text_at_once(opening):
+    assert wikitext_to_text(f"Text {opening * 20_000}") in ("", "Text")
+
+
+def test_a_long_list_of_references_and_lines_is_text():
+    page = "A{{b|c}}<ref>d</ref><ref name=e /><br>\n" * 1000
+    assert wikitext_to_text(page).split() == ["A"] * 1000
+
+
 def test_headings_without_text_are_left_out():
     wikitext = """\
 Beginning.
