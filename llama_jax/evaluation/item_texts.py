@@ -43,10 +43,12 @@ def replace_evaluation_data(
     Raises:
         InputError: as `write_ngrams`.
     """
-    folders = {entry.decontaminate for entry in entries.values()} - {None}
+    folders = {entry.decontaminate for entry in entries.values() if entry.decontaminate}
     ngrams = {data: str(write_ngrams(parse_path(data), out)) for data in sorted(folders)}
     return {
-        name: dataclasses.replace(entry, decontaminate=ngrams.get(entry.decontaminate))
+        name: dataclasses.replace(entry, decontaminate=ngrams[entry.decontaminate])
+        if entry.decontaminate
+        else entry
         for name, entry in entries.items()
     }
 

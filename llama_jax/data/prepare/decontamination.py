@@ -152,8 +152,8 @@ def find_ngrams(index: NgramIndex, text: str) -> Hits:
     found = []
     for n in index.lengths:
         hashes = _hash_ngrams(words, n)
-        places = np.searchsorted(index.hashes, hashes)
-        (first,) = np.nonzero(np.append(index.hashes, np.uint64(0))[places] == hashes)
+        places = np.minimum(np.searchsorted(index.hashes, hashes), len(index.hashes) - 1)
+        (first,) = np.nonzero(index.hashes[places] == hashes)
         found.append(Hits(hashes[first], spans[first, 0], spans[first + n - 1, 1]))
     if not found:
         return Hits(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64))
