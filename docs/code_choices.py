@@ -1,20 +1,29 @@
-"""Writes items like HellaSwag's about Python code: which two lines follow these eight?
+"""Writes items like HellaSwag's about Python code: which ending has its words in order?
 
     python docs/code_choices.py eval-code
     llama-jax train quickstart \\
         'training.evaluate={tasks: [hellaswag], data: eval-code, every: 25, limit: 200}'
 
 The code is that of the tests of Python's standard library, which the corpus `python-stdlib` leaves
-out. The three wrong endings follow other places of the same file.
+out. Each item has two lines as context and the two lines after them; the three wrong endings have
+the same words in another order.
 """
 
 import json
 import random
+import re
 import sys
 import sysconfig
 from pathlib import Path
 
-N_CONTEXT, N_ENDING, N_ENDINGS = 8, 2, 4
+N_ENDINGS = 4
+
+
+def shuffle_words(text: str, rng: random.Random) -> str:
+    """Returns a text with its words in another order, and all else in place."""
+    words = re.findall(r"\w+", text)
+    rng.shuffle(words)
+    return re.sub(r"\w+", lambda _: words.pop(), text)
 
 
 def main() -> None:
@@ -24,16 +33,17 @@ def main() -> None:
     rng, rows = random.Random(0), []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"], "test").glob("test_*.py")):
         lines = [line for line in path.read_text(errors="ignore").splitlines() if line.strip()]
-        starts = range(0, len(lines) - N_CONTEXT - N_ENDING, N_CONTEXT + N_ENDING)
-        if len(starts) < 4 * N_ENDINGS:
+        if len(lines) < 5:
             continue
-        chosen = rng.sample(starts, N_ENDINGS)
-        ends = ["\n".join(lines[s + N_CONTEXT :][:N_ENDING]).strip() for s in chosen]
-        context = "\n".join(lines[chosen[0] :][:N_CONTEXT])
-        label = len(rows) % N_ENDINGS
-        endings = [*ends[1 : label + 1], ends[0], *ends[label + 1 :]]
-        item = {"activity_label": path.stem, "ctx_a": context, "ctx_b": ""}
-        rows.append(item | {"endings": endings, "label": str(label)})
+        start = rng.randrange(len(lines) - 4)
+        context, ending = ("\n".join(lines[i : i + 2]).strip() for i in (start, start + 2))
+        wrong = {shuffle_words(ending, rng) for _ in range(20)} - {ending}
+        if len(wrong) >= N_ENDINGS - 1:
+            label = len(rows) % N_ENDINGS
+            endings = sorted(wrong)[: N_ENDINGS - 1]
+            endings.insert(label, ending)
+            item = {"activity_label": path.stem, "ctx_a": context, "ctx_b": ""}
+            rows.append(item | {"endings": endings, "label": str(label)})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "hellaswag_validation.jsonl").write_text(text)
     print(f"{folder}: {len(rows)} items")
