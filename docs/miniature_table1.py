@@ -161,8 +161,11 @@ def build_code(packages: Path, raw: Path) -> None:
         pack(raw / "github" / f"{package}.tar.gz", keep_part(files, 0.15))
     for package in read_package(packages, "linux-source-6.1", r"\.tar\.xz$"):
         with tarfile.open(fileobj=io.BytesIO(package.data), mode="r|xz") as tar:
-            names = (member for member in tar if member.isfile())
-            first = (File("linux", m.name, tar.extractfile(m).read()) for m in names)  # pyright: ignore
+            first = (
+                File("linux", member.name, content.read())
+                for member in tar
+                if member.isfile() and (content := tar.extractfile(member))
+            )
             pack(raw / "github" / "linux-6.1.tar.gz", first, limit=4_000_000)
 
 

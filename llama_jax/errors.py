@@ -1,5 +1,7 @@
 """Exceptions whose message is complete: the command line prints it without a traceback."""
 
+import importlib
+
 
 class InputError(ValueError):
     """An input is wrong: a file, a flag, a configuration, a request.
@@ -25,6 +27,23 @@ def missing_extra(problem: str, extra: str) -> InputError:
         extra: name of the extra in pyproject.toml.
     """
     return InputError(f"{problem}: install it with {install_command(extra)}")
+
+
+def check_package(module: str, use: str, extra: str) -> None:
+    """Checks that a package of an optional extra is installed, before any work is done.
+
+    Args:
+        module: that is imported later.
+        use: the package, and for what: 'rensa, which finds near-duplicates'.
+        extra: name of the extra in pyproject.toml.
+
+    Raises:
+        InputError: it can't be imported.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise missing_extra(f"{use}, is missing", extra) from error
 
 
 def install_command(extra: str) -> str:

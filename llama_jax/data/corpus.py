@@ -340,6 +340,9 @@ def _field_of(record: Any, settings: CorpusSettings, bad: BadRecords, locate: An
 def _read_rows(part: FileRange, settings: CorpusSettings, bad: BadRecords) -> Iterator[SplitText]:
     fields = settings.text_field, settings.id_field
     for number, row in parquet_files.read_rows(part.path, part.start, part.stop, *fields):
-        text = _field_of(row, settings, bad, lambda: f"{part.path}: row {number}")  # noqa: B023
+        text = _field_of(
+            row, settings, bad,
+            lambda: f"{part.path}: row {number}",  # noqa: B023 (called at once)
+        )  # fmt: skip
         if text:
             yield SplitText(iter((text,)), _split_of(text[:HASH_BYTES].encode(), settings))

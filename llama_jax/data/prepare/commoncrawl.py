@@ -20,7 +20,7 @@ from llama_jax.data.prepare.language import keep_languages
 from llama_jax.data.prepare.quality import annotate_perplexity, keep_buckets, keep_references
 from llama_jax.data.prepare.rules import Rule
 from llama_jax.data.text_files import open_plain
-from llama_jax.errors import InputError, missing_extra
+from llama_jax.errors import InputError, check_package
 from llama_jax.runtime.storage import AnyPath
 
 CCNET = "CCNet, arXiv 1911.00359"
@@ -64,12 +64,8 @@ def check_html_packages() -> None:
     Raises:
         InputError: one isn't.
     """
-    try:
-        import fastwarc.warc  # noqa: F401
-        import resiliparse.extract.html2text  # noqa: F401
-    except ImportError as error:
-        problem = "resiliparse, which reads web pages, is missing"
-        raise missing_extra(problem, "prepare") from error
+    for module in ("fastwarc.warc", "resiliparse.extract.html2text"):
+        check_package(module, "resiliparse, which reads web pages", "prepare")
 
 
 def _page_text(record: Any, path: AnyPath) -> str:

