@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
+from llama_jax.inference.detokenize import stream_text
 from llama_jax.inference.generate import NO_TOKEN, generate
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.weights import Llama
@@ -54,5 +55,8 @@ def continue_prompts(
         end_ids=tuple(sorted(tokenizer.end_ids)),
     )
     generated = np.asarray(jax.reshard(found.tokens_Bn, activation_spec("SS")))  # on every host
-    texts = [row[row != NO_TOKEN].tolist() for row in generated[: len(prompts)]]
-    return [tokenizer.decode(text) for text in texts]
+    texts = list[str]()
+    for prompt, row in zip(prompts, generated, strict=False):
+        _, *pieces = stream_text(tokenizer, prompt, iter(row[row != NO_TOKEN].tolist()))
+        texts.append("".join(pieces))
+    return texts
