@@ -87,6 +87,18 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{flag}", type=kind, default=default, metavar=metavar, help=help_)
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say which processes run the tasks of a command."""
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
+    parser.add_argument(
+        "--task", metavar="I/N", help="run every N-th task, from the I-th; others run the rest"
+    )
+    parser.add_argument(
+        "--beam", nargs=argparse.REMAINDER, metavar="FLAG",
+        help="run the tasks in Apache Beam with its flags, which are the rest of the line",
+    )  # fmt: skip
+
+
 def read_sampling(args: argparse.Namespace) -> "Sampling":
     """Returns the sampling settings of the flags of `add_sampling`.
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from llama_jax.cli.arguments import add_config, parse_picture
+from llama_jax.cli.arguments import add_config, add_tasks, parse_picture
 from llama_jax.errors import InputError
 
 MANUAL = """\
@@ -43,14 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", action="append", metavar="NAME", help="prepare this folder only (repeatable)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
-    parser.add_argument(
-        "--task", metavar="I/N", help="run every N-th task, from the I-th; others run the rest"
-    )
-    parser.add_argument(
-        "--beam", nargs=argparse.REMAINDER, metavar="FLAG",
-        help="run the tasks in Apache Beam with its flags, which are the rest of the line",
-    )  # fmt: skip
+    add_tasks(parser)
     parser.add_argument("--json", action="store_true", help="print the funnels as JSON")
     parser.add_argument(
         "--picture", metavar="FILE", help="also draw the funnels: FILE.png or FILE.svg"

@@ -2,6 +2,7 @@
 
 import argparse
 
+from llama_jax.cli.arguments import add_tasks
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import parse_path
 
@@ -75,17 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad", default="0", metavar="N", help="leave out up to N (or N%%) bad records (0)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one per core)")
-    parser.add_argument(
-        "--task", metavar="I/N", help="run every N-th task, from the I-th; others run the rest"
-    )
+    add_tasks(parser)
     parser.add_argument(
         "--parse-special", action="store_true",
         help="encode the text of a special token as that token",
-    )  # fmt: skip
-    parser.add_argument(
-        "--beam", nargs=argparse.REMAINDER, metavar="FLAG",
-        help="run the tasks in Apache Beam with its flags, which are the rest of the line",
     )  # fmt: skip
     parser.add_argument("--chat", action="store_true", help="each line is a chat or a preference")
     parser.add_argument("--seq-len", type=int, metavar="T", help="for --chat: tokens per window")
