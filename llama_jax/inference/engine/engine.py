@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import prompt_scores, row_programs
+from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.requests import (
     EngineStopped,
     Event,
@@ -32,13 +31,11 @@ from llama_jax.inference.engine.requests import (
     Statistics,
     Ticket,
     check_request,
+    request_to_json,
 )
 from llama_jax.inference.engine.slots import Row, cache_sizes, choose_row, slots_needed
-from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import NO_TOKEN
-from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
 from llama_jax.runtime.compile_cache import compile_statistics
 
 _log = logging.getLogger(__name__)
@@ -80,7 +77,7 @@ class Engine:
         if rows < 1 or queue < 0:
             raise InputError(f"{rows} rows and a queue of {queue}: at least 1 and 0 are needed")
         self.rows, self.context = rows, context
-        self._config, self._model, self._queue = config, model, queue
+        self._config, self._queue = config, queue
         self._mesh = jax.sharding.get_mesh()
         self._sizes = cache_sizes(context)
         self._rows = [Row() for _ in range(rows)]
@@ -91,7 +88,7 @@ class Engine:
         self._failure: str | None = None
         self._statistics = Statistics()
         before = compile_statistics().seconds
-        self._state = warm_up(config, model, rows, context, progress)
+        self._batch = DeviceBatch(config, model, rows, context, progress)
         seconds = compile_statistics().seconds - before
         self._statistics = self._statistics._replace(compile_seconds=seconds)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -203,7 +200,8 @@ class Engine:
         if not self._trees:
             return
         start, tree = time.perf_counter(), self._trees.pop()
-        events = prompt_scores.score_tree(self._config, self._model, tree)
+        computed = self._batch.score(*prompt_scores.score_arguments(tree))
+        events = prompt_scores.score_events(tree, computed)
         self._count(prompt_tokens=len(tree.row.tokens), prefill_seconds=time.perf_counter() - start)
         for ticket, events_of_ticket in zip(tree.tickets, events, strict=True):
             with self._changed:
@@ -232,9 +230,7 @@ class Engine:
                 self._waiting.remove(ticket)
                 row.ticket, row.ready, row.assigned_at = ticket, False, time.monotonic()
             if source is not row:
-                indices = self._rows.index(source), self._rows.index(row)
-                cache = copy_row(self._state.cache, *indices, common)
-                self._state = self._state._replace(cache=cache)
+                self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
             row.tokens = list(ticket.request.prompt[:common])
             row.prompt_logprobs = []
             self._count(reused_tokens=common)
@@ -245,11 +241,9 @@ class Engine:
         requests = [row.ticket.request for row in self._rows if row.ticket is not None]
         needed = max(slots_needed(request) for request in requests)
         slots = next(size for size in self._sizes if size >= needed)
-        if slots == self._state.cache.slots:
+        if slots == self._batch.slots:
             return
-        cache = resize_cache(self._state.cache, slots=slots)
-        used_B = jnp.minimum(cache.used_B, slots - 1)
-        self._state = self._state._replace(cache=cache._replace(used_B=used_B))
+        self._batch.resize(slots)
         for row in self._rows:
             row.tokens = row.tokens[: slots - 1]
 
@@ -262,27 +256,19 @@ class Engine:
         sizes = row_programs.CHUNK_SIZES
         size = next((size for size in sizes if size >= len(rest)), sizes[-1])
         length = min(size, len(rest))
-        chunk = np.zeros((2, size), np.int32)  # the tokens, and the token after each as its target
-        for padded, tokens in zip(chunk, (rest[:length], rest[1 : length + 1]), strict=True):
-            padded[: len(tokens)] = tokens
-        index, with_logprobs = self._rows.index(row), request.prompt_logprobs
-        tokens, targets = (shard_array(padded[None], "BT") for padded in chunk)
-        self._state, logprobs = row_programs.prefill_chunk(
-            self._config, self._model, self._state, index, tokens, length, used, targets,
-            with_logprobs,
-        )  # fmt: skip
+        index, targets = self._rows.index(row), rest[1 : length + 1]
+        logprobs = self._batch.prefill(
+            index, rest[:length], targets, used, size, request.prompt_logprobs
+        )
         row.tokens += rest[:length]
-        if with_logprobs:  # the prompt's last token has no target yet
-            logprobs_T = (np.asarray(x_1T)[0] for x_1T in logprobs)
+        if logprobs:  # the prompt's last token has no target yet
             row.prompt_logprobs += row_programs.attach_logprobs(
-                rest[1 : length + 1], *logprobs_T, top=request.top_logprobs
+                targets, *logprobs, top=request.top_logprobs
             )
         if length == len(rest):
-            settings = row_programs.init_row(self._config, request)
-            self._state = row_programs.start_row(self._state, index, settings)
+            self._batch.start(index, request_to_json(request))
             row.ready = True
             row.ticket.deliver(PromptDone(tuple(row.prompt_logprobs)))
-        jax.block_until_ready(self._state.logits_BV)
         self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - start)
 
     def _decode(self, ready: list[Row], n: int) -> None:
@@ -290,27 +276,21 @@ class Engine:
         start = time.perf_counter()
         requests = [row.ticket.request for row in ready if row.ticket is not None]
         with_logprobs = any(request.logprobs for request in requests)
-        generated, self._state = row_programs.decode_rows(
-            self._config, self._model, self._state, n, with_logprobs
-        )
-        generated = jax.tree.map(np.asarray, generated)
+        tokens_Bn, *logprobs = self._batch.decode(n, with_logprobs)
         seconds = time.perf_counter() - start
         total = steps = 0
         for row in ready:
             index = self._rows.index(row)
-            ids = generated.tokens_Bn[index]
+            ids = tokens_Bn[index]
             ids = ids[ids != NO_TOKEN].tolist()
             total, steps = total + len(ids), max(steps, len(ids))
-            self._deliver(row, ids, [x_Bn_[index] for x_Bn_ in generated[1:]])
+            self._deliver(row, ids, [x_Bn_[index] for x_Bn_ in logprobs])
         self._count(
             generated_tokens=total,
             decode_seconds=seconds,
             decode_steps=steps,
-            bytes_read=steps * self._step_bytes(),
+            bytes_read=steps * self._batch.step_bytes(),
         )
-
-    def _step_bytes(self) -> int:
-        return step_bytes(self._config, self._model, self.rows, self._state.cache.slots)
 
     def _deliver(self, row: Row, ids: list[int], logprobs: list[np.ndarray]) -> None:
         """Delivers new tokens of a row; after the last one the row is free."""
@@ -330,7 +310,7 @@ class Engine:
         ticket = row.ticket
         assert ticket is not None
         if ended.reason == "cancelled":
-            self._state = row_programs.stop_row(self._state, self._rows.index(row))
+            self._batch.stop(self._rows.index(row))
         with self._changed:
             row.ticket, row.ready = None, False
         self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})

@@ -59,14 +59,39 @@ def pack_trees(tickets: Sequence[Ticket]) -> list[Tree]:
     return [Tree(row, [tickets[i] for i in row.pairs]) for row in rows]
 
 
-def score_tree(config: ModelConfig, model: Llama | UnstackedLlama, tree: Tree) -> list[list[Event]]:
-    """Returns all events of each request of a tree."""
-    row = tree.row
-    length = row_length(max(len(row.tokens), len(row.queries)))
+def score_row(
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    columns: Sequence[Sequence[int]],
+    length: int,
+) -> tuple[np.ndarray, ...]:
+    """Returns the log-probability of each pair of a tree, and its most likely tokens.
+
+    Args:
+        config: the model's config.
+        model: weights of that config, on the current mesh.
+        columns: the first five fields of a `TreeRow`.
+        length: tokens of the program.
+
+    Returns:
+        The log-probabilities [S], and those [S, A] and the ids [S, A] of the most likely tokens.
+    """
+    row = TreeRow(*map(list, columns), pairs={})
     computed = pair_logprobs(config, model, stack_rows([row], 1, length), top=MAX_TOP_LOGPROBS)
-    logprobs, top_logprobs, top_tokens = (np.asarray(x_1S)[0] for x_1S in computed)
+    return tuple(np.asarray(x_1S)[0] for x_1S in computed)
+
+
+def score_arguments(tree: Tree) -> tuple[list[list[int]], int]:
+    """Returns the columns and the length of the program that scores a tree."""
+    row = tree.row
+    return list(row[:5]), row_length(max(len(row.tokens), len(row.queries)))
+
+
+def score_events(tree: Tree, computed: tuple[np.ndarray, ...]) -> list[list[Event]]:
+    """Returns all events of each request of a tree, given the results of `score_row`."""
+    logprobs, top_logprobs, top_tokens = computed
     events = []
-    for ticket, pairs in zip(tree.tickets, row.pairs.values(), strict=True):
+    for ticket, pairs in zip(tree.tickets, tree.row.pairs.values(), strict=True):
         request, last = ticket.request, pairs[-1]
         ids = [*request.prompt[1:], int(top_tokens[last, 0])]
         *prompt_logprobs, new = attach_logprobs(

@@ -1,7 +1,8 @@
 """The requests that an engine takes, and the events that it delivers."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
@@ -35,6 +36,23 @@ class Request(NamedTuple):
     top_logprobs: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
+
+
+def request_to_json(request: Request) -> dict[str, Any]:
+    """Returns a request as plain JSON; of its prompt only the different ids, for penalties."""
+    ids, ends = sorted({*request.prompt}), sorted(request.end_ids)
+    return request._asdict() | {
+        "prompt": ids,
+        "sampling": asdict(request.sampling),
+        "end_ids": ends,
+    }
+
+
+def request_from_json(fields: dict[str, Any]) -> Request:
+    """Inverts `request_to_json`."""
+    prompt, ends = tuple(fields["prompt"]), frozenset(fields["end_ids"])
+    sampling = Sampling(**fields["sampling"])
+    return Request(**fields | {"prompt": prompt, "sampling": sampling, "end_ids": ends})
 
 
 def check_request(config: ModelConfig, context: int, request: Request) -> None:

@@ -187,7 +187,7 @@ def test_closing_ends_running_requests_and_refuses_new_ones(model):
         engine.submit([Request((5,), 1)], lambda *_: None)
 
 
-PROGRAMS = ["engine.copy_row", "row_programs.prefill_chunk", "row_programs.decode_rows"]
+PROGRAMS = ["device_batch.cache.copy_row", "row_programs.prefill_chunk", "row_programs.decode_rows"]
 
 
 @pytest.mark.parametrize("failure", [MemoryError, SystemExit])
