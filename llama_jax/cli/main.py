@@ -18,6 +18,7 @@ from llama_jax import __version__
 from llama_jax.cli import convert, data, eval, generate, info, plan, prepare, serve, tokenize, train
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime import stop_signal
+from llama_jax.runtime.platform_choice import skip_missing_tpu
 from llama_jax.runtime.storage import check_path
 
 COMMANDS = {
@@ -56,6 +57,7 @@ def _run(argv: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         _check_paths(args)
+        skip_missing_tpu()
         return COMMANDS[args.name].run(args)
     except (InputError, Fault) as error:
         print(f"llama-jax {args.name}: {error}", file=sys.stderr)
