@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.config.model import ModelConfig
+from llama_jax.inference.logit_limits import LogitBias, limit_logits
 from llama_jax.inference.sampling import (
     Sampling,
     SamplingArrays,
@@ -37,6 +38,7 @@ class Rows(NamedTuple):
     keys_B: jax.Array  # random keys; token number i is drawn with fold_in(key, i)
     sampling: SamplingArrays
     counts: TokenCounts
+    bias: LogitBias | None = None  # None: no row has one
 
 
 class DecodeState(NamedTuple):
@@ -141,6 +143,7 @@ def decode(
     state: DecodeState,
     n: jax.Array | int,
     with_logprobs: jax.Array | bool = False,
+    mask_BW: jax.Array | None = None,
     *,
     capacity: int,
     top: int = 0,
@@ -151,6 +154,7 @@ def decode(
     are used, so that one program serves any `n`. Each row needs one free slot more than it
     generates tokens, because each step writes a slot of every row, also of those that have ended.
     Without `with_logprobs` all log-probabilities are 0 and the `top` alternatives are NO_TOKEN.
+    `mask_BW` is that of `limit_logits`, for each of the `n` tokens.
     """
     B = len(state.rows.remaining_B)
 
@@ -171,8 +175,7 @@ def decode(
     def step(carry: tuple[jax.Array, GeneratedTokens, DecodeState]):
         i, generated, (cache, logits_BV, rows) = carry
         active_B = rows.remaining_B > 0
-        keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.generated_B)
-        token_B = sample(rows.sampling, rows.counts, logits_BV, keys_B)
+        token_B = sample_next(rows, logits_BV, mask_BW)
         branches = compute_logprobs, skip_logprobs
         new = token_B, *jax.lax.cond(with_logprobs, *branches, logits_BV, token_B)
         columns = zip(generated, new, strict=True)
@@ -198,6 +201,13 @@ def decode(
     )
     _, generated, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), blank, state))
     return generated, state
+
+
+def sample_next(rows: Rows, logits_BV: jax.Array, mask_BW: jax.Array | None) -> jax.Array:
+    """Returns the next token of each row, int32 [B]; `mask_BW` is that of `limit_logits`."""
+    keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.generated_B)
+    logits_BV = limit_logits(rows.bias, mask_BW, logits_BV)
+    return sample(rows.sampling, rows.counts, logits_BV, keys_B)
 
 
 def advance_rows(rows: Rows, token_B: jax.Array) -> Rows:

@@ -3,6 +3,7 @@
 Source: OpenAI's API reference, Completions and Chat Completions.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 import pydantic_core
@@ -16,6 +17,7 @@ from pydantic import (
 )
 
 from llama_jax.config.validation import first_problem
+from llama_jax.inference.logit_limits import MAX_BIAS
 from llama_jax.inference.sampling import Sampling
 from llama_jax.tokenizer.chat import Message
 
@@ -34,7 +36,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logit_bias": ({},),
     "best_of": (1,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
@@ -130,6 +131,20 @@ def _validate_message(message: Any, path: str) -> Message:
     return Message(role=role, content=content)
 
 
+def _validate_logit_bias(value: Any) -> dict[int, float]:
+    """Returns the biases by token; JSON has only strings as keys."""
+    pairs = value.items() if isinstance(value, dict) else [("", None)]
+    if not all(
+        token.isdecimal() and type(bias) in (int, float) and abs(bias) <= MAX_BIAS
+        for token, bias in pairs
+    ):
+        raise ValueError(
+            "logit_bias must be an object of token ids with numbers from"
+            f" -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
+        )
+    return {int(token): float(bias) for token, bias in pairs}
+
+
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -157,6 +172,7 @@ class GenerationRequest(BaseModel):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     ignore_eos: bool = False
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_validate_logit_bias)] = {}
 
     @model_validator(mode="after")
     def _check_stream_options(self):
@@ -267,16 +283,16 @@ def parse_request(kind: type[Kind], body: bytes) -> Kind:
     return request
 
 
-def check_prompt(ids: list[int], n_vocab: int) -> None:
-    """Checks that the ids of a prompt are in the vocabulary.
+def check_ids(ids: Iterable[int], n_vocab: int, field: str) -> None:
+    """Checks that the token ids of a field are in the vocabulary.
 
     Raises:
         RequestError: status 400: one is not.
     """
     invalid = next((i for i in ids if not 0 <= i < n_vocab), None)
     if invalid is not None:
-        message = f"token {invalid} of the prompt is outside the vocabulary of {n_vocab} tokens"
-        raise RequestError(400, message, param="prompt")
+        message = f"token {invalid} of {field} is outside the vocabulary of {n_vocab} tokens"
+        raise RequestError(400, message, param=field.rpartition(" ")[2])
 
 
 def max_new_tokens(

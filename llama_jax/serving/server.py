@@ -31,7 +31,7 @@ from llama_jax.serving.openai_requests import (
     CompletionRequest,
     GenerationRequest,
     RequestError,
-    check_prompt,
+    check_ids,
     max_new_tokens,
     parse_request,
 )
@@ -174,7 +174,7 @@ class _Endpoints:
             if isinstance(prompt, str):
                 prompt = prompt_ids(self._tokenizer, prompt, parse_special=request.parse_special)
             else:
-                check_prompt(prompt, self._tokenizer.n_vocab)
+                check_ids(prompt, self._tokenizer.n_vocab, "the prompt")
             prompts.append(prompt)
         return prompts
 
@@ -189,6 +189,7 @@ class _Endpoints:
         """Returns the n requests of each prompt; number i has the seed `seed + i`."""
         seed = secrets.randbits(31) if request.seed is None else request.seed
         limit, context = self._settings.max_tokens, self._engine.context
+        check_ids(request.logit_bias, self._tokenizer.n_vocab, "logit_bias")
         engine_requests = []
         for prompt in prompts:
             max_new = max_new_tokens(
@@ -207,6 +208,7 @@ class _Endpoints:
                 top_logprobs=request.n_top_logprobs() or 0,
                 logprobs=request.n_top_logprobs() is not None,
                 prompt_logprobs=prompt_logprobs,
+                logit_bias=tuple(request.logit_bias.items()),
             )
             engine_requests += [
                 engine_request._replace(seed=(seed + i) % 2**31) for i in range(request.n)

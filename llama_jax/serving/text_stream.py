@@ -89,6 +89,8 @@ class _Choice:
             raise engine_error(event.message)
         elif event.reason == "cancelled":
             raise shutdown_error()
+        elif event.reason == "constraint":
+            raise RequestError(400, event.message, param="response_format")
         else:
             self.finish(delta, event.reason)
 

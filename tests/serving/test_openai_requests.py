@@ -73,7 +73,11 @@ BAD = [
     (COMPLETION, {"prompt": "a", "stream_options": {}}, 400, "stream_options requires stream"),
     (COMPLETION, {"prompt": "a", "best_of": 2}, 400, "best_of is not supported"),
     (COMPLETION, {"prompt": "a", "suffix": "b"}, 400, "suffix is not supported"),
-    (COMPLETION, {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+    (COMPLETION, {"prompt": "a", "logit_bias": {"5": 101}}, 400, "numbers from -100 to 100"),
+    (COMPLETION, {"prompt": "a", "logit_bias": {"a": 1}}, 400, "logit_bias must be an object of"),
+    (COMPLETION, {"prompt": "a", "logit_bias": {"5": "1"}}, 400, "logit_bias must be an object of"),
+    (COMPLETION, {"prompt": "a", "logit_bias": [5]}, 400, "logit_bias must be an object of token"),
+    (COMPLETION, {"prompt": "a", "logit_bias": {"512": 1}}, 400, "token 512 of logit_bias is"),
     (COMPLETION, {"prompt": "a", "tempratur": 1}, 400, "tempratur is not a field of this request"),
     (COMPLETION, {"prompt": "a", "model": "gpt"}, 404, "there is no model 'gpt' on this server"),
     (COMPLETION, {"prompt": "a", "model": 5}, 400, "model must be a valid string"),
@@ -130,7 +134,7 @@ def test_errors_name_the_field(client):
 
 
 def test_neutral_values_of_unsupported_fields_are_accepted(client):
-    neutral = {"tools": [], "tool_choice": "none", "logit_bias": {}, "store": False}
+    neutral = {"tools": [], "tool_choice": "none", "functions": [], "store": False}
     neutral |= {"response_format": {"type": "text"}, "metadata": {"a": "b"}, "stop": None}
     response = chat(client, max_tokens=2, extra_body=neutral)
     assert response.usage.completion_tokens == 2

@@ -19,6 +19,8 @@ from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import request_from_json
 from llama_jax.inference.engine.warm_up import warm_up
+from llama_jax.inference.generate import GeneratedTokens
+from llama_jax.inference.logit_limits import full_mask, masks_from_text
 from llama_jax.model import cache
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
@@ -64,6 +66,7 @@ class DeviceBatch:
         progress: Callable[[float, str], None],
     ):
         self._config, self._model, self._rows = config, model, rows
+        self._full_mask_BW = full_mask(rows, config.vocab_size)
         self._state = warm_up(config, model, rows, context, progress)
 
     @property
@@ -142,9 +145,31 @@ class DeviceBatch:
     def decode(self, n: int, with_logprobs: bool) -> tuple[np.ndarray, ...]:
         """Decodes up to `n` tokens in each row that generates; returns `GeneratedTokens`."""
         generated, self._state = row_programs.decode_rows(
-            self._config, self._model, self._state, n, with_logprobs
+            self._config, self._model, self._state, n, with_logprobs, self._full_mask_BW
         )
         return tuple(np.asarray(x_Bn_) for x_Bn_ in generated)
+
+    @_on_all_hosts
+    def decode_constrained(
+        self, masks: Sequence[str], with_logprobs: bool
+    ) -> tuple[np.ndarray, GeneratedTokens]:
+        """Starts to decode one token in each row that generates.
+
+        Args:
+            masks: of `mask_to_text`, one for each row; '' allows all tokens.
+            with_logprobs: whether to compute log-probabilities.
+
+        Returns:
+            The tokens [B], as soon as they are chosen, and the result, which the devices still
+            compute.
+        """
+        mask_BW = shard_array(masks_from_text(masks, self._config.vocab_size), "BS")
+        state = self._state
+        tokens_B, mask_BW = row_programs.choose_tokens(state.rows, state.logits_BV, mask_BW)
+        generated, self._state = row_programs.decode_rows(
+            self._config, self._model, state, 1, with_logprobs, mask_BW
+        )
+        return np.asarray(tokens_B), generated
 
 
 def end_following() -> None:

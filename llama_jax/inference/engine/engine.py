@@ -19,7 +19,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.inference.engine import prompt_scores, row_programs
+from llama_jax.inference.engine import constrained, prompt_scores, row_programs
 from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.requests import (
     EngineStopped,
@@ -274,9 +274,12 @@ class Engine:
     def _decode(self, ready: list[Row], n: int) -> None:
         """Decodes up to `n` tokens in the ready rows and delivers them."""
         start = time.perf_counter()
-        requests = [row.ticket.request for row in ready if row.ticket is not None]
-        with_logprobs = any(request.logprobs for request in requests)
-        tokens_Bn, *logprobs = self._batch.decode(n, with_logprobs)
+        with_logprobs = any(row.ticket.request.logprobs for row in ready if row.ticket is not None)
+        if any(row.constraint for row in ready):
+            generated = constrained.decode(self._batch, self._rows, with_logprobs)
+        else:
+            generated = self._batch.decode(n, with_logprobs)
+        tokens_Bn, *logprobs = generated
         seconds = time.perf_counter() - start
         total = steps = 0
         for row in ready:
@@ -304,12 +307,14 @@ class Engine:
             self._release(row, RequestEnded("stop"))
         elif len(row.tokens) == len(request.prompt) + request.max_new_tokens:
             self._release(row, RequestEnded("length"))
+        elif row.constraint is not None and row.constraint.error is not None:
+            self._release(row, RequestEnded("constraint", row.constraint.error))
 
     def _release(self, row: Row, ended: RequestEnded) -> None:
         """Ends a row's request and frees the row; its keys and values stay in the cache."""
         ticket = row.ticket
         assert ticket is not None
-        if ended.reason == "cancelled":
+        if ended.reason in ("cancelled", "constraint"):  # the device would continue the row
             self._batch.stop(self._rows.index(row))
         with self._changed:
             row.ticket, row.ready = None, False

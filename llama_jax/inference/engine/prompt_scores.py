@@ -44,8 +44,9 @@ def is_score(request: Request) -> bool:
     """
     sampling = request.sampling
     is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
+    is_free = not request.logit_bias and request.constraint is None
     is_short = len(request.prompt) <= _MAX_TOKENS and request.max_new_tokens == 1
-    return request.prompt_logprobs and is_greedy and is_short
+    return request.prompt_logprobs and is_greedy and is_free and is_short
 
 
 def pack_trees(tickets: Sequence[Ticket]) -> list[Tree]:

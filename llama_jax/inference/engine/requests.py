@@ -2,15 +2,34 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.inference.logit_limits import MAX_BIAS
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import check_prompt
 
 MAX_TOP_LOGPROBS = 20  # most likely tokens that a request may ask for at each position
 MAX_END_IDS = 16  # end ids that a request may have
+
+
+class Constraint(Protocol):
+    """The tokens that one text allows next, for example those that continue a JSON document.
+
+    Attributes:
+        mask_W: uint32 [W], the allowed tokens as a row of `limit_logits`; missing words allow none.
+        error: why no token can follow, in one sentence; None if one can.
+    """
+
+    mask_W: np.ndarray
+    error: str | None
+
+    def advance(self, token: int) -> None:
+        """Computes the mask after one more token."""
+        ...
 
 
 class Request(NamedTuple):
@@ -26,6 +45,8 @@ class Request(NamedTuple):
         logprobs: whether tokens come with their log-probabilities (0 otherwise).
         prompt_logprobs: whether `PromptDone` has the log-probabilities of the prompt's tokens,
             all but the first.
+        logit_bias: pairs of a token and the number [-100 … 100] that is added to its logit.
+        constraint: limits the tokens; a new one for each request. None: all tokens are allowed.
     """
 
     prompt: tuple[int, ...]
@@ -36,15 +57,21 @@ class Request(NamedTuple):
     top_logprobs: int = 0
     logprobs: bool = False
     prompt_logprobs: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = None
 
 
 def request_to_json(request: Request) -> dict[str, Any]:
-    """Returns a request as plain JSON; of its prompt only the different ids, for penalties."""
+    """Returns a request as plain JSON, without its constraint.
+
+    Of its prompt there are only the different ids, for penalties.
+    """
     ids, ends = sorted({*request.prompt}), sorted(request.end_ids)
     return request._asdict() | {
         "prompt": ids,
         "sampling": asdict(request.sampling),
         "end_ids": ends,
+        "constraint": None,
     }
 
 
@@ -73,6 +100,12 @@ def check_request(config: ModelConfig, context: int, request: Request) -> None:
         raise InputError(f"top_logprobs is {request.top_logprobs}: ask for 0 … {MAX_TOP_LOGPROBS}")
     if len(request.end_ids) > MAX_END_IDS:
         raise InputError(f"{len(request.end_ids)} end ids: at most {MAX_END_IDS} can be given")
+    for token, bias in request.logit_bias:
+        if not (0 <= token < config.vocab_size and -MAX_BIAS <= bias <= MAX_BIAS):
+            raise InputError(
+                f"logit_bias has {bias} for token {token}: give tokens below {config.vocab_size}"
+                f" and numbers from -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
+            )
 
 
 class GeneratedToken(NamedTuple):
@@ -90,9 +123,13 @@ class PromptDone(NamedTuple):
 
 
 class RequestEnded(NamedTuple):
-    """The last event of a request; the reason `stop` means that the last token is an end id."""
+    """The last event of a request.
 
-    reason: Literal["stop", "length", "cancelled", "error"]
+    The reason `stop` means that the last token is an end id, `constraint` that the constraint of
+    the request allows no further token, and `error` that the engine has failed.
+    """
+
+    reason: Literal["stop", "length", "cancelled", "constraint", "error"]
     message: str = ""
 
 

@@ -21,7 +21,9 @@ from llama_jax.inference.generate import (
     decode,
     init_rows,
     last_logits,
+    sample_next,
 )
+from llama_jax.inference.logit_limits import init_bias, only_token
 from llama_jax.inference.logprobs import logprobs_from_hidden
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.cache import init_cache
@@ -43,6 +45,7 @@ def init_state(config: ModelConfig, rows: int, slots: int) -> DecodeState:
     ends, V = [[NO_TOKEN] * MAX_END_IDS] * rows, config.vocab_size
     prompts_BV = np.zeros((rows, V), bool)
     empty_rows = init_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
+    empty_rows = empty_rows._replace(bias=init_bias(V, [()] * rows))
     cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
     return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), empty_rows)
 
@@ -53,9 +56,8 @@ def init_row(config: ModelConfig, request: Request) -> Rows:
     in_prompt[0, list(request.prompt)] = True
     ends = sorted(request.end_ids)
     ends += [NO_TOKEN] * (MAX_END_IDS - len(ends))
-    return init_rows(
-        [request.sampling], [request.seed], [request.max_new_tokens], [ends], in_prompt
-    )
+    row = init_rows([request.sampling], [request.seed], [request.max_new_tokens], [ends], in_prompt)
+    return row._replace(bias=init_bias(config.vocab_size, [request.logit_bias]))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -130,6 +132,18 @@ def stop_row(state: DecodeState, row: jax.Array) -> DecodeState:
         jnp.arange(len(state.rows.remaining_B)) == row, 0, state.rows.remaining_B
     )
     return state._replace(rows=state.rows._replace(remaining_B=remaining_B))
+
+
+@jax.jit
+def choose_tokens(
+    rows: Rows, logits_BV: jax.Array, mask_BW: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the tokens [B] that `decode_rows` samples next with `mask_BW`, and a mask [B, W].
+
+    The mask allows only these tokens in the rows that `mask_BW` restricts.
+    """
+    token_B = sample_next(rows, logits_BV, mask_BW)
+    return token_B, only_token(mask_BW, token_B)
 
 
 def attach_logprobs(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llama_jax.inference.engine.requests import GeneratedToken, Request, Ticket
+from llama_jax.inference.engine.requests import Constraint, GeneratedToken, Request, Ticket
 from llama_jax.inference.engine.row_programs import CHUNK_SIZES
 from llama_jax.inference.prefix_trees import common_prefix_length
 
@@ -16,6 +16,11 @@ class Row:
         self.ready = False  # the prompt is prefilled
         self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
         self.assigned_at = 0.0  # when it was last assigned to a request [s]
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What limits the tokens of the row, if it decodes and its request has a constraint."""
+        return self.ticket.request.constraint if self.ready and self.ticket else None
 
 
 def choose_row(rows: Sequence[Row], prompt: Sequence[int]) -> tuple[Row, Row, int]:

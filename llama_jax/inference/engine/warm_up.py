@@ -10,6 +10,7 @@ from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.slots import cache_sizes
 from llama_jax.inference.generate import DecodeState
+from llama_jax.inference.logit_limits import full_mask
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
@@ -54,7 +55,9 @@ def warm_up(
             state, _ = row_programs.prefill_chunk(config, model, state, *args)
         report(f"decode, {slots:,} slots")
         state = row_programs.start_row(state, 0, row_programs.init_row(config, Request((0,), 1)))
-        generated, state = row_programs.decode_rows(config, model, state, 1, False)
+        mask_BW = full_mask(rows, config.vocab_size)
+        _, mask_BW = row_programs.choose_tokens(state.rows, state.logits_BV, mask_BW)
+        generated, state = row_programs.decode_rows(config, model, state, 1, False, mask_BW)
         jax.block_until_ready(generated)
         report(f"cache resize and copy, {slots:,} slots")
         for other in sizes:
