@@ -47,7 +47,10 @@ its slice, and key/value heads are replicated if there are fewer of them. Estima
 
 The step is compiled with two layers and with three, and extrapolated. The decoding loop is compiled
 with all layers, for its memory. The estimates exclude sampling, and the wait for prefetched data.
-docs/plan.md explains the tables.
+
+Steps of training and of decoding are also corrected: others measured runs on some of these chips,
+and the estimates of their programs by the same method show how far it is off. The last lines say
+from how many runs. docs/plan.md explains the tables.
 
 example:
   llama-jax plan configs/llama-7b.yaml --topology v5p:4x4x4 --picture 7b.png

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llama_jax.plan.calibration import Calibration, calibration_of
 from llama_jax.plan.program_time import ProgramTime
 from llama_jax.plan.serving import InferencePlan
 from llama_jax.plan.training_report import GIB, empty_table
@@ -23,7 +24,7 @@ def as_dict(plan: InferencePlan) -> dict[str, Any]:
         "decode_temporaries": _finite(plan.decode_temporary_bytes),
         "prefill": plan.prefill_bytes,
     }
-    chips = plan.pod.n_chips
+    chips, calibration = plan.pod.n_chips, calibration_of(plan.pod.chip_name, "decoding")
     return {
         "topology": str(plan.pod),
         "chips": chips,
@@ -39,6 +40,7 @@ def as_dict(plan: InferencePlan) -> dict[str, Any]:
             {
                 "batch": batch,
                 **_time_as_dict(time),
+                "corrected": calibration.as_dict(time.estimate),
                 "tokens_per_second": plan.tokens_per_second(batch),
                 "tokens_per_second_per_chip": plan.tokens_per_second(batch) / chips,
             }
@@ -84,6 +86,10 @@ def show(plan: InferencePlan) -> None:
         parts.add_row(name, *map(_ms, asdict(time).values()))
     console.print(speeds)
     console.print(parts)
+    calibration = calibration_of(plan.pod.chip_name, "decoding")
+    if calibration.compared:
+        console.print(_corrected_table(plan, calibration))
+    console.print(calibration.describe())
 
 
 def _headline(plan: InferencePlan) -> str:
@@ -110,6 +116,21 @@ def _memory_table(plan: InferencePlan) -> Table:
     available = f"{verdict} {plan.pod.chip.usable_hbm_gib:g} for a program"
     memory.add_row("sum, with the larger of both", _gib(plan.needed_bytes), available)
     return memory
+
+
+def _corrected_table(plan: InferencePlan, calibration: Calibration) -> Table:
+    """Returns the corrected times of the decode steps, with their range."""
+    table = empty_table("corrected by measured runs", "ms", "range", "tokens/s", "a chip")
+    for batch, time in plan.decode_times.items():
+        corrected = calibration.correct(time.estimate)
+        assert corrected is not None
+        has_range = len(calibration.compared) > 1
+        interval = f"{_ms(corrected.fastest)} … {_ms(corrected.slowest)}" if has_range else "?"
+        rate = plan.tokens_per_second(batch) * time.estimate / corrected.seconds
+        per_chip = rate / plan.pod.n_chips
+        cells = _ms(corrected.seconds), interval, f"{rate:,.0f}", f"{per_chip:,.1f}"
+        table.add_row(f"decode, batch {batch}", *cells)
+    return table
 
 
 def _speed_cells(plan: InferencePlan, time: ProgramTime, rate: float) -> tuple[str, ...]:

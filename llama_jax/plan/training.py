@@ -133,7 +133,7 @@ def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> Train
         log("the complete step fits, but unrolled layers do not: the plan has no estimate of time")
         return plan
     plan.compile_seconds = time.monotonic() - start
-    _estimate_time(plan, step.program, one, two, dict(mesh.shape))
+    estimate_step(plan, step.program, one, two, dict(mesh.shape))
     return plan
 
 
@@ -151,7 +151,7 @@ def _memory_by_kind(config: Config, step: CompiledTrainStep) -> dict[str, float]
     }
 
 
-def _estimate_time(
+def estimate_step(
     plan: TrainingPlan,
     complete: CompiledProgram,
     one: CompiledProgram,

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llama_jax.config.run import Config
+from llama_jax.plan.calibration import Calibration, calibration_of
 from llama_jax.plan.training import TrainingPlan
 
 GIB = 2**30
@@ -41,6 +42,7 @@ def as_dict(plan: TrainingPlan) -> dict[str, Any]:
         "mfu_causal_compiler_alone": plan.mfu(plan.compiler_seconds),
         "mfu_causal_with_attention": plan.mfu(plan.compiler_seconds + plan.attention_seconds),
         "hfu": plan.hfu,
+        "corrected": _calibration(plan).as_dict(plan.step_seconds),
         "traffic": {kind: total._asdict() for kind, total in plan.traffic.items()},
         "compile_seconds": plan.compile_seconds,
     }
@@ -68,6 +70,10 @@ def show(plan: TrainingPlan) -> None:
         f" {run_seconds * plan.pod.n_chips / 3600:,.0f} chip-hours (compiled in"
         f" {plan.compile_seconds:.0f} s)"
     )
+    calibration = _calibration(plan)
+    if calibration.compared:
+        console.print(_corrected_table(plan, calibration))
+    console.print(calibration.describe())
 
 
 def show_ranking(plans: list[TrainingPlan]) -> None:
@@ -122,6 +128,32 @@ def _step_table(plan: TrainingPlan) -> Table:
         causal, full = f"{plan.mfu(total):.1%}", f"{plan.mfu(total, causal=False):.1%}"
         table.add_row(name, f"{seconds * 1e3:,.1f}", causal, full)
     table.add_row("all", f"{plan.step_seconds * 1e3:,.1f}", "", f"HFU {plan.hfu:.1%}")
+    return table
+
+
+def _calibration(plan: TrainingPlan) -> Calibration:
+    return calibration_of(plan.pod.chip_name, "training")
+
+
+def _corrected_table(plan: TrainingPlan, calibration: Calibration) -> Table:
+    """Returns the corrected step time and its range, with MFU and cost."""
+    table = empty_table(
+        "corrected by measured runs", "s", "MFU causal", "tokens/s/chip", "chip-hours"
+    )
+    corrected = calibration.correct(plan.step_seconds)
+    assert corrected is not None
+    rows = {"the mean of the runs": corrected.seconds}
+    if len(calibration.compared) > 1:
+        rows |= {"the fastest": corrected.fastest, "the slowest": corrected.slowest}
+    for name, seconds in rows.items():
+        chip_hours = seconds * plan.config.training.steps * plan.pod.n_chips / 3600
+        table.add_row(
+            name,
+            f"{seconds:,.2f}",
+            f"{plan.mfu(seconds):.0%}",
+            f"{plan.tokens_per_step / seconds / plan.pod.n_chips:,.0f}",
+            f"{chip_hours:,.0f}",
+        )
     return table
 
 
