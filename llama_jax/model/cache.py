@@ -86,6 +86,9 @@ def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) 
         is_target_BS = jnp.arange(slots_BKS_.shape[2]) == used_B[:, None]
         return jnp.where(is_target_BS[:, None, :, None], new_BKT_, slots_BKS_)
 
+    if platform() == "tpu" and new_BKT_.shape[2] == 1:
+        return _write_one_slot(slots_BKS_, new_BKT_, used_B)
+
     def write_row(slots_KS_: jax.Array, new_KT_: jax.Array, used: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(slots_KS_, new_KT_, used, axis=1)
 
@@ -93,6 +96,29 @@ def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) 
     dims = "BKSH"[: slots_BKS_.ndim]
     slots_BKS_, new_BKT_ = (jax.reshard(x, activation_spec(dims)) for x in (slots_BKS_, new_BKT_))
     return jax.vmap(write_row)(slots_BKS_, new_BKT_, jax.reshard(used_B, activation_spec("B")))
+
+
+def _write_one_slot(slots_BKS_: jax.Array, new_BK1_: jax.Array, used_B: jax.Array) -> jax.Array:
+    """Writes one slot of each row by a scatter with one index for each head of each row.
+
+    The TPU compiler runs it as one operation, in place. From one dynamic_update_slice per row it
+    generates a loop over the rows with seven operations in each iteration: 87,000 of the 217,000
+    cycles of a layer of 70B at batch 8 for the keys alone, and as many for the values. With one
+    index per row it copies an int8 cache into another layout and back.
+    """
+    dims = "BKSH"[: slots_BKS_.ndim]
+
+    def local(slots_BKS_: jax.Array, new_BK1_: jax.Array, used_B: jax.Array) -> jax.Array:
+        B, K = slots_BKS_.shape[:2]
+        index = jnp.arange(B)[:, None], jnp.arange(K), used_B[:, None]
+        return slots_BKS_.at[index].set(
+            new_BK1_[:, :, 0], indices_are_sorted=True, unique_indices=True, mode="clip"
+        )
+
+    specs = activation_spec(dims), activation_spec(dims), activation_spec("B")
+    operands = (slots_BKS_, new_BK1_, used_B)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
 def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -15,18 +15,18 @@ from flax import nnx
 from llama_jax.config.model import ModelConfig
 from llama_jax.model.linear_cpu import (
     FEW_ROWS,
-    Transposed,
     einsum_float32,
     einsum_in_blocks,
     einsum_in_given_order,
-    einsum_transposed,
 )
+from llama_jax.model.linear_transposed import Transposed, einsum_transposed, transposed_dims
 from llama_jax.model.lora import Adapted, low_rank_dims
 from llama_jax.model.quantize import Int8Matrix, output_dims
 from llama_jax.parallel.collectives import (
     gather_weight,
     shard_sequence,
     sum_gradient,
+    sum_over_shards,
     vocab_shard_start,
 )
 from llama_jax.parallel.mesh import is_single_device, platform, vocab_shards
@@ -127,20 +127,42 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
     Every compute dtype represents the int8 values exactly. They are gathered as int8 and cast to
     the compute dtype in the product.
     """
-    w_dims, y_dims = equation.split(",")[1].split("->")
-    values, scale = _gather_int8(w, w_dims)
+    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
+    values, scale, dims = _gather_int8(w, w_dims)
     if platform() == "cpu" and is_single_device() and math.prod(x.shape[:2]) <= FEW_ROWS:
-        y = einsum_in_blocks(equation, x, values)
-    else:
-        y = einsum_in_given_order(
-            equation, x, values.astype(x.dtype), activation_spec(y_dims), jnp.float32
-        )
+        return (einsum_in_blocks(equation, x, values) * scale).astype(x.dtype)
+    equation = f"{x_dims},{dims}->{y_dims}"
+    if platform() == "tpu":
+        return _scale_before_sum(equation, x, values, scale)
+    y = einsum_in_given_order(
+        equation, x, values.astype(x.dtype), activation_spec(y_dims), jnp.float32
+    )
     return (y * scale).astype(x.dtype)
 
 
-def _gather_int8(w: Int8Matrix, dims: str) -> tuple[jax.Array, jax.Array]:
-    values = jax.reshard(w.values[...], activation_spec(dims))
-    return values, jax.reshard(w.scale[...], activation_spec(output_dims(dims)))
+def _scale_before_sum(
+    equation: str, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Returns the scaled product; devices that have terms of one sum exchange them in x's dtype."""
+    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
+
+    def local(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+        y = jnp.einsum(equation, x, values.astype(x.dtype), preferred_element_type=jnp.float32)
+        return sum_over_shards((y * scale).astype(x.dtype), set(x_dims) - set(y_dims))
+
+    scale_dims = "".join(letter for letter in w_dims if letter in y_dims)
+    specs = [activation_spec(dims) for dims in (x_dims, w_dims, scale_dims)]
+    mapped = jax.shard_map(
+        local, in_specs=tuple(specs), out_specs=activation_spec(y_dims), check_vma=False
+    )
+    return mapped(jax.reshard(x, specs[0]), values, scale)
+
+
+def _gather_int8(w: Int8Matrix, dims: str) -> tuple[jax.Array, jax.Array, str]:
+    """Returns the values, the scales, and the letters of the values' axes as they are stored."""
+    stored = transposed_dims(dims) if isinstance(w.values, Transposed) else dims
+    values = jax.reshard(w.values[...], activation_spec(stored))
+    return values, jax.reshard(w.scale[...], activation_spec(output_dims(dims))), stored
 
 
 def _int8_forward(equation: str, x: jax.Array, w: Int8Matrix):
@@ -150,9 +172,9 @@ def _int8_forward(equation: str, x: jax.Array, w: Int8Matrix):
 def _int8_backward(equation: str, w: Int8Matrix, dy: jax.Array):
     """Returns the gradient of the activation: that of the matrix would be none."""
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
-    values, scale = _gather_int8(w, w_dims)
+    values, scale, stored = _gather_int8(w, w_dims)
     dx = einsum_in_given_order(
-        f"{y_dims},{w_dims}->{x_dims}",
+        f"{y_dims},{stored}->{x_dims}",
         (dy * scale).astype(dy.dtype),
         values.astype(dy.dtype),
         activation_spec(x_dims),

@@ -1,14 +1,11 @@
-"""Matrix products for XLA:CPU: transposed weights, blocks that fit a core's cache, float32 sums."""
+"""Matrix products for XLA:CPU: blocks that fit a core's cache, float32 sums."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from llama_jax.model.quantize import Int8Matrix, output_dims
-from llama_jax.parallel.collectives import gather_weight
 from llama_jax.parallel.mesh import divisors, platform
 from llama_jax.parallel.sharding import activation_spec
 
@@ -17,7 +14,6 @@ from llama_jax.parallel.sharding import activation_spec
 # core's cache: twice as fast as float32 weights, ten times as fast as converting the full matrix.
 _BLOCK = 1 << 16
 FEW_ROWS = 64
-_MANY_ROWS = 256  # above this, transposing the activations costs more than transposing the weight
 
 
 def einsum_in_given_order(
@@ -37,51 +33,6 @@ def einsum_in_given_order(
     product_dtype = dtype or accumulate_dtype(x.dtype)
     out = jnp.einsum(equation, x, y, out_sharding=sharding, preferred_element_type=product_dtype)
     return out.astype(dtype or x.dtype)
-
-
-class Transposed(nnx.Param):
-    """A matrix with the axes [out…, in…], for inference on a CPU; `matmul` gives it no gradient."""
-
-
-def transpose_weight(w: nnx.Param | Int8Matrix, dims: str) -> nnx.Param | Int8Matrix:
-    """Returns a matrix in the layout that is fastest for decoding: transposed on a CPU.
-
-    On XLA:CPU a product with 8 rows is 1.1 to 1.6 times as fast in float32, and 1.5 to 3.5 times in
-    bfloat16, if the matrix is the first operand and its output axes come first.
-    """
-    if isinstance(w, Int8Matrix) or platform() != "cpu":
-        return w
-    return Transposed(jnp.moveaxis(w[...], *_contracted_axes(dims)))
-
-
-def restore_weight(w: nnx.Param | Int8Matrix, dims: str) -> nnx.Param | Int8Matrix:
-    """Returns a matrix with the axes `dims`: undoes `transpose_weight`."""
-    if not isinstance(w, Transposed):
-        return w
-    return nnx.Param(jnp.moveaxis(w[...], *_contracted_axes(dims)[::-1]))
-
-
-def _contracted_axes(dims: str) -> tuple[list[int], list[int]]:
-    """Returns the contracted axes of a matrix, and their axes in a `Transposed`."""
-    contracted = [axis for axis, letter in enumerate(dims) if letter not in output_dims(dims)]
-    return contracted, list(range(-len(contracted), 0))
-
-
-def einsum_transposed(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Returns the einsum with a transposed matrix.
-
-    Args:
-        equation: of the matrix as it is stored, such as "BTD,DNH->BTNH".
-        w: has its output axes first ([N, H, D] for this equation).
-    """
-    x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
-    out = output_dims(w_dims)
-    dims = out + "".join(letter for letter in w_dims if letter not in out)
-    w = gather_weight(w, dims, x.dtype)
-    if x.shape[0] * x.shape[1] > _MANY_ROWS:
-        return einsum_in_given_order(f"{x_dims},{dims}->{y_dims}", x, w, activation_spec(y_dims))
-    y = einsum_in_given_order(f"{dims},{x_dims}->{out}BT", w, x, activation_spec(f"{out}BT"))
-    return jnp.moveaxis(y, (-2, -1), (0, 1))
 
 
 def einsum_in_blocks(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:

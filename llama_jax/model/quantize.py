@@ -37,9 +37,9 @@ _STEPS = 127 * (1 - 2**-20)
 class Int8Matrix(WeightsModule):
     """A matrix: `values` [dims] int8, `scale` [output_dims(dims)] float32."""
 
-    def __init__(self, values: jax.Array, scale: jax.Array):
-        self.values = nnx.Param(values)
-        self.scale = nnx.Param(scale)
+    def __init__(self, values: nnx.Param, scale: nnx.Param):
+        self.values = values
+        self.scale = scale
 
 
 def output_dims(dims: str) -> str:
@@ -78,4 +78,7 @@ def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
 
 def matrix_param(config: ModelConfig, w: jax.Array, dims: str) -> Any:
     """Returns a matrix in the storage that `config.quantized` selects: nnx.Param or Int8Matrix."""
-    return Int8Matrix(*quantize_int8(w, dims)) if config.quantized == "int8" else nnx.Param(w)
+    if config.quantized != "int8":
+        return nnx.Param(w)
+    values, scale = quantize_int8(w, dims)
+    return Int8Matrix(nnx.Param(values), nnx.Param(scale))

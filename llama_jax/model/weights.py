@@ -15,7 +15,7 @@ from flax import nnx
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
-from llama_jax.model.linear_cpu import restore_weight, transpose_weight
+from llama_jax.model.linear_transposed import restore_weight, transpose_weight
 from llama_jax.model.quantize import MATRIX_DIMS, matrix_param
 from llama_jax.model.summary import WeightsModule, summarize_weights
 from llama_jax.parallel.sharding import weight_spec
@@ -72,8 +72,8 @@ class Llama(WeightsModule):
 class UnstackedLlama(NamedTuple):
     """All weights of a model, with one Block per layer, for inference.
 
-    A decode step uses each weight once, and XLA:CPU copies a layer that it slices from a stack. On
-    a CPU the matrices are also `linear_cpu.Transposed`, [out…, in…].
+    A decode step uses each weight once, and XLA:CPU copies a layer that it slices from a stack.
+    Some matrices are also `linear_transposed.Transposed`, [out…, in…].
     """
 
     tok_embeddings: nnx.Param
@@ -98,25 +98,30 @@ def unstack_layers(model: Llama) -> UnstackedLlama:
         jax.block_until_ready(unstacked[-1])
         w_L.delete()
     layers = tuple(tree.unflatten(weights) for weights in zip(*unstacked, strict=True))
-    transpose = jax.jit(transpose_weight, static_argnums=1)
-    _map_matrices(layers, transpose)
-    output = None if model.output is None else transpose(model.output, "DV")
-    return UnstackedLlama(model.tok_embeddings, layers, model.norm, output)
+    return decode_layout(UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output))
+
+
+def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
+    """Returns the model with each matrix in the layout that decodes fastest on this platform.
+
+    The layers keep their modules, so that each matrix is freed when it is replaced.
+    """
+    return _map_matrices(model, jax.jit(transpose_weight, static_argnums=1))
 
 
 def restore_layout(model: UnstackedLlama) -> UnstackedLlama:
     """Returns the model with matrices [in…, out…], as in `Llama` and in files."""
     layers = jax.tree.map(lambda leaf: leaf, model.layers)  # new modules, the same arrays
-    _map_matrices(layers, restore_weight)
-    output = None if model.output is None else restore_weight(model.output, "DV")
-    return model._replace(layers=layers, output=output)
+    return _map_matrices(model._replace(layers=layers), restore_weight)
 
 
-def _map_matrices(layers: tuple[Block, ...], function: Callable[[Any, str], Any]) -> None:
-    """Replaces each matrix w of the layers by function(w, dims)."""
-    for layer in layers:
+def _map_matrices(model: UnstackedLlama, function: Callable[[Any, str], Any]) -> UnstackedLlama:
+    """Replaces each matrix w of the layers, and returns the model with function(w, dims)."""
+    for layer in model.layers:
         for name, dims in MATRIX_DIMS.items():
             setattr(layer, name, function(getattr(layer, name), dims))
+    output = None if model.output is None else function(model.output, "DV")
+    return model._replace(output=output)
 
 
 def layer_weights(model: Llama | UnstackedLlama, number: int) -> Block:

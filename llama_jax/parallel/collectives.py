@@ -1,6 +1,6 @@
 """Collectives over the mesh, for weights, gradients, sequences and the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.parallel.mesh import context_shards, divisors, platform, vocab_shards
-from llama_jax.parallel.sharding import BATCH_AXES, WEIGHT_AXES, activation_spec
+from llama_jax.parallel.sharding import (
+    ACTIVATION_AXES,
+    BATCH_AXES,
+    MESH_AXES,
+    WEIGHT_AXES,
+    activation_spec,
+)
 
 
 def gather_weight(w: jax.Array, dims: str, dtype: Any) -> jax.Array:
@@ -148,3 +154,14 @@ def sum_over_tokens(x: jax.Array) -> jax.Array:
 def sum_over_context(x: jax.Array) -> jax.Array:
     """Returns the sum over the devices that share a row's tokens. For use in `jax.shard_map`."""
     return jax.lax.psum(x, "context") if context_shards() > 1 else x
+
+
+def sum_over_shards(x: jax.Array, letters: Iterable[str]) -> jax.Array:
+    """Returns the sum over the devices that share the dimensions `letters` of activations.
+
+    For use in `jax.shard_map`.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = {ACTIVATION_AXES[letter] for letter in letters}
+    axes = tuple(axis for axis in MESH_AXES if axis in axes and sizes[axis] > 1)
+    return jax.lax.psum(x, axes) if axes else x

@@ -14,7 +14,7 @@ from llama_jax.inference import generate
 from llama_jax.inference.generate import NO_TOKEN, DecodeState, Rows
 from llama_jax.inference.sampling import Sampling, SamplingArrays, TokenCounts, stack_sampling
 from llama_jax.model.cache import KVCache, init_cache
-from llama_jax.model.weights import Llama, UnstackedLlama, layer_weights
+from llama_jax.model.weights import Llama, UnstackedLlama, decode_layout, layer_weights
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan import topology
@@ -49,12 +49,13 @@ def with_kv_head_per_device(config: ModelConfig, mesh: jax.sharding.Mesh) -> Mod
 
 
 def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedLlama:
-    """Returns the abstract weights of a model, one module per layer."""
+    """Returns the abstract weights of a model, as `inference.load` lays them out."""
 
     def init() -> UnstackedLlama:
         model = Llama(config, jax.random.key(0))
         layers = tuple(layer_weights(model, number) for number in range(config.n_layers))
-        return UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output)
+        unstacked = UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output)
+        return decode_layout(unstacked)
 
     with jax.set_mesh(mesh):
         return eval_shape_on_mesh(init)

@@ -15,7 +15,7 @@ from llama_jax.errors import InputError
 from llama_jax.inference.generate import generate
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model import transformer
-from llama_jax.model.linear_cpu import Transposed
+from llama_jax.model.linear_transposed import Transposed
 from llama_jax.model.lora import Adapted, Adapters, attach, is_adapted, low_rank_dims, merge
 from llama_jax.model.quantize import MATRIX_DIMS, output_dims
 from llama_jax.model.weights import Llama, quantize_model, unstack_layers

@@ -11,10 +11,12 @@ import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
 
-from llama_jax.model import attention, cache, linear, linear_cpu, remat, rope
-from llama_jax.model.cache import LayerCache, init_cache
+from llama_jax.model import attention, cache, linear, linear_cpu, linear_transposed, remat, rope
+from llama_jax.model.cache import LayerCache, init_cache, write_cache
+from llama_jax.model.quantize import MATRIX_DIMS, Int8Matrix
 from llama_jax.model.transformer import forward, forward_cached, output_head
-from llama_jax.model.weights import Llama, unstack_layers
+from llama_jax.model.weights import Llama, quantize_model, restore_layout, unstack_layers
+from llama_jax.parallel.sharding import activation_spec
 
 BFLOAT16 = 2.0**-8  # largest relative rounding error
 
@@ -23,7 +25,7 @@ def run_on_both(monkeypatch, work):
     """Returns the pairs of the leaves of `work()` with the branches for TPU, and for CPU."""
     results = []
     for platform in ("tpu", "cpu"):
-        for module in (attention, cache, linear, linear_cpu, rope):
+        for module in (attention, cache, linear, linear_cpu, linear_transposed, rope):
             monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
         results.append(jax.tree.map(lambda x: np.asarray(x, np.float32), work()))
     return zip(*map(jax.tree.leaves, results), strict=True)
@@ -95,30 +97,90 @@ def test_offloading_the_layers_inputs_does_not_change_the_gradients(monkeypatch)
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("one_device")
-def test_decoding_one_text_token_by_token(monkeypatch, dtype):
-    """A row is duplicated, a query repeated 8 times, RoPE a matrix product; weights as stored."""
+@pytest.mark.parametrize(
+    ("shape", "dtype", "quantized"),
+    [
+        ((1, 1, 1), "float32", "none"),
+        ((1, 1, 1), "bfloat16", "none"),
+        ((1, 2, 4), "float32", "int8"),
+    ],
+)
+def test_decoding_text_token_by_token(monkeypatch, shape, dtype, quantized):
+    """A row is duplicated, a query repeated 8 times, RoPE a matrix product, one slot a scatter.
+
+    Only wq, wk and wv are transposed; the scale of an int8 matrix comes before the sum over chips.
+    """
     config = tiny_model(n_kv_heads=8, dtype=dtype, param_dtype=dtype)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (6, 1, 1))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (6, shape[1], 1))
 
     def work():
-        model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        used, model = quantize_model(config, model) if quantized == "int8" else (config, model)
+        model = unstack_layers(model)
 
         def step(cache, token_BT):
-            x_BTD, cache = forward_cached(config, model, cache, token_BT)
-            return cache, output_head(config, model, x_BTD)
+            x_BTD, cache = forward_cached(used, model, cache, token_BT)
+            return cache, output_head(used, model, x_BTD)
 
-        decode = jax.jit(lambda tokens: jax.lax.scan(step, init_cache(config, 1, 8), tokens)[1])
+        empty = init_cache(used, tokens.shape[1], 8)
+        decode = jax.jit(lambda tokens: jax.lax.scan(step, empty, tokens)[1])
         return decode(tokens)
 
     # float32: sums of at most 64 terms, three consecutive ones in each layer. bfloat16: about ten
     # roundings on the path through two layers, of numbers as large as the logits.
-    for tpu, cpu in run_on_both(monkeypatch, work):
-        size = np.max(np.abs(cpu))
-        tolerance = size * (10 * BFLOAT16 if dtype == "bfloat16" else 6 * 64 * 2**-24)
-        np.testing.assert_allclose(tpu, cpu, atol=tolerance)
-        assert size > 1
+    with jax.set_mesh(mesh_of(shape)):
+        for tpu, cpu in run_on_both(monkeypatch, work):
+            size = np.max(np.abs(cpu))
+            tolerance = size * (10 * BFLOAT16 if dtype == "bfloat16" else 6 * 64 * 2**-24)
+            np.testing.assert_allclose(tpu, cpu, atol=tolerance)
+            assert size > 1
+
+
+@pytest.mark.parametrize("quantized", ["none", "int8"])
+@pytest.mark.usefixtures("one_device")
+def test_only_matrices_with_two_output_axes_are_transposed_and_restored(monkeypatch, quantized):
+    config = tiny_model()
+
+    def init():
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        return quantize_model(config, model)[1] if quantized == "int8" else model
+
+    monkeypatch.setattr(linear_transposed, "platform", lambda: "tpu")
+    expected, model = init(), unstack_layers(init())
+    layer = model.layers[1]
+    shapes = {name: layer_values(layer, name).shape for name in MATRIX_DIMS}
+    assert shapes == {
+        "wq": (8, 8, 32), "wk": (4, 8, 32), "wv": (4, 8, 32), "wo": (8, 8, 32),
+        "w1": (32, 64), "w3": (32, 64), "w2": (64, 32),
+    }  # fmt: skip
+    for i, restored in enumerate(restore_layout(model).layers):
+        like = jax.tree.map(lambda w_L, i=i: w_L[i], expected.layers)
+        assert jax.tree.structure(restored) == jax.tree.structure(like)
+        jax.tree.map(np.testing.assert_array_equal, restored, like)
+
+
+def layer_values(layer, name):
+    matrix = getattr(layer, name)
+    return matrix.values if isinstance(matrix, Int8Matrix) else matrix
+
+
+@pytest.mark.parametrize("cache_dtype", ["same", "int8"])
+def test_one_new_slot_of_each_row_is_written_bit_for_bit(monkeypatch, cache_dtype):
+    config = tiny_model(n_layers=1, cache_dtype=cache_dtype)
+    k, v = (random((4, 1, 4, 8), i) for i in range(2))
+    used = jnp.array([0, 5, 15, 16])  # the last row is full: its last slot is overwritten
+
+    def work():
+        def write(cache, k, v):
+            return write_cache(cache, k, v, jax.reshard(used, activation_spec("B")))
+
+        full = jax.tree.map(lambda x: x + 3, init_cache(config, 4, 16).layers[0])
+        return jax.jit(write)(full, k, v)
+
+    with jax.set_mesh(mesh_of((2, 1, 4))):
+        for tpu, cpu in run_on_both(monkeypatch, work):
+            np.testing.assert_array_equal(tpu, cpu)
+            assert np.sum(tpu != 3) > 0
 
 
 @pytest.mark.usefixtures("one_device")
