@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import InputError
-from llama_jax.model import attention_splash, attention_xla
+from llama_jax.model import attention_decode, attention_splash, attention_xla
 from llama_jax.model.cache import LayerCache
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import gather_sequence
@@ -109,20 +109,48 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     return save_for_backward("attention", out_BTNH)
 
 
-def cached_attention(q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+def cached_attention(
+    q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, kernel: str = "auto"
+) -> jax.Array:
     """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
     A query attends to the slots 0 … its position, for its own key and value are in the slot of that
     number. The caller divides q by √H.
+
+    Args:
+        kernel: as in `attention`. On a TPU, one query per row uses `attention_decode` unless this
+            is 'xla' or the kernel doesn't support the shape; all else uses 'xla'.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
     cache = jax.tree.map(lambda x: jax.reshard(x, activation_spec("BKSH"[: x.ndim])), cache)
     B, T, N, H = q_BTNH.shape
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
-    if T == 1 and N == K and platform() == "tpu":
-        # XLA computes a product with one query on the vector unit, with eight on the matrix unit.
-        q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
+    if T == 1 and platform() == "tpu":
+        if kernel != "xla" and attention_decode.unsupported_reason(q_BTNH) is None:
+            return _decode_attention(q_BTKGH, cache, positions_BT)
+        if N == K:
+            # XLA computes a product with one query on the vector unit, with eight on the matrix
+            # unit.
+            q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
     out_BKGTH = attention_xla.attend_cached(q_BTKGH.transpose(0, 2, 3, 1, 4), cache, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))
+
+
+def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
+    """Returns the attention output [B, 1, N, H] of one query per row."""
+
+    def local(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
+        out_BKGH = attention_decode.attention(q_B1KGH[:, 0], cache, positions_B1[:, 0])
+        return out_BKGH.reshape(len(out_BKGH), 1, -1, out_BKGH.shape[-1])
+
+    specs = (
+        activation_spec("BTKGH"),
+        jax.tree.map(lambda x: activation_spec("BKSH"[: x.ndim]), cache),
+        activation_spec("BT"),
+    )
+    mapped = jax.shard_map(
+        local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
+    )
+    return mapped(q_B1KGH, cache, jax.reshard(positions_B1, specs[2]))

@@ -184,7 +184,7 @@ def _attention(
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
         cache = write_cache(cache, k_BTKH, v_BTKH, inputs.positions_BT[:, 0])
-        out_BTNH = cached_attention(q_BTNH, cache, inputs.positions_BT)
+        out_BTNH = cached_attention(q_BTNH, cache, inputs.positions_BT, config.attention)
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 
 

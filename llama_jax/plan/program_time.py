@@ -19,7 +19,8 @@ class ProgramTime:
         memory: reads every byte of weights and cache once, at the memory bandwidth.
         compute: all FLOPs at the peak.
         network: all collectives one after the other: bytes over the links, plus latency of hops.
-        cycles: the compiler's cycle count of all operations, at the chip's clock.
+        cycles: the compiler's cycle count of all operations, at the chip's clock; of Pallas
+            kernels, which it doesn't count, the bytes that they access at the memory bandwidth.
         compiler: sum of the compiler's cost model over all operations, without network. It charges
             reads from the on-chip memory (VMEM) as if they came from HBM.
     """
@@ -67,11 +68,16 @@ def estimate_time(
     def network_seconds(program: CompiledProgram) -> float:
         return sum(collective_seconds(e.starts, pod) for e in program.events if e.starts)
 
+    def operation_seconds(program: CompiledProgram) -> float:
+        cycles = sum(event.cycles for event in program.events)
+        kernel_bytes = sum(event.kernel_bytes for event in program.events)
+        return cycles / (chip.clock_ghz * 1e9) + kernel_bytes / (chip.hbm_gb_per_s * 1e9)
+
     return ProgramTime(
         memory=bytes_read / (chip.hbm_gb_per_s * 1e9),
         compute=all_layers(lambda program: program.flops) / (chip.bf16_tflops * 1e12),
         network=all_layers(network_seconds),
-        cycles=all_layers(lambda p: sum(e.cycles for e in p.events)) / (chip.clock_ghz * 1e9),
+        cycles=all_layers(operation_seconds),
         compiler=all_layers(lambda program: program.seconds),
     )
 

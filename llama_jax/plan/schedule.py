@@ -28,11 +28,14 @@ class Event(NamedTuple):
         cycles: cycles of computation.
         starts: the collective that starts; None if the device computes or waits.
         key: identifies the collective that starts (`starts` is set) or is awaited (it is None).
+        kernel_bytes: bytes that a Pallas kernel accesses by its own cost estimate; the compiler has
+            no cycles for it.
     """
 
     cycles: float = 0.0
     starts: Collective | None = None
     key: str = ""
+    kernel_bytes: float = 0.0
 
 
 class Traffic(NamedTuple):
@@ -60,6 +63,7 @@ _BODY = re.compile(r"body=%([\w.-]+)")
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
+_KERNEL_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 
 
@@ -69,6 +73,7 @@ class _Instruction(NamedTuple):
     operand: str
     calls: str
     cycles: float
+    kernel_bytes: float
     collective: Collective | None
     channel: str
     body: str
@@ -106,6 +111,7 @@ def _parse_instruction(match: re.Match[str]) -> _Instruction:
         operand=operand[1] if operand else "",
         calls=search(_CALLS),
         cycles=float(search(_CYCLES) or 0),
+        kernel_bytes=float(search(_KERNEL_BYTES) or 0) if op == "custom-call" else 0.0,
         collective=collective and _parse_collective(collective),
         channel=collective["channel"] if collective else "",
         body=search(_BODY),
@@ -152,7 +158,7 @@ def _walk(computations: dict[str, list[_Instruction]], name: str) -> Iterator[Ev
                 if step.channel not in started:
                     yield Event(starts=step.collective, key=step.channel)
                     started.add(step.channel)
-            yield Event(cycles=instruction.cycles)
+            yield Event(cycles=instruction.cycles, kernel_bytes=instruction.kernel_bytes)
             yield from (Event(key=s.channel) for s in steps if last_fusion[s.channel] == i)
 
 

@@ -39,6 +39,7 @@ ENTRY %main (p: f32[64,256]) -> f32[4,256] {{
   %product.2 = f32[8] fusion(%p), kind=kLoop, calls=%none, b={{"estimated_cycles":"6"}}
   %last = bf16[64,256] fusion(%p), kind=kLoop, calls=%fused.1, b={{"estimated_cycles":"7"}}
   %loop = s32[] while(%last), condition=%condition, body=%body
+  %kernel = bf16[8] custom-call(%p), c={{"cost_estimate":{{"flops":"9","bytes_accessed":"70"}}}}
   ROOT %sum = f32[64,256]{{1,0}} all-reduce(%p), {GROUPS.format(2)}, to_apply=%add
 }}
 """
@@ -53,7 +54,7 @@ def test_parse_events_repeats_loops_and_orders_overlapping_collectives():
     assert [event for event in schedule.parse_events(PROGRAM) if event != Event()] == [
         Event(starts=GATHER, key="7"), Event(cycles=5), Event(cycles=6), Event(cycles=7),
         Event(key="7"),
-        *iteration * 3,
+        *iteration * 3, Event(kernel_bytes=70),
         Event(starts=SUM, key="sum"), Event(key="sum"),
     ]  # fmt: skip
 

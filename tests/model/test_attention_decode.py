@@ -1,0 +1,109 @@
+"""The kernel for one query per row, interpreted, equals attention in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from llama_jax.model import attention, attention_decode
+from llama_jax.model.attention_decode import _block_size
+from llama_jax.model.cache import LayerCache
+
+H = 128
+
+
+def inputs(B, K, G, S, cache_dtype, dtype="float32"):
+    """Returns queries, a cache, and positions: the first slot, the last, and some between."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(B, 1, K * G, H)) / np.sqrt(H), dtype)
+    position_B1 = jnp.asarray([0, S - 1, *rng.integers(0, S, B)][:B], jnp.int32)[:, None]
+    if cache_dtype == "int8":
+        values = (jnp.asarray(rng.integers(-127, 128, (B, K, S, H)), jnp.int8) for _ in "kv")
+        scales = (jnp.asarray(rng.uniform(0, 2 / 127, (B, K, S)), jnp.float32) for _ in "kv")
+        return q, LayerCache(*values, *scales), position_B1
+    values = (jnp.asarray(rng.normal(size=(B, K, S, H)), cache_dtype) for _ in "kv")
+    return q, LayerCache(*values), position_B1
+
+
+def attend(monkeypatch, platform, q, cache, position_B1, kernel="auto"):
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "platform", lambda: platform)
+        work = jax.jit(lambda *operands: attention.cached_attention(*operands, kernel))
+        return np.asarray(work(q, cache, position_B1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "B", "K", "G", "S", "cache_dtype"),
+    [
+        ((1, 1, 1), 3, 4, 1, 256, "float32"),  # a query has its own key/value head
+        ((1, 1, 1), 3, 2, 4, 256, "float32"),  # four queries share one
+        ((1, 1, 1), 3, 2, 4, 256, "int8"),
+        ((1, 1, 1), 3, 1, 2, 200, "float32"),  # the last block ends after the cache
+        ((1, 1, 1), 3, 1, 2, 200, "int8"),
+        ((1, 1, 1), 2, 1, 8, 40, "float32"),  # one block
+        ((1, 2, 4), 4, 4, 2, 256, "float32"),  # rows and heads on eight devices
+        ((1, 2, 4), 4, 4, 2, 256, "int8"),
+    ],
+)
+def test_values_equal_those_of_plain_jax(monkeypatch, shape, B, K, G, S, cache_dtype):
+    monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 1)  # blocks of 128 slots
+    with jax.set_mesh(mesh_of(shape)):
+        operands = inputs(B, K, G, S, cache_dtype)
+        kernel = attend(monkeypatch, "tpu", *operands)
+        expected = attend(monkeypatch, "cpu", *operands)
+    # A weighted mean of values of standard deviation 1; scores and weights are sums of at most 256
+    # float32 terms. Measured 5e-7.
+    np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    assert np.std(expected) > 0.05
+
+
+def test_bfloat16_differs_by_its_rounding(monkeypatch):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        operands = inputs(2, 2, 4, 256, "bfloat16", "bfloat16")
+        kernel = attend(monkeypatch, "tpu", *operands)
+        exact = [jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in operands[:2]]
+        expected = attend(monkeypatch, "cpu", *exact, operands[2])
+    # Each weight and the result are rounded once to 2^-9 of their size; values are below 5.
+    np.testing.assert_allclose(kernel, expected, atol=5 * 2 * 2**-9)
+
+
+def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch):
+    monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 1)
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        q, cache, position_B1 = inputs(4, 2, 2, 256, "float32")
+        together = attend(monkeypatch, "tpu", q, cache, position_B1)
+        for i in range(4):
+            row = slice(i, i + 1)
+            own = jax.tree.map(lambda x, row=row: x[row], cache)
+            alone = attend(monkeypatch, "tpu", q[row], own, position_B1[row])
+            np.testing.assert_array_equal(together[row], alone)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "kernel", "calls"), [(H, "auto", 1), (H, "xla", 0), (64, "auto", 0)]
+)
+def test_the_kernel_serves_heads_of_full_lanes_unless_the_model_names_xla(
+    monkeypatch, head_dim, kernel, calls
+):
+    counted = []
+    kernel_attention = attention_decode.attention
+
+    def count(*operands):
+        counted.append(operands)
+        return kernel_attention(*operands)
+
+    monkeypatch.setattr(attention_decode, "attention", count)
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        q, cache, position_B1 = inputs(1, 1, 2, 32, "float32")
+        q, cache = q[..., :head_dim], jax.tree.map(lambda x: x[..., :head_dim], cache)
+        attend(monkeypatch, "tpu", q, cache, position_B1, kernel)
+    assert len(counted) == calls
+
+
+@pytest.mark.parametrize(
+    ("slots", "slot_bytes", "size"),
+    [(4096, 1024, 512), (4096, 256, 2048), (100, 256, 100), (4096, 8192, 128), (4097, 768, 512)],
+)
+def test_a_block_has_half_a_mebibyte_and_at_least_128_slots(slots, slot_bytes, size):
+    assert _block_size(slots, slot_bytes) == size
