@@ -1,8 +1,10 @@
 """Arguments that several commands share."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath, parse_path
@@ -35,6 +37,39 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, metavar="N", help="number of processes, one per host"
     )
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
+
+def check_equal_on_hosts(folder: AnyPath, config: "ModelConfig", values: dict[str, Any]) -> None:
+    """Checks that all hosts got the same command for the same model, and run the same JAX.
+
+    Args:
+        folder: of the model.
+        config: how this host computes the model.
+        values: the arguments and what else must be equal, plain JSON.
+
+    Raises:
+        InputError: a value differs.
+    """
+    import jax
+
+    from llama_jax.checkpoint.model_folders import manifest_hash
+    from llama_jax.runtime import hosts
+
+    if hosts.is_multi_host():
+        common = {"the version of JAX": jax.__version__, "the model": manifest_hash(folder)}
+        common["the dtype that fits the machine"] = config.dtype
+        hosts.check_equal_on_hosts(common | values)
+
+
+@contextlib.contextmanager
+def exit_all_at_sigterm() -> Iterator[None]:
+    """Makes SIGTERM on one of several hosts end all of them with exit code 0 in the block."""
+    from llama_jax.runtime import hosts, stop_signal
+
+    with contextlib.ExitStack() as stack:
+        if hosts.is_multi_host():
+            stack.enter_context(stop_signal.exit_at_sigterm("stopped on SIGTERM"))
+        yield
 
 
 def add_int8(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,21 @@
 """`llama-jax generate`."""
 
 import argparse
-import sys
+import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.arguments import (
     add_folder,
+    add_hosts,
     add_int8,
     add_lora,
     add_sampling,
+    check_equal_on_hosts,
+    exit_all_at_sigterm,
     read_pairs,
     read_sampling,
 )
@@ -29,6 +33,9 @@ Standard output receives only the text, while it is generated; everything else g
 error. The default is the most likely token each time. A --temperature above 0 samples among the
 tokens that --top-k, --top-p and --min-p leave, in this order and after the penalties, as in
 transformers. Compiled programs are cached in JAX_COMPILATION_CACHE_DIR, or ~/.cache/llama_jax.
+
+A model that is too large for one host: on a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet,
+run the command on every host, as for `llama-jax train`. Host 0 prints the text.
 
 example:
   llama-jax generate runs/quickstart --prompt 'def '
@@ -63,28 +70,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_int8(parser)
     add_lora(parser)
+    add_hosts(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Continues the text on standard output; returns the exit code."""
+    from llama_jax.runtime import hosts
+    from llama_jax.runtime.console import print_status
+
     start = time.monotonic()
-    n_tokens = continue_text(
-        parse_path(args.folder),
-        args.prompt,
-        args.max_new_tokens,
-        read_sampling(args),
-        seed=args.seed,
-        ignore_eos=args.ignore_eos,
-        chat=args.chat,
-        stops=args.stop,
-        quantize=args.quantize,
-        cache=args.cache,
-        lora=args.lora,
-        unmerged=args.unmerged,
-        stats=args.stats,
-    )
-    seconds = time.monotonic() - start
-    _print_status(f"{n_tokens} tokens in {seconds:.1f} s, including loading and compilation")
+    with hosts.join(args.coordinator, args.processes, args.process), exit_all_at_sigterm():
+        n_tokens = continue_text(
+            parse_path(args.folder),
+            args.prompt,
+            args.max_new_tokens,
+            read_sampling(args),
+            seed=args.seed,
+            ignore_eos=args.ignore_eos,
+            chat=args.chat,
+            stops=args.stop,
+            quantize=args.quantize,
+            cache=args.cache,
+            lora=args.lora,
+            unmerged=args.unmerged,
+            stats=args.stats,
+        )
+        seconds = time.monotonic() - start
+        print_status(f"{n_tokens} tokens in {seconds:.1f} s, including loading and compilation")
     return 0
 
 
@@ -104,7 +116,10 @@ def continue_text(
     unmerged: bool = False,
     stats: bool = False,
 ) -> int:
-    """Streams prompt and continuation to standard output; returns the number of new tokens."""
+    """Streams prompt and continuation to standard output; returns the number of new tokens.
+
+    On several hosts all call this with the same arguments, and host 0 prints.
+    """
     import jax
 
     from llama_jax.checkpoint import folders
@@ -113,8 +128,10 @@ def continue_text(
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.inference.stop_strings import cut_at_stop
     from llama_jax.inference.stream import cache_slots, stream
-    from llama_jax.parallel.mesh import tensor_mesh
+    from llama_jax.parallel.mesh import serving_mesh
+    from llama_jax.runtime import hosts
     from llama_jax.runtime.compile_cache import compile_statistics, enable_compile_cache
+    from llama_jax.runtime.console import print_status
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     stored = folders.read_model_config(folder)
@@ -129,10 +146,17 @@ def continue_text(
     enable_compile_cache()
     if cache:
         stored = replace(stored, cache_dtype=cache)
-    with jax.set_mesh(tensor_mesh(stored)):
-        config, model = load(
-            folder, choose_compute_dtype(stored), quantize, pairs=pairs, unmerged=unmerged
-        )
+    config = choose_compute_dtype(stored)
+    values = {
+        "the hash of the prompt": hashlib.sha256(repr(ids).encode()).hexdigest(),
+        "the sampling": asdict(sampling),
+        "--max-new-tokens": max_new_tokens, "--ignore-eos": ignore_eos, "--seed": seed,
+        "--stop": stops, "--quantize": quantize, "--cache": cache, "--lora": lora,
+        "--unmerged": unmerged, "--stats": stats,
+    }  # fmt: skip
+    check_equal_on_hosts(folder, config, values)
+    with jax.set_mesh(serving_mesh(stored)):
+        config, model = load(folder, config, quantize, pairs=pairs, unmerged=unmerged)
         compile_start = compile_statistics().seconds
         timer = _TokenTimer(lambda: compile_statistics().seconds - compile_start)
         tokens = stream(
@@ -141,15 +165,14 @@ def continue_text(
         )  # fmt: skip
         texts = stream_text(tokenizer, ids, timer.time_tokens(tokens))
         prompt_text = next(texts)
-        if not chat:
-            print(prompt_text, end="", flush=True)
-        for text in cut_at_stop(stops or (), texts):
-            print(text, end="", flush=True)
-        print()
+        shown = [prompt_text] if not chat else []
+        for text in chain(shown, cut_at_stop(stops or (), texts), "\n"):
+            if hosts.is_host_zero():
+                print(text, end="", flush=True)
         if stats:
-            _print_status(timer.report_speed(len(ids)))
+            print_status(timer.report_speed(len(ids)))
             slots = cache_slots(len(ids), max_new_tokens)
-            _print_status(timer.report_bandwidth(config, model, slots))
+            print_status(timer.report_bandwidth(config, model, slots))
     return timer.n_tokens
 
 
@@ -200,7 +223,3 @@ class _TokenTimer:
         """Tokens per second after the first token; 0 if there are none."""
         seconds = self._last - self._first - (self._compiled - self._compiled_at_first)
         return (self.n_tokens - 1) / seconds if self.n_tokens > 1 else 0.0
-
-
-def _print_status(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,13 +1,27 @@
 """`llama-jax serve`."""
 
 import argparse
+import contextlib
 import os
 import sys
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
-from llama_jax.cli.arguments import add_folder, add_int8, add_lora, read_pairs
+from llama_jax.cli.arguments import (
+    add_folder,
+    add_hosts,
+    add_int8,
+    add_lora,
+    check_equal_on_hosts,
+    exit_all_at_sigterm,
+    read_pairs,
+)
 from llama_jax.errors import InputError, install_command, missing_extra
-from llama_jax.runtime.storage import parse_path
+from llama_jax.runtime.storage import AnyPath, parse_path
+
+if TYPE_CHECKING:
+    from llama_jax.serving.server import ServerSettings
 
 MANUAL = f"""\
 Serve the model in a run folder or model folder over HTTP, with OpenAI's API.
@@ -22,6 +36,9 @@ Without a key, everyone who can connect to HOST can use the model, by address, b
 or by a name in --allow-host. Other names are refused, because any web site can let its name resolve
 to this server. Put the key into the environment variable LLAMA_JAX_API_KEY: the list of processes
 shows the value of --api-key.
+
+A model that is too large for one host: on a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet,
+run the command on every host, as for `llama-jax train`. Host 0 answers the requests.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
@@ -51,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_int8(parser)
     add_lora(parser)
+    add_hosts(parser)
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="texts generated at the same time (8)"
     )
@@ -95,16 +113,28 @@ def run(args: argparse.Namespace) -> int:
         max_body=parse_size(args.max_body, "--max-body"),
         timeout=args.timeout,
     )
+    from llama_jax.runtime import hosts
+
+    with hosts.join(args.coordinator, args.processes, args.process), exit_all_at_sigterm():
+        _serve(args, folder, settings)
+    return 0
+
+
+def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings") -> None:
+    """Serves requests on host 0; the other hosts run the same programs."""
     import jax
 
     from llama_jax.checkpoint import folders
     from llama_jax.inference.bandwidth import copy_bandwidth
+    from llama_jax.inference.engine.device_batch import DeviceBatch, follow
     from llama_jax.inference.engine.engine import Engine
     from llama_jax.inference.engine.warm_up import n_programs
     from llama_jax.inference.load import choose_compute_dtype, load
-    from llama_jax.parallel.mesh import tensor_mesh
+    from llama_jax.parallel.mesh import batch_shards, serving_mesh
+    from llama_jax.runtime import hosts
     from llama_jax.runtime.compile_cache import enable_compile_cache
-    from llama_jax.serving import start_progress
+    from llama_jax.serving import server, start_progress
+    from llama_jax.serving.host_signals import share_sigterm
     from llama_jax.serving.middleware import allowed_hosts
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
@@ -119,34 +149,43 @@ def run(args: argparse.Namespace) -> int:
         stored = replace(stored, cache_dtype=args.cache)
     tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     enable_compile_cache()
-    with server.bind_socket(args.host, args.port) as bound, jax.set_mesh(tensor_mesh(stored)):
-        hosts = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
-        # The bandwidth is measured before the weights fill the memory.
-        settings = settings._replace(hosts=hosts, copy_bandwidth=copy_bandwidth())
+    config, names = choose_compute_dtype(stored), ("rows", "quantize", "cache", "lora", "unmerged")
+    values = {f"--{name}": getattr(args, name) for name in names} | {"--context": context}
+    check_equal_on_hosts(folder, config, values)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(serving_mesh(stored)))
+        if batch_shards() > 1:
+            raise InputError(
+                "this model can't be split over all devices of these hosts: start fewer of them"
+            )
+        bound = None
+        if hosts.is_host_zero():
+            bound = stack.enter_context(server.bind_socket(args.host, args.port))
+            allowed = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
+            # The bandwidth is measured before the weights fill the memory.
+            settings = settings._replace(hosts=allowed, copy_bandwidth=copy_bandwidth())
         storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
         with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
-            config, model = load(
-                folder,
-                choose_compute_dtype(stored),
-                args.quantize,
-                pairs=pairs,
-                unmerged=args.unmerged,
-            )
+            config, model = load(folder, config, args.quantize, pairs=pairs, unmerged=args.unmerged)
         programs = f"{n_programs(context)} programs"
         with start_progress.stage_progress(
             f"compiling {programs}", f"compiled {programs}"
         ) as progress:
-            engine = Engine(
-                config, model, rows=args.rows, context=context, queue=args.queue, progress=progress
-            )
+            start = partial(Engine, queue=args.queue) if bound else DeviceBatch
+            engine = start(config, model, rows=args.rows, context=context, progress=progress)
+        if isinstance(engine, DeviceBatch):
+            with share_sigterm():
+                follow(engine)
+            return
+        assert bound is not None
         try:
             app = server.build_app(engine, tokenizer, settings)
             bound.listen()
             print(server.startup_message(bound, settings), file=sys.stderr, flush=True)
-            server.serve(app, bound)
+            with share_sigterm():
+                server.serve(app, bound)
         finally:
             engine.close()
-    return 0
 
 
 def _read_api_key(flag: str | None) -> str | None:

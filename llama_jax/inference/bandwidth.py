@@ -37,17 +37,19 @@ def step_bytes(config: ModelConfig, model: Llama | UnstackedLlama, batch: int, s
 
 def _bytes(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
-    return sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    local = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    return local * jax.process_count()
 
 
 def copy_bandwidth() -> float:
     """Measures the bytes/s that this machine reads and writes while it copies.
 
     Returns the sum over the current mesh's devices; on the CPU all cores copy at the same time.
+    Of several hosts, this one is measured.
     """
-    devices = jax.sharding.get_mesh().devices.flatten()
+    devices = jax.sharding.get_mesh().local_devices
     if platform() == "cpu":
-        return _cpu_copy()
+        return _cpu_copy() * jax.process_count()
     copy = jax.jit(jnp.negative)  # XLA would optimize a plain copy away
     arrays = [jax.device_put(np.zeros(_COPY_BYTES // 4, np.float32), device) for device in devices]
     seconds = []
@@ -55,7 +57,7 @@ def copy_bandwidth() -> float:
         start = time.perf_counter()
         jax.block_until_ready([copy(array) for array in arrays])
         seconds.append(time.perf_counter() - start)
-    return 2 * _COPY_BYTES * len(devices) / statistics.median(seconds[1:])
+    return 2 * _COPY_BYTES * len(devices) * jax.process_count() / statistics.median(seconds[1:])
 
 
 def _cpu_copy() -> float:

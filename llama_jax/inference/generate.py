@@ -50,7 +50,7 @@ class DecodeState(NamedTuple):
 
 
 class GeneratedTokens(NamedTuple):
-    """Generated tokens, NO_TOKEN after a row's end, and their log-probabilities.
+    """Generated tokens, NO_TOKEN after a row's end, and their log-probabilities; replicated.
 
     The log-probabilities are those of the model, before temperature and penalties [nats].
     """
@@ -200,7 +200,9 @@ def decode(
         full(0.0, jnp.float32, top),
     )
     _, generated, state = jax.lax.while_loop(is_unfinished, step, (jnp.int32(0), blank, state))
-    return generated, state
+    # Every host reads all rows.
+    replicated = (jax.reshard(x_Bn_, activation_spec("SSS"[: x_Bn_.ndim])) for x_Bn_ in generated)
+    return GeneratedTokens(*replicated), state
 
 
 def sample_next(rows: Rows, logits_BV: jax.Array, mask_BW: jax.Array | None) -> jax.Array:

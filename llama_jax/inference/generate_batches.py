@@ -1,18 +1,23 @@
 """Continues many prompts in batches of equal shapes, on any mesh and any number of hosts."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.inference.generate import NO_TOKEN, DecodeState, decode, init_rows, prefill
+from llama_jax.inference.generate import (
+    NO_TOKEN,
+    DecodeState,
+    GeneratedTokens,
+    decode,
+    init_rows,
+    prefill,
+)
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import check_prompt
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import batch_shards, shard_array
-from llama_jax.parallel.sharding import activation_spec
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
 # Of one shard of the batch. Decoding reads all weights once for all rows; the cache of so many
@@ -105,9 +110,9 @@ def _generate_batch(
     while remaining.any():
         # Rows with a stop string have ended here, and only here.
         state = state._replace(rows=state.rows._replace(remaining_B=shard_array(remaining, "B")))
-        found: Any = None
+        found: GeneratedTokens
         found, state = decode(config, model, state, _BLOCK, capacity=_BLOCK)
-        block = np.asarray(jax.reshard(found.tokens_Bn, activation_spec("SS")))  # on every host
+        block = np.asarray(found.tokens_Bn)
         for i in np.flatnonzero(remaining):
             new = block[i][block[i] != NO_TOKEN].tolist()
             generated[i] += new

@@ -9,7 +9,7 @@ from llama_jax.errors import InputError
 from llama_jax.inference.generate import NO_TOKEN, DecodeState, decode, init_rows, prefill
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.mesh import batch_shards, shard_array
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -46,6 +46,8 @@ def stream(
 ) -> Iterator[int]:
     """Yields the tokens that follow one prompt as the model generates them; an end id is the last.
 
+    On several hosts all call this with the same arguments, and take all tokens.
+
     Args:
         config: the model's config.
         model: weights of that config.
@@ -60,14 +62,16 @@ def stream(
         InputError: the prompt is empty, contains an unknown id, or doesn't fit the model's context.
     """
     check_prompt(config, prompt, max_new_tokens)
-    tokens = np.zeros((1, _round_up(len(prompt))), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    in_prompt = np.zeros((1, config.vocab_size), bool)
-    in_prompt[0, list(prompt)] = True
+    B = batch_shards()  # of the rows, all but the first generate nothing
+    tokens = np.zeros((B, _round_up(len(prompt))), np.int32)
+    tokens[:, : len(prompt)] = prompt
+    in_prompt = np.zeros((B, config.vocab_size), bool)
+    in_prompt[:, list(prompt)] = True
     slots = cache_slots(len(prompt), max_new_tokens)
-    lengths = shard_array(np.array([len(prompt)], np.int32), "B")
+    lengths = shard_array(np.full(B, len(prompt), np.int32), "B")
     cache, logits = prefill(config, model, shard_array(tokens, "BT"), lengths, slots=slots)
-    rows = init_rows([sampling], [seed], [max_new_tokens], [sorted(end_ids)], in_prompt)
+    new_tokens = [max_new_tokens] + [0] * (B - 1)
+    rows = init_rows([sampling] * B, [seed] * B, new_tokens, [sorted(end_ids)] * B, in_prompt)
     state = DecodeState(cache, logits, rows)
     remaining, n = max_new_tokens, 1  # the first dispatch: one token, for a short time to it
     while remaining > 0:

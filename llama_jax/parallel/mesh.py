@@ -100,6 +100,18 @@ def inference_mesh(model: ModelConfig) -> Mesh:
     return make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=local.size))
 
 
+def serving_mesh(model: ModelConfig) -> Mesh:
+    """Returns the mesh on which requests are served: `tensor_mesh`, over all devices of all hosts.
+
+    On several hosts every device must take part. If the model can't be split over so many, `data`
+    has copies of it.
+    """
+    if jax.process_count() == 1:
+        return tensor_mesh(model)
+    size = max(n for n in tensor_sizes(model) if jax.device_count() % n == 0)
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=size))
+
+
 _default = threading.local()  # .mesh: the last mesh that `set_default_mesh` set in this thread
 
 

@@ -204,8 +204,8 @@ class ControlChannel:
                     self.connections[key.data].socket.close()
                 else:
                     self._shut_down_all(
-                        f"{self.name(key.data)} has died or can't be reached: see its output, and"
-                        " start all hosts again to resume from the last checkpoint",
+                        f"{self.name(key.data)} has died or can't be reached: see its output, then"
+                        " start all hosts again with the same command",
                         1,
                     )
 

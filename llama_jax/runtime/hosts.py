@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -67,20 +67,32 @@ def join(
         check_equal_on_hosts({})  # a barrier: no host leaves before all are done
         _channel.leaving = True
         jax.distributed.shutdown()
-    except InputError as error:
-        _channel.fail(str(error), 2)
-    except stop_signal.SigtermReceived as received:
-        _channel.fail(str(received), 0)
-    except KeyboardInterrupt:
-        _channel.fail("interrupted", 130)
     except BaseException as error:
-        time.sleep(ROOT_CAUSE_SECONDS)
-        if isinstance(error, Fault):
-            _channel.fail(str(error), 1)
-        traceback.print_exception(error)
-        _channel.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
+        fail(error)
     _channel.close()
     _channel = None
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Ends all hosts with an error of this one: `join` does so for its block, a thread calls this.
+
+    Raises:
+        BaseException: `error`, on a single host.
+    """
+    if _channel is None:
+        raise error
+    match error:
+        case InputError():
+            _channel.fail(str(error), 2)
+        case stop_signal.SigtermReceived():
+            _channel.fail(str(error), 0)
+        case KeyboardInterrupt():
+            _channel.fail("interrupted", 130)
+    time.sleep(ROOT_CAUSE_SECONDS)
+    if isinstance(error, Fault):
+        _channel.fail(str(error), 1)
+    traceback.print_exception(error)
+    _channel.fail(f"{type(error).__name__}: {_first_line(error)}", 1)
 
 
 def is_multi_host() -> bool:

@@ -119,8 +119,8 @@ class Group:
     def wait_for_step(self, run, step):
         self.wait_until(lambda: any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")))
 
-    def wait_until(self, reached):
-        deadline = time.monotonic() + 120
+    def wait_until(self, reached, seconds=120):
+        deadline = time.monotonic() + seconds
         while not reached():
             codes = [process.exitcode for process in self.processes]
             if any(code is not None for code in codes) or time.monotonic() > deadline:

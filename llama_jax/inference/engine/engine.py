@@ -5,6 +5,8 @@ waiting requests, prefill one chunk of one prompt, and decode a few tokens in ev
 is prefilled. So a running request waits at most one tree and one chunk for the prompts of other
 requests. The keys and values of a row stay in its slots when its request ends; a later prompt with
 a common prefix reuses them.
+
+On several hosts host 0 has the engine, and `device_batch.follow` runs on the others.
 """
 
 import logging
@@ -20,7 +22,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.engine import constrained, prompt_scores, row_programs
-from llama_jax.inference.engine.device_batch import DeviceBatch
+from llama_jax.inference.engine.device_batch import DeviceBatch, end_following
 from llama_jax.inference.engine.requests import (
     EngineStopped,
     Event,
@@ -36,6 +38,7 @@ from llama_jax.inference.engine.requests import (
 from llama_jax.inference.engine.slots import Row, cache_sizes, choose_row, slots_needed
 from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.runtime import hosts
 from llama_jax.runtime.compile_cache import compile_statistics
 
 _log = logging.getLogger(__name__)
@@ -153,11 +156,14 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
+        failure = None
         try:
             with jax.set_mesh(self._mesh):
                 while self._wait_for_work():
                     self._iterate()
+            end_following()
         except BaseException as error:  # also SystemExit: every request must get its last event
+            failure = error
             self._failure = f"{type(error).__name__}: {str(error)[:200]}"
             _log.critical("the engine has failed", exc_info=True)
         with self._changed:
@@ -167,6 +173,8 @@ class Engine:
         ended = RequestEnded("error", self._failure) if self._failure else RequestEnded("cancelled")
         for ticket in unfinished:
             ticket.deliver(ended)
+        if failure is not None and hosts.is_multi_host():
+            hosts.fail(failure)  # the other hosts would wait for this one
 
     def _wait_for_work(self) -> bool:
         """Waits until there is a request; returns False if the engine is closing."""

@@ -1,0 +1,47 @@
+"""SIGTERM on several hosts: any of them ends the server, after the requests that are running."""
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llama_jax.runtime import hosts
+
+_POLL_SECONDS = 0.2
+
+
+@contextmanager
+def share_sigterm() -> Iterator[None]:
+    """Makes SIGTERM on any host reach host 0, whose server then ends, in this block of all hosts.
+
+    A scheduler may send it to all hosts, or to one. If each ended at once, running requests would
+    not finish.
+    """
+    if not hosts.is_multi_host():
+        yield
+    elif hosts.is_host_zero():
+        ended = threading.Event()
+        watcher = threading.Thread(target=_watch, args=[ended], name="sigterm", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+    else:
+        before = signal.signal(signal.SIGTERM, lambda *_: hosts.stop_before(0, "SIGTERM"))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _watch(ended: threading.Event) -> None:
+    for step in itertools.count():
+        # More than once: the server may not handle the signal yet.
+        if hosts.stop_before(step, None):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if ended.wait(_POLL_SECONDS):
+            return
