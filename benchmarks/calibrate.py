@@ -105,7 +105,9 @@ class Recipe(NamedTuple):
 
 OFFLOAD_8B = offloaded("decoder_layer_input", "out_proj", "query_proj", "key_proj", "value_proj")
 OFFLOAD_70B = offloaded("decoder_layer_input", "query_proj", "key_proj", "value_proj")
+# libtpu 0.0.52 refuses to fuse all-gathers into products on v6e, as the recipes of v6e request.
 V6E = LARGE_VMEM | SCATTER_LAYOUT | DATA_PARALLEL | GATHER_FUSION | HOST_OFFLOAD
+V6E["xla_tpu_enable_async_collective_fusion_fuse_all_gather"] = "false"
 V5P = DATA_PARALLEL | GATHER_FUSION
 RECIPES = {
     "llama3.1-8b-v6e-256": Recipe(

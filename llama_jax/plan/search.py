@@ -21,15 +21,17 @@ _LONG = 32_768  # tokens from which splitting sequences may pay off
 def candidates(config: Config, pod: Pod) -> Iterator[Config]:
     """Yields all variants of `config` whose mesh and micro-batches divide the pod and the model."""
     model, data = config.model, config.data
-    for tensor, context in itertools.product(divisors(min(16, pod.n_chips)), divisors(pod.n_chips)):
+    for tensor, context in itertools.product(
+        divisors(min(16, pod.n_devices)), divisors(pod.n_devices)
+    ):
         heads = (model.n_kv_heads, model.n_heads, model.hidden_dim, model.vocab_size)
         if any(size % tensor for size in heads):
             continue
         if context > 1 and (data.seq_len < _LONG or data.seq_len % (256 * context)):
             continue
-        if pod.n_chips % (tensor * context):
+        if pod.n_devices % (tensor * context):
             continue
-        rest = pod.n_chips // tensor // context
+        rest = pod.n_devices // tensor // context
         for fsdp in divisors(rest):
             replicas = rest // fsdp
             if model.dim % fsdp or replicas % pod.n_slices or data.batch_size % rest:
@@ -92,7 +94,7 @@ def estimate_seconds(config: Config, pod: Pod) -> float:
     recomputed = {"none": 0, "products": 0.01, "projections": 0.2, "attention": 0.3, "full": 1 / 3}
     recomputed["offload"] = 0.34  # the transfer to the host and back is hidden, but not free
     peak = pod.chip.bf16_tflops * 1e12
-    products = weights * tokens * (flops + 6 * recomputed[model.remat]) / pod.n_chips / peak
+    products = weights * tokens * (flops + 6 * recomputed[model.remat]) / pod.n_devices / peak
     products /= _MATRIX_EFFICIENCY
     kernels = attention_seconds(config, asdict(mesh), pod.chip)
     # Each micro-batch gathers the weights for forward (also of a reference) and backward in the

@@ -114,7 +114,7 @@ class InferencePlan:
     def prefill_mfu(self) -> float:
         """The model's FLOPs as a share of the peak, in the prefill of one prompt."""
         assert self.prefill_time is not None
-        peak = self.pod.chips_per_slice * self.pod.chip.bf16_tflops * 1e12
+        peak = self.pod.devices_per_slice * self.pod.chip.bf16_tflops * 1e12
         return self.prefill_flops / self.prefill_time.estimate / peak
 
 

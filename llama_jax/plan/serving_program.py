@@ -31,16 +31,16 @@ def slice_mesh(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
     """Returns the mesh of one slice, with each layer split over all its chips.
 
     Raises:
-        InputError: the number of chips does not divide the model's heads, FFN size or vocabulary.
+        InputError: the number of devices does not divide the model's heads, FFN size or vocabulary.
     """
-    chips, fitting = pod.chips_per_slice, tensor_sizes(config)
-    if chips not in fitting:
+    size, fitting = pod.devices_per_slice, tensor_sizes(config)
+    if size not in fitting:
         raise InputError(
-            f"--topology {pod}: this model can't be split over the {chips} chips of a slice;"
-            f" numbers of chips that divide it: {', '.join(map(str, fitting))}"
+            f"--topology {pod}: this model can't be split over the {size} devices of a slice;"
+            f" numbers of devices that divide it: {', '.join(map(str, fitting))}"
         )
     devices = topology.devices(pod._replace(n_slices=1))
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=chips), devices)
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices)
 
 
 def with_kv_head_per_device(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:

@@ -106,7 +106,7 @@ def _headline(plan: InferencePlan) -> str:
 
 
 def _memory_table(plan: InferencePlan) -> Table:
-    memory = empty_table("memory of a chip", "GiB", "")
+    memory = empty_table(f"memory of a {plan.pod.device_name}", "GiB", "")
     for kind, used in plan.weights._asdict().items():
         memory.add_row(f"weights: {kind}", _gib(used), "")
     memory.add_row(f"KV cache, {plan.batch} row(s)", _gib(plan.cache_bytes), "")

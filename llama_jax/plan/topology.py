@@ -42,6 +42,22 @@ class Pod(NamedTuple):
         return self.chips_per_slice * self.n_slices
 
     @property
+    def devices_per_slice(self) -> int:
+        """Number of JAX devices in a slice."""
+        return self.chips_per_slice * self.chip.devices_per_chip
+
+    @property
+    def n_devices(self) -> int:
+        """Number of JAX devices in all slices."""
+        return self.devices_per_slice * self.n_slices
+
+    @property
+    def device_name(self) -> str:
+        """A device in the words of a report."""
+        per_chip = self.chip.devices_per_chip
+        return "chip" if per_chip == 1 else f"device, {per_chip} in a chip"
+
+    @property
     def rings(self) -> tuple[bool, ...]:
         """For each dimension of a slice: True if it is a ring, False if it is a line.
 
@@ -85,20 +101,22 @@ def parse(topology: str) -> Pod:
 
 
 def network_bandwidth(pod: Pod, n_devices: int) -> float:
-    """Returns the rate at which a chip sends within a group of `n_devices` chips [GB/s].
+    """Returns the rate at which a device sends within a group of `n_devices` devices [GB/s].
 
-    A group spans the fewest dimensions of the network that can contain it. It uses both links of a
-    dimension that is a ring and that it fills, and one link of any other, where it forms a line. A
-    group larger than a slice is limited by the network between slices.
+    The devices of a chip share its links. A group spans the fewest dimensions of the network that
+    can contain it. It uses both links of a dimension that is a ring and that it fills, and one link
+    of any other, where it forms a line. A group larger than a slice is limited by the network
+    between slices.
     """
-    if n_devices > pod.chips_per_slice:
-        return BETWEEN_SLICES
+    n_chips = math.ceil(n_devices / pod.chip.devices_per_chip)
+    if n_chips > pod.chips_per_slice:
+        return BETWEEN_SLICES / pod.chip.devices_per_chip
     spanned, links = 1, 0
     for size, ring in sorted(zip(pod.shape, pod.rings, strict=True)):
-        if spanned < n_devices and size > 1:
-            links += 2 if ring and n_devices >= spanned * size else 1
+        if spanned < n_chips and size > 1:
+            links += 2 if ring and n_chips >= spanned * size else 1
             spanned *= size
-    return pod.chip.ici_link_gb_per_s * max(1, links)
+    return pod.chip.ici_link_gb_per_s * max(1, links) / pod.chip.devices_per_chip
 
 
 def devices(pod: Pod) -> list[Any]:

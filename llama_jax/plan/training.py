@@ -22,7 +22,7 @@ _RECOMPUTES_ATTENTION = ("full", "offload")
 
 @dataclass(kw_only=True)
 class TrainingPlan:
-    """Memory and time that a run needs. Bytes are of one chip, seconds of one step.
+    """Memory and time that a run needs. Bytes are of one device, seconds of one step.
 
     Attributes:
         memory: bytes by kind.
@@ -31,7 +31,7 @@ class TrainingPlan:
             0 where the run does not fit.
         attention_seconds: time of the attention kernels, modelled by `attention_seconds`.
         traffic: cost of the collectives by kind.
-        hardware_flops: FLOPs of one chip in a step, attention and recomputation included.
+        hardware_flops: FLOPs of one device in a step, attention and recomputation included.
         compile_seconds: time of all compilations.
     """
 
@@ -47,12 +47,12 @@ class TrainingPlan:
 
     @property
     def needed_bytes(self) -> float:
-        """Memory that a chip needs."""
+        """Memory that a device needs."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """True if the compiler accepts the program and a chip has the memory it needs.
+        """True if the compiler accepts the program and a device has the memory it needs.
 
         The compiler reserves a little for itself, so it may reject a program that needs less.
         """
@@ -83,7 +83,7 @@ class TrainingPlan:
         flops_per_token = self.config.flops_per_token
         if not causal:
             flops_per_token += 6 * model.n_layers * model.n_heads * model.head_dim * T
-        peak = self.pod.n_chips * self.pod.chip.bf16_tflops * 1e12
+        peak = self.pod.n_devices * self.pod.chip.bf16_tflops * 1e12
         return flops_per_token * self.tokens_per_step / seconds / peak
 
     @property

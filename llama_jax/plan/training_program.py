@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llama_jax.checkpoint.tree import abstract_model, eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
+from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan.compiler import CompiledProgram, bytes_per_device, compile_program
 from llama_jax.runtime.chips import PlannableChip
@@ -57,7 +58,16 @@ def compile_train_step(
 
 
 def trace_train_step(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, Any]:
-    """Returns the traced training step, and abstract: what it trains, optimizer state, base."""
+    """Returns the traced training step, and abstract: what it trains, optimizer state, base.
+
+    Raises:
+        InputError: a run on preferences has no segments.
+    """
+    if config.training.objective == "dpo" and not config.data.isolate_documents:
+        raise InputError(
+            "training.objective is dpo, whose windows contain several preferences: set"
+            " data.isolate_documents to true"
+        )
     with jax.set_mesh(mesh):
         trained, opt_state = eval_shape_on_mesh(lambda: init_state(config, jax.random.key(0)))
         A, B, T = config.training.micro_batches, config.data.batch_size, config.data.seq_len

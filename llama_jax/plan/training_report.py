@@ -52,7 +52,7 @@ def show(plan: TrainingPlan) -> None:
     """Prints the plan as tables, on standard output."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(_headline(plan))
-    memory = empty_table("memory of a chip", "GiB", "")
+    memory = empty_table(f"memory of a {plan.pod.device_name}", "GiB", "")
     for kind, used in plan.memory.items():
         memory.add_row(kind, f"{used / GIB:.2f}", "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
@@ -159,7 +159,7 @@ def _corrected_table(plan: TrainingPlan, calibration: Calibration) -> Table:
 
 def _network_table(plan: TrainingPlan) -> Table:
     """Returns bytes, time and exposed share of each kind of collective."""
-    table = empty_table("a chip sends in a step", "GB", "ms", "exposed")
+    table = empty_table(f"a {plan.pod.device_name} sends in a step", "GB", "ms", "exposed")
     for kind, total in sorted(plan.traffic.items()):
         exposed = total.exposed / total.seconds if total.seconds else 0.0
         table.add_row(

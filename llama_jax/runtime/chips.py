@@ -28,6 +28,7 @@ class PlannableChip(Chip):
     """A kind of TPU chip that `llama-jax plan` compiles for and estimates.
 
     Attributes:
+        devices_per_chip: JAX devices of a chip. Peak, memory and its bandwidth are of one device.
         hbm_gib: memory [GiB].
         usable_hbm_gib: the part of the memory that the TPU compiler gives a program [GiB]; the
             compiler's error for a program that is too large states it.
@@ -40,6 +41,7 @@ class PlannableChip(Chip):
             the two cores of a chip as one device.
     """
 
+    devices_per_chip: int = 1
     hbm_gib: float
     usable_hbm_gib: float
     hbm_gb_per_s: float
@@ -94,6 +96,19 @@ PLANNABLE_CHIPS = {
         ici_dimensions=2,
         ici_link_gb_per_s=90.0,
         clock_ghz=1.75,
+        compiler_options=SPARSE_CORE_OFFLOAD,
+    ),
+    # Ironwood, half a chip. The clock is arithmetic: the matrix units of v6e, at this peak.
+    "tpu7x": PlannableChip(
+        device_kind="TPU7x",
+        bf16_tflops=1153.5,
+        devices_per_chip=2,
+        hbm_gib=96,
+        usable_hbm_gib=94.75,
+        hbm_gb_per_s=3690,
+        ici_dimensions=3,
+        ici_link_gb_per_s=90.0,
+        clock_ghz=2.2,
         compiler_options=SPARSE_CORE_OFFLOAD,
     ),
 }

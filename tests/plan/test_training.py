@@ -38,7 +38,7 @@ def run_of(name: str, batch: int, seq_len: int, **changes) -> Config:
     ("text", "sentence"),
     [
         ("v5p", r"write KIND:SHAPE as in v5p:4x4x4"),
-        ("v9:4x4", r"kinds: v4, v5e, v5p, v6e$"),
+        ("v9:4x4", r"kinds: v4, v5e, v5p, v6e, tpu7x$"),
         ("v5p:4x4", r"v5p has a network of 3 dimensions, as in v5p:4x4x8"),
         ("0*v5e:4x4", r"v5e has a network of 2 dimensions"),
     ],
@@ -81,6 +81,18 @@ def test_a_group_of_chips_uses_the_links_of_the_dimensions_it_spans():
     assert speeds == [180, 360, 540, topology.BETWEEN_SLICES]
     # All 8 of a dimension, and 2 of the 8 of another.
     assert topology.network_bandwidth(topology.parse("v5p:8x8x8"), 16) == 270
+
+
+def test_a_chip_of_two_devices_has_the_peak_of_both_and_shares_its_links():
+    pod = topology.parse("tpu7x:4x4x4")
+    assert (pod.n_chips, pod.n_devices, pod.device_name) == (64, 128, "device, 2 in a chip")
+    # 8, 32 and 128 devices are 4, 16 and 64 chips: one, two and three rings.
+    assert [topology.network_bandwidth(pod, n) for n in (8, 32, 128)] == [90, 180, 270]
+    # Llama 3.1 70B at 2,687 tokens/s/chip: 1,207 TFLOP/s of 2,307 are published.
+    plan = TrainingPlan(config=run_of("llama3.1-70b", 256, 8192), pod=pod)
+    seconds = plan.tokens_per_step / 2686.98 / pod.n_chips
+    assert plan.mfu(seconds) * 2307 == pytest.approx(1207, rel=0.01)
+    assert topology.parse("v5p:4x4x4").n_devices == 64
 
 
 def test_search_candidates_divide_the_pod_and_save_fewer_activations_in_order():

@@ -9,6 +9,7 @@ from llama_jax.runtime.chips import CHIPS, chip_of
         ("TPU v5", "v5p"),
         ("TPU v5 lite", "v5e"),
         ("TPU v5 lite0", "v5e"),
+        ("TPU7x", "tpu7x"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("cpu", None),
