@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
+from importlib.resources import files
 from typing import Any, NamedTuple
 
 from llama_jax.config.family import FAMILY
@@ -202,7 +202,6 @@ def estimate_maxtext(recipe: Recipe) -> dict[str, Any]:
 def compile_maxtext(recipe: Recipe, pod: Pod, n_layers: int, scan: bool) -> CompiledProgram:
     """Compiles MaxText's training step, as its own `train_compile.py` does."""
     import jax
-    import maxtext
     from flax.core.spmd import logical_axis_rules
     from maxtext.configs import pyconfig
     from maxtext.trainers.pre_train import train, train_compile
@@ -227,7 +226,7 @@ def compile_maxtext(recipe: Recipe, pod: Pod, n_layers: int, scan: bool) -> Comp
         "run_name": "calibrate",
         "base_output_directory": "/nowhere",
     } | recipe.settings
-    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    base = files("maxtext") / "configs" / "base.yml"
     config = pyconfig.initialize(["", str(base), *(f"{k}={v}" for k, v in settings.items())])
     mesh = train_compile.get_topology_mesh(config)
     arguments, keywords, state_shardings, _, model = train_compile.get_shaped_inputs(mesh, config)

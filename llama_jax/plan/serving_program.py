@@ -35,9 +35,10 @@ def slice_mesh(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
     """
     size, fitting = pod.devices_per_slice, tensor_sizes(config)
     if size not in fitting:
+        unit = "chips" if pod.chip.devices_per_chip == 1 else "devices"
         raise InputError(
-            f"--topology {pod}: this model can't be split over the {size} devices of a slice;"
-            f" numbers of devices that divide it: {', '.join(map(str, fitting))}"
+            f"--topology {pod}: this model can't be split over the {size} {unit} of a slice;"
+            f" numbers of {unit} that divide it: {', '.join(map(str, fitting))}"
         )
     devices = topology.devices(pod._replace(n_slices=1))
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices)
