@@ -1,6 +1,7 @@
 """Kills runs that train into a faulty object store, and compares them with an undisturbed run.
 
     python benchmarks/kills.py [--kills 50] [--processes 4] [--scheme gs] [--local]
+    python benchmarks/kills.py --fine-tune lora    # or dpo: chats, or preferences, with LoRA
 
 It needs moto, or the emulator of Google's store. The store adds 20 ms to each request,
 refuses 5% of them with 429 or 503, drops 2% of the connections in the middle of a response, and
@@ -9,7 +10,8 @@ a step, in a save, or while old checkpoints are removed. The same command then r
 that ends is compared with the undisturbed one: the loss of every step, every byte of its last
 checkpoint, and the names of all its objects. With --local the hosts also save on their own disks,
 and each kill loses the disk of one host: the run must resume from the newest step of which the
-others have every shard. The exit code is 1 if anything differs.
+others have every shard. With --fine-tune the run trains low-rank pairs of a base on packed chats,
+or on preferences by DPO. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -27,18 +29,25 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
+import jax
 import numpy as np
+from chat_shards import (  # pyright: ignore[reportMissingImports] (of the tests)
+    write_packed_shards,
+)
 from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
     Store,
     store_of_this_process,
 )
 
 from llama_jax.checkpoint.folders import committed_steps
+from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.config import yaml_file
+from llama_jax.config.lora import LoraConfig
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import (
     CheckpointConfig,
@@ -51,7 +60,10 @@ from llama_jax.config.run import (
     TrainingConfig,
 )
 from llama_jax.data.tokenize import tokenize_corpus
+from llama_jax.model.weights import Llama
+from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.runtime.storage import AnyPath, list_files, parse_path, read_many
+from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 FAULTS = {"latency": 0.02, "refused": 0.05, "dropped": 0.02, "slow": 0.02}
 # The next run takes over from a killed one after 2 s without a heartbeat, rather than 20 s.
@@ -104,6 +116,24 @@ def write_tokens(texts: Path, folder: AnyPath) -> None:
     lines = (json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(60))
     texts.write_text("\n".join(lines))
     tokenize_corpus([str(texts)], folder, n_vocab=320, validation_fraction=0.1, progress=False)
+
+
+def write_base(folder: AnyPath, config: ModelConfig, tokenizer: Path) -> None:
+    """Writes the folder of a model with random weights."""
+    with jax.set_mesh(one_device_mesh()):
+        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(folder, config, model, load_tokenizer(tokenizer))
+
+
+def fine_tune(config: Config, kind: str, data: Path, base: AnyPath) -> Config:
+    """Returns the configuration of a LoRA run on `data`; `kind` is lora or dpo."""
+    objective = "dpo" if kind == "dpo" else "next_token"
+    return replace(
+        config,
+        data=replace(config.data, mixture={str(data): 1.0}),
+        lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
+        training=replace(config.training, init_from=str(base), objective=objective),
+    )
 
 
 class Run:
@@ -268,6 +298,7 @@ def main() -> int:
     parser.add_argument(
         "--local", action="store_true", help="local checkpoints; each kill also loses a host's disk"
     )
+    parser.add_argument("--fine-tune", choices=["lora", "dpo"])
     args = parser.parse_args()
     if args.local and args.processes == 1:
         parser.error("--local needs --processes 2 or 4: a host's replica is on another one")
@@ -277,12 +308,20 @@ def main() -> int:
         env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         tokens = parse_path(store.url("tokens"))
         write_tokens(Path(temporary, "texts.jsonl"), tokens)
+        chats, base = Path(temporary, "chats"), parse_path(store.url("base"))
 
         def config_of(number: int) -> Config:
             disk = Path(temporary, f"disk-{number}") if args.local else None
             folder = parse_path(store.url(str(number)))
-            return make_config(tokens, folder, args.processes, args.steps, disk)
+            config = make_config(tokens, folder, args.processes, args.steps, disk)
+            return fine_tune(config, args.fine_tune, chats, base) if args.fine_tune else config
 
+        if args.fine_tune:
+            texts = Path(temporary, "texts")
+            write_tokens(Path(temporary, "texts.jsonl"), texts)
+            kind = {"lora": "chats", "dpo": "preferences"}[args.fine_tune]
+            write_packed_shards(chats, texts, kind)
+            write_base(base, config_of(0).model, texts)
         undisturbed = config_of(0)
         path = Path(temporary, "0.yaml")
         path.write_text(yaml_file.dump(undisturbed))
