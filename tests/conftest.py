@@ -182,6 +182,17 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_token_folder(token_folder: Path) -> Path:
+    """A folder of token shards of 40 of these documents, with the same tokenizer."""
+    out = token_folder.with_name("other")
+    tokenize.tokenize_corpus(
+        [str(token_folder.parent / "[0-3]*.txt")], out,
+        tokenizer=str(token_folder / "tokenizer.model"), validation_fraction=0.1, progress=False,
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
 def chat_folder(token_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 200 chats of random tokens in windows of 16, with `token_folder`'s tokenizer."""
     folder = tmp_path_factory.mktemp("packed") / "chats"

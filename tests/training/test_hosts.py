@@ -34,7 +34,7 @@ from llama_jax.data.windows import Windows
 read = Windows.__getitem__
 def recorded(self, index):
     if self.tokens.split == "train":
-        sys.stdout.write(f"window {index}\\n")  # in one piece: several threads read
+        sys.stdout.write(f"window {index} {self.tokens.folder}\\n")  # in one piece: several threads read
         sys.stdout.flush()
     return read(self, index)
 Windows.__getitem__ = recorded
@@ -84,7 +84,9 @@ def config(folder, data, **training):
     return Config(
         model=tiny_model(),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
-        data=DataConfig(mixture={str(data): 1.0}, batch_size=ROWS, seq_len=16),
+        data=DataConfig(
+            mixture={str(data): 0.5, str(data.with_name("other")): 0.5}, batch_size=ROWS, seq_len=16
+        ),
         optimizer=OptimizerConfig(warmup_steps=4, peak_lr=1e-2),
         training=TrainingConfig(**(values | training)),
         checkpoint=CheckpointConfig(every=4, keep=5),
@@ -105,7 +107,7 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, other_token_folder):
     return tmp_path_factory.mktemp("hosts")
 
 
@@ -140,16 +142,17 @@ def four(alone, runs, token_folder):
 def test_two_processes_have_the_losses_of_one(two, alone, runs):
     np.testing.assert_allclose(losses(runs / "two"), losses(alone), rtol=1e-5)
     ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (runs / "two", alone))
-    validation = [
-        [r["validation_loss"] for r in rs if "validation_loss" in r] for rs in (ours, theirs)
-    ]
-    np.testing.assert_allclose(*validation, rtol=1e-5)
+    names = {name for r in theirs for name in r if "loss" in name}
+    assert len(names) == 6  # of all rows and of each of the two sources, in training and held out
+    for name in names:
+        values = [[r[name] for r in rs if name in r] for rs in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_each_host_reads_only_its_own_rows(two):
     read = [
-        {int(line.split()[1]) for line in output.splitlines() if line.startswith("window ")}
+        {line for line in output.splitlines() if line.startswith("window ")}
         for output in two.outputs("out")
     ]
     assert [len(windows) for windows in read] == [STEPS * ROWS // 2] * 2

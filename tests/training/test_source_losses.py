@@ -14,7 +14,6 @@ from conftest import run, tiny_config
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig, MeshConfig
-from llama_jax.data import tokenize
 from llama_jax.data.batches import Batches
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import loop
@@ -54,14 +53,9 @@ def test_a_source_whose_loss_is_not_finite_is_named():
 
 
 @pytest.fixture(scope="module")
-def mixed(token_folder, tmp_path_factory):
+def mixed(token_folder, other_token_folder, tmp_path_factory):
     """A finished run of two sources, of which the second comes after four steps."""
-    other = tmp_path_factory.mktemp("other") / "tokens"
-    tokenize.tokenize_corpus(
-        [str(token_folder.parent / "[0-3]*.txt")], other,
-        tokenizer=str(token_folder / "tokenizer.model"), validation_fraction=0.1, progress=False,
-    )  # fmt: skip
-    first, second = str(token_folder), str(other)
+    first, second = str(token_folder), str(other_token_folder)
     folder = tmp_path_factory.mktemp("runs") / "mixed"
     config = replace(
         tiny_config(out=str(folder), steps=STEPS, eval_every=2, eval_batches=4, micro_batches=2),
