@@ -6,10 +6,13 @@ import tarfile
 
 import license_texts as texts
 import pytest
+from conftest import peer
+from object_store import store_of_this_process
 
 from llama_jax.config.prepare import BooksEntry, GitHubEntry, WikipediaEntry
 from llama_jax.data.prepare.document import read_documents
 from llama_jax.data.prepare.prepare import find_raw_files, prepare_sources
+from llama_jax.runtime.storage import list_files, parse_path, read_many, write_file
 
 
 def removed_by(folder, rule):
@@ -48,6 +51,28 @@ def test_any_source_can_remove_near_duplicates(tmp_path):
     ids = [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:1"]
     assert remaining(tmp_path / "docs" / "wiki") == ids
     assert removed_by(tmp_path / "docs" / "wiki", "near-duplicates") == 2
+
+
+def test_raw_files_and_documents_in_a_bucket_are_those_of_a_local_folder(tmp_path):
+    peer("moto")
+    words = [f"w{i}" for i in range(200)]
+    books = [words, [*words, "end"], words[::-1]]
+    lines = [json.dumps({"id": str(i), "text": " ".join(b)}) for i, b in enumerate(books)]
+    with store_of_this_process("s3") as store:
+        found = []
+        for folder in (tmp_path / "here", parse_path(store.url("there"))):
+            for i, line in enumerate(lines):
+                write_file(folder / "raw" / f"{i}.jsonl", line.encode())
+            entry = BooksEntry(kind="books", inputs=(f"{folder}/raw/*.jsonl",), near_duplicates=0.8)
+            counts = prepare_sources({"books": entry}, folder, workers=1, progress=False)["books"]
+            out = folder / "books"
+            files = read_many(out, [path.name for path in list_files(out)])
+            del files["plan.json"], counts["entry"], files["funnel.json"]  # name the folders
+            found.append((counts, files))
+            assert not list_files(folder / "books.work")
+        assert counts["documents"] == 2
+        assert len(files) == 3
+        assert found[0] == found[1]
 
 
 @pytest.fixture
