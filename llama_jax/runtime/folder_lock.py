@@ -75,7 +75,10 @@ class FolderLock:
             yield
         finally:
             ended.set()
-            thread.join(BEAT_SECONDS)
+            # A request that is under way ends within the limits of `bucket_path`. Otherwise it
+            # could write the heartbeat after its removal, and TensorStore aborts a process that
+            # exits while one of its calls runs.
+            thread.join()
             with contextlib.suppress(OSError, Fault):
                 self.check()
                 (self._folder / _BEAT).unlink()

@@ -1,5 +1,6 @@
 """One run trains in a folder, also in a bucket, which has no locks."""
 
+import threading
 import time
 
 import pytest
@@ -57,6 +58,21 @@ def test_a_run_that_ended_leaves_no_heartbeat_and_delays_nothing(folder, capfd):
             lock.check()
         assert names(folder) == [".lock"]
     assert capfd.readouterr().err == ""
+
+
+def test_a_slow_heartbeat_is_waited_for_at_the_end(folder, monkeypatch):
+    started, write = threading.Event(), folder_lock.write_file
+
+    def write_slowly(path, data):
+        started.set()
+        time.sleep(3 * folder_lock.BEAT_SECONDS)
+        write(path, data)
+
+    monkeypatch.setattr(folder_lock, "write_file", write_slowly)
+    with lock_folder(folder):
+        assert started.wait(30)
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+    assert names(folder) == [".lock"]
 
 
 def test_a_second_run_is_refused_while_the_first_has_a_heartbeat(folder):
