@@ -12,9 +12,11 @@ from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
+from llama_jax.runtime.console import format_duration
 from llama_jax.runtime.manifest import find_damage
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from llama_jax.training.ledger import read_sessions, sum_sessions
 from llama_jax.training.metrics import read_metrics
 
 
@@ -127,7 +129,23 @@ def _describe_run(folder: AnyPath) -> list[str]:
     if seconds:
         waited = sum(r["data_wait"] * r["step_seconds"] for r in losses if "data_wait" in r)
         lines.append(f"data wait   {waited / seconds:.2%} of the step time")
-    return lines
+    return lines + _describe_ledger(folder)
+
+
+def _describe_ledger(folder: AnyPath) -> list[str]:
+    """Returns the line about the time of a run; none if it has no ledger."""
+    sessions = read_sessions(folder)
+    if not sessions:
+        return []
+    sums = sum_sessions(sessions)
+    total = sum(sums.values())
+    shares = {kind: seconds / total for kind, seconds in sums.items() if seconds > 0.0005 * total}
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    starts = f"{len(sessions)} starts" if len(sessions) > 1 else "1 start"
+    return [
+        f"time        {format_duration(total)} since the first of {starts}: "
+        + ", ".join(f"{kind} {share:.1%}" for kind, share in ordered)
+    ]
 
 
 def _describe_source_losses(config: Config, records: list[dict[str, Any]]) -> list[str]:

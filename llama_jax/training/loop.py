@@ -25,6 +25,7 @@ from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
+from llama_jax.training.ledger import Ledger
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.report import Report, draw_figure, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
@@ -82,6 +83,7 @@ def run(
         RunStopped: too many steps in a row had a gradient that is not finite.
         Fault: a checkpoint can't be read or saved. Earlier checkpoints are unchanged.
     """
+    ledger = Ledger()
     retain_freed_memory()
     check_evaluator(config, evaluate)
     if hosts.is_host_zero():
@@ -119,12 +121,15 @@ def run(
             if hosts.is_host_zero() and not (folder / "loss.png").exists():
                 draw_figure(folder, data, newest)
             return _outcome(folder, newest, data, finished=True)
-        state = TrainingState(config, data, checkpoints, local)
+        with ledger.during("restoring"):
+            state = TrainingState(config, data, checkpoints, local)
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder, state.step))
         print_summary(config, mesh, state.step)
-        step_function = _compile_step(config, data, state)
+        with ledger.during("compiling"):
+            step_function = _compile_step(config, data, state)
         with (
             _record_stop_signals() as stop,
+            contextlib.closing(ledger),
             contextlib.closing(checkpoints),
             contextlib.closing(local) if local else contextlib.nullcontext(),
         ):
@@ -134,6 +139,7 @@ def run(
                 data,
                 checkpoints,
                 local,
+                ledger,
                 state,
                 step_function,
                 stop,
@@ -163,6 +169,7 @@ def _train(
     data: Batches,
     checkpoints: TrainingCheckpoints,
     local: LocalCheckpoints | None,
+    ledger: Ledger,
     state: TrainingState,
     step_function: Any,
     stop: list[str],
@@ -175,10 +182,11 @@ def _train(
         stop: signals received so far; the first one stops the run.
     """
     steps, first = config.training.steps, state.step
-    report = Report(config, folder, data, first)
+    report = Report(config, folder, data, first, ledger)
     pending: tuple[int, StepMetrics] | None = None  # of the step that the device computes
     with contextlib.closing(report):
         while state.step < steps:
+            ledger.enter_step(state.step + 1)
             checkpoints.check()
             if reason := hosts.stop_before(state.step, stop[0] if stop else None):
                 print_status(f"stopping on {reason}: saving step {state.step} …")
@@ -207,6 +215,8 @@ def _train(
             if read_now or report.skipped_in_a_row:
                 report.step(*pending)
                 pending = None
+            if validate or on_tasks:
+                ledger.enter("evaluating")
             if validate:
                 means = held_out_means(config, data, state.step, state.trained, state.base)
                 report.validation(state.step, means)
@@ -215,6 +225,8 @@ def _train(
             if evaluate and on_tasks:
                 model = complete_model(config, state.trained, state.base)
                 report.evaluation(state.step, evaluate(model))
+            if save or save_local:
+                ledger.enter("saving")
             # The metrics first: a run that is killed now must find those of its last checkpoint.
             if save or report.skipped_in_a_row >= config.training.max_skipped:
                 report.upload()
@@ -230,6 +242,7 @@ def _train(
                 )
         if pending:
             report.step(*pending)
+        ledger.enter("saving")
         if state.step < steps:
             report.upload()
             checkpoints.save(state.progress, state.trained, state.opt_state)

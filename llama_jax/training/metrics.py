@@ -59,11 +59,16 @@ class MetricsLog:
         config: of the run.
         step: of the checkpoint from which the run resumes. Records of later steps are removed:
             the run computes these steps again.
+
+    Attributes:
+        reached: number of steps that earlier processes have computed and logged.
     """
 
     def __init__(self, folder: AnyPath, config: Config, step: int):
         self.path = folder / "metrics.jsonl"
-        earlier = [r for r in read_metrics(self.path) if r["step"] <= step]
+        found = read_metrics(self.path)
+        self.reached = max((record["step"] for record in found), default=0)
+        earlier = [record for record in found if record["step"] <= step]
         write_file(self.path, "".join(json.dumps(record) + "\n" for record in earlier).encode())
         # Objects can't be appended to: in a bucket the files are written here and uploaded.
         self._folder, self._uploaded = folder, time.monotonic()

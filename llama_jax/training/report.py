@@ -12,6 +12,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.data_wait import DataWait
+from llama_jax.training.ledger import Ledger
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
@@ -43,11 +44,14 @@ class Report:
         folder: of the run.
         data: of the run.
         first: number of steps done before.
+        ledger: of the run; host 0 opens it here.
     """
 
-    def __init__(self, config: Config, folder: AnyPath, data: Batches, first: int):
-        self.config, self.folder, self.data = config, folder, data
+    def __init__(self, config: Config, folder: AnyPath, data: Batches, first: int, ledger: Ledger):
+        self.config, self.folder, self.data, self._ledger = config, folder, data, ledger
         self.log = MetricsLog(folder, config, first) if is_host_zero() else None
+        if self.log:
+            ledger.open(folder, first, self.log.reached)
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
@@ -82,6 +86,7 @@ class Report:
         seconds = now - max(self._done, min(self._dispatched, now))
         self._done = now
         data_wait = self._data_wait.end_step(seconds)
+        self._ledger.end_step(step, data_wait * seconds)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         record = {
@@ -91,6 +96,7 @@ class Report:
             "tokens_per_second": self._tokens / seconds,
             "step_seconds": seconds,
             "data_wait": data_wait,
+            "goodput": self._ledger.goodput(),
             "targets": targets,
             "masked": 1 - targets / self._tokens,
             "tokens_seen": step * self._tokens,
@@ -129,7 +135,8 @@ class Report:
         self._done = time.monotonic()
 
     def upload(self) -> None:
-        """Copies the logs into the bucket of the run folder, if it is in one."""
+        """Writes the ledger, and copies the logs into the bucket if the run folder is in one."""
+        self._ledger.write()
         if self.log:
             self.log.upload()
 

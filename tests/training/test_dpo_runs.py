@@ -29,7 +29,12 @@ from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
 STEPS = 16
-TIMES = ("step_seconds", "tokens_per_second", "data_wait")  # no two runs have the same ones
+TIMES = (
+    "step_seconds",
+    "tokens_per_second",
+    "data_wait",
+    "goodput",
+)  # no two runs have the same ones
 MEANS = ["loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "preferences"]
 
 

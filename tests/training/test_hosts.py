@@ -34,7 +34,8 @@ from llama_jax.data.windows import Windows
 read = Windows.__getitem__
 def recorded(self, index):
     if self.tokens.split == "train":
-        sys.stdout.write(f"window {index} {self.tokens.folder}\\n")  # in one piece: several threads read
+        # In one piece: several threads read.
+        sys.stdout.write(f"window {index} {self.tokens.folder}\\n")
         sys.stdout.flush()
     return read(self, index)
 Windows.__getitem__ = recorded
