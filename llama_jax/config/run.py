@@ -143,9 +143,19 @@ class TrainingConfig:
         description="evaluate the model on tasks of lm-evaluation-harness during the run; null:"
         " don't",
     )
+    profile: tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None,
+        description="first and last step of which a trace of jax.profiler is written into the run"
+        " folder; null: none, except for SIGUSR1",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":
+        if self.profile and not self.profile[0] <= self.profile[1] <= self.steps:
+            raise ValueError(
+                f"profile ({self.profile[0]}, {self.profile[1]}): give the first and the last step,"
+                f" of 1 to steps ({self.steps})"
+            )
         if self.objective == "dpo" and self.init_from is None:
             raise ValueError(
                 "objective dpo needs init_from: the model to train, which is also the reference"

@@ -27,6 +27,7 @@ from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.ledger import Ledger
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
+from llama_jax.training.profile import Profiler
 from llama_jax.training.report import Report, draw_figure, is_due
 from llama_jax.training.run_folder import flatten, write_run_files
 from llama_jax.training.source_losses import held_out_means
@@ -127,8 +128,10 @@ def run(
         print_summary(config, mesh, state.step)
         with ledger.during("compiling"):
             step_function = _compile_step(config, data, state)
+        profiler = Profiler(folder, config.training.profile)
         with (
             _record_stop_signals() as stop,
+            profiler.on_request(),
             contextlib.closing(ledger),
             contextlib.closing(checkpoints),
             contextlib.closing(local) if local else contextlib.nullcontext(),
@@ -140,6 +143,7 @@ def run(
                 checkpoints,
                 local,
                 ledger,
+                profiler,
                 state,
                 step_function,
                 stop,
@@ -170,6 +174,7 @@ def _train(
     checkpoints: TrainingCheckpoints,
     local: LocalCheckpoints | None,
     ledger: Ledger,
+    profiler: Profiler,
     state: TrainingState,
     step_function: Any,
     stop: list[str],
@@ -192,6 +197,7 @@ def _train(
                 print_status(f"stopping on {reason}: saving step {state.step} …")
                 break
             step = state.step
+            profiler.before_step(step + 1)
             report.record_dispatch()
             batch = data.train(step)
             report.record_batch(pending[1] if pending else None)
@@ -199,6 +205,7 @@ def _train(
                 state.trained, state.opt_state, batch, np.int32(step), state.base
             )
             state.step += 1
+            profiler.after_step(state.step, metrics)
             # The device computes this step while the host reads the metrics of the previous one.
             if pending:
                 report.step(*pending)

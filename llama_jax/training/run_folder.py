@@ -21,7 +21,8 @@ CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus"
 CHANGEABLE += ("data.phases", "data.validation_fraction", "training.out", "training.steps")
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
 CHANGEABLE += ("training.init_from",)  # used only before the first checkpoint
-CHANGEABLE += ("training.eval_batches", "training.evaluate", "checkpoint", "logging")
+CHANGEABLE += ("training.eval_batches", "training.evaluate", "training.profile", "checkpoint")
+CHANGEABLE += ("logging",)
 # The learning rate of the remaining steps; `schedule_change` prints the consequence.
 CHANGEABLE += ("optimizer.schedule", "optimizer.decay_steps", "optimizer.final_lr_fraction")
 

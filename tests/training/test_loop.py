@@ -77,7 +77,8 @@ def full_run(token_folder, tmp_path_factory):
 def test_the_loss_falls_and_the_run_folder_is_complete(full_run, token_folder):
     assert losses(full_run)[-4:].mean() < losses(full_run)[:4].mean() - 0.5
     assert {p.name for p in full_run.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl", "tokenizer.model",
+        ".lock", "checkpoints", "config.yaml", "ledger.jsonl", "loss.png", "metrics.jsonl",
+        "tokenizer.model",
     }  # fmt: skip
     assert yaml_file.load(full_run / "config.yaml") == config(full_run, token_folder)
     assert training_checkpoints.TrainingCheckpoints(full_run / "checkpoints").steps == [20, 24]
