@@ -29,41 +29,23 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-import jax
-import numpy as np
 from chat_shards import (  # pyright: ignore[reportMissingImports] (of the tests)
     write_packed_shards,
 )
+from kill_runs import fine_tune, make_config, write_base, write_tokens
 from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
     Store,
     store_of_this_process,
 )
 
 from llama_jax.checkpoint.folders import committed_steps
-from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.config import yaml_file
-from llama_jax.config.lora import LoraConfig
-from llama_jax.config.model import ModelConfig
-from llama_jax.config.run import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LocalCheckpointConfig,
-    LoggingConfig,
-    MeshConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
-from llama_jax.data.tokenize import tokenize_corpus
-from llama_jax.model.weights import Llama
-from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.config.run import Config
 from llama_jax.runtime.storage import AnyPath, list_files, parse_path, read_many
-from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 FAULTS = {"latency": 0.02, "refused": 0.05, "dropped": 0.02, "slow": 0.02}
 # The next run takes over from a killed one after 2 s without a heartbeat, rather than 20 s.
@@ -75,65 +57,6 @@ folder_lock.BEAT_SECONDS, folder_lock.WATCH_SECONDS = 0.5, 2.0
 sys.exit(main(sys.argv[1:]))
 """
 START_SECONDS = 300.0  # until the step is compiled, or saved locally, on a busy machine
-
-
-def make_config(
-    tokens: AnyPath, folder: AnyPath, processes: int, steps: int, disk: Path | None
-) -> Config:
-    """Returns the configuration of a run of a tiny model.
-
-    Args:
-        tokens: token shards.
-        folder: of the run.
-        processes: one a host, with one device each.
-        steps: of the run.
-        disk: for the local checkpoints of all hosts, each of which then has a replica.
-    """
-    replicas = 2 if disk else 1
-    checkpoint = CheckpointConfig(every=10, keep=2)
-    if disk:
-        checkpoint = CheckpointConfig(
-            every=60, keep=2, local=LocalCheckpointConfig(path=str(disk), every=3)
-        )
-    return Config(
-        model=ModelConfig(
-            dim=32, n_layers=1, n_heads=4, n_kv_heads=4, head_dim=8, hidden_dim=64, vocab_size=320,
-            context=64, dtype="float32", remat="none",
-        ),
-        mesh=MeshConfig(data=replicas, fsdp=processes // replicas, tensor=1),
-        data=DataConfig(mixture={str(tokens): 1.0}, batch_size=4, seq_len=16),
-        optimizer=OptimizerConfig(warmup_steps=4, peak_lr=1e-2),
-        training=TrainingConfig(out=str(folder), steps=steps, eval_every=0, eval_batches=1),
-        checkpoint=checkpoint,
-        logging=LoggingConfig(progress=False, tensorboard=False),
-    )  # fmt: skip
-
-
-def write_tokens(texts: Path, folder: AnyPath) -> None:
-    """Tokenizes random words into `folder`."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("aeioukltnrs"), rng.integers(2, 8))) for _ in range(200)]
-    lines = (json.dumps({"text": " ".join(rng.choice(words, 80))}) for _ in range(60))
-    texts.write_text("\n".join(lines))
-    tokenize_corpus([str(texts)], folder, n_vocab=320, validation_fraction=0.1, progress=False)
-
-
-def write_base(folder: AnyPath, config: ModelConfig, tokenizer: Path) -> None:
-    """Writes the folder of a model with random weights."""
-    with jax.set_mesh(one_device_mesh()):
-        model = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
-        save_model(folder, config, model, load_tokenizer(tokenizer))
-
-
-def fine_tune(config: Config, kind: str, data: Path, base: AnyPath) -> Config:
-    """Returns the configuration of a LoRA run on `data`; `kind` is lora or dpo."""
-    objective = "dpo" if kind == "dpo" else "next_token"
-    return replace(
-        config,
-        data=replace(config.data, mixture={str(data): 1.0}),
-        lora=LoraConfig(rank=4, alpha=8.0, dropout=0.1),
-        training=replace(config.training, init_from=str(base), objective=objective),
-    )
 
 
 class Run:
