@@ -48,7 +48,7 @@ def test_each_dependency_is_imported_and_each_import_declared():
     used = distributions(imported("llama_jax", "convert"))
     extras = {
         normalize(line)
-        for extra in ("serve", "wandb", "gcs", "eval", "prepare", "beam")
+        for extra in ("serve", "structured", "wandb", "gcs", "eval", "prepare", "beam")
         for line in EXTRAS[extra]
     }
     # pydantic requires the only pydantic-core version that fits; fsspec finds gcsfs and s3fs.

@@ -49,7 +49,7 @@ def full_mask(rows: int, n_vocab: int) -> jax.Array:
 
 def mask_to_text(mask_W: np.ndarray) -> str:
     """Returns a mask of one row as text, for messages to other hosts."""
-    return base64.b64encode(mask_W).decode()
+    return base64.b64encode(mask_W.tobytes()).decode()
 
 
 def masks_from_text(texts: Sequence[str], n_vocab: int) -> np.ndarray:

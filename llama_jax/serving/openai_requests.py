@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -19,7 +20,9 @@ from pydantic import (
 from llama_jax.config.validation import first_problem
 from llama_jax.inference.logit_limits import MAX_BIAS
 from llama_jax.inference.sampling import Sampling
-from llama_jax.tokenizer.chat import Message
+from llama_jax.serving.openai_formats import output_grammar
+from llama_jax.serving.openai_messages import validate_messages
+from llama_jax.serving.openai_tools import ToolChoice, choose_tools, validate_tools
 
 MAX_CHOICES = 128  # of one request: prompts × n
 _MAX_STOPS = 16
@@ -27,18 +30,15 @@ _MAX_STOP_LENGTH = 256  # characters
 
 # Fields that don't change the response.
 _IGNORED = {
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"),
-    *("prompt_cache_key", "prompt_cache_retention", "prediction"),
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "prediction"),
 }
 # Unsupported fields that would change the response: only their neutral values are accepted.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "best_of": (1,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": ("none",),
@@ -108,41 +108,17 @@ def _validate_stops(value: Any) -> list[str]:
     return values
 
 
-def _validate_messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("messages must be a list of at least one message")
-    return [_validate_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def _validate_message(message: Any, path: str) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{path} must be an object with a role and a content")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise ValueError(f"{path} contains tool calls, which are not supported")
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                raise ValueError(f"{path}.content may contain only text parts")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ValueError(f"{path}.content must be a string or a list of text parts")
-    role = "system" if message["role"] == "developer" else message["role"]
-    return Message(role=role, content=content)
-
-
 def _validate_logit_bias(value: Any) -> dict[int, float]:
     """Returns the biases by token; JSON has only strings as keys."""
-    pairs = value.items() if isinstance(value, dict) else [("", None)]
-    if not all(
-        token.isdecimal() and type(bias) in (int, float) and abs(bias) <= MAX_BIAS
-        for token, bias in pairs
-    ):
-        raise ValueError(
-            "logit_bias must be an object of token ids with numbers from"
-            f" -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
-        )
-    return {int(token): float(bias) for token, bias in pairs}
+    biases: dict[str, Any] = value if isinstance(value, dict) else {"": None}
+    for token, bias in biases.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (token.isdecimal() and is_number and abs(bias) <= MAX_BIAS):
+            raise ValueError(
+                "logit_bias must be an object of token ids with numbers from"
+                f" -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
+            )
+    return {int(token): float(bias) for token, bias in biases.items()}
 
 
 class _StreamOptions(BaseModel):
@@ -173,6 +149,27 @@ class GenerationRequest(BaseModel):
     stream_options: _StreamOptions | None = None
     ignore_eos: bool = False
     logit_bias: Annotated[dict[int, float], BeforeValidator(_validate_logit_bias)] = {}
+
+    # The format of the output; the last five are vLLM's.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    _grammar: str | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _find_grammar(self):
+        self._grammar = output_grammar(vars(self))
+        if self._grammar is not None and self.ignore_eos:
+            raise ValueError("ignore_eos can't be combined with a format of the output")
+        return self
+
+    @property
+    def grammar(self) -> str | None:
+        """The grammar of the output; None if it is free."""
+        return self._grammar
 
     @model_validator(mode="after")
     def _check_stream_options(self):
@@ -223,11 +220,33 @@ class CompletionRequest(GenerationRequest):
 class ChatRequest(GenerationRequest):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Any], BeforeValidator(_validate_messages)]  # of Message
+    messages: Annotated[list[Any], BeforeValidator(validate_messages)]  # of Message
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
+    tools: Annotated[list[Any], BeforeValidator(validate_tools)] = []
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    _choice: ToolChoice = PrivateAttr(default=ToolChoice())
+
+    @property
+    def choice(self) -> ToolChoice:
+        """The tools that the answer may call."""
+        return self._choice
+
+    @model_validator(mode="after")
+    def _choose_tools(self):
+        several = self.parallel_tool_calls
+        self._choice = choose_tools(self.tools, self.tool_choice, several=several)
+        if self._choice.tools and self.grammar is not None:
+            raise ValueError(
+                "tools can't be combined with a format of the output: send tool_choice none, or"
+                " leave out the format"
+            )
+        if self._choice.required and self.ignore_eos:
+            raise ValueError("ignore_eos can't be combined with a tool_choice that requires calls")
+        return self
 
     @model_validator(mode="after")
     def _check_related_fields(self):
@@ -246,7 +265,7 @@ class ChatRequest(GenerationRequest):
         return self.top_logprobs if self.logprobs else None
 
 
-Kind = TypeVar("Kind", bound=GenerationRequest)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def parse_request(kind: type[Kind], body: bytes) -> Kind:
@@ -270,7 +289,8 @@ def parse_request(kind: type[Kind], body: bytes) -> Kind:
     content = {name: value for name, value in content.items() if name not in _IGNORED}
     try:
         request = kind.model_validate(content)
-        request.sampling()
+        if isinstance(request, GenerationRequest):
+            request.sampling()
     except ValidationError as error:
         problem = first_problem(error)
         if problem.is_rule:  # the messages of the validators above name the field

@@ -12,6 +12,7 @@ from typing import Any
 from llama_jax import __version__
 from llama_jax.serving.openai_requests import RequestError
 from llama_jax.serving.text_stream import TextDelta, TokenLogprobs
+from llama_jax.serving.tool_calls import CallDelta, ToolCallParser
 
 Json = dict[str, Any]
 
@@ -117,10 +118,13 @@ class ChatFormatter:
         model: its name.
         with_logprobs: whether the response contains log-probabilities.
         n: number of choices.
+        parsers: find the calls of tools, one for each choice; () if the model may call none.
     """
 
-    def __init__(self, model: str, *, with_logprobs: bool, n: int):
-        self._with_logprobs, self._n = with_logprobs, n
+    def __init__(
+        self, model: str, *, with_logprobs: bool, n: int, parsers: Sequence[ToolCallParser] = ()
+    ):
+        self._with_logprobs, self._n, self._parsers = with_logprobs, n, parsers
         self._header = _header("chatcmpl", "chat.completion", model)
 
     def full_response(self, texts: Sequence[TextDelta], usage: Json) -> Json:
@@ -128,9 +132,9 @@ class ChatFormatter:
         choices = [
             {
                 "index": text.index,
-                "message": {"role": "assistant", "content": text.text, "refusal": None},
+                "message": self._message(text),
                 "logprobs": self._logprobs(text),
-                "finish_reason": text.finish_reason,
+                "finish_reason": self._finish_reason(text),
             }
             for text in texts
         ]
@@ -144,11 +148,38 @@ class ChatFormatter:
 
     def chunks(self, delta: TextDelta) -> Iterator[Json]:
         """Yields the chunks of one delta: its text, then the reason why the text ended."""
-        if delta.text or delta.tokens:
-            text = TextDelta(delta.index, delta.text, delta.tokens)
-            yield self._chunk(text, {"content": delta.text})
+        content, calls = self._separate_calls(delta)
+        update: Json = {"content": content} if content or not calls else {}
+        if calls:
+            update["tool_calls"] = [_call_entry(call) for call in calls]
+        if content or calls or delta.tokens:
+            yield self._chunk(TextDelta(delta.index, content, delta.tokens), update)
         if delta.finish_reason:
-            yield self._chunk(TextDelta(delta.index, finish_reason=delta.finish_reason), {})
+            reason = self._finish_reason(delta)
+            yield self._chunk(TextDelta(delta.index, finish_reason=reason), {})
+
+    def _message(self, text: TextDelta) -> Json:
+        content, calls = self._separate_calls(text)
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            entries = [_call_entry(call) for call in calls]
+            for entry in entries:
+                del entry["index"]
+            message |= {"content": content or None, "tool_calls": entries}
+        return message
+
+    def _separate_calls(self, delta: TextDelta) -> tuple[str, list[CallDelta]]:
+        """Returns the content of a delta, and the increments of calls of tools."""
+        if not self._parsers:
+            return delta.text, []
+        content, calls = self._parsers[delta.index].add(delta.text)
+        if delta.finish_reason:
+            content += self._parsers[delta.index].finish()
+        return content, calls
+
+    def _finish_reason(self, delta: TextDelta) -> str | None:
+        called = self._parsers and self._parsers[delta.index].n_calls
+        return "tool_calls" if called and delta.finish_reason == "stop" else delta.finish_reason
 
     def usage_chunk(self, usage: Json) -> Json:
         """Returns the last chunk of a stream, with the token counts."""
@@ -172,6 +203,17 @@ class ChatFormatter:
             for token in delta.tokens
         ]
         return {"content": content, "refusal": None}
+
+
+def _call_entry(call: CallDelta) -> Json:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {
+        "index": call.index,
+        "id": f"call_{secrets.token_hex(12)}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _token_entry(token: str, logprob: float | None) -> Json:

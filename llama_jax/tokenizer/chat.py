@@ -1,17 +1,22 @@
-"""Encodes chats in the formats of Llama 2 and Llama 3, turn by turn.
+"""The interface of chat formats, and the format of Llama 2.
 
-`chat_template` encodes chats with a template instead; all have the interface `ChatFormat`.
+`llama3_chat` has the format of Llama 3, `chat_template` encodes chats with a template.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 from llama_jax.errors import InputError
+from llama_jax.tokenizer.tool_format import ToolFormat
 
 ROLES = ("system", "user", "assistant")
-TOOL_ROLES = ("tool", "ipython")  # results of tools; only training data have them
+TOOL_ROLES = ("tool", "ipython")  # results of tools
+
+NO_TOOLS = (
+    "the chat lists tools, but the model's format has no place for them: describe them in the"
+    " system message, or use a model with a chat template that takes tools"
+)
 
 # The formats of `Llama2Chats` and `Llama3Chats`, for programs that need a template.
 # A template doesn't separate a message from the format: the program that renders it must check that
@@ -49,14 +54,14 @@ LLAMA3_TEMPLATE = """\
 
 
 class Message(TypedDict):
-    """One message of a chat; the role is `system`, `user` or `assistant`, in examples also a tool.
+    """One message of a chat; the role is `system`, `user`, `assistant`, or `tool` for a result.
 
     Each call of `tool_calls` is {"type": "function", "function": {"name", "arguments": {…}}}.
     """
 
     role: str
     content: str
-    tool_calls: NotRequired[list[dict[str, Any]]]  # of the assistant, in examples
+    tool_calls: NotRequired[list[dict[str, Any]]]  # of the assistant
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
 
@@ -77,8 +82,14 @@ class EncodedChat(NamedTuple):
 class ChatFormat(Protocol):
     """How the messages of a chat become the ids that a model reads and learns."""
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of a chat that ends with the user, up to the model's answer."""
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Returns the ids of a chat that ends with the user or a tool, up to the model's answer."""
+        ...
+
+    def tool_format(self) -> ToolFormat:
+        """Returns how the model writes its calls of tools."""
         ...
 
     def encode_example(
@@ -100,13 +111,28 @@ class ChatTokenizer:
         """The model's chat format; raises InputError if there is none."""
         raise NotImplementedError
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Returns the ids of a chat, up to the position of the model's answer.
 
+        Args:
+            messages: the last one is of the user or of a tool.
+            tools: that the model may call, in OpenAI's form.
+
         Raises:
-            InputError: the messages don't match the chat format, or there is no chat format.
+            InputError: the messages don't match the chat format, there is no chat format, or it has
+                no place for tools.
         """
-        return self._chat_format.encode_prompt(messages)
+        return self._chat_format.encode_prompt(messages, tools)
+
+    def tool_format(self) -> ToolFormat:
+        """Returns how the model writes its calls of tools.
+
+        Raises:
+            InputError: the chat format has no place for tools, or doesn't write calls in JSON.
+        """
+        return self._chat_format.tool_format()
 
     def render_chat(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
         """Returns the text of a chat in the model's format, for `parse`.
@@ -134,13 +160,13 @@ def check_messages(messages: Sequence[Message]) -> None:
 
     Raises:
         InputError: there is no message, a message has no valid role or no text, or the last message
-            is not the user's.
+            is neither the user's nor a tool's.
     """
-    _check_each(messages, ROLES, "system, user or assistant")
-    if messages[-1]["role"] != "user":
+    _check_each(messages, ROLES + TOOL_ROLES, "system, user, assistant or tool")
+    if messages[-1]["role"] not in ("user", *TOOL_ROLES):
         raise InputError(
             f"the chat ends with a message of the {messages[-1]['role']}: end it with a message of"
-            " the user, which the model answers"
+            " the user or of a tool, which the model answers"
         )
 
 
@@ -177,10 +203,7 @@ def _check_no_tools(tools: Sequence[Any] | None) -> None:
         InputError: it lists some.
     """
     if tools:
-        raise InputError(
-            "the chat lists tools, but the model's format has no place for them: describe them in"
-            " the system message, or use a model with a chat template"
-        )
+        raise InputError(NO_TOOLS)
 
 
 class Llama2Chats(NamedTuple):
@@ -197,13 +220,16 @@ class Llama2Chats(NamedTuple):
     encode: Callable[..., list[int]]
     template: ChatFormat
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Returns the ids of a chat, up to the model's answer.
 
         Raises:
-            InputError: user and assistant don't take turns, or a message contains a mark of the
-                format.
+            InputError: user and assistant don't take turns, a message contains a mark of the
+                format, or there are tools.
         """
+        _check_no_tools(tools)
         check_messages(messages)
         ids = []
         for prompt, answer in _llama2_turns(messages):
@@ -241,6 +267,10 @@ class Llama2Chats(NamedTuple):
         """Returns the text of a chat."""
         return self.template.render(messages, generation_prompt=generation_prompt)
 
+    def tool_format(self) -> ToolFormat:
+        """Raises `InputError`: the format has no place for tools."""
+        raise InputError(NO_TOOLS)
+
 
 def _llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, str | None]]:
     """Yields the text of each user message and of its answer; the last may have no answer."""
@@ -269,82 +299,3 @@ def _llama2_turns(messages: Sequence[Message]) -> Iterator[tuple[str, str | None
     for i in range(0, len(turns), 2):
         prompt = f"[INST] {turns[i]['content'].strip()} [/INST]"
         yield prompt, f" {turns[i + 1]['content'].strip()} " if i + 1 < len(turns) else None
-
-
-class Llama3Chats(NamedTuple):
-    """The format of Llama 3 (Meta's llama3, `ChatFormat`), with the tools of Llama 3.1.
-
-    Each message is stripped. An answer ends with <|eot_id|>; one that calls tools, or is followed
-    by the result of a tool, with <|eom_id|> if the model has it. Calls are written as JSON after
-    <|python_tag|> (Meta's llama-models, llama3_1/prompt_format.md).
-
-    Attributes:
-        encode: returns the ids of plain text.
-        special: ids of the special tokens.
-        template: the format as a template, which renders chats.
-    """
-
-    encode: Callable[[str], list[int]]
-    special: Mapping[str, int]
-    template: ChatFormat
-
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the ids of a chat, up to the model's answer.
-
-        Raises:
-            InputError: a message has no valid role or no text, or the last is not the user's.
-        """
-        check_messages(messages)
-        return self._encode(messages).ids + self._header("assistant")
-
-    def encode_example(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None
-    ) -> EncodedChat:
-        """Returns the ids of a chat, and its answers.
-
-        Raises:
-            InputError: a message has no valid role or no text, the last is not the assistant's, or
-                there are tools.
-        """
-        _check_no_tools(tools)
-        check_example(messages)
-        return self._encode(messages)
-
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        """Returns the text of a chat."""
-        return self.template.render(messages, generation_prompt=generation_prompt)
-
-    def _encode(self, messages: Sequence[Message]) -> EncodedChat:
-        special = self.special
-        ids, answers = [special["<|begin_of_text|>"]], []
-        end_of_turn = special["<|eot_id|>"]
-        end_of_message = special.get("<|eom_id|>", end_of_turn)
-        for i, message in enumerate(messages):
-            ids += self._header(message["role"])
-            start, calls = len(ids), message.get("tool_calls", [])
-            if calls and "<|python_tag|>" in special:
-                ids.append(special["<|python_tag|>"])
-            ids += self.encode(message["content"].strip())
-            for call in calls:
-                ids += self.encode(_llama3_call(call["function"]))
-            waits = bool(calls) or any(m["role"] in TOOL_ROLES for m in messages[i + 1 : i + 2])
-            if message["role"] == "assistant":
-                ids.append(end_of_message if waits else end_of_turn)
-                answers.append((start, len(ids)))
-            else:
-                ids.append(end_of_turn)
-        return EncodedChat(ids, answers)
-
-    def _header(self, role: str) -> list[int]:
-        text = self.encode("ipython" if role == "tool" else role)
-        start, end = self.special["<|start_header_id|>"], self.special["<|end_header_id|>"]
-        return [start, *text, end, *self.encode("\n\n")]
-
-
-def _llama3_call(function: Mapping[str, Any]) -> str:
-    """Returns the text of a tool call: the code for the code interpreter, or else JSON."""
-    name, arguments = function["name"], function["arguments"]
-    if name == "code_interpreter" and isinstance(arguments.get("code"), str):
-        return arguments["code"]
-    call = {"type": "function", "name": name, "parameters": arguments}
-    return json.dumps(call, ensure_ascii=False)

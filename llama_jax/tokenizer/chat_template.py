@@ -16,6 +16,7 @@ from llama_jax.errors import InputError
 from llama_jax.tokenizer import template_process
 from llama_jax.tokenizer.chat import EncodedChat, Message, check_example, check_messages
 from llama_jax.tokenizer.special_text import encode_around_special, special_pattern
+from llama_jax.tokenizer.tool_format import ToolFormat, find_tool_format
 
 _RENDERINGS = 64  # in one job: the process limits the time of a job
 
@@ -49,19 +50,45 @@ class ChatTemplate:
         self._special, self._end_ids = special, end_ids
         self._encode, self._parse = encode, parse
         self._pattern = special_pattern(special)
+        self._tool_format: ToolFormat | None = None
         # A random mark, which no message can contain, splits special tokens in messages before the
         # template is rendered. The mark is removed afterwards.
         self._mark = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(4))
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Returns the ids of a chat up to the position of the model's answer.
 
         Raises:
-            InputError: see `render_template`; or a text contains half of a surrogate pair.
+            InputError: see `render_prefixes`; a text contains half of a surrogate pair; or there
+                are tools, for which the template has no place.
         """
         check_messages(messages)
-        text = render_template(self._template, self._guard(messages), self._tokens)
+        if tools:
+            self.tool_format()
+        guarded = self._guard(messages), self._tokens, self._guard(tools)
+        text = render_template(self._template, *guarded)
         return self._encode_rendering(text, guarded=self._mark in text)
+
+    def tool_format(self) -> ToolFormat:
+        """Returns how the template writes calls of tools.
+
+        Raises:
+            InputError: it has no place for tools, or doesn't write calls as JSON objects.
+        """
+        if self._tool_format is None:
+            ends = [text for text, token in self._special.items() if token in self._end_ids]
+            self._tool_format = find_tool_format(self._render_answer, ends)
+        return self._tool_format
+
+    def _render_answer(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> tuple[str, str]:
+        n = len(messages)
+        prefixes = [(n - 1, True), (n, False)]
+        prompt, text = render_prefixes(self._template, messages, self._tokens, prefixes, tools)
+        return prompt, text
 
     def encode_example(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -170,22 +197,27 @@ class ChatTemplate:
         )
 
 
-def render_template(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+def render_template(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tokens: Mapping[str, str],
+    tools: Sequence[Any] | None = None,
+) -> str:
     """Returns the text of a chat template up to the position of the model's answer.
 
     Args:
-        template, messages, tokens: as for `render_prefixes`.
+        template, messages, tokens, tools: as for `render_prefixes`.
 
     Raises:
         InputError: see `render_prefixes`.
     """
-    [text] = render_prefixes(template, messages, tokens, [(len(messages), True)])
+    [text] = render_prefixes(template, messages, tokens, [(len(messages), True)], tools)
     return text
 
 
 def render_prefixes(
     template: str,
-    messages: Sequence[Message],
+    messages: Sequence[Mapping[str, Any]],
     tokens: Mapping[str, str],
     prefixes: Sequence[tuple[int, bool]],
     tools: Sequence[Any] | None = None,

@@ -10,6 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.chat_template import ChatTemplate
+from llama_jax.tokenizer.llama3_chat import Llama3Chats
 from llama_jax.tokenizer.settings import (
     check_ids,
     check_text,
@@ -18,6 +19,7 @@ from llama_jax.tokenizer.settings import (
 )
 from llama_jax.tokenizer.split_points import SafeSplit, remove_space_prefix, safe_split_of_json
 from llama_jax.tokenizer.tiktoken import END_TOKENS
+from llama_jax.tokenizer.token_bytes import json_token_bytes
 
 # Candidates for the begin and the end token of a folder that doesn't name them.
 _BEGIN = ("<|begin_of_text|>", "<s>", "<|endoftext|>")
@@ -125,6 +127,10 @@ class TokenizerJson(chat.ChatTokenizer):
         """
         return self._tokenizer.decode(check_ids(ids, self.n_vocab, self.path))
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Returns the bytes that each token adds to a text; None for tokens without text."""
+        return json_token_bytes(json.loads(self._data), self._tokenizer)
+
     def parse(self, text: str) -> list[int]:
         """Returns the ids of `text`; the text of a special token is encoded as that token.
 
@@ -140,7 +146,7 @@ class TokenizerJson(chat.ChatTokenizer):
             return self._template_of(self.template)
         if self._is_llama3:
             template = self._template_of(chat.LLAMA3_TEMPLATE)
-            return chat.Llama3Chats(self.encode, self._llama3, template)
+            return Llama3Chats(self.encode, self._llama3, template)
         raise InputError(
             f"{self.path} has no chat format, so this is a base model: use a chat model, or put a"
             " chat_template.jinja next to it"

@@ -107,6 +107,20 @@ class SentencePiece(chat.ChatTokenizer):
         """
         return self._processor.decode(check_ids(ids, self.n_vocab, self.path))
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Returns the bytes that each token adds to a text; None for tokens without text."""
+        return [self._piece_bytes(i) for i in range(self.n_vocab)]
+
+    def _piece_bytes(self, token: int) -> bytes | None:
+        p, piece = self._processor, self._processor.id_to_piece(token)
+        if p.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        if p.is_control(token) or p.is_unknown(token) or p.is_unused(token):
+            return None
+        if any(escaping in piece for escaping in ESCAPED[1:]):
+            return None
+        return piece.replace(ESCAPED[0], " ").encode()
+
     def parse(self, text: str) -> list[int]:
         """Returns the ids of `text`; the text of a control token is encoded as that token.
 

@@ -14,6 +14,7 @@ from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer import chat
 from llama_jax.tokenizer.build import LLAMA3_PATTERN
 from llama_jax.tokenizer.chat_template import ChatTemplate
+from llama_jax.tokenizer.llama3_chat import Llama3Chats
 from llama_jax.tokenizer.settings import check_ids, check_text, model_folder_files, read_settings
 
 # The special tokens follow the ranks, in this order (Meta's llama-models, llama3/tokenizer.py).
@@ -102,6 +103,11 @@ class Tiktoken(chat.ChatTokenizer):
         text = self._encoding.decode_bytes([i for i in ids if i < len(self.ranks)])
         return text.decode(errors="replace")
 
+    def token_bytes(self) -> list[bytes | None]:
+        """Returns the bytes that each token adds to a text; None for tokens without text."""
+        pieces = {rank: piece for piece, rank in self.ranks.items()}
+        return [pieces.get(i) for i in range(self.n_vocab)]
+
     def parse(self, text: str) -> list[int]:
         """Returns the ids of `text`; the text of a special token is encoded as that token.
 
@@ -117,7 +123,7 @@ class Tiktoken(chat.ChatTokenizer):
         if self.template is not None:
             return self._template_of(self.template)
         template = self._template_of(chat.LLAMA3_TEMPLATE)
-        return chat.Llama3Chats(self.encode, self.special, template)
+        return Llama3Chats(self.encode, self.special, template)
 
     def _template_of(self, source: str) -> ChatTemplate:
         tokens = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}

@@ -12,6 +12,7 @@ from llama_jax.tokenizer.huggingface import TokenizerJson
 from llama_jax.tokenizer.sentencepiece import SentencePiece, from_llama2c, is_llama2c
 from llama_jax.tokenizer.settings import read_config_files
 from llama_jax.tokenizer.tiktoken import Tiktoken, is_tiktoken
+from llama_jax.tokenizer.tool_format import ToolFormat
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer.bin")
 
@@ -69,15 +70,38 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self) -> Sequence[bytes | None]:
+        """Returns the bytes that each token adds to a text; None for tokens without text.
+
+        Raises:
+            InputError: the bytes of this tokenizer are unknown.
+        """
+        ...
+
+    def tool_format(self) -> ToolFormat:
+        """Returns how the model writes its calls of tools.
+
+        Raises:
+            InputError: the chat format has no place for tools, or doesn't write calls in JSON.
+        """
+        ...
+
     def parse(self, text: str) -> list[int]:
         """Returns the ids of `text`; the text of a special token is encoded as that token."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[int]:
         """Returns the ids of a chat, from the begin token up to the position of the model's answer.
 
+        Args:
+            messages: the last one is of the user or of a tool.
+            tools: that the model may call, in OpenAI's form.
+
         Raises:
-            InputError: the messages don't match the model's chat format, or it has no chat format.
+            InputError: the messages don't match the model's chat format, it has no chat format, or
+                no place for the tools.
         """
         ...
 

@@ -9,6 +9,18 @@ from fake_engine import CHAT, COMPLETION, HELLO, chat, complete
 pytest_plugins = ["server_fixtures"]
 
 
+def function(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def calling(call):
+    user = HELLO["messages"][0]
+    assistant = {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}
+    return {"messages": [user, assistant, user]}
+
+
+ADD, NAMED = function("add"), function("sub")
+
 # Path, body, status, and a part of the error message.
 BAD = [
     (COMPLETION, b"", 400, "the body is not valid JSON"),
@@ -85,7 +97,13 @@ BAD = [
     (CHAT, {"messages": []}, 400, "messages must be a list of at least one message"),
     (CHAT, {"messages": ["a"]}, 400, "messages[0] must be an object with a role"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content must be a string"),
-    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "has the role 'tool'"),
+    (CHAT, {"messages": [{"role": "bot", "content": "a"}]}, 400, "has the role 'bot'"),
+    (
+        CHAT,
+        {"messages": [{"role": "tool", "content": "a"}]},
+        400,
+        "message 1 of the chat is out of",
+    ),
     (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, 400, "the chat ends with"),
     (
         CHAT,
@@ -101,8 +119,35 @@ BAD = [
         "differ: send only one of them",
     ),
     (CHAT, HELLO | {"top_logprobs": 2}, 400, "top_logprobs requires logprobs to be true"),
-    (CHAT, HELLO | {"tools": [{"type": "function"}]}, 400, "tools is not supported"),
-    (CHAT, HELLO | {"response_format": {"type": "json_object"}}, 400, "response_format is not"),
+    (
+        CHAT,
+        HELLO | {"tools": [{"type": "function"}]},
+        400,
+        "tools[0] must be an object of the type",
+    ),
+    (CHAT, HELLO | {"tools": {}}, 400, "tools must be a list of at most 128"),
+    (CHAT, HELLO | {"tools": [ADD] * 2}, 400, "tools has 'add' twice"),
+    (CHAT, HELLO | {"tools": [ADD]}, 400, "the model's format has no place for them"),
+    (CHAT, HELLO | {"tools": [ADD], "tool_choice": "any"}, 400, "must be none, auto, required or"),
+    (CHAT, HELLO | {"tools": [ADD], "tool_choice": NAMED}, 400, "'sub', which is not one of the"),
+    (CHAT, HELLO | {"tool_choice": "required"}, 400, "tool_choice requires tools"),
+    (
+        CHAT,
+        HELLO | {"tools": [ADD], "response_format": {"type": "json_object"}},
+        400,
+        "tools can't be combined with a format",
+    ),
+    (CHAT, calling({"name": "add", "arguments": "{"}), 400, "arguments must be a JSON object"),
+    (
+        CHAT,
+        calling({"arguments": "{}"}),
+        400,
+        "[1].tool_calls[0] must be an object with a function",
+    ),
+    (CHAT, calling({"name": "add", "arguments": "{}"}), 400, "message 2 of the chat calls tools"),
+    ("/tokenize", {}, 400, "send either prompt or messages"),
+    ("/tokenize", {"prompt": 5}, 400, "prompt must be a valid string"),
+    ("/detokenize", {"tokens": [512]}, 400, "token 512 of tokens is outside the vocabulary"),
     (CHAT, HELLO | {"messages": [{"role": "user", "content": "a " * 400}]}, 400, "doesn't fit"),
     ("/v1/embeddings", {"input": "a"}, 404, "there is no route /v1/embeddings"),
     ("/v1/models", {}, 405, "/v1/models does not support POST"),

@@ -73,7 +73,7 @@ def test_the_templates_give_the_ids_of_the_code(request, tmp_path, template, nam
 def test_invalid_chats_are_rejected(llama2, llama3):
     bad = [
         ([], "the chat is empty"),
-        ([{"role": "tool", "content": "x"}], "message 1 of the chat has the role 'tool'"),
+        ([{"role": "bot", "content": "x"}], "message 1 of the chat has the role 'bot'"),
         ([USER, {"role": "user"}], "message 2 of the chat has no text"),
         ([USER, ANSWER], "ends with a message of the assistant"),
         ([SYSTEM], "ends with a message of the system"),
@@ -84,6 +84,7 @@ def test_invalid_chats_are_rejected(llama2, llama3):
                 tokenizer.encode_chat(messages)
     for messages, number in (
         ([USER, QUESTION], 2),
+        ([{"role": "tool", "content": "x"}], 1),
         ([ANSWER, QUESTION], 1),
         ([SYSTEM, ANSWER, QUESTION], 2),
         ([USER, ANSWER, SYSTEM, QUESTION], 3),

@@ -300,7 +300,7 @@ def test_tools_of_llama_3(llama3):
     assert answers == ["<|python_tag|>1 + 1<|eom_id|>"]
 
 
-def test_a_format_without_tools_refuses_them(llama2, llama3):
+def test_a_format_without_tools_refuses_them(llama2):
     for messages, message in (
         ([USER, ANSWER, {"role": "tool", "content": "4"}, ANSWER], "message 3 .* out of order"),
         ([USER, {**ANSWER, "tool_calls": []}], "message 2 of the chat calls tools"),
@@ -308,7 +308,7 @@ def test_a_format_without_tools_refuses_them(llama2, llama3):
         with pytest.raises(InputError, match=message):
             llama2.encode_example(messages)
     with pytest.raises(InputError, match="lists tools, but the model's format has no place"):
-        llama3.encode_example([USER, ANSWER], [{"type": "function"}])
+        llama2.encode_example([USER, ANSWER], [{"type": "function"}])
 
 
 def test_chats_that_no_answer_ends_are_refused(llama2, llama3, smollm2):

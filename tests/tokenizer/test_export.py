@@ -187,3 +187,18 @@ def test_damaged_tokenizer_json_files_are_rejected(folders, tmp_path):
         tokenizer.encode("a\ud800")
     with pytest.raises(InputError, match="token 512 is outside the 512 tokens"):
         tokenizer.decode([512])
+
+
+@pytest.mark.parametrize("name", ["llama3", *SENTENCEPIECE])
+def test_the_bytes_of_tokens_form_their_text(shared_data, folders, name):
+    """The original and its tokenizer.json have the same bytes; special tokens have none."""
+    vectors = json.loads((shared_data / "tokenizers" / f"{name}_vectors.json").read_text())
+    original, _, tokenizer = folders[name]
+    pieces = original.token_bytes()
+    assert tokenizer.token_bytes() == pieces
+    assert len(pieces) == original.n_vocab
+    assert {i for i, piece in enumerate(pieces) if piece is None} >= {*original.special.values()}
+    letter = original.encode("a")
+    for case in vectors["cases"]:
+        text = b"".join(pieces[i] for i in case["ids"]).decode(errors="replace")
+        assert f"a{text}" == original.decode([*letter, *case["ids"]])
