@@ -38,16 +38,18 @@ to this server. Put the key into the environment variable LLAMA_JAX_API_KEY: the
 shows the value of --api-key.
 
 A model that is too large for one host: on a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet,
-run the command on every host, as for `llama-jax train`. Host 0 answers the requests.
+run the command on every host, as for `llama-jax train`. Host 0 answers the requests. A small one:
+--replicas divides the devices among several copies of the model behind one queue.
 
 example:
   llama-jax serve models/llama3.1-8b-instruct
   llama-jax serve models/llama3.1-8b-int8 --lora runs/lora
+  llama-jax serve models/llama3.1-8b-instruct --replicas 4 --rows 64
   llama-jax serve runs/quickstart --port 9000 --rows 16 --context 1024
   LLAMA_JAX_API_KEY=$(cat key) llama-jax serve models/llama3.1-8b-instruct --host 0.0.0.0
 """
 
-_MINIMA = {"rows": 1, "context": 2, "queue": 0, "max_tokens": 1}
+_MINIMA = {"rows": 1, "replicas": 1, "context": 2, "queue": 0, "max_tokens": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=8, metavar="N", help="texts generated at the same time (8)"
     )
+    parser.add_argument(
+        "--replicas", type=int, metavar="N",
+        help="copies of the model, each on its share of the devices and of the rows (1)",
+    )  # fmt: skip
     parser.add_argument(
         "--context", type=int, metavar="N",
         help="longest prompt and output together [tokens] (the model's, 8192 at most)",
@@ -126,11 +132,11 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
 
     from llama_jax.checkpoint import folders
     from llama_jax.inference.bandwidth import copy_bandwidth
-    from llama_jax.inference.engine.device_batch import DeviceBatch, follow
+    from llama_jax.inference.engine.device_batch import DeviceBatch, check_rows, follow
     from llama_jax.inference.engine.engine import Engine
     from llama_jax.inference.engine.warm_up import n_programs
     from llama_jax.inference.load import choose_compute_dtype, load
-    from llama_jax.parallel.mesh import batch_shards, serving_mesh
+    from llama_jax.parallel.mesh import serving_mesh
     from llama_jax.runtime import hosts
     from llama_jax.runtime.compile_cache import enable_compile_cache
     from llama_jax.serving import server, start_progress
@@ -149,15 +155,13 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
         stored = replace(stored, cache_dtype=args.cache)
     tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     enable_compile_cache()
-    config, names = choose_compute_dtype(stored), ("rows", "quantize", "cache", "lora", "unmerged")
+    config = choose_compute_dtype(stored)
+    names = ("rows", "replicas", "quantize", "cache", "lora", "unmerged")
     values = {f"--{name}": getattr(args, name) for name in names} | {"--context": context}
     check_equal_on_hosts(folder, config, values)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(serving_mesh(stored)))
-        if batch_shards() > 1:
-            raise InputError(
-                "this model can't be split over all devices of these hosts: start fewer of them"
-            )
+        stack.enter_context(jax.set_mesh(serving_mesh(stored, args.replicas)))
+        check_rows(args.rows)
         bound = None
         if hosts.is_host_zero():
             bound = stack.enter_context(server.bind_socket(args.host, args.port))

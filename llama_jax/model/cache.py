@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
 
 
@@ -143,12 +144,15 @@ def resize_cache(cache: KVCache, *, slots: int) -> KVCache:
 
 
 @partial(jax.jit, donate_argnums=0)
-def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, used: jax.Array) -> KVCache:
-    """Returns the cache with row `source` copied to row `target`, which then has `used` tokens."""
+def copy_row(cache: KVCache, source: RowNumbers, target: RowNumbers, used: jax.Array) -> KVCache:
+    """Returns the cache with a row copied to another one, which then has `used` tokens.
+
+    Both rows are of the same copy of the model.
+    """
 
     def copy(x_BKS_: jax.Array) -> jax.Array:
-        row = jax.lax.dynamic_slice_in_dim(x_BKS_, source, 1, axis=0)
-        return jax.lax.dynamic_update_slice_in_dim(x_BKS_, row, target, axis=0)
+        return put_rows(x_BKS_, take_rows(x_BKS_, source), target)
 
-    used_B = jnp.where(jnp.arange(len(cache.used_B)) == target, used, cache.used_B)
+    used_C = jnp.full(target.within_C.shape, used, jnp.int32, out_sharding=activation_spec("B"))
+    used_B = put_rows(cache.used_B, used_C, target)
     return KVCache(jax.tree.map(copy, cache.layers), used_B)

@@ -100,16 +100,35 @@ def inference_mesh(model: ModelConfig) -> Mesh:
     return make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=local.size))
 
 
-def serving_mesh(model: ModelConfig) -> Mesh:
-    """Returns the mesh on which requests are served: `tensor_mesh`, over all devices of all hosts.
+def serving_mesh(model: ModelConfig, copies: int | None = None) -> Mesh:
+    """Returns the mesh on which requests are served: copies of the model, each on a `tensor` mesh.
 
-    On several hosts every device must take part. If the model can't be split over so many, `data`
-    has copies of it.
+    Args:
+        model: its config.
+        copies: default: one; on several hosts, all of whose devices must take part, as few as
+            possible.
+
+    Raises:
+        InputError: the devices can't have so many copies.
     """
+    sizes, n_devices = tensor_sizes(model), jax.device_count()
     if jax.process_count() == 1:
-        return tensor_mesh(model)
-    size = max(n for n in tensor_sizes(model) if jax.device_count() % n == 0)
-    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=size))
+        copies = copies or 1
+        fitting = [size for size in sizes if copies * size <= n_devices]
+    else:
+        sizes = [size for size in sizes if n_devices % size == 0]
+        copies = copies or n_devices // max(sizes)
+        fitting = [size for size in sizes if copies * size == n_devices]
+    if not fitting:
+        possible = ", ".join(
+            str(n_devices // size) for size in reversed(sizes) if size <= n_devices
+        )
+        raise InputError(
+            f"{n_devices} device(s) can't have {copies} copies of this model, each on equally many:"
+            f" give --replicas one of {possible}"
+        )
+    used = jax.devices()[: copies * max(fitting)]
+    return make_mesh(MeshConfig(data=copies, fsdp=1, tensor=max(fitting)), used)
 
 
 _default = threading.local()  # .mesh: the last mesh that `set_default_mesh` set in this thread

@@ -191,6 +191,8 @@ def bad_commands(tmp_path, model_folder, token_folder):
         (["generate", foreign], "is not the configuration of a llama_jax model"),
         (["serve", tmp_path / "no"], "does not exist"),
         (["serve", model_folder, "--rows", "0"], "--rows must be at least 1, not 0"),
+        (["serve", model_folder, "--replicas", "9"], "8 device(s) can't have 9 copies"),
+        (["serve", model_folder, "--replicas", "3"], "8 rows can't be shared equally by 3 copies"),
         (["serve", model_folder, "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
         (["serve", model_folder, "--context", "500"], "--context 500 is more than the model's 128"),
         (

@@ -14,6 +14,7 @@ from llama_jax.parallel.mesh import (
     _multi_slice_devices,
     check_divides,
     make_mesh,
+    serving_mesh,
     shard_array,
     tensor_mesh,
 )
@@ -87,6 +88,14 @@ def test_tensor_mesh_has_as_many_devices_as_divide_the_model():
     assert tensor_mesh(tiny_model()).size == 8  # two devices to each of 4 key/value heads
     assert tensor_mesh(tiny_model(n_heads=4)).size == 4
     assert tensor_mesh(tiny_model(n_kv_heads=3, n_heads=12, vocab_size=324)).size == 1
+
+
+def test_a_server_has_as_many_copies_of_the_model_as_requested():
+    copies = {n: serving_mesh(tiny_model(), n).shape for n in (None, 1, 3, 4, 8)}
+    sizes = {n: (shape["data"], shape["tensor"]) for n, shape in copies.items()}
+    assert sizes == {None: (1, 8), 1: (1, 8), 3: (3, 2), 4: (4, 2), 8: (8, 1)}
+    with pytest.raises(InputError, match=r"8 device\(s\) can't have 9 copies .* one of 1, 2, 4, 8"):
+        serving_mesh(tiny_model(), 9)
 
 
 def test_shard_array_preserves_the_values():

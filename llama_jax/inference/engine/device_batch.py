@@ -15,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config.model import ModelConfig
+from llama_jax.errors import InputError
 from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import request_from_json
+from llama_jax.inference.engine.slots import Chunk
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import GeneratedTokens
 from llama_jax.inference.logit_limits import full_mask, masks_from_text
 from llama_jax.model import cache
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.mesh import batch_shards, shard_array
+from llama_jax.parallel.rows import number_rows
 from llama_jax.runtime import hosts
 
 Parameters = ParamSpec("Parameters")
@@ -55,6 +58,12 @@ class DeviceBatch:
         rows: of the batch.
         context: longest prompt with its continuation [tokens].
         progress: called before each compilation, see `warm_up`.
+
+    Attributes:
+        copies: of the model; each has as many consecutive rows.
+
+    Raises:
+        InputError: the rows can't be shared by the copies of the model.
     """
 
     def __init__(
@@ -65,6 +74,8 @@ class DeviceBatch:
         context: int,
         progress: Callable[[float, str], None],
     ):
+        check_rows(rows)
+        self.copies = batch_shards()
         self._config, self._model, self._rows = config, model, rows
         self._full_mask_BW = full_mask(rows, config.vocab_size)
         self._state = warm_up(config, model, rows, context, progress)
@@ -79,14 +90,17 @@ class DeviceBatch:
         return step_bytes(self._config, self._model, self._rows, self.slots)
 
     @_on_all_hosts
-    def score(self, columns: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, ...]:
-        """Returns the results of `prompt_scores.score_row`."""
-        return prompt_scores.score_row(self._config, self._model, columns, length)
+    def score(
+        self, trees: Sequence[Sequence[Sequence[int]]], length: int
+    ) -> list[tuple[np.ndarray, ...]]:
+        """Returns the results of `prompt_scores.score_trees`."""
+        return prompt_scores.score_trees(self._config, self._model, trees, length)
 
     @_on_all_hosts
     def copy_row(self, source: int, target: int, used: int) -> None:
         """Copies the slots of a row to another row, which then has `used` tokens."""
-        copied = cache.copy_row(self._state.cache, source, target, used)
+        rows = (number_rows([row], self._rows) for row in (source, target))
+        copied = cache.copy_row(self._state.cache, *rows, used)
         self._state = self._state._replace(cache=copied)
 
     @_on_all_hosts
@@ -98,32 +112,34 @@ class DeviceBatch:
 
     @_on_all_hosts
     def prefill(
-        self, row: int, tokens: Sequence[int], targets: Sequence[int], used: int, size: int,
-        with_logprobs: bool,
-    ) -> list[np.ndarray]:  # fmt: skip
-        """Prefills one chunk of a prompt into a row, and waits until it is computed.
+        self, chunks: Sequence[Chunk], size: int, with_logprobs: bool
+    ) -> list[list[np.ndarray]]:
+        """Prefills a chunk of the prompt of each row, and waits until they are computed.
 
         Args:
-            row: number of the row, which has `used` tokens.
-            tokens: the next tokens of its prompt.
-            targets: the token after each, as far as the prompt goes.
-            used: tokens in the row.
-            size: tokens of the program, which is padded to it.
+            chunks: at most one in each copy of the model.
+            size: tokens of the program, which are padded to it.
             with_logprobs: whether to compute log-probabilities.
 
         Returns:
-            With log-probabilities the results of `row_programs.prefill_chunk`, without B.
+            The results of `row_programs.prefill_chunk` for each chunk.
         """
-        chunk = np.zeros((2, 1, size), np.int32)
-        for padded, ids in zip(chunk, (tokens, targets), strict=True):
-            padded[0, : len(ids)] = ids
-        tokens_1T, targets_1T = (shard_array(padded, "BT") for padded in chunk)
+        per_copy = self._rows // self.copies
+        tokens_CT, targets_CT = np.zeros((2, self.copies, size), np.int32)
+        lengths_C, used_C = np.zeros((2, self.copies), np.int32)
+        for row, tokens, targets, used in chunks:
+            copy = row // per_copy
+            tokens_CT[copy, : len(tokens)], targets_CT[copy, : len(targets)] = tokens, targets
+            lengths_C[copy], used_C[copy] = len(tokens), used
+        rows = [row for row, *_ in chunks]
         self._state, logprobs = row_programs.prefill_chunk(
-            self._config, self._model, self._state, row, tokens_1T, len(tokens), used, targets_1T,
-            with_logprobs,
+            self._config, self._model, self._state, number_rows(rows, self._rows),
+            shard_array(tokens_CT, "BT"), shard_array(lengths_C, "B"), shard_array(used_C, "B"),
+            shard_array(targets_CT, "BT"), with_logprobs,
         )  # fmt: skip
         jax.block_until_ready(self._state.logits_BV)
-        return [np.asarray(x_1T)[0] for x_1T in logprobs] if with_logprobs else []
+        arrays = [np.asarray(x_CT_) for x_CT_ in logprobs]
+        return [[x_CT_[row // per_copy] for x_CT_ in arrays] for row in rows]
 
     @_on_all_hosts
     def start(self, row: int, request: dict[str, Any]) -> None:
@@ -134,7 +150,8 @@ class DeviceBatch:
             request: of `request_to_json`.
         """
         settings = row_programs.init_row(self._config, request_from_json(request))
-        self._state = row_programs.start_row(self._state, row, settings)
+        number = number_rows([row], self._rows)
+        self._state = row_programs.start_row(self._state, number, settings)
 
     @_on_all_hosts
     def stop(self, row: int) -> None:
@@ -170,6 +187,20 @@ class DeviceBatch:
             self._config, self._model, state, 1, with_logprobs, mask_BW
         )
         return np.asarray(tokens_B), generated
+
+
+def check_rows(rows: int) -> None:
+    """Checks that the copies of the model on the current mesh can have equally many rows.
+
+    Raises:
+        InputError: they can't.
+    """
+    copies = batch_shards()
+    if rows % copies:
+        raise InputError(
+            f"{rows} rows can't be shared equally by {copies} copies of the model: ask for a"
+            f" multiple of {copies}"
+        )
 
 
 def end_following() -> None:

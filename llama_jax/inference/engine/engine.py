@@ -35,7 +35,13 @@ from llama_jax.inference.engine.requests import (
     check_request,
     request_to_json,
 )
-from llama_jax.inference.engine.slots import Row, cache_sizes, choose_row, slots_needed
+from llama_jax.inference.engine.slots import (
+    Row,
+    cache_sizes,
+    choose_row,
+    next_chunks,
+    slots_needed,
+)
 from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.runtime import hosts
@@ -188,18 +194,18 @@ class Engine:
         for row in self._rows:
             if row.ticket is not None and row.ticket.cancelled:
                 self._release(row, RequestEnded("cancelled"))
-        self._score_next_tree()
+        self._score_next_trees()
         self._admit()
-        prefilling = [row for row in self._rows if row.ticket is not None and not row.ready]
+        prefilling = any(row.ticket is not None and not row.ready for row in self._rows)
         if prefilling:
-            self._prefill_next_chunk(min(prefilling, key=lambda row: row.assigned_at))
+            self._prefill_next_chunks()
         ready = [row for row in self._rows if row.ready]
         if ready:
             n = DECODE_STEPS_DURING_PREFILL if prefilling else row_programs.DECODE_STEPS
             self._decode(ready, n)
 
-    def _score_next_tree(self) -> None:
-        """Scores one prefix tree of the prompts of waiting requests, and ends these requests."""
+    def _score_next_trees(self) -> None:
+        """Scores a prefix tree of prompts on each copy of the model, and ends their requests."""
         self._trees = [tree for tree in self._trees if not all(t.cancelled for t in tree.tickets)]
         if not self._trees:
             with self._changed:
@@ -207,10 +213,16 @@ class Engine:
             self._trees = prompt_scores.pack_trees(tickets)
         if not self._trees:
             return
-        start, tree = time.perf_counter(), self._trees.pop()
-        computed = self._batch.score(*prompt_scores.score_arguments(tree))
-        events = prompt_scores.score_events(tree, computed)
-        self._count(prompt_tokens=len(tree.row.tokens), prefill_seconds=time.perf_counter() - start)
+        start = time.perf_counter()
+        trees, length = prompt_scores.take_trees(self._trees, self._batch.copies)
+        computed = self._batch.score([tree.row[:5] for tree in trees], length)
+        n_tokens = sum(len(tree.row.tokens) for tree in trees)
+        self._count(prompt_tokens=n_tokens, prefill_seconds=time.perf_counter() - start)
+        for tree, arrays in zip(trees, computed, strict=True):
+            self._end_scored(tree, prompt_scores.score_events(tree, arrays))
+
+    def _end_scored(self, tree: prompt_scores.Tree, events: list[list[Event]]) -> None:
+        """Ends the requests of a tree that is scored."""
         for ticket, events_of_ticket in zip(tree.tickets, events, strict=True):
             with self._changed:
                 if ticket.cancelled:  # it has already left the queue
@@ -230,7 +242,7 @@ class Engine:
                 return
             # Prompt log-probabilities exist only for tokens that are prefilled: reuse none then.
             reusable = () if ticket.request.prompt_logprobs else ticket.request.prompt
-            row, source, common = choose_row(self._rows, reusable)
+            row, source, common = choose_row(self._rows, reusable, self._batch.copies)
             with self._changed:
                 if ticket.cancelled:  # it has already left the queue
                     continue
@@ -255,29 +267,25 @@ class Engine:
         for row in self._rows:
             row.tokens = row.tokens[: slots - 1]
 
-    def _prefill_next_chunk(self, row: Row) -> None:
-        """Prefills one chunk of a prompt; after the last chunk the row is ready."""
-        assert row.ticket is not None
-        request, start = row.ticket.request, time.perf_counter()
-        used = len(row.tokens)
-        rest = request.prompt[used:]
-        sizes = row_programs.CHUNK_SIZES
-        size = next((size for size in sizes if size >= len(rest)), sizes[-1])
-        length = min(size, len(rest))
-        index, targets = self._rows.index(row), rest[1 : length + 1]
-        logprobs = self._batch.prefill(
-            index, rest[:length], targets, used, size, request.prompt_logprobs
-        )
-        row.tokens += rest[:length]
-        if logprobs:  # the prompt's last token has no target yet
-            row.prompt_logprobs += row_programs.attach_logprobs(
-                targets, *logprobs, top=request.top_logprobs
-            )
-        if length == len(rest):
-            self._batch.start(index, request_to_json(request))
-            row.ready = True
-            row.ticket.deliver(PromptDone(tuple(row.prompt_logprobs)))
-        self._count(prompt_tokens=length, prefill_seconds=time.perf_counter() - start)
+    def _prefill_next_chunks(self) -> None:
+        """Prefills a chunk of the oldest prompt, and of one in each other copy of the model."""
+        start, (chunks, size) = time.perf_counter(), next_chunks(self._rows, self._batch.copies)
+        rows = [self._rows[chunk.row] for chunk in chunks]
+        requests = [row.ticket.request for row in rows if row.ticket is not None]
+        with_logprobs = any(request.prompt_logprobs for request in requests)
+        found = self._batch.prefill(chunks, size, with_logprobs)
+        for row, request, chunk, logprobs in zip(rows, requests, chunks, found, strict=True):
+            row.tokens += chunk.tokens
+            if request.prompt_logprobs:  # the prompt's last token has no target yet
+                row.prompt_logprobs += row_programs.attach_logprobs(
+                    chunk.targets, *logprobs, top=request.top_logprobs
+                )
+            if len(row.tokens) == len(request.prompt) and row.ticket is not None:
+                self._batch.start(chunk.row, request_to_json(request))
+                row.ready = True
+                row.ticket.deliver(PromptDone(tuple(row.prompt_logprobs)))
+        n_tokens = sum(len(chunk.tokens) for chunk in chunks)
+        self._count(prompt_tokens=n_tokens, prefill_seconds=time.perf_counter() - start)
 
     def _decode(self, ready: list[Row], n: int) -> None:
         """Decodes up to `n` tokens in the ready rows and delivers them."""

@@ -23,6 +23,7 @@ from llama_jax.inference.engine.row_programs import attach_logprobs
 from llama_jax.inference.prefix_trees import ScoreRequest, TreeRow, pack
 from llama_jax.inference.score import pair_logprobs, row_length, stack_rows
 from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.mesh import batch_shards
 
 # Tokens of the largest tree. Running requests wait for its computation. Longer prompts are
 # prefilled in chunks.
@@ -60,36 +61,49 @@ def pack_trees(tickets: Sequence[Ticket]) -> list[Tree]:
     return [Tree(row, [tickets[i] for i in row.pairs]) for row in rows]
 
 
-def score_row(
+def take_trees(trees: list[Tree], copies: int) -> tuple[list[Tree], int]:
+    """Removes the last tree and others of its length, one for each copy of the model.
+
+    Returns:
+        The removed trees, and the length of the program that scores them.
+    """
+    length = _tree_length(trees[-1])
+    taken = [tree for tree in trees if _tree_length(tree) == length][-copies:]
+    trees[:] = [tree for tree in trees if not any(tree is other for other in taken)]
+    return taken, length
+
+
+def _tree_length(tree: Tree) -> int:
+    return row_length(max(len(tree.row.tokens), len(tree.row.queries)))
+
+
+def score_trees(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
-    columns: Sequence[Sequence[int]],
+    trees: Sequence[Sequence[Sequence[int]]],
     length: int,
-) -> tuple[np.ndarray, ...]:
-    """Returns the log-probability of each pair of a tree, and its most likely tokens.
+) -> list[tuple[np.ndarray, ...]]:
+    """Returns for each tree the log-probability of each pair, and the most likely tokens.
 
     Args:
         config: the model's config.
         model: weights of that config, on the current mesh.
-        columns: the first five fields of a `TreeRow`.
+        trees: the first five fields of a `TreeRow`; at most one for each copy of the model.
         length: tokens of the program.
 
     Returns:
-        The log-probabilities [S], and those [S, A] and the ids [S, A] of the most likely tokens.
+        Of each tree the log-probabilities [S], and those [S, A] and the ids [S, A] of the most
+        likely tokens.
     """
-    row = TreeRow(*map(list, columns), pairs={})
-    computed = pair_logprobs(config, model, stack_rows([row], 1, length), top=MAX_TOP_LOGPROBS)
-    return tuple(np.asarray(x_1S)[0] for x_1S in computed)
-
-
-def score_arguments(tree: Tree) -> tuple[list[list[int]], int]:
-    """Returns the columns and the length of the program that scores a tree."""
-    row = tree.row
-    return list(row[:5]), row_length(max(len(row.tokens), len(row.queries)))
+    rows = [TreeRow(*map(list, columns), pairs={}) for columns in trees]
+    stacked = stack_rows(rows, batch_shards(), length)
+    computed = pair_logprobs(config, model, stacked, top=MAX_TOP_LOGPROBS)
+    arrays = [np.asarray(x_BS_) for x_BS_ in computed]
+    return [tuple(x_BS_[i] for x_BS_ in arrays) for i in range(len(rows))]
 
 
 def score_events(tree: Tree, computed: tuple[np.ndarray, ...]) -> list[list[Event]]:
-    """Returns all events of each request of a tree, given the results of `score_row`."""
+    """Returns all events of each request of a tree, given the results of `score_trees`."""
     logprobs, top_logprobs, top_tokens = computed
     events = []
     for ticket, pairs in zip(tree.tickets, tree.row.pairs.values(), strict=True):
@@ -114,5 +128,5 @@ def tree_lengths(context: int) -> list[int]:
 
 def warm_up_trees(config: ModelConfig, model: Llama | UnstackedLlama, length: int) -> None:
     """Compiles the program that scores a tree of `length` tokens."""
-    trees = stack_rows([TreeRow([0], [0], [1], [0], [0], {})], 1, length)
+    trees = stack_rows([TreeRow([0], [0], [1], [0], [0], {})], batch_shards(), length)
     jax.block_until_ready(pair_logprobs(config, model, trees, top=MAX_TOP_LOGPROBS))

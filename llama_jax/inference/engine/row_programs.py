@@ -1,4 +1,7 @@
-"""The programs that an engine runs on one row of its batch: prefill a chunk, start, stop."""
+"""The programs that an engine runs on single rows of its batch: prefill a chunk, start, stop.
+
+C copies of the model each have as many rows; a chunk of one row of each is prefilled at a time.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -29,7 +32,8 @@ from llama_jax.inference.sampling import Sampling
 from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import forward_cached
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.mesh import batch_shards, shard_array
+from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
 
 DECODE_STEPS = 8  # decode steps of one dispatch while no prompt waits for its prefill
@@ -51,13 +55,15 @@ def init_state(config: ModelConfig, rows: int, slots: int) -> DecodeState:
 
 
 def init_row(config: ModelConfig, request: Request) -> Rows:
-    """Returns the row of a request whose prompt is prefilled, as a batch of one."""
-    in_prompt = np.zeros((1, config.vocab_size), bool)
-    in_prompt[0, list(request.prompt)] = True
+    """Returns the row of a request whose prompt is prefilled, once for each copy of the model."""
+    C = batch_shards()
+    in_prompt_CV = np.zeros((C, config.vocab_size), bool)
+    in_prompt_CV[:, list(request.prompt)] = True
     ends = sorted(request.end_ids)
     ends += [NO_TOKEN] * (MAX_END_IDS - len(ends))
-    row = init_rows([request.sampling], [request.seed], [request.max_new_tokens], [ends], in_prompt)
-    return row._replace(bias=init_bias(config.vocab_size, [request.logit_bias]))
+    settings = [request.sampling] * C, [request.seed] * C, [request.max_new_tokens] * C
+    row = init_rows(*settings, [ends] * C, in_prompt_CV)
+    return row._replace(bias=init_bias(config.vocab_size, [request.logit_bias] * C))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -65,64 +71,71 @@ def prefill_chunk(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
     state: DecodeState,
-    row: jax.Array,
-    tokens_1T: jax.Array,
-    length: jax.Array,
-    used: jax.Array,
-    targets_1T: jax.Array,
+    numbers: RowNumbers,
+    tokens_CT: jax.Array,
+    lengths_C: jax.Array,
+    used_C: jax.Array,
+    targets_CT: jax.Array,
     with_logprobs: jax.Array | bool,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Prefills `length` tokens into a row that has `used` tokens.
+    """Prefills tokens into one row of each copy of the model, of which there are C.
+
+    Args:
+        config: static.
+        model: weights of that config.
+        state: of all rows.
+        numbers: of the rows; copies that are not active change nothing.
+        tokens_CT: the tokens, padded on the right.
+        lengths_C: tokens of each row.
+        used_C: tokens that each row has already.
+        targets_CT: the token after each.
+        with_logprobs: whether to compute log-probabilities.
 
     Returns:
-        The state, and for each position the log-probability [1, T] of its target and the ids and
-        log-probabilities [1, T, MAX_TOP_LOGPROBS] of the most likely next tokens. Without
-        `with_logprobs` ids and log-probabilities are 0.
+        The state, and for each position the log-probability [C, T] of its target and the ids and
+        log-probabilities [C, T, MAX_TOP_LOGPROBS] of the most likely next tokens, replicated.
+        Without `with_logprobs` ids and log-probabilities are 0.
     """
-
-    def take_row(x_B_: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x_B_, row, 1, axis=0)
-
     cache, logits_BV, rows = state
-    row_cache = jax.tree.map(take_row, cache)._replace(used_B=_as_batch(used))
-    x_1TD, row_cache = forward_cached(config, model, row_cache, tokens_1T, _as_batch(length))
-    logits_1V = last_logits(config, model, x_1TD, _as_batch(length))
+    row_cache = jax.tree.map(lambda x_B_: take_rows(x_B_, numbers), cache)._replace(used_B=used_C)
+    x_CTD, row_cache = forward_cached(config, model, row_cache, tokens_CT, lengths_C)
+    logits_CV = last_logits(config, model, x_CTD, lengths_C)
 
     def compute_logprobs(
-        x_1TD: jax.Array, targets_1T: jax.Array
+        x_CTD: jax.Array, targets_CT: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logprobs_1T, top_logprobs_1TA, top_tokens_1TA = logprobs_from_hidden(
-            config, model, x_1TD, targets_1T, MAX_TOP_LOGPROBS
+        logprobs_CT, top_logprobs_CTA, top_tokens_CTA = logprobs_from_hidden(
+            config, model, x_CTD, targets_CT, MAX_TOP_LOGPROBS
         )
-        return logprobs_1T, top_tokens_1TA, top_logprobs_1TA
+        return logprobs_CT, top_tokens_CTA, top_logprobs_CTA
 
     def skip_logprobs(
-        x_1TD: jax.Array, targets_1T: jax.Array
+        x_CTD: jax.Array, targets_CT: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         def zeros(dtype: type, *more: int) -> jax.Array:
             dims = "BSS"[: 2 + len(more)]
-            return jnp.zeros((*targets_1T.shape, *more), dtype, out_sharding=activation_spec(dims))
+            return jnp.zeros((*targets_CT.shape, *more), dtype, out_sharding=activation_spec(dims))
 
         A = MAX_TOP_LOGPROBS
         return zeros(jnp.float32), zeros(jnp.int32, A), zeros(jnp.float32, A)
 
-    logprobs = jax.lax.cond(with_logprobs, compute_logprobs, skip_logprobs, x_1TD, targets_1T)
-    cache = jax.tree.map(partial(_put_row, row), cache, row_cache)
-    return DecodeState(cache, _put_row(row, logits_BV, logits_1V), rows), logprobs
-
-
-def _put_row(row: jax.Array, x_B_: jax.Array, new_1_: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x_B_, new_1_, row, axis=0)
-
-
-def _as_batch(number: jax.Array) -> jax.Array:
-    return jnp.full((1,), number, jnp.int32, out_sharding=activation_spec("B"))
+    found = jax.lax.cond(with_logprobs, compute_logprobs, skip_logprobs, x_CTD, targets_CT)
+    logprobs_CT, top_tokens_CTA, top_logprobs_CTA = (
+        jax.reshard(x_CT_, activation_spec("SSS"[: x_CT_.ndim])) for x_CT_ in found
+    )
+    cache, logits_BV = jax.tree.map(
+        lambda x_B_, new_C_: put_rows(x_B_, new_C_, numbers),
+        (cache, logits_BV),
+        (row_cache, logits_CV),
+    )
+    return DecodeState(cache, logits_BV, rows), (logprobs_CT, top_tokens_CTA, top_logprobs_CTA)
 
 
 @partial(jax.jit, donate_argnums=0)
-def start_row(state: DecodeState, row: jax.Array, settings: Rows) -> DecodeState:
-    """Returns the state with `settings` in a row, which generates tokens from now on."""
-    return state._replace(rows=jax.tree.map(partial(_put_row, row), state.rows, settings))
+def start_row(state: DecodeState, number: RowNumbers, settings_C: Rows) -> DecodeState:
+    """Returns the state with the settings of `init_row` in a row, which generates from now on."""
+    rows = jax.tree.map(lambda x_B_, new_C_: put_rows(x_B_, new_C_, number), state.rows, settings_C)
+    return state._replace(rows=rows)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -140,10 +153,10 @@ def choose_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the tokens [B] that `decode_rows` samples next with `mask_BW`, and a mask [B, W].
 
-    The mask allows only these tokens in the rows that `mask_BW` restricts.
+    The tokens are replicated. The mask allows only them in the rows that `mask_BW` restricts.
     """
     token_B = sample_next(rows, logits_BV, mask_BW)
-    return token_B, only_token(mask_BW, token_B)
+    return jax.reshard(token_B, activation_spec("S")), only_token(mask_BW, token_B)
 
 
 def attach_logprobs(

@@ -13,7 +13,8 @@ from llama_jax.inference.generate import DecodeState
 from llama_jax.inference.logit_limits import full_mask
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import shard_array
+from llama_jax.parallel.mesh import batch_shards, shard_array
+from llama_jax.parallel.rows import number_rows
 
 
 def n_programs(context: int) -> int:
@@ -39,6 +40,7 @@ def warm_up(
         progress: called before each compilation with the share of the programs that are compiled
             [0 … 1) and the next program ('5 of 12: decode, 2,048 slots').
     """
+    first = number_rows([0], rows)
     sizes, total, done = cache_sizes(context), n_programs(context), 0
 
     def report(program: str) -> None:
@@ -50,11 +52,14 @@ def warm_up(
         state = row_programs.init_state(config, rows, slots)
         for size in row_programs.CHUNK_SIZES:
             report(f"prefill of {size} tokens, {slots:,} slots")
-            tokens_1T = shard_array(np.zeros((1, size), np.int32), "BT")
-            args = 0, tokens_1T, 1, 0, tokens_1T, False
+            tokens_CT = shard_array(np.zeros((batch_shards(), size), np.int32), "BT")
+            zeros_C = shard_array(np.zeros(batch_shards(), np.int32), "B")
+            args = first, tokens_CT, zeros_C, zeros_C, tokens_CT, False
             state, _ = row_programs.prefill_chunk(config, model, state, *args)
         report(f"decode, {slots:,} slots")
-        state = row_programs.start_row(state, 0, row_programs.init_row(config, Request((0,), 1)))
+        state = row_programs.start_row(
+            state, first, row_programs.init_row(config, Request((0,), 1))
+        )
         mask_BW = full_mask(rows, config.vocab_size)
         _, mask_BW = row_programs.choose_tokens(state.rows, state.logits_BV, mask_BW)
         generated, state = row_programs.decode_rows(config, model, state, 1, False, mask_BW)
@@ -63,7 +68,8 @@ def warm_up(
         for other in sizes:
             if other != slots:
                 resize_cache(state.cache, slots=other)
-        return row_programs.stop_row(state._replace(cache=copy_row(state.cache, 0, 0, 0)), 0)
+        cache = copy_row(state.cache, first, first, 0)
+        return row_programs.stop_row(state._replace(cache=cache), 0)
 
     for length in prompt_scores.tree_lengths(context):
         report(f"scores of {length:,} prompt tokens")
