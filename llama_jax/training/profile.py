@@ -57,8 +57,8 @@ class Profiler:
             self._last, self._requested = step + REQUESTED_STEPS - 1, False
         else:
             return
-        in_bucket = isinstance(self._folder, BucketPath)
-        self._directory = Path(tempfile.mkdtemp()) if in_bucket else Path(self._folder / FOLDER)
+        folder = self._folder / FOLDER
+        self._directory = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp())
         jax.profiler.start_trace(self._directory)
 
     def after_step(self, step: int, metrics: Any) -> None:
