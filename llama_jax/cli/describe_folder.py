@@ -12,7 +12,7 @@ from llama_jax.convert.receipt import read_receipt
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.data.shards import TokenStream, is_token_folder, read_meta
 from llama_jax.errors import InputError
-from llama_jax.runtime.console import format_duration
+from llama_jax.runtime.duration import format_duration
 from llama_jax.runtime.manifest import find_damage
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer

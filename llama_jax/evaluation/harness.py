@@ -27,7 +27,8 @@ from llama_jax.inference.complete import prompt_ids
 from llama_jax.inference.generate_batches import GenerateRequest
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.score import ScoreRequest
-from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, format_duration
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress
+from llama_jax.runtime.duration import format_duration
 
 _MAX_NEW_TOKENS = 256  # of a task that sets no limit, as in lm-eval
 # Settings of lm-eval's generation that `Sampling` has; others must not change the result.

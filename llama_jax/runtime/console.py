@@ -29,16 +29,6 @@ def print_status(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def format_duration(seconds: float) -> str:
-    """Returns '3d04h', '2h05m', '4m09s' or '12s'."""
-    s = round(seconds)
-    if s >= 86_400:
-        return f"{s // 86_400}d{s % 86_400 // 3600:02d}h"
-    if s >= 3600:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
-
-
 class TaskProgress:
     """Shows the progress of a task on the standard error of host 0.
 

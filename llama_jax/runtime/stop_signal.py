@@ -40,8 +40,12 @@ def exit_at_sigterm(message: str) -> Iterator[None]:
     exception in the middle of an import aborts some modules written in C++.
     """
 
+    raised = False  # by `handle`; when the watcher looks, the block of `_raises` may have ended
+
     def handle(*_: Any) -> None:
+        nonlocal raised
         if _raises:
+            raised = True
             raise SigtermReceived(message)
 
     block_ended = threading.Event()
@@ -49,7 +53,7 @@ def exit_at_sigterm(message: str) -> Iterator[None]:
     def watch() -> None:
         while number := os.read(read, 1):
             if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handle:
-                if not (_raises and block_ended.wait(CLEANUP_SECONDS)):
+                if not ((_raises or raised) and block_ended.wait(CLEANUP_SECONDS)):
                     exit_run(message)
                 return
 

@@ -20,7 +20,8 @@ from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
-from llama_jax.runtime.console import format_duration, print_status
+from llama_jax.runtime.console import print_status
+from llama_jax.runtime.duration import format_duration
 from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path

@@ -4,7 +4,8 @@ import time
 
 from rich.progress import BarColumn
 
-from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, format_duration
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress
+from llama_jax.runtime.duration import format_duration
 
 
 class StepProgress:

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn
 
 from llama_jax.runtime import console
-from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, byte_progress, format_duration
+from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, byte_progress
+from llama_jax.runtime.duration import format_duration
 from llama_jax.training.progress import StepProgress
 
 

@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
+
+from llama_jax.runtime import stop_signal
 
 # The command line, which prints 'waits' when it reaches a point, and waits there for the signal.
 PROGRAM = """
@@ -77,3 +80,25 @@ model: {{dim: 32, n_layers: 1, n_heads: 4, n_kv_heads: 4, head_dim: 8, hidden_di
 data: {{mixture: {{{data}: 1}}, batch_size: 8, seq_len: 16}}
 training: {{out: {out}, steps: 4}}
 """
+
+
+def test_a_watcher_that_looks_after_the_cleanup_does_not_end_the_process(monkeypatch, capsys):
+    """Its thread may get the CPU only when the exception has left the block."""
+    read, ended = os.read, []
+
+    def read_late(*args):
+        number = read(*args)
+        time.sleep(0.3)
+        return number
+
+    monkeypatch.setattr(stop_signal.os, "read", read_late)
+    monkeypatch.setattr(stop_signal, "exit_run", ended.append)
+    with stop_signal.exit_at_sigterm("stopped"):
+        try:
+            with stop_signal.raise_at_sigterm():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+        finally:
+            time.sleep(1)  # such as the release of a lock
+    assert ended == []
+    assert capsys.readouterr().err == "stopped\n"
