@@ -37,7 +37,7 @@ class SumParts:
     def output(self) -> AnyPath:
         """The summary, whose name depends on all parts."""
         names = hash_bytes("".join(part.name for part in self.parts).encode())
-        return self.parts[0].work / f"summary-{names[:32]}.json"
+        return self.parts[0].work / "done" / f"summary-{names[:32]}.json"
 
     def run(self) -> None:
         """Writes the summary."""
@@ -98,7 +98,7 @@ class AssembleShard:
     @property
     def output(self) -> AnyPath:
         """The hashes of the contents of the two files."""
-        return self.work / "shards" / f"{self.folder.name}-{self.index}.json"
+        return self.work / "done" / "shards" / f"{self.folder.name}-{self.index}.json"
 
     def run(self) -> None:
         """Writes the files, and their hashes last."""

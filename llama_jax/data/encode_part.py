@@ -58,7 +58,7 @@ class EncodePart:
     @property
     def output(self) -> AnyPath:
         """The record of the part."""
-        return self.work / "records" / f"{self.name}.json"
+        return self.work / "done" / "records" / f"{self.name}.json"
 
     def run(self) -> None:
         """Writes the part into a folder of this attempt, and its record last."""

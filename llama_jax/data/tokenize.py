@@ -143,7 +143,7 @@ def _discard_if_nothing_is_done(folder: Unfinished, part: Part | None) -> None:
     """Removes the intermediate files after an error, unless a part is finished or shared."""
     if part is not None or is_written(folder.path):
         return
-    records = folder.work / "records"
+    records = folder.done / "records"
     if records.is_dir() and any(not file.name.startswith(".") for file in records.iterdir()):
         print_status(f"the finished parts are in {folder.work}: the same command continues there")
     else:
@@ -207,7 +207,7 @@ class _Stages:
                     " process: give all processes the same, or remove the folder"
                 )
             # Shards and tokenizer may differ. The parts that are the same are not encoded again.
-            remove_tree(work / "shards")
+            remove_tree(self.folder.done / "shards")
             for entry in [*final.iterdir()] if final.is_dir() else []:
                 if not entry.name.startswith("."):
                     remove_tree(entry)

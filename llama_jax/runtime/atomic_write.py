@@ -106,6 +106,11 @@ class Unfinished:
         """The folder that will be at `path`: in a bucket, which can't rename, `path` itself."""
         return self.path if isinstance(self.path, BucketPath) else self.work / "final"
 
+    @property
+    def done(self) -> AnyPath:
+        """Folder of the files by which finished tasks are known."""
+        return self.work / "done"
+
     def publish(self) -> None:
         """Makes the folder appear at `path`, and removes the intermediate files.
 
@@ -116,6 +121,12 @@ class Unfinished:
             remove_tree(self.work)
             (self.path / INCOMPLETE).unlink()
         else:
+            # In one step, and first: if this process is killed before everything is removed, and
+            # the published folder is removed later, no task may count as done.
+            published = self.work / "published"
+            remove_tree(published)
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                os.rename(str(self.done), str(published))
             if not self.path.exists():  # else another process has published it
                 os.rename(str(self.final), self.path)
             remove_tree(self.work)

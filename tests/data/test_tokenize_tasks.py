@@ -16,6 +16,7 @@ from llama_jax.data import corpus_plan, shard_writer, tasks
 from llama_jax.data.tasks import Part
 from llama_jax.data.tokenize import tokenize_corpus
 from llama_jax.errors import InputError
+from llama_jax.runtime import atomic_write
 
 # The corpus is divided into about 30 parts and 10 shards.
 SMALL = """
@@ -93,7 +94,7 @@ def names(folder):
 
 
 def finished_parts(folder):
-    return sorted(folder.glob(".out.unfinished/records/[0-9a-f]*.json"))
+    return sorted(folder.glob(".out.unfinished/done/records/[0-9a-f]*.json"))
 
 
 def test_three_processes_write_the_same_bytes(sources, expected, tmp_path):
@@ -162,6 +163,32 @@ def _group_exists(group):
     except ProcessLookupError:
         return False
     return True
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("last", [".out.unfinished", "published"])
+def test_a_folder_is_written_again_after_a_kill_while_the_parts_were_removed(
+    last, sources, expected, tmp_path, monkeypatch
+):
+    """The user removes the complete folder, and gives the same command again."""
+    out, remove = tmp_path / "out", atomic_write.remove_tree
+
+    def die(path):
+        if path.name == last:
+            raise KilledError
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_write, "remove_tree", die)
+        with pytest.raises(KilledError):
+            tokenize(sources, out, workers=1)
+    remove(out)
+    tokenize(sources, out, workers=1)
+    assert read_tree(out) == expected
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_changed_corpus_replaces_the_parts_that_changed(sources, expected, tmp_path):
