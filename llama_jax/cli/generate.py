@@ -132,6 +132,7 @@ def continue_text(
     from llama_jax.runtime import hosts
     from llama_jax.runtime.compile_cache import compile_statistics, enable_compile_cache
     from llama_jax.runtime.console import print_status
+    from llama_jax.runtime.program_store import stored_programs
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     stored = folders.read_model_config(folder)
@@ -155,7 +156,8 @@ def continue_text(
         "--unmerged": unmerged, "--stats": stats,
     }  # fmt: skip
     check_equal_on_hosts(folder, config, values)
-    with jax.set_mesh(serving_mesh(stored)):
+    start = "generate", str(folder), quantize, cache, lora, unmerged
+    with jax.set_mesh(serving_mesh(stored)), stored_programs(*start):
         config, model = load(folder, config, quantize, pairs=pairs, unmerged=unmerged)
         compile_start = compile_statistics().seconds
         timer = _TokenTimer(lambda: compile_statistics().seconds - compile_start)

@@ -139,6 +139,7 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
     from llama_jax.parallel.mesh import serving_mesh
     from llama_jax.runtime import hosts
     from llama_jax.runtime.compile_cache import enable_compile_cache
+    from llama_jax.runtime.program_store import stored_programs
     from llama_jax.serving import server, start_progress
     from llama_jax.serving.host_signals import share_sigterm
     from llama_jax.serving.middleware import allowed_hosts
@@ -168,6 +169,7 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
             allowed = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
             # The bandwidth is measured before the weights fill the memory.
             settings = settings._replace(hosts=allowed, copy_bandwidth=copy_bandwidth())
+        stack.enter_context(stored_programs("serve", args.folder, values))
         storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
         with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
             config, model = load(folder, config, args.quantize, pairs=pairs, unmerged=args.unmerged)

@@ -25,6 +25,7 @@ from llama_jax.model.transformer import forward_cached, output_head
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import shard_array
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.program_store import stored_jit
 
 NO_TOKEN = -1  # fills the columns after a row's last token
 
@@ -35,7 +36,7 @@ class Rows(NamedTuple):
     remaining_B: jax.Array  # int32: tokens that the row may still generate; 0: the row has ended
     generated_B: jax.Array  # int32: tokens generated so far
     ends_BE: jax.Array  # int32: ids that end the row, padded with NO_TOKEN
-    keys_B: jax.Array  # random keys; token number i is drawn with fold_in(key, i)
+    seeds_B: jax.Array  # uint32; token number i is drawn with fold_in(key(seed), i)
     sampling: SamplingArrays
     counts: TokenCounts
     bias: LogitBias | None = None  # None: no row has one
@@ -79,12 +80,11 @@ def init_rows(
     """
     E = max([1, *map(len, end_ids)])
     ends = [[*ids, *[NO_TOKEN] * (E - len(ids))] for ids in end_ids]
-    keys_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     return Rows(
         shard_array(np.array(max_new_tokens, np.int32), "B"),
         shard_array(np.zeros(len(seeds), np.int32), "B"),
         shard_array(np.array(ends, np.int32), "BS"),
-        jax.reshard(keys_B, activation_spec("B")),
+        shard_array(np.array(seeds, np.uint32), "B"),
         SamplingArrays(*(shard_array(np.asarray(x_B), "B") for x_B in stack_sampling(samplings))),
         TokenCounts(
             shard_array(prompts_BV, "BS"), shard_array(np.zeros(prompts_BV.shape, np.int32), "BS")
@@ -92,7 +92,7 @@ def init_rows(
     )
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="slots")
+@stored_jit(static_argnums=0, static_argnames="slots")
 def prefill(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
@@ -136,7 +136,7 @@ def last_logits(
     return output_head(config, model, last_BTD)[:, 0]
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("capacity", "top"), donate_argnums=2)
+@stored_jit(static_argnums=0, static_argnames=("capacity", "top"), donate_argnums=2)
 def decode(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
@@ -207,7 +207,7 @@ def decode(
 
 def sample_next(rows: Rows, logits_BV: jax.Array, mask_BW: jax.Array | None) -> jax.Array:
     """Returns the next token of each row, int32 [B]; `mask_BW` is that of `limit_logits`."""
-    keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.generated_B)
+    keys_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(rows.seeds_B), rows.generated_B)
     logits_BV = limit_logits(rows.bias, mask_BW, logits_BV)
     return sample(rows.sampling, rows.counts, logits_BV, keys_B)
 
@@ -293,7 +293,7 @@ def generate(
         jnp.full((B,), max_new_tokens, jnp.int32, out_sharding=activation_spec("B")),
         jnp.zeros((B,), jnp.int32, out_sharding=activation_spec("B")),
         jnp.broadcast_to(ends_E, (B, len(ends_E)), out_sharding=activation_spec("BS")),
-        jax.reshard(jax.vmap(jax.random.key)(seeds_B), activation_spec("B")),
+        jax.reshard(seeds_B.astype(jnp.uint32), activation_spec("B")),
         SamplingArrays(
             *(
                 jax.reshard(jnp.asarray(x_B), activation_spec("B"))

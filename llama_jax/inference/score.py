@@ -5,7 +5,6 @@ The sequences are packed as prefix trees (`prefix_trees`), which need no KV cach
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.collectives import shard_sequence, to_text_order
 from llama_jax.parallel.mesh import batch_shards, divisors, shard_array
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.program_store import stored_jit
 
 # Rows have 256, 1024, 2048, 4096 … tokens: each length is one compiled program. In a short row a
 # query has fewer keys of other requests, which cost attention without being attended to.
@@ -164,7 +164,7 @@ def stack_rows(rows: Sequence[TreeRow], size: int, length: int) -> Trees:
     return Trees(*(shard_array(array, "BS") for array in padded), n_pairs=n_pairs)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="top")
+@stored_jit(static_argnums=0, static_argnames="top")
 def pair_logprobs(
     config: ModelConfig, model: Llama | UnstackedLlama, trees: Trees, *, top: int
 ) -> PairLogprobs:

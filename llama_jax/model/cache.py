@@ -1,6 +1,5 @@
 """The KV cache: keys and values of earlier tokens, so that decoding computes only the new ones."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.program_store import stored_jit
 
 
 class LayerCache(NamedTuple):
@@ -130,7 +130,7 @@ def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / scale_BKT[..., None]).astype(jnp.int8), scale_BKT
 
 
-@partial(jax.jit, static_argnames="slots")
+@stored_jit(static_argnames="slots")
 def resize_cache(cache: KVCache, *, slots: int) -> KVCache:
     """Returns the cache with `slots` slots in each row; drops the last ones or adds empty ones."""
 
@@ -143,7 +143,7 @@ def resize_cache(cache: KVCache, *, slots: int) -> KVCache:
     return cache._replace(layers=jax.tree.map(resize, cache.layers))
 
 
-@partial(jax.jit, donate_argnums=0)
+@stored_jit(donate_argnums=0)
 def copy_row(cache: KVCache, source: RowNumbers, target: RowNumbers, used: jax.Array) -> KVCache:
     """Returns the cache with a row copied to another one, which then has `used` tokens.
 

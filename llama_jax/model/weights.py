@@ -19,6 +19,7 @@ from llama_jax.model.linear_transposed import restore_weight, transpose_weight
 from llama_jax.model.quantize import MATRIX_DIMS, matrix_param
 from llama_jax.model.summary import WeightsModule, summarize_weights
 from llama_jax.parallel.sharding import weight_spec
+from llama_jax.runtime.program_store import stored_jit
 
 
 def _normal(config: ModelConfig, dims: str, std: float, key: jax.Array) -> Any:
@@ -94,7 +95,7 @@ def unstack_layers(model: Llama) -> UnstackedLlama:
     stacked, tree = jax.tree.flatten(model.layers)
     unstacked = []
     for w_L in stacked:
-        unstacked.append([w_L[i] for i in range(len(w_L))])
+        unstacked.append(_split(w_L))
         jax.block_until_ready(unstacked[-1])
         w_L.delete()
     layers = tuple(tree.unflatten(weights) for weights in zip(*unstacked, strict=True))
@@ -106,7 +107,16 @@ def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
 
     The layers keep their modules, so that each matrix is freed when it is replaced.
     """
-    return _map_matrices(model, jax.jit(transpose_weight, static_argnums=1))
+    return _map_matrices(model, _transpose)
+
+
+_transpose: Any = stored_jit(static_argnums=1)(transpose_weight)
+
+
+@stored_jit()
+def _split(w_L: jax.Array) -> list[jax.Array]:
+    """Returns the array of each layer."""
+    return [w_L[i] for i in range(len(w_L))]
 
 
 def restore_layout(model: UnstackedLlama) -> UnstackedLlama:

@@ -127,13 +127,12 @@ def _init_state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
         return jnp.full((batch, *shape), value, dtype, out_sharding=activation_spec(dims))
 
     V = config.vocab_size
-    keys_B = jax.vmap(jax.random.key)(full(0, "B", dtype=jnp.uint32))
     settings = stack_sampling([Sampling()] * batch)
     rows = Rows(
         remaining_B=full(slots, "B"),
         generated_B=full(0, "B"),
         ends_BE=full(NO_TOKEN, "BS", 1),
-        keys_B=jax.reshard(keys_B, activation_spec("B")),
+        seeds_B=full(0, "B", dtype=jnp.uint32),
         sampling=SamplingArrays(
             *(jax.reshard(jnp.asarray(x_B), activation_spec("B")) for x_B in settings)
         ),

@@ -21,7 +21,7 @@ from llama_jax.inference.engine.requests import (
 )
 from llama_jax.inference.engine.row_programs import attach_logprobs
 from llama_jax.inference.prefix_trees import ScoreRequest, TreeRow, pack
-from llama_jax.inference.score import pair_logprobs, row_length, stack_rows
+from llama_jax.inference.score import Trees, pair_logprobs, row_length, stack_rows
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import batch_shards
 
@@ -128,5 +128,14 @@ def tree_lengths(context: int) -> list[int]:
 
 def warm_up_trees(config: ModelConfig, model: Llama | UnstackedLlama, length: int) -> None:
     """Compiles the program that scores a tree of `length` tokens."""
-    trees = stack_rows([TreeRow([0], [0], [1], [0], [0], {})], batch_shards(), length)
+    trees = _one_token_trees(length)
     jax.block_until_ready(pair_logprobs(config, model, trees, top=MAX_TOP_LOGPROBS))
+
+
+def prepare_trees(config: ModelConfig, model: Llama | UnstackedLlama, length: int) -> None:
+    """Reads or compiles the stored program that scores a tree of `length` tokens."""
+    pair_logprobs.prepare(config, model, _one_token_trees(length), top=MAX_TOP_LOGPROBS)
+
+
+def _one_token_trees(length: int) -> Trees:
+    return stack_rows([TreeRow([0], [0], [1], [0], [0], {})], batch_shards(), length)

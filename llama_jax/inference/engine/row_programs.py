@@ -35,6 +35,7 @@ from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import batch_shards, shard_array
 from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.program_store import stored_jit
 
 DECODE_STEPS = 8  # decode steps of one dispatch while no prompt waits for its prefill
 
@@ -44,13 +45,16 @@ CHUNK_SIZES = (32, 256)  # prompt tokens of one prefill dispatch; one program pe
 decode_rows = partial(decode, capacity=DECODE_STEPS, top=MAX_TOP_LOGPROBS)
 
 
+_empty_cache = stored_jit(static_argnums=(0, 1, 2))(init_cache)
+
+
 def init_state(config: ModelConfig, rows: int, slots: int) -> DecodeState:
     """Returns a state of `rows` empty rows with `slots` slots each."""
     ends, V = [[NO_TOKEN] * MAX_END_IDS] * rows, config.vocab_size
     prompts_BV = np.zeros((rows, V), bool)
     empty_rows = init_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
     empty_rows = empty_rows._replace(bias=init_bias(V, [()] * rows))
-    cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, rows, slots)
+    cache = _empty_cache(config, rows, slots)
     return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), empty_rows)
 
 
@@ -66,7 +70,7 @@ def init_row(config: ModelConfig, request: Request) -> Rows:
     return row._replace(bias=init_bias(config.vocab_size, [request.logit_bias] * C))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
+@stored_jit(static_argnums=0, donate_argnums=2)
 def prefill_chunk(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
@@ -131,14 +135,14 @@ def prefill_chunk(
     return DecodeState(cache, logits_BV, rows), (logprobs_CT, top_tokens_CTA, top_logprobs_CTA)
 
 
-@partial(jax.jit, donate_argnums=0)
+@stored_jit(donate_argnums=0)
 def start_row(state: DecodeState, number: RowNumbers, settings_C: Rows) -> DecodeState:
     """Returns the state with the settings of `init_row` in a row, which generates from now on."""
     rows = jax.tree.map(lambda x_B_, new_C_: put_rows(x_B_, new_C_, number), state.rows, settings_C)
     return state._replace(rows=rows)
 
 
-@partial(jax.jit, donate_argnums=0)
+@stored_jit(donate_argnums=0)
 def stop_row(state: DecodeState, row: jax.Array) -> DecodeState:
     """Returns the state with a row that generates no more tokens."""
     remaining_B = jnp.where(
@@ -147,7 +151,7 @@ def stop_row(state: DecodeState, row: jax.Array) -> DecodeState:
     return state._replace(rows=state.rows._replace(remaining_B=remaining_B))
 
 
-@jax.jit
+@stored_jit()
 def choose_tokens(
     rows: Rows, logits_BV: jax.Array, mask_BW: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

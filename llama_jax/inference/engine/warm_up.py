@@ -1,6 +1,7 @@
 """Compiles all programs of an engine before its first request."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,17 +10,20 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.slots import cache_sizes
-from llama_jax.inference.generate import DecodeState
+from llama_jax.inference.generate import DecodeState, decode
 from llama_jax.inference.logit_limits import full_mask
 from llama_jax.model.cache import copy_row, resize_cache
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.mesh import batch_shards, shard_array
+from llama_jax.parallel.mesh import batch_shards, platform, shard_array
 from llama_jax.parallel.rows import number_rows
+from llama_jax.runtime.program_store import is_storing, prepare_in_background
 
 
 def n_programs(context: int) -> int:
-    """Returns how many programs `warm_up` compiles for a context of `context` tokens."""
+    """Returns how many programs `warm_up` waits for, with a context of `context` tokens."""
     per_size = len(row_programs.CHUNK_SIZES) + 2
+    if is_storing():
+        return per_size
     return len(prompt_scores.tree_lengths(context)) + len(cache_sizes(context)) * per_size
 
 
@@ -30,7 +34,10 @@ def warm_up(
     context: int,
     progress: Callable[[float, str], None],
 ) -> DecodeState:
-    """Runs every program of the engine once; returns an empty state of the smallest size.
+    """Compiles every program of the engine; returns an empty state of the smallest size.
+
+    It runs each program once. In a block of `stored_programs` it runs only those of the smallest
+    size; a thread reads or compiles the others while the engine serves.
 
     Args:
         config: the model's config.
@@ -52,9 +59,7 @@ def warm_up(
         state = row_programs.init_state(config, rows, slots)
         for size in row_programs.CHUNK_SIZES:
             report(f"prefill of {size} tokens, {slots:,} slots")
-            tokens_CT = shard_array(np.zeros((batch_shards(), size), np.int32), "BT")
-            zeros_C = shard_array(np.zeros(batch_shards(), np.int32), "B")
-            args = first, tokens_CT, zeros_C, zeros_C, tokens_CT, False
+            args = _chunk_arguments(rows, size)
             state, _ = row_programs.prefill_chunk(config, model, state, *args)
         report(f"decode, {slots:,} slots")
         state = row_programs.start_row(
@@ -71,9 +76,76 @@ def warm_up(
         cache = copy_row(state.cache, first, first, 0)
         return row_programs.stop_row(state._replace(cache=cache), 0)
 
-    for length in prompt_scores.tree_lengths(context):
+    def prepare_others() -> None:
+        for length in lengths:
+            prompt_scores.prepare_trees(config, model, length)
+        for slots in sizes[1:]:
+            _prepare_size(config, model, like, slots, sizes)
+
+    lengths = prompt_scores.tree_lengths(context)
+    if is_storing():
+        if platform() != "cpu":
+            # A cache that doesn't fit the memory must end the start, not a later request.
+            jax.block_until_ready(row_programs.init_state(config, rows, sizes[-1]))
+        state = warm_up_size(sizes[0])
+        like = jax.tree.map(_abstract, state)
+        prepare_in_background(prepare_others)
+        return state
+    for length in lengths:
         report(f"scores of {length:,} prompt tokens")
         prompt_scores.warm_up_trees(config, model, length)
     for slots in sizes[:0:-1]:
         warm_up_size(slots)
     return warm_up_size(sizes[0])
+
+
+def _prepare_size(
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    smallest: DecodeState,
+    slots: int,
+    sizes: list[int],
+) -> None:
+    """Reads or compiles the programs of one size without running them: no cache is allocated.
+
+    Args:
+        config: the model's config.
+        model: weights of that config, on the current mesh.
+        smallest: abstract state of the smallest size.
+        slots: of each row.
+        sizes: all numbers of slots.
+    """
+
+    def resize(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return leaf.update(shape=(*leaf.shape[:2], slots, *leaf.shape[3:]))
+
+    cache = smallest.cache._replace(layers=jax.tree.map(resize, smallest.cache.layers))
+    state: Any = smallest._replace(cache=cache)
+    rows = len(state.logits_BV)
+    first, row = number_rows([0], rows), row_programs.init_row(config, Request((0,), 1))
+    for size in row_programs.CHUNK_SIZES:
+        args = _chunk_arguments(rows, size)
+        row_programs.prefill_chunk.prepare(config, model, state, *args)
+    row_programs.start_row.prepare(state, first, row)
+    row_programs.stop_row.prepare(state, 0)
+    mask_BW = full_mask(rows, config.vocab_size)
+    keywords = row_programs.decode_rows.keywords
+    decode.prepare(config, model, state, 1, False, mask_BW, **keywords)
+    copy_row.prepare(cache, first, first, 0)
+    for other in sizes:
+        if other != slots:
+            resize_cache.prepare(cache, slots=other)
+
+
+def _chunk_arguments(rows: int, size: int) -> tuple[Any, ...]:
+    """Returns the arguments of `prefill_chunk` after the state, for `size` tokens of row 0."""
+    C = batch_shards()
+    tokens_CT = shard_array(np.zeros((C, size), np.int32), "BT")
+    zeros_C = shard_array(np.zeros(C, np.int32), "B")
+    return number_rows([0], rows), tokens_CT, zeros_C, zeros_C, tokens_CT, False
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.aval.weak_type
+    )
