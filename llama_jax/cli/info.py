@@ -2,7 +2,9 @@
 
 import argparse
 
-from llama_jax.runtime.storage import parse_path
+from llama_jax.cli.arguments import parse_picture
+from llama_jax.errors import InputError
+from llama_jax.runtime.storage import AnyPath, parse_path
 
 MANUAL = """\
 Describe a run folder, a model folder or a folder of token shards on one screen.
@@ -11,6 +13,9 @@ With --show N, also print the first N windows of token shards as the model sees 
 tokens, with the tokens that it learns in color (⟦between marks⟧ if the output is no terminal), and
 with the borders of documents or examples.
 
+With --picture, also draw loss, gradient norm, tokens/s, goodput and restarts of a run on one time
+axis, into run.png in its folder or into FILE (.png or .svg).
+
 With --verify, read every byte of a run's checkpoints, of a model folder or of token shards instead,
 and compare it with its checksum. The exit code is 1 if anything is damaged.
 
@@ -18,6 +23,7 @@ example:
   llama-jax info runs/quickstart
   llama-jax info data/quickstart
   llama-jax info data/quickstart --show 3
+  llama-jax info runs/quickstart --picture quickstart.png
   llama-jax info runs/quickstart --verify
 """
 
@@ -27,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--verify", action="store_true", help="read and verify every byte")
     parser.add_argument("--show", type=int, metavar="N", help="print N windows of token shards")
+    parser.add_argument(
+        "--picture", nargs="?", const="", metavar="FILE", help="draw a run over time (run.png)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,9 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
     folder = parse_path(args.folder)
     if not args.verify:
+        picture = parse_picture(args.picture) if args.picture else folder / "run.png"
         print(describe(folder))
         if args.show is not None:
             print(show_windows(folder, args.show))
+        if args.picture is not None:
+            _draw(folder, picture)
         return 0
     from llama_jax.checkpoint.verify_folder import describe_verdicts, verify_folder
 
@@ -46,3 +58,13 @@ def run(args: argparse.Namespace) -> int:
     verdicts = verify_folder(folder)
     print("\n".join(describe_verdicts(folder, verdicts) or [f"{folder} has no checkpoint yet"]))
     return int(any(verdict.damage for verdict in verdicts))
+
+
+def _draw(folder: AnyPath, picture: AnyPath) -> None:
+    from llama_jax.checkpoint import folders
+    from llama_jax.training.run_figure import draw_run
+
+    if not folders.is_run_folder(folder):
+        raise InputError(f"--picture draws a run, and {folder} is none: give a run folder")
+    draw_run(folder, picture)
+    print(f"picture     {picture}")

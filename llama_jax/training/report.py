@@ -97,6 +97,7 @@ class Report:
             "step_seconds": seconds,
             "data_wait": data_wait,
             "goodput": self._ledger.goodput(),
+            "time": round(time.time(), 3),  # [s since 1970, UTC]
             "targets": targets,
             "masked": 1 - targets / self._tokens,
             "tokens_seen": step * self._tokens,

@@ -34,6 +34,7 @@ TIMES = (
     "tokens_per_second",
     "data_wait",
     "goodput",
+    "time",
 )  # no two runs have the same ones
 MEANS = ["loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "preferences"]
 

@@ -132,9 +132,13 @@ def test_the_ledger_of_a_run_with_five_restarts_adds_up(
     goodput = records[-1]["goodput"]  # before the last validation and checkpoint
     later = sums["evaluating"] + sums["saving"]
     assert 0.9 * sums["training"] / wall < goodput <= sums["training"] / (wall - later)
-    code, out, _ = run(capsys, "info", folder)
+    code, out, _ = run(capsys, "info", folder, "--picture")
     assert code == 0
     assert "since the first of 6 starts: " in out
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+    times = [record["time"] for record in records]
+    assert times == sorted(times)
+    assert sessions[0].start < times[0] < times[-1] <= sessions[-1].end + 0.001
 
 
 def test_the_file_has_a_line_for_each_start(tmp_path):
