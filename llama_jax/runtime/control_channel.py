@@ -137,6 +137,7 @@ class ControlChannel:
         connections: by number of host; on host 0 one to each other host, elsewhere one to host 0.
         decisions: results of `hosts.broadcast_decision` from host 0, in order.
         values: on host 0, the values to compare from each other host, in order.
+        reports: on host 0, what the hosts report without being asked: number of the host, content.
         leaving: True once the run is over, and connections may close.
     """
 
@@ -146,6 +147,7 @@ class ControlChannel:
         self.values: dict[int, queue.SimpleQueue[dict[str, Any]]] = {
             i: queue.SimpleQueue() for i in connections
         }
+        self.reports: queue.SimpleQueue[tuple[int, list[Any]]] = queue.SimpleQueue()
         self.leaving = False
         self._shutting_down = threading.Lock()
         self._malformed: set[int] = set()  # hosts that sent a malformed message
@@ -221,6 +223,8 @@ class ControlChannel:
                 self.decisions.put(content)
             case "values", dict():
                 self.values[sender].put(content)
+            case "report", [*_]:
+                self.reports.put((sender, content))
             case "error", [str(message), int(code)] if 0 <= code < 256:
                 self._shut_down_all(message, code)
             case "shutdown", [str(message), int(code)] if sender == 0 and 0 <= code < 256:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -123,6 +124,25 @@ def gather(value: Any) -> list[Any]:
         _channel.to_coordinator("values", {"": value})
     received = [values for _, values in sorted(_channel.values.items())]
     return broadcast_decision(lambda: [value, *(values.get()[""] for values in received)])
+
+
+def name(host: int) -> str:
+    """Returns 'host 2 (node17)'."""
+    return f"host {host} ({_channel.names[host] if _channel else socket.gethostname()})"
+
+
+def send_report(content: list[Any]) -> None:
+    """Sends plain JSON to host 0, and waits for nothing. `take_reports` returns it there."""
+    if _channel is not None:
+        _channel.to_coordinator("report", content)
+
+
+def take_reports() -> list[tuple[int, list[Any]]]:
+    """Returns the reports that have arrived on host 0 since the last call: host, content."""
+    reports = []
+    while _channel is not None and not _channel.reports.empty():
+        reports.append(_channel.reports.get())
+    return reports
 
 
 def broadcast_decision(decide: Callable[[], Decision]) -> Decision:

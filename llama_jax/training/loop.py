@@ -205,6 +205,7 @@ def _train(
             state.trained, state.opt_state, metrics = step_function(
                 state.trained, state.opt_state, batch, np.int32(step), state.base
             )
+            report.record_computing()
             state.step += 1
             profiler.after_step(state.step, metrics)
             # The device computes this step while the host reads the metrics of the previous one.

@@ -12,6 +12,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.hosts import is_host_zero
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.data_wait import DataWait
+from llama_jax.training.host_times import HostTimes
 from llama_jax.training.ledger import Ledger
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
@@ -55,7 +56,7 @@ class Report:
         self.progress = StepProgress(config.training.steps, first, config.logging.progress)
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
-        self._data_wait = DataWait()
+        self._data_wait, self._host_times = DataWait(), HostTimes(folder)
         self._dispatched = self._done = time.monotonic()
         device = jax.devices()[0].device_kind
         self._seconds_at_peak = seconds_at_peak(config, device, jax.device_count())
@@ -64,6 +65,7 @@ class Report:
     def record_dispatch(self) -> None:
         """Records the time at which the host dispatches a step."""
         self._dispatched = time.monotonic()
+        self._host_times.start_step()
 
     def record_batch(self, computing: StepMetrics | None) -> None:
         """Records that the batch of the step is on the host.
@@ -72,14 +74,22 @@ class Report:
             computing: of the previous step; None: it has ended. While the devices compute it, they
                 don't wait. Otherwise they have waited since it ended, at most since the dispatch.
         """
+        self._host_times.end_part("data")
         loss: Any = computing and computing.loss
         if loss is None or loss.is_ready():
             self._data_wait.add(time.monotonic() - self._dispatched)
 
+    def record_computing(self) -> None:
+        """Records that the host has dispatched the step to its devices."""
+        self._host_times.end_part("dispatch")
+
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Waits for the metrics of a step (1 is the first) and reports them."""
         scalars = metrics._replace(rows=None)
+        self._host_times.end_part("other")
         numbers = jax.tree.map(lambda value: np.asarray(value).item(), scalars)
+        self._host_times.end_part("device")
+        self._host_times.gather(step)
         loss, norm, rate, targets, skipped, preferences, _ = numbers
         now = time.monotonic()
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
@@ -103,6 +113,7 @@ class Report:
             "tokens_seen": step * self._tokens,
             "skipped": int(skipped),
             **(preferences._asdict() if preferences else {}),
+            **self._host_times.metrics,
         }
         if self._seconds_at_peak:
             record["mfu"] = self._seconds_at_peak / seconds
@@ -119,6 +130,7 @@ class Report:
         shown |= {"data wait": f"{data_wait:.1%}"}
         shown |= {"skipped": str(self.skipped)} if self.skipped else {}
         self.progress.update(step, shown)
+        self._host_times.end_part("other")
 
     def validation(self, step: int, means: dict[str, float]) -> None:
         """Reports the loss on the held-out data after `step` steps, and other means, by name."""

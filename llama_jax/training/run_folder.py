@@ -88,12 +88,24 @@ def _record_changes(config: Config, folder: AnyPath, step: int) -> None:
     changes = list(_list_changes(folders.read_run_config(folder), config))
     if not changes:
         return
+    record_events(
+        folder,
+        [
+            {"step": step, "event": "changed", "key": name, "from": old, "to": value}
+            for name, old, value in changes
+        ],
+    )
+
+
+def record_events(folder: AnyPath, events: list[dict[str, Any]]) -> None:
+    """Appends events to events.jsonl, with the time (UTC). Only host 0 calls this.
+
+    Args:
+        folder: of the run.
+        events: each with `step` (number of steps done), `event` (its kind) and its other fields.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    records = [
-        {"time": now, "step": step, "event": "changed", "key": name, "from": old, "to": value}
-        for name, old, value in changes
-    ]
     path = folder / "events.jsonl"
     earlier = read_file(path) if path.exists() else b""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
+    lines = "".join(json.dumps({"time": now} | event) + "\n" for event in events)
     write_file(path, earlier + lines.encode())

@@ -47,7 +47,7 @@ MALFORMED = [
     b"\xff\x00 no JSON", b"", b"null", b"[]", b'["decision"]', b"[" * 100_000, b"9" * 10_000,
     b'["hello","00"]', b'["error",null]', b'["error",["x",256]]', b'["shutdown",["x"]]',
     b'["values",[1]]', b'["which step",1]', b'["step","x"]', b'["stop before",[1]]',
-    b'["stop request",3]', b'"' + b"x" * 2 * MESSAGE_BYTES,
+    b'["stop request",3]', b'["report",{}]', b'"' + b"x" * 2 * MESSAGE_BYTES,
 ]  # fmt: skip
 # Only host 0 may send these.
 COMMANDS = [b'["decision",1]', b'["shutdown",["x",0]]', b'["stop before",[0,"x"]]']
@@ -63,6 +63,10 @@ def test_malformed_messages_change_nothing(capsys):
     assert channels[1].decisions.get(timeout=60) == "the next"
     channels[1].to_coordinator("values", {"loss": 1.5})
     assert channels[0].values[1].get(timeout=60) == {"loss": 1.5}
+    channels[1].to_coordinator("report", [7])
+    channels[0].to_coordinator("report", [8])
+    reports = [channels[0].reports.get(timeout=60) for _ in channels]
+    assert sorted(reports) == [(0, [8]), (1, [7])]
     assert channels[0].decisions.empty()
     assert [channel.stop_before(0, None) for channel in channels] == [None, None]
     assert all(
@@ -70,7 +74,7 @@ def test_malformed_messages_change_nothing(capsys):
     )
     close(channels)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2  # one for each host, for 37 messages
+    assert len(lines) == 2  # one for each host, for 39 messages
     assert all("ignored a malformed message from host" in line for line in lines)
 
 
