@@ -155,6 +155,7 @@ def prepare_in_background(prepare: Callable[[], None]) -> None:
     that it hasn't reached, or that it failed to compile, is read or compiled by the call.
     """
     assert _store is not None
+    _store.end_early_reads()
     mesh = jax.sharding.get_mesh()
 
     def run() -> None:
@@ -174,8 +175,13 @@ class _Store:
         self._programs: dict[Any, Future[Any]] = {}
         self._lock = threading.Lock()
         self._used: list[str] = []
+        self._is_starting = True
         self._recorded = files.read_start(start)
         self._read_early = {name: self.threads.submit(files.read, name) for name in self._recorded}
+
+    def end_early_reads(self) -> None:
+        """Makes later starts read no programs early that are first used from now on."""
+        self._is_starting = False
 
     def close(self) -> None:
         """Ends the threads after their current programs; records what this start has used."""
@@ -205,7 +211,8 @@ class _Store:
         described = [(*leaf[:-1], str(leaf[-1])) for leaf in leaves]
         parts = static, str(tree), described, mesh.shape_tuple, mesh.axis_types, devices
         name = self._files.name(function.rpartition(".")[2], function, *parts)
-        self._used.append(name)
+        if self._is_starting:
+            self._used.append(name)
         early = self._read_early.pop(name, None)
         program = self._files.read(name) if early is None else early.result()
         if program is None:

@@ -36,8 +36,9 @@ def warm_up(
 ) -> DecodeState:
     """Compiles every program of the engine; returns an empty state of the smallest size.
 
-    It runs each program once. In a block of `stored_programs` it runs only those of the smallest
-    size; a thread reads or compiles the others while the engine serves.
+    It runs each program once. In a block of `stored_programs` it reads or compiles only those of
+    the smallest size, and a thread those of the others while the engine serves. On a GPU or TPU it
+    also runs those of the smallest size, so that too little memory ends the start.
 
     Args:
         config: the model's config.
@@ -80,14 +81,17 @@ def warm_up(
         for length in lengths:
             prompt_scores.prepare_trees(config, model, length)
         for slots in sizes[1:]:
-            _prepare_size(config, model, like, slots, sizes)
+            _prepare_size(config, model, like, slots, sizes, lambda program: None)
 
     lengths = prompt_scores.tree_lengths(context)
     if is_storing():
         if platform() != "cpu":
             # A cache that doesn't fit the memory must end the start, not a later request.
             jax.block_until_ready(row_programs.init_state(config, rows, sizes[-1]))
-        state = warm_up_size(sizes[0])
+            state = warm_up_size(sizes[0])
+        else:  # to run them would take longer than to read them
+            state = row_programs.init_state(config, rows, sizes[0])
+            _prepare_size(config, model, state, sizes[0], sizes, report)
         like = jax.tree.map(_abstract, state)
         prepare_in_background(prepare_others)
         return state
@@ -105,32 +109,38 @@ def _prepare_size(
     smallest: DecodeState,
     slots: int,
     sizes: list[int],
+    report: Callable[[str], None],
 ) -> None:
     """Reads or compiles the programs of one size without running them: no cache is allocated.
 
     Args:
         config: the model's config.
         model: weights of that config, on the current mesh.
-        smallest: abstract state of the smallest size.
+        smallest: state of the smallest size, which may be abstract.
         slots: of each row.
         sizes: all numbers of slots.
+        report: called with the name of each program before it.
     """
 
-    def resize(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return leaf.update(shape=(*leaf.shape[:2], slots, *leaf.shape[3:]))
+    def resize(leaf: Any) -> jax.ShapeDtypeStruct:
+        return _abstract(leaf).update(shape=(*leaf.shape[:2], slots, *leaf.shape[3:]))
 
     cache = smallest.cache._replace(layers=jax.tree.map(resize, smallest.cache.layers))
     state: Any = smallest._replace(cache=cache)
     rows = len(state.logits_BV)
     first, row = number_rows([0], rows), row_programs.init_row(config, Request((0,), 1))
     for size in row_programs.CHUNK_SIZES:
+        report(f"prefill of {size} tokens, {slots:,} slots")
         args = _chunk_arguments(rows, size)
         row_programs.prefill_chunk.prepare(config, model, state, *args)
+    report(f"decode, {slots:,} slots")
     row_programs.start_row.prepare(state, first, row)
     row_programs.stop_row.prepare(state, 0)
     mask_BW = full_mask(rows, config.vocab_size)
+    row_programs.choose_tokens.prepare(state.rows, state.logits_BV, mask_BW)
     keywords = row_programs.decode_rows.keywords
     decode.prepare(config, model, state, 1, False, mask_BW, **keywords)
+    report(f"cache resize and copy, {slots:,} slots")
     copy_row.prepare(cache, first, first, 0)
     for other in sizes:
         if other != slots:
@@ -145,7 +155,9 @@ def _chunk_arguments(rows: int, size: int) -> tuple[Any, ...]:
     return number_rows([0], rows), tokens_CT, zeros_C, zeros_C, tokens_CT, False
 
 
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     return jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=leaf.aval.weak_type
     )
