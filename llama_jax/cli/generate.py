@@ -170,12 +170,24 @@ def continue_text(
         shown = [prompt_text] if not chat else []
         for text in chain(shown, cut_at_stop(stops or (), texts), "\n"):
             if hosts.is_host_zero():
-                print(text, end="", flush=True)
+                _print(text)
         if stats:
             print_status(timer.report_speed(len(ids)))
             slots = cache_slots(len(ids), max_new_tokens)
             print_status(timer.report_bandwidth(config, model, slots))
     return timer.n_tokens
+
+
+def _print(text: str) -> None:
+    """Prints on standard output; on several hosts, ends all if its reader has exited ('| head')."""
+    from llama_jax.runtime import hosts, stop_signal
+
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        if not hosts.is_multi_host():
+            raise  # `main` ends the command
+        stop_signal.exit_run("the reader of standard output has exited")
 
 
 class _TokenTimer:

@@ -1,6 +1,7 @@
 """Limits on the next token of a row: biases of tokens, and a mask of the allowed tokens."""
 
 import base64
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def full_mask(rows: int, n_vocab: int) -> jax.Array:
 
 def mask_to_text(mask_W: np.ndarray) -> str:
     """Returns a mask of one row as text, for messages to other hosts."""
-    return base64.b64encode(mask_W.tobytes()).decode()
+    return base64.b64encode(zlib.compress(mask_W.tobytes(), 1)).decode()
 
 
 def masks_from_text(texts: Sequence[str], n_vocab: int) -> np.ndarray:
@@ -57,7 +58,8 @@ def masks_from_text(texts: Sequence[str], n_vocab: int) -> np.ndarray:
     mask_BW = np.full((len(texts), mask_words(n_vocab)), ALL_ALLOWED)
     for row_mask_W, text in zip(mask_BW, texts, strict=True):
         if text:
-            allowed_W = np.frombuffer(base64.b64decode(text), np.uint32)[: len(row_mask_W)]
+            allowed_W = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint32)
+            allowed_W = allowed_W[: len(row_mask_W)]
             row_mask_W[:] = 0
             row_mask_W[: len(allowed_W)] = allowed_W
     return mask_BW

@@ -27,6 +27,8 @@ from collections import deque
 from typing import Any, NoReturn
 
 MESSAGE_BYTES = 1 << 20  # the largest message; names of 10,000 hosts take 0.7 MB
+DECISION_BYTES = 1 << 26  # the largest decision, which is sent in parts
+_PART_CHARACTERS = MESSAGE_BYTES // 4  # a message has at most two bytes for each of them
 SEND_SECONDS = 5.0  # a host that reads nothing for this long counts as dead
 SHUTDOWN_SECONDS = 5.0  # after an error, for all processes to end
 # Keepalive: a host that answers no probe for 10 + 4 × 5 seconds counts as dead. A network reroutes
@@ -149,6 +151,7 @@ class ControlChannel:
         }
         self.reports: queue.SimpleQueue[tuple[int, list[Any]]] = queue.SimpleQueue()
         self.leaving = False
+        self._parts: list[str] = []  # of the decision that host 0 is sending
         self._shutting_down = threading.Lock()
         self._malformed: set[int] = set()  # hosts that sent a malformed message
         self._steps = threading.Condition()
@@ -175,6 +178,22 @@ class ControlChannel:
         """Sends a message from host 0 to all others."""
         for connection in self.connections.values():
             connection.send(kind, content)
+
+    def decide(self, decision: Any) -> None:
+        """Sends a decision (plain JSON) from host 0 to all others, in parts if it is large.
+
+        Raises:
+            ValueError: the decision is larger than DECISION_BYTES.
+        """
+        text = json.dumps(decision)
+        if len(text) > DECISION_BYTES:
+            raise ValueError(f"a decision of {len(text)} bytes: {text[:80]} …")
+        if len(text) <= _PART_CHARACTERS:
+            self.to_others("decision", decision)
+            return
+        for start in range(0, len(text), _PART_CHARACTERS):
+            self.to_others("decision part", text[start : start + _PART_CHARACTERS])
+        self.to_others("decision end", None)
 
     def _to_all(self, kind: str, content: Any) -> None:
         self.to_others(kind, content)
@@ -221,6 +240,11 @@ class ControlChannel:
         match kind, content:
             case "decision", _ if sender == 0:
                 self.decisions.put(content)
+            case "decision part", str(part) if sender == 0 and self._has_room(part):
+                self._parts.append(part)
+            case "decision end", None if sender == 0 and self._parts:
+                self.decisions.put(json.loads("".join(self._parts)))
+                self._parts.clear()
             case "values", dict():
                 self.values[sender].put(content)
             case "report", [*_]:
@@ -252,6 +276,9 @@ class ControlChannel:
                         f"ignored a malformed message from {self.name(sender)}: do all hosts run"
                         " the same version?"
                     )
+
+    def _has_room(self, part: str) -> bool:
+        return sum(map(len, self._parts)) + len(part) <= DECISION_BYTES
 
     # All hosts must stop before the same step: a host that has already dispatched a later step
     # would deadlock in its collectives. So host 0 asks each for its newest step, and chooses the

@@ -155,7 +155,7 @@ def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
     if _channel.process:
         return _channel.decisions.get()
     decision = decide()
-    _channel.to_others("decision", decision)
+    _channel.decide(decision)
     return decision
 
 

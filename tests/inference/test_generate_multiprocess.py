@@ -96,3 +96,27 @@ def test_hosts_end_together_with_one_sentence(token_folder, tmp_path):
         assert err.startswith("llama-jax: host 0 (")
         assert "--seed is 1 on host 0, but 2 on host 1" in err
         assert err.count("\n") == 1
+
+
+# Host 0 has a standard output whose reader has exited.
+CLOSED = """
+import os, sys
+from llama_jax.cli.main import main
+
+if sys.argv[-1] == "0":
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_all_hosts_end_when_the_reader_of_the_text_exits(token_folder, tmp_path):
+    save(tmp_path / "model", token_folder)
+    group = Group(tmp_path / "head", 2, *command(tmp_path / "model"), program=("-c", CLOSED))
+    assert group.wait() == [0, 0], group.outputs("err")
+    for err in group.outputs("err"):
+        assert err.startswith("llama-jax: host 0 (")
+        assert err.endswith("): the reader of standard output has exited\n")
+        assert err.count("\n") == 1

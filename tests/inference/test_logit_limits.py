@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 from conftest import MESHES, mesh_of
 
-from llama_jax.inference.logit_limits import full_mask, init_bias, limit_logits, only_token
+from llama_jax.inference.logit_limits import (
+    full_mask,
+    init_bias,
+    limit_logits,
+    mask_to_text,
+    masks_from_text,
+    only_token,
+)
 from llama_jax.parallel.mesh import shard_array
 
 V, ROWS = 96 - 8, 8  # V: no multiple of 32
@@ -39,3 +46,11 @@ def test_limits_equal_numpys_on_every_mesh(shape):
         only = only_token(mask_BW, shard_array(tokens, "B"))
         hot = np.where(np.all(ALLOWED, axis=1)[:, None], True, np.arange(V) == tokens[:, None])
         assert np.asarray(only).tobytes() == packed(hot).tobytes()
+
+
+def test_masks_pass_through_text():
+    mask_BW = packed(ALLOWED)
+    texts = [mask_to_text(mask_W) for mask_W in mask_BW]
+    assert masks_from_text(["", *texts], V)[1:].tobytes() == mask_BW.tobytes()
+    assert masks_from_text([""], V).tolist() == [[2**32 - 1] * 3]
+    assert masks_from_text([mask_to_text(mask_BW[2, :1])], V).tolist() == [[mask_BW[2, 0], 0, 0]]

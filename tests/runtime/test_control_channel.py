@@ -107,3 +107,14 @@ def test_a_bug_in_the_reader_ends_the_run(monkeypatch, capsys):
     for channel in channels:
         for connection in channel.connections.values():
             connection.socket.close()
+
+
+def test_a_decision_larger_than_a_message_arrives_in_one_piece_and_in_order():
+    channels = connect_threads(3)
+    masks = ["é\\" * MESSAGE_BYTES, "x" * 3 * MESSAGE_BYTES]
+    for decision in ("before", masks, "after"):
+        channels[0].decide(decision)
+    for channel in channels[1:]:
+        found = [channel.decisions.get(timeout=60) for _ in range(3)]
+        assert found == ["before", masks, "after"]
+    close(channels)

@@ -1,5 +1,6 @@
 """A server on several real processes: host 0 answers, all compute."""
 
+import re
 import signal
 import threading
 import time
@@ -81,6 +82,10 @@ def test_two_hosts_answer_as_one_and_end_after_the_running_request(
     assert answers(url) == expected
     assert answers(url) == expected  # from the KV cache of the first ones
     assert all(logprob < 0 for logprob in scores(url)[1:])
+    limited = {"prompt": "aeiou", "max_tokens": 20, "guided_regex": "[a-c]{3}-[0-9]{2}"}
+    with ThreadPoolExecutor(3) as pool:
+        for text in pool.map(lambda seed: post(url, limited | {"seed": seed}), range(3)):
+            assert re.fullmatch("[a-c]{3}-[0-9]{2}", text)
     body = {"prompt": "aeiou", "max_tokens": 20, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url, json=body, timeout=100) as response:
         lines = response.iter_lines()
