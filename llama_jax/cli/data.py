@@ -94,5 +94,5 @@ def _show(config: "Config", step: int, rows: int) -> int:
         raise InputError(f"--show {step}: the run has the steps 1 to {config.training.steps}")
     if rows < 1:
         raise InputError(f"--rows must be at least 1, not {rows}")
-    print(show_step(config.data, step, rows))
+    print(show_step(config.data, step, range(min(rows, config.data.batch_size))))
     return 0

@@ -3,7 +3,7 @@
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -53,8 +53,8 @@ def show_windows(folder: AnyPath, n: int) -> str:
     return "\n".join(lines)
 
 
-def show_step(config: DataConfig, step: int, n: int) -> str:
-    """Returns the first `n` rows of the batch of a step (1 is the first), as `show_windows`.
+def show_step(config: DataConfig, step: int, rows: Iterable[int]) -> str:
+    """Returns rows of the batch of a step as `show_windows` (1 is the first step, 0 the first row).
 
     Raises:
         InputError: a folder contains no token shards, or is damaged.
@@ -62,7 +62,7 @@ def show_step(config: DataConfig, step: int, n: int) -> str:
     samples = Samples(config)
     tokenizer, style = load_tokenizer(config.folders[0]), style_of(sys.stdout)
     lines = [f"step {step:,}: {_trained(style)} tokens are marked"]
-    for row in range(min(n, config.batch_size)):
+    for row in rows:
         number = (step - 1) * config.batch_size + row
         at, window = samples.locate(number), samples[number]
         title = (

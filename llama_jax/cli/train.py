@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.cli import generate
 from llama_jax.cli.arguments import add_config, add_hosts
+from llama_jax.errors import InputError
 
 if TYPE_CHECKING:
     from llama_jax.config.run import Config
@@ -21,6 +22,11 @@ checkpoint and exit. If the folder of token shards is missing, it is first creat
 CONFIG is a file, or the name of one that is included in llama_jax: quickstart, llama-7b,
 llama3-8b …
 
+With --replay STEP nothing is trained: the step of the run is computed again from the nearest
+checkpoint before it, on the same mesh bit for bit, and compared with metrics.jsonl. The output has
+the loss of each row, the norms of weights and gradients of each layer, and the text of the rows
+with the highest losses. The run folder is only read; if it has been moved, set training.out.
+
 On a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet, run the command on every host: the hosts
 find each other. Elsewhere, give each host the three flags. training.out and the data must be on
 shared storage.
@@ -28,6 +34,7 @@ shared storage.
 example:
   llama-jax train quickstart
   llama-jax train quickstart training.steps=600 optimizer.peak_lr=1e-3
+  llama-jax train quickstart --replay 250 --rows 1
   llama-jax train configs/llama-7b.yaml --coordinator 10.0.0.2:8476 --processes 4 --process 0
 """
 
@@ -40,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog = f"The keys of a configuration file (type, default):\n{yaml_file.manual()}"
     add_config(parser)
+    parser.add_argument("--replay", type=int, metavar="STEP", help="compute a step again instead")
+    parser.add_argument("--rows", type=int, metavar="N", help="rows of --replay with text (4)")
+    parser.add_argument("--json", action="store_true", help="print the result of --replay as JSON")
     add_hosts(parser)
 
 
@@ -47,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains until the run is finished or stopped; returns the exit code."""
     from llama_jax.runtime import hosts
 
+    if args.replay is None and (args.rows is not None or args.json):
+        raise InputError("--rows and --json are for --replay: give a step, or omit them")
+    if args.rows is not None and args.rows < 0:
+        raise InputError(f"--rows must be at least 0, not {args.rows}")
     with hosts.join(args.coordinator, args.processes, args.process):
         return _train(args)
 
@@ -56,6 +70,10 @@ def _train(args: argparse.Namespace) -> int:
 
     config = yaml_file.load(args.config, args.overrides)
     # JAX is imported after the configuration has been checked.
+    if args.replay is not None:
+        from llama_jax.cli.show_replay import show_replay
+
+        return show_replay(config, args.replay, 4 if args.rows is None else args.rows, args.json)
     from llama_jax.inference.sampling import Sampling
     from llama_jax.runtime import hosts
     from llama_jax.runtime.console import print_status

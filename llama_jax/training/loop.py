@@ -125,10 +125,12 @@ def run(
             return _outcome(folder, newest, data, finished=True)
         with ledger.during("restoring"):
             state = TrainingState(config, data, checkpoints, local)
+        if state.step:
+            print_status(f"{folder}: resumes after step {state.step} of {config.training.steps}")
         hosts.broadcast_decision(lambda: write_run_files(config, data, folder, state.step))
         print_summary(config, mesh, state.step)
         with ledger.during("compiling"):
-            step_function = _compile_step(config, data, state)
+            step_function = compile_step(config, data, state)
         profiler = Profiler(folder, config.training.profile)
         with (
             _record_stop_signals() as stop,
@@ -156,7 +158,7 @@ def run(
         return _outcome(folder, state.step, data, finished)
 
 
-def _compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
+def compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
     """Returns the training step, compiled for the devices of this run."""
     start = time.monotonic()
     batch, step = data.train(state.step), np.int32(state.step)

@@ -148,9 +148,6 @@ class TrainingState:
                     f" {config.training.out} was trained: restore them, or choose another"
                     " training.out"
                 )
-            print_status(
-                f"{config.training.out}: resumes after step {self.step} of {config.training.steps}"
-            )
         else:
             self.trained, self.opt_state = initial_state(config)
         self.base = load_base(config)

@@ -45,7 +45,7 @@ else:
         loop.TrainingCheckpoints.restore = wait
         start.initial_state = wait
     else:
-        loop._compile_step = wait_outside_of_python
+        loop.compile_step = wait_outside_of_python
 sys.exit(main.main(sys.argv[1:]))
 """
 

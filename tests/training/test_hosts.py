@@ -55,7 +55,7 @@ def compile_forever(*_):
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(lock)
 if sys.argv[-1] == "1":
-    loop._compile_step = compile_forever
+    loop.compile_step = compile_forever
 sys.exit(cli.main(sys.argv[1:]))
 """
 

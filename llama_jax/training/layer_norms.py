@@ -1,0 +1,79 @@
+"""Norms of the weights and of the gradients of one step, layer by layer."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.config.run import Config
+from llama_jax.data.windows import Batch
+from llama_jax.model.lora import Trained
+from llama_jax.model.summary import path_names
+from llama_jax.model.weights import Llama
+from llama_jax.training.step import gradients
+
+_LAYERS = "layers."  # starts the names of stacked weights, which have a leading axis L
+
+Norms = dict[str, Any]  # by dotted name of the weight: a norm, or those of the layers [L]
+
+
+class LayerNorms(NamedTuple):
+    """Euclidean norms before a step: of what it trains, and of the gradient before clipping."""
+
+    weights: Norms
+    gradients: Norms
+
+
+@partial(jax.jit, static_argnums=0)
+def compute_norms(
+    config: Config, trained: Trained, batch: Batch, step: jax.Array, base: Llama | None
+) -> LayerNorms:
+    """Returns the norms of a step, on all devices. The arguments are those of `train_step`.
+
+    It is a program of its own, so that an ordinary step computes no norms.
+    """
+    grads = gradients(config, trained, batch, base, step).grads
+    return LayerNorms(_norms(trained), _norms(grads))
+
+
+def _norms(tree: Trained) -> Norms:
+    norms = Norms()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = ".".join(path_names(path))
+        axes = tuple(range(int(name.startswith(_LAYERS)), leaf.ndim))
+        norm = jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=axes))
+        norms[name] = jax.reshard(norm, P())
+    return norms
+
+
+def to_numbers(norms: LayerNorms) -> dict[str, dict[str, Any]]:
+    """Returns 'weights' and 'gradients': floats, or lists of floats; null if not finite."""
+
+    def plain(norm: Any) -> Any:
+        if np.ndim(norm):
+            return [plain(value) for value in norm]
+        return float(norm) if math.isfinite(norm) else None
+
+    return {
+        kind: {name: plain(np.asarray(norm)) for name, norm in by_name.items()}
+        for kind, by_name in norms._asdict().items()
+    }
+
+
+def by_layer(norms: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns the norm of each layer, 'layer 1' is the first, and of each weight outside of them.
+
+    Args:
+        norms: one kind of `to_numbers`.
+    """
+    outside = {name: norm for name, norm in norms.items() if not name.startswith(_LAYERS)}
+    stacked = [norm for name, norm in norms.items() if name.startswith(_LAYERS)]
+    layers = dict[str, float | None]()
+    for i, values in enumerate(zip(*stacked, strict=True), 1):
+        layers[f"layer {i}"] = None if None in values else math.hypot(*values)
+    return layers | outside
