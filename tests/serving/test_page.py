@@ -160,6 +160,37 @@ def test_a_chat_sends_its_earlier_messages(page, served):
     assert served[0].requests[-1].prompt == tuple(tokenizer.encode_chat(messages))
 
 
+def test_a_message_can_be_edited_and_the_chat_exported(page, served):
+    served[0].script = lambda request: "<b>yes</b>"
+    for number in (1, 2):
+        page.type_text("#prompt", f"question {number}")
+        page.click("#send")
+        page.wait_for(f"document.querySelectorAll('.tools').length === {number}")
+    page.click(".edit")
+    assert page.evaluate("document.getElementById('prompt').value") == "question 1"
+    assert page.evaluate("document.querySelectorAll('#texts .text, .tools, .edit').length") == 0
+    assert page.evaluate("!document.getElementById('empty').hidden")
+    page.type_text("#prompt", " again")
+    page.click("#send")
+    page.wait_for("document.querySelectorAll('.tools').length === 1")
+    del served[0].script
+    question = {"role": "user", "content": "question 1 again"}
+    tokenizer = served[0].tokenizer
+    assert served[0].requests[-1].prompt == tuple(tokenizer.encode_chat([question]))
+    page.evaluate(
+        "URL.createObjectURL = blob => { blob.text().then(t => saved = t); return '#' }, 1"
+    )
+    page.evaluate("HTMLAnchorElement.prototype.click = () => {}, window.saved = null, 1")
+    page.click("#export-json")
+    answer = {"role": "assistant", "content": "<b>yes</b>"}
+    exported = json.loads(page.wait_for("window.saved"))
+    assert exported == {"model": "stories", "messages": [question, answer]}
+    page.evaluate("window.saved = null, 1")
+    page.click("#export-markdown")
+    markdown = "## user\n\nquestion 1 again\n\n## assistant\n\n<b>yes</b>\n"
+    assert page.wait_for("window.saved") == markdown
+
+
 MARKDOWN = """\
 # Two <b>ways</b>
 
