@@ -143,6 +143,11 @@ class TrainingConfig:
         description="evaluate the model on tasks of lm-evaluation-harness during the run; null:"
         " don't",
     )
+    watchdog: Annotated[float, Field(ge=0)] = Field(
+        default=20.0,
+        description="a step that takes longer than this multiple of the median, and than 180 s,"
+        " ends the run with exit code 75, and so does a host that doesn't answer; 0: neither",
+    )
     profile: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None,
         description="first and last step of which a trace of jax.profiler is written into the run"

@@ -18,116 +18,24 @@ import json
 import os
 import queue
 import selectors
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections import deque
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-MESSAGE_BYTES = 1 << 20  # the largest message; names of 10,000 hosts take 0.7 MB
+from llama_jax.runtime.connection import MESSAGE_BYTES, Connection
+
 DECISION_BYTES = 1 << 26  # the largest decision, which is sent in parts
 _PART_CHARACTERS = MESSAGE_BYTES // 4  # a message has at most two bytes for each of them
-SEND_SECONDS = 5.0  # a host that reads nothing for this long counts as dead
 SHUTDOWN_SECONDS = 5.0  # after an error, for all processes to end
-# Keepalive: a host that answers no probe for 10 + 4 × 5 seconds counts as dead. A network reroutes
-# in less time, and the start of a run takes longer.
-_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
 
 def log(message: str) -> None:
     """Prints a line on standard error, unless that is closed."""
     with contextlib.suppress(OSError, ValueError):
         print(f"llama-jax: {message}", file=sys.stderr, flush=True)
-
-
-class Connection:
-    """A TCP connection that carries messages: a kind and plain JSON, one line each.
-
-    Attributes:
-        limit: longest line in bytes; longer ones are malformed and use no more memory.
-        received: messages that have arrived, in order; None for a malformed one.
-    """
-
-    def __init__(self, connection: socket.socket, limit: int = MESSAGE_BYTES):
-        self.socket, self.limit = connection, limit
-        self.received: deque[tuple[str, Any] | None] = deque()
-        connection.settimeout(SEND_SECONDS)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option, value in _KEEPALIVE.items():
-            if hasattr(socket, option):  # macOS lacks some
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self._sending = threading.Lock()
-        self._rest = b""
-
-    def send(self, kind: str, content: Any = None) -> None:
-        """Sends a message. On a failure it closes the connection, which the reader detects.
-
-        Raises:
-            ValueError: the message is larger than MESSAGE_BYTES.
-        """
-        line = json.dumps([kind, content]).encode()
-        if len(line) > MESSAGE_BYTES:
-            raise ValueError(f"a message of {len(line)} bytes to another host: {line[:80]!r} …")
-        with self._sending:
-            try:
-                self.socket.sendall(line + b"\n")
-            except OSError:  # part of a line may be sent: the connection is unusable
-                self.shut_down()
-
-    def read(self) -> bool:
-        """Appends arrived messages to `received`; returns False if the other end has closed."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except (BlockingIOError, TimeoutError):
-            return True
-        except OSError:
-            return False
-        *lines, rest = (self._rest + data).split(b"\n")
-        self.received += [self._parse(line) for line in lines]
-        if len(rest) > self.limit:
-            self.received.append(None)
-        self._rest = rest[: self.limit + 1]  # one byte too many marks the line as malformed
-        return bool(data)
-
-    def _parse(self, line: bytes) -> tuple[str, Any] | None:
-        if len(line) > self.limit:
-            return None
-        try:
-            match json.loads(line):
-                case [str(kind), content]:
-                    return kind, content
-        except (ValueError, RecursionError):  # not JSON, or nested too deeply for Python
-            pass
-        return None
-
-    def wait(self, deadline: float) -> tuple[str, Any] | None:
-        """Returns the next message, or None for a malformed one.
-
-        Args:
-            deadline: when to stop waiting, on the clock `time.monotonic` [s].
-
-        Raises:
-            TimeoutError: no message arrived.
-            ConnectionError: the other end has closed.
-        """
-        while not self.received:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            self.socket.settimeout(remaining)
-            alive = self.read()
-            self.socket.settimeout(SEND_SECONDS)
-            if not alive and not self.received:
-                raise ConnectionError
-        return self.received.popleft()
-
-    def shut_down(self) -> None:
-        """Shuts the connection down for both ends, without closing the socket."""
-        with contextlib.suppress(OSError):  # the other end has closed it
-            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class ControlChannel:
@@ -139,6 +47,9 @@ class ControlChannel:
         connections: by number of host; on host 0 one to each other host, elsewhere one to host 0.
         decisions: results of `hosts.broadcast_decision` from host 0, in order.
         values: on host 0, the values to compare from each other host, in order.
+        describe_state: returns where this host is (plain JSON), for `ask`. The reader thread calls
+            it, so that it is answered while the main thread hangs.
+        states: answers of other hosts to `ask`, by number of host.
         reports: on host 0, what the hosts report without being asked: number of the host, content.
         leaving: True once the run is over, and connections may close.
     """
@@ -150,6 +61,8 @@ class ControlChannel:
             i: queue.SimpleQueue() for i in connections
         }
         self.reports: queue.SimpleQueue[tuple[int, list[Any]]] = queue.SimpleQueue()
+        self.describe_state: Callable[[], Any] = dict
+        self.states: dict[int, Any] = {}
         self.leaving = False
         self._parts: list[str] = []  # of the decision that host 0 is sending
         self._shutting_down = threading.Lock()
@@ -175,7 +88,7 @@ class ControlChannel:
             self.connections[0].send(kind, content)
 
     def to_others(self, kind: str, content: Any) -> None:
-        """Sends a message from host 0 to all others."""
+        """Sends a message from host 0 to all others, or from another host to host 0."""
         for connection in self.connections.values():
             connection.send(kind, content)
 
@@ -194,6 +107,11 @@ class ControlChannel:
         for start in range(0, len(text), _PART_CHARACTERS):
             self.to_others("decision part", text[start : start + _PART_CHARACTERS])
         self.to_others("decision end", None)
+
+    def ask(self) -> None:
+        """Asks all hosts to which this one is connected for their state: fills `states`."""
+        self.states = {}
+        self.to_others("ask", None)
 
     def _to_all(self, kind: str, content: Any) -> None:
         self.to_others(kind, content)
@@ -247,6 +165,10 @@ class ControlChannel:
                 self._parts.clear()
             case "values", dict():
                 self.values[sender].put(content)
+            case "ask", None:
+                self.connections[sender].send("state", self.describe_state())
+            case "state", dict():
+                self.states[sender] = content
             case "report", [*_]:
                 self.reports.put((sender, content))
             case "error", [str(message), int(code)] if 0 <= code < 256:
@@ -312,6 +234,12 @@ class ControlChannel:
         message = f"{self.name(self.process)}: {message}"
         self.to_coordinator("error", [message, code])
         time.sleep(SHUTDOWN_SECONDS)  # host 0 broadcasts the error that was first
+        self._exit(message, code)
+
+    def end(self, message: str, code: int) -> NoReturn:
+        """Ends this host, and on host 0 all others that can be reached."""
+        if self.process == 0:
+            self._shut_down_all(message, code)
         self._exit(message, code)
 
     def _shut_down_all(self, message: str, code: int) -> NoReturn:

@@ -25,13 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.control_channel import (
-    MESSAGE_BYTES,
-    SEND_SECONDS,
-    Connection,
-    ControlChannel,
-    log,
-)
+from llama_jax.runtime.connection import MESSAGE_BYTES, SEND_SECONDS, Connection
+from llama_jax.runtime.control_channel import ControlChannel, log
 
 JOIN_SECONDS = 300.0  # time for the slowest host to start
 GRACE_SECONDS = 5.0  # after a mistake: hosts that connect in this time get the message too

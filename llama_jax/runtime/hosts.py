@@ -145,6 +145,11 @@ def take_reports() -> list[tuple[int, list[Any]]]:
     return reports
 
 
+def channel() -> ControlChannel | None:
+    """Returns the control channel; None on a single host."""
+    return _channel
+
+
 def broadcast_decision(decide: Callable[[], Decision]) -> Decision:
     """Calls `decide` on host 0 and returns its result (plain JSON) on all hosts.
 

@@ -18,6 +18,7 @@ KINDS = (
     *("starting", "restoring", "compiling", "training", "repeating", "waiting for data"),
     *("evaluating", "saving"),
 )
+STEP_KINDS = ("training", "repeating")
 WRITE_SECONDS, WRITE_SECONDS_IN_BUCKET = 10.0, 60.0
 DOWN = "down"  # between the last record of a process and the start of the next one
 
@@ -48,6 +49,11 @@ class Ledger:
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._earlier, self._folder = list[Session](), None
         self._written = self._since
+
+    @property
+    def kind(self) -> str:
+        """What this process does, one of `KINDS`."""
+        return self._kind
 
     def open(self, folder: AnyPath, step: int, reached: int) -> None:
         """Reads the earlier sessions, and records this one from now on. Only host 0 calls this.

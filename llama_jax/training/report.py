@@ -19,6 +19,7 @@ from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
 from llama_jax.training.source_losses import split_loss
 from llama_jax.training.step import StepMetrics
+from llama_jax.training.watchdog import Watchdog
 
 
 def is_due(step: int, every: int) -> bool:
@@ -57,6 +58,7 @@ class Report:
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
         self._data_wait, self._host_times = DataWait(), HostTimes(folder)
+        self._watchdog = Watchdog(folder, ledger, config.training.watchdog, first)
         self._dispatched = self._done = time.monotonic()
         device = jax.devices()[0].device_kind
         self._seconds_at_peak = seconds_at_peak(config, device, jax.device_count())
@@ -66,6 +68,7 @@ class Report:
         """Records the time at which the host dispatches a step."""
         self._dispatched = time.monotonic()
         self._host_times.start_step()
+        self._watchdog.start_step()
 
     def record_batch(self, computing: StepMetrics | None) -> None:
         """Records that the batch of the step is on the host.
@@ -75,6 +78,7 @@ class Report:
                 don't wait. Otherwise they have waited since it ended, at most since the dispatch.
         """
         self._host_times.end_part("data")
+        self._watchdog.end_stage()
         loss: Any = computing and computing.loss
         if loss is None or loss.is_ready():
             self._data_wait.add(time.monotonic() - self._dispatched)
@@ -82,6 +86,7 @@ class Report:
     def record_computing(self) -> None:
         """Records that the host has dispatched the step to its devices."""
         self._host_times.end_part("dispatch")
+        self._watchdog.end_stage()
 
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Waits for the metrics of a step (1 is the first) and reports them."""
@@ -95,6 +100,7 @@ class Report:
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
         self._done = now
+        self._watchdog.end_step(seconds)
         data_wait = self._data_wait.end_step(seconds)
         self._ledger.end_step(step, data_wait * seconds)
         self.skipped += skipped
@@ -154,7 +160,8 @@ class Report:
             self.log.upload()
 
     def close(self) -> None:
-        """Closes the files and draws the loss figure."""
+        """Ends the watchdog, closes the files and draws the loss figure."""
+        self._watchdog.close()
         self.progress.close()
         if self.log:
             self.log.close()

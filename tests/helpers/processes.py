@@ -116,6 +116,10 @@ class Group:
             pytest.fail(f"still running after {seconds} s: {self.outputs('err')}")
         return codes
 
+    def wait_until_ended(self, process, seconds=60):
+        """Waits until one process has ended; the others may run."""
+        self.processes[process].join(seconds)
+
     def wait_for_step(self, run, step):
         self.wait_until(lambda: any(r["step"] >= step for r in read_metrics(run / "metrics.jsonl")))
 

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from processes import close, connect_threads
 
 from llama_jax.runtime import handshake
-from llama_jax.runtime.control_channel import MESSAGE_BYTES, Connection, ControlChannel
+from llama_jax.runtime.connection import MESSAGE_BYTES, Connection
+from llama_jax.runtime.control_channel import ControlChannel
 
 
 def test_all_hosts_stop_before_the_same_step():
@@ -47,7 +48,8 @@ MALFORMED = [
     b"\xff\x00 no JSON", b"", b"null", b"[]", b'["decision"]', b"[" * 100_000, b"9" * 10_000,
     b'["hello","00"]', b'["error",null]', b'["error",["x",256]]', b'["shutdown",["x"]]',
     b'["values",[1]]', b'["which step",1]', b'["step","x"]', b'["stop before",[1]]',
-    b'["stop request",3]', b'["report",{}]', b'"' + b"x" * 2 * MESSAGE_BYTES,
+    b'["stop request",3]', b'["report",{}]', b'["ask",1]', b'["state",[1]]',
+    b'"' + b"x" * 2 * MESSAGE_BYTES,
 ]  # fmt: skip
 # Only host 0 may send these.
 COMMANDS = [b'["decision",1]', b'["shutdown",["x",0]]', b'["stop before",[0,"x"]]']
@@ -67,6 +69,11 @@ def test_malformed_messages_change_nothing(capsys):
     channels[0].to_coordinator("report", [8])
     reports = [channels[0].reports.get(timeout=60) for _ in channels]
     assert sorted(reports) == [(0, [8]), (1, [7])]
+    channels[1].describe_state = lambda: {"step": 3}
+    channels[0].ask()
+    channels[0].to_others("ask", None)
+    channels[1].to_coordinator("report", [9])  # after the answers
+    assert channels[0].reports.get(timeout=60) == (1, [9])
     assert channels[0].decisions.empty()
     assert [channel.stop_before(0, None) for channel in channels] == [None, None]
     assert all(
@@ -74,7 +81,7 @@ def test_malformed_messages_change_nothing(capsys):
     )
     close(channels)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2  # one for each host, for 39 messages
+    assert len(lines) == 2  # one for each host, for 43 messages
     assert all("ignored a malformed message from host" in line for line in lines)
 
 
