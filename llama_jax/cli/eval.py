@@ -31,6 +31,10 @@ results.json contains the metrics with standard errors, and what they depend on;
 each item. --compare prints which items differ between two such folders, and whether the difference
 is significant.
 
+--samples N draws N answers to each item of humaneval, mbpp, gsm8k or minerva_math: of programs it
+prints pass@k, the probability that one of k programs is right, and of the others maj1@k, whether
+the answer of most of k draws is right; k is 1, 10, 80, 100, 256 and N, as far as N reaches.
+
 --perplexity prints nats per token, and perplexity, which is exp(nats). The text is split into
 windows of 2048 tokens, or of the model's context if that is shorter. The model predicts each token
 from the earlier tokens of its window. With --quantize, the model is measured twice, as it is and
@@ -42,6 +46,7 @@ On a TPU pod, under SLURM, Open MPI or a Kubernetes JobSet, run the command on e
 example:
   llama-jax eval models/llama3.1-8b --tasks arc_easy,hellaswag --out results/llama3.1-8b
   llama-jax eval models/llama3.1-8b --tasks gsm8k --shots 8 --limit 100 --data data/eval
+  llama-jax eval models/llama3.1-8b --tasks humaneval --samples 100 --run-code --data data/eval
   llama-jax eval models/llama3.1-8b --tasks arc_easy --lora runs/lora --out results/lora
   llama-jax eval models/llama3.1-8b --tasks paper:common-sense --data data/eval --picture a.png
   llama-jax eval --compare results/llama3.1-8b results/lora
@@ -57,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shots", type=int, metavar="N", help="examples in each prompt (default: the task's)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="draw N answers to each item, for pass@k or maj1@k"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="temperature of --samples (default: 0.8)"
+    )
     parser.add_argument("--data", metavar="DIR", help="folder with the data sets of the tasks")
     parser.add_argument("--out", metavar="DIR", help="folder for the results")
     parser.add_argument(
@@ -92,10 +103,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("there is no model: give a FOLDER, or --compare A B")
     if (args.tasks is None) == (args.text is None):
         raise InputError("give either --tasks or --perplexity")
-    for name, least in (("shots", 0), ("limit", 1)):
+    for name, least in (("shots", 0), ("limit", 1), ("samples", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name} must be at least {least}, not {value}")
+    if args.temperature is not None and (args.samples is None or args.temperature <= 0):
+        raise InputError("--temperature is that of --samples, and must be above 0")
     with hosts.join(args.coordinator, args.processes, args.process):
         return _measure_perplexity(args) if args.text else _evaluate(args)
 
@@ -108,6 +121,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from llama_jax.checkpoint import folders
     from llama_jax.evaluation.answers import Answers
+    from llama_jax.evaluation.drawn_answers import TEMPERATURE
     from llama_jax.evaluation.evaluate import evaluate
     from llama_jax.evaluation.figure import check_columns, draw_tables
     from llama_jax.evaluation.paper_tables import metrics_of
@@ -129,7 +143,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     data, tasks = args.data and parse_path(args.data), {}
     if hosts.is_host_zero():
-        tasks = load_tasks(names, data, args.shots, run_code=args.run_code)
+        tasks = load_tasks(
+            names,
+            data,
+            args.shots,
+            run_code=args.run_code,
+            samples=args.samples,
+            temperature=args.temperature or TEMPERATURE,
+        )
     enable_compile_cache()
     with jax.set_mesh(_make_mesh(args.mesh, stored)):
         config, model = load(
@@ -161,8 +182,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments that are equal on all hosts and describe the evaluation."""
-    names = ("tasks", "shots", "limit", "data", "chat", "lora", "unmerged", "quantize", "mesh")
-    return {name: getattr(args, name) for name in names}
+    names = ("tasks", "shots", "limit", "samples", "temperature", "data", "chat", "lora")
+    return {name: getattr(args, name) for name in (*names, "unmerged", "quantize", "mesh")}
 
 
 def _make_mesh(mesh: str | None, config: "ModelConfig") -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError, missing_extra
+from llama_jax.evaluation.drawn_answers import TEMPERATURE, aggregate_draws, draw_answers
 from llama_jax.evaluation.paper_tables import CLOSED_BOOK_SHOTS, TABLES
 from llama_jax.evaluation.relative_choice import score_relative_to
 from llama_jax.evaluation.run_program import passes
@@ -85,6 +86,8 @@ def load_tasks(
     shots: int | None = None,
     *,
     run_code: bool = False,
+    samples: int | None = None,
+    temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
     """Returns tasks as `lm_eval.evaluator.evaluate` takes them: `tasks`, `groups`, `group_map`.
 
@@ -94,10 +97,14 @@ def load_tasks(
             and any task of lm-eval is allowed.
         shots: the number of examples before each question; None: the task's own.
         run_code: whether tasks may run generated programs.
+        samples: how many answers to draw to each item, for pass@k and maj1@k; None: one answer, as
+            the task generates it.
+        temperature: of the draws.
 
     Raises:
-        InputError: lm-eval is missing, a name is unknown, a file is missing or has other fields, or
-            a task runs programs and `run_code` is not set or this machine can't isolate them.
+        InputError: lm-eval is missing, a name is unknown, a file is missing or has other fields, a
+            task has no answers to draw, or a task runs programs and `run_code` is not set or this
+            machine can't isolate them.
     """
     names = expand_names(names, shots)
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval is imported: a bar for each task
@@ -135,6 +142,10 @@ def load_tasks(
                 " (in processes without network and with limits; docs/evaluate.md)"
             )
         _configure(name, task, data, shots)
+    if samples is not None:
+        drawn = [draw_answers(*task, samples, temperature) for task in loaded["tasks"].items()]
+        for group in loaded["groups"].values():
+            aggregate_draws(group, drawn[0])
     return loaded
 
 
