@@ -5,7 +5,8 @@
 SIGKILL ends the run of a tiny model at random moments after its step is compiled, and the same
 command resumes it. Then its folder is renamed, and `llama-jax train --replay STEP` computes random
 steps, each in a new process, from the nearest checkpoint before each. The exit code is 1 if a loss
-or a gradient norm differs from that of metrics.jsonl, or a file of the run has changed.
+or a gradient norm differs from that of metrics.jsonl, or the losses or
+the last checkpoint of the run have changed.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main() -> int:
             print(f"step {step} from checkpoint {start}: {numbers}: {verdict}", flush=True)
         changed = contents(moved, args.steps) != before
     print(f"{args.replays - different} of {args.replays} equal bit for bit")
-    print("the run folder has changed" if changed else "the run folder is unchanged")
+    print("the losses or the last checkpoint have changed" if changed else "the run is unchanged")
     return int(different > 0 or changed)
 
 
