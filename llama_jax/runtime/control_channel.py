@@ -170,7 +170,7 @@ class ControlChannel:
             case "state", dict():
                 self.states[sender] = content
             case "report", [*_]:
-                self.reports.put((sender, content))
+                self.reports.put((sender, [*content]))
             case "error", [str(message), int(code)] if 0 <= code < 256:
                 self._shut_down_all(message, code)
             case "shutdown", [str(message), int(code)] if sender == 0 and 0 <= code < 256:
