@@ -36,11 +36,13 @@ def to_text(computed: Any) -> dict[str, str]:
 
 @jax.jit
 def _fingerprints(tree: Any) -> Any:
-    return jax.tree.map(_fingerprint, tree)
+    return jax.tree.map(of_array, tree)
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Returns two sums modulo 2³² over scrambled elements, each times an odd hash of its index.
+def of_array(x: jax.Array) -> jax.Array:
+    """Returns the fingerprint of an array on the devices, uint32 [2].
+
+    It has two sums modulo 2³² over scrambled elements, each times an odd hash of its index.
 
     A sum of integers has no rounding, so the order and the mesh don't matter. An element that
     changes always changes both sums: scrambling is a bijection, and odd factors have inverses.

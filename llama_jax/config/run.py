@@ -148,6 +148,11 @@ class TrainingConfig:
         description="a step that takes longer than this multiple of the median, and than 180 s,"
         " ends the run with exit code 75, and so does a host that doesn't answer; 0: neither",
     )
+    check_every: NonNegativeInt = Field(
+        default=0,
+        description="steps between comparisons of the devices: replicas of the state, and a loss"
+        " and gradient of the same rows (0: never)",
+    )
     profile: tuple[PositiveInt, PositiveInt] | None = Field(
         default=None,
         description="first and last step of which a trace of jax.profiler is written into the run"

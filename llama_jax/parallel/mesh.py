@@ -231,6 +231,11 @@ def batch_shards() -> int:
     return math.prod(shape[axis] for axis in BATCH_AXES)
 
 
+def batch_shard_devices() -> np.ndarray:
+    """Returns the devices of the current mesh that compute each shard of a batch, [shards, …]."""
+    return jax.sharding.get_mesh().devices.reshape(batch_shards(), -1)
+
+
 def head_shards() -> int:
     """Returns the number of shards of the heads on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape[WEIGHT_AXES["N"]]

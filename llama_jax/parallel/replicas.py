@@ -69,6 +69,37 @@ def _spread(kinds: tuple[Any, ...], host_of: Callable[[Any], int]) -> list[dict[
     return chosen
 
 
+@partial(jax.jit, static_argnums=0)
+def compute_on_shards(compute: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+    """Calls `compute` on each device's own shard of each array, without any collective.
+
+    Returns:
+        For each array the results of all devices, with the axes of the mesh in front.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ones = (1,) * len(mesh.axis_names)
+
+    def of_array(x: jax.Array) -> jax.Array:
+        mapped = jax.shard_map(
+            lambda shard: compute(shard).reshape(*ones, -1),
+            in_specs=jax.typeof(x).sharding.spec,
+            out_specs=P(*mesh.axis_names),
+            check_vma=False,
+        )
+        return jax.reshard(mapped(x), P())
+
+    return jax.tree.map(of_array, tree)
+
+
+def replica_groups(array: jax.Array) -> list[list[tuple[Any, tuple[int, ...]]]]:
+    """Returns for each shard the devices that have it, with their places in the mesh."""
+    groups = defaultdict[Position, list[Any]](list)
+    indices = array.sharding.devices_indices_map(array.shape)
+    for place, device in np.ndenumerate(jax.sharding.get_mesh().devices):
+        groups[position_of(indices[device])].append((device, place))
+    return [*groups.values()]
+
+
 def fill_from_replicas(array: jax.Array | None, like: Any) -> jax.Array:
     """Returns an array of which only some hosts have their shards, complete on all hosts.
 

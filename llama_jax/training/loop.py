@@ -26,6 +26,7 @@ from llama_jax.runtime.folder_lock import lock_folder
 from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
+from llama_jax.training.device_check import check_devices
 from llama_jax.training.ledger import Ledger
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.profile import Profiler
@@ -222,12 +223,17 @@ def _train(
             save_local = is_due(state.step, local_every) and not save
             # After a skipped step, read each step's metrics at once: the run may have to stop.
             # A checkpoint also needs the metrics up to its step in metrics.jsonl.
-            read_now = validate or on_tasks or save or save_local or state.step == first + 1
+            check = is_due(state.step, config.training.check_every)
+            read_now = (
+                check or validate or on_tasks or save or save_local or state.step == first + 1
+            )
             if read_now or report.skipped_in_a_row:
                 report.step(*pending)
                 pending = None
-            if validate or on_tasks:
+            if check or validate or on_tasks:
                 ledger.enter("evaluating")
+            if check:
+                check_devices(config, state.step, state.trained, state.opt_state, batch, state.base)
             if validate:
                 means = held_out_means(config, data, state.step, state.trained, state.base)
                 report.validation(state.step, means)

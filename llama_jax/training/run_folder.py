@@ -22,7 +22,7 @@ CHANGEABLE += ("data.phases", "data.validation_fraction", "training.out", "train
 CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_every")
 CHANGEABLE += ("training.init_from",)  # used only before the first checkpoint
 CHANGEABLE += ("training.eval_batches", "training.evaluate", "training.profile", "checkpoint")
-CHANGEABLE += ("training.watchdog",)
+CHANGEABLE += ("training.watchdog", "training.check_every")
 CHANGEABLE += ("logging",)
 # The learning rate of the remaining steps; `schedule_change` prints the consequence.
 CHANGEABLE += ("optimizer.schedule", "optimizer.decay_steps", "optimizer.final_lr_fraction")
