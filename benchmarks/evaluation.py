@@ -8,7 +8,9 @@ its own process, and the sides answer all requests alternately. Without --data t
 HellaSwag's: four endings of one context, from the text of docs/. The largest difference of a
 log-likelihood is printed, and how many items have another accuracy or another generated text: the
 exit code is 1 if any has, in float32. With --once each side answers once, and the rates contain the
-time to compile: this compares the answers of complete data sets.
+time to compile: this compares the answers of complete data sets. With --float64, `hf` also answers
+once in float64, and the largest error of each side is printed: PyTorch's `log_softmax` is less
+exact than the rest of a model with a large vocabulary.
 """
 
 import argparse
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20, help="items of each task (20)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each (3)")
     parser.add_argument("--once", action="store_true", help="one round of each, without warm-up")
+    parser.add_argument("--float64", action="store_true", help="compare both sides with float64")
     parser.add_argument("--batch", type=int, default=8, help="batch of transformers (8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     add_json_option(parser)
@@ -159,6 +162,10 @@ def main() -> None:
         }
         n_rounds, warm_up = (1, 0) if args.once else (args.rounds, 2)
         rounds: dict[str, list[Round]] = time_alternately(sides, n_rounds, warm_up)
+        reference: list[Round] = []
+        if args.float64:
+            exact = {"float64": partial(hf, theirs, "float64", args.batch, *work)}
+            (reference,) = time_alternately(exact, 1, 0).values()
     (a, *_), (b, *_) = rounds.values()
     largest = max((abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)), default=0)
     different = sum(x != y for x, y in zip(a.metrics, b.metrics, strict=True))
@@ -170,6 +177,10 @@ def main() -> None:
     print(f"{args.tasks}: llama_jax {rates[0]:.2f}, hf {rates[1]:.2f} items/s; pairs {ratio:.2f}")
     print(f"{n} items, {len(a.logprobs)} log-likelihoods: largest difference {largest:.1e} nats;")
     print(f"{different} items with another metric, {other_texts} of {len(a.texts)} other texts")
+    for exact in reference:
+        for name, side in (("llama_jax", a), ("hf", b)):
+            error = max(abs(x - y) for x, y in zip(side.logprobs, exact.logprobs, strict=True))
+            print(f"{name}: largest error {error:.1e} nats, by hf in float64")
     result = Result(
         name=f"scoring {args.tasks}{'' if args.data else '-like items'}, {args.dtype}",
         unit="items/s", ours=rates[0], peer=f"lm-eval's hf, batch {args.batch}", theirs=rates[1],
