@@ -64,7 +64,7 @@ def host_folders(disk):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, token_folder):
+def killed(tmp_path_factory, token_folder, other_token_folder):
     """Returns a function: the folder and configuration file of a run that died after step 8.
 
     Calls with the same arguments return the same run, in the state in which it died.
@@ -93,7 +93,7 @@ def killed(tmp_path_factory, token_folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, token_folder):
+def undisturbed(tmp_path_factory, token_folder, other_token_folder):
     """The losses of a run of one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     loop.run(config(folder / "run", token_folder))
