@@ -37,6 +37,7 @@ class HostTimes:
     def __init__(self, folder: AnyPath):
         self._folder = folder
         self._seconds = dict.fromkeys([*PARTS, "device"], 0.0)
+        self._steps = -1  # of these sums, without the first step, which also connects the devices
         self._mark = time.monotonic(), time.thread_time()
         self._reports = defaultdict[int, dict[int, list[float]]](dict)  # by step, by host
         self.metrics: dict[str, float | int] = {}
@@ -68,8 +69,11 @@ class HostTimes:
         """
         if not hosts.is_multi_host():
             return
-        if step % GATHER_STEPS == 0:
-            hosts.send_report([step, *(total / GATHER_STEPS for total in self._seconds.values())])
+        self._steps += 1
+        if self._steps and step % GATHER_STEPS == 0:
+            hosts.send_report([step, *(total / self._steps for total in self._seconds.values())])
+            self._steps = 0
+        if self._steps == 0:
             self._seconds = dict.fromkeys(self._seconds, 0.0)
         for host, report in hosts.take_reports():
             match report:

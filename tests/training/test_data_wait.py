@@ -1,6 +1,7 @@
 """The share of the step time in which the devices wait for data, and the warning."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -46,8 +47,10 @@ def test_devices_that_compute_do_not_wait(monkeypatch):
         SimpleNamespace(loss=SimpleNamespace(is_ready=lambda: True)),
         None,
     ):
-        run = object.__new__(report.Report)
+        run: Any = object.__new__(report.Report)
         run._data_wait = DataWait()
+        run._host_times = SimpleNamespace(start_step=lambda: None, end_part=lambda part: None)
+        run._watchdog = SimpleNamespace(start_step=lambda: None, end_stage=lambda: None)
         run.record_dispatch()
         run.record_batch(computing)
         waits.append(run._data_wait.end_step(2.0))
