@@ -92,6 +92,21 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
+def run_until_killed(config, step, monkeypatch):
+    """Runs until the loop asks for the batch of `step` (0 is the first)."""
+    read = loop.Batches.train
+
+    def die(data, number):
+        if number == step:
+            raise KilledError
+        return read(data, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Batches, "train", die)
+        with pytest.raises(KilledError):
+            loop.run(config)
+
+
 def test_the_ledger_of_a_run_with_five_restarts_adds_up(
     token_folder, tmp_path, monkeypatch, capsys
 ):
@@ -103,17 +118,7 @@ def test_the_ledger_of_a_run_with_five_restarts_adds_up(
     )
     start, first_start = time.monotonic(), time.time()
     for step in KILLED_AT:
-        read = loop.Batches.train
-
-        def die(data, number, step=step, read=read):
-            if number == step:
-                raise KilledError
-            return read(data, number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Batches, "train", die)
-            with pytest.raises(KilledError):
-                loop.run(config)
+        run_until_killed(config, step, monkeypatch)
         time.sleep(0.2)  # the scheduler starts it again
     assert loop.run(config).finished
     wall = time.monotonic() - start

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import run, tiny_config, tiny_model
 from lora_runs import LORA, write_base
+from test_ledger import run_until_killed
 
 from llama_jax.config import yaml_file
 from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig, MeshConfig
@@ -23,10 +24,6 @@ from llama_jax.training.start import initial_state
 from llama_jax.training.step import gradients
 
 STEPS, EVERY, KILLED_AT = 20, 4, (11,)
-
-
-class KilledError(Exception):
-    """Stands for the end of the process."""
 
 
 def config_of(out, *folders, objective="next_token", base=None, lora=None):
@@ -45,18 +42,8 @@ def config_of(out, *folders, objective="next_token", base=None, lora=None):
 
 
 def train_with_kills(config, monkeypatch):
-    read = loop.Batches.train
     for step in KILLED_AT:
-
-        def die(data, number, step=step):
-            if number == step:
-                raise KilledError
-            return read(data, number)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop.Batches, "train", die)
-            with pytest.raises(KilledError):
-                loop.run(config)
+        run_until_killed(config, step, monkeypatch)
     assert loop.run(config).finished
 
 
