@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import InputError
-from llama_jax.model import attention_decode, attention_splash, attention_xla
-from llama_jax.model.cache import LayerCache
+from llama_jax.model import attention_decode, attention_paged, attention_splash, attention_xla
+from llama_jax.model.cache import LayerCache, gather_pages
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import gather_sequence
 from llama_jax.parallel.mesh import context_shards, platform
@@ -110,7 +110,11 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
 
 
 def cached_attention(
-    q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, kernel: str = "auto"
+    q_BTNH: jax.Array,
+    cache: LayerCache,
+    positions_BT: jax.Array,
+    kernel: str = "auto",
+    pages_BP: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
@@ -118,8 +122,10 @@ def cached_attention(
     number. The caller divides q by √H.
 
     Args:
-        kernel: as in `attention`. On a TPU, one query per row uses `attention_decode` unless this
-            is 'xla' or the kernel doesn't support the shape; all else uses 'xla'.
+        kernel: as in `attention`. On a TPU, one query per row uses `attention_decode`, or with
+            pages `attention_paged`, unless this is 'xla' or the kernel doesn't support the shape;
+            all else uses 'xla', which copies the rows' pages.
+        pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
     cache = jax.tree.map(lambda x: jax.reshard(x, activation_spec("BKSH"[: x.ndim])), cache)
@@ -127,30 +133,37 @@ def cached_attention(
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
     if T == 1 and platform() == "tpu":
-        if kernel != "xla" and attention_decode.unsupported_reason(q_BTNH) is None:
-            return _decode_attention(q_BTKGH, cache, positions_BT)
+        if kernel != "xla" and attention_decode.unsupported_reason(H) is None:
+            return _decode_attention(q_BTKGH, cache, positions_BT, pages_BP)
         if N == K:
             # XLA computes a product with one query on the vector unit, with eight on the matrix
             # unit.
             q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
+    if pages_BP is not None:
+        cache = gather_pages(cache, pages_BP)
     out_BKGTH = attention_xla.attend_cached(q_BTKGH.transpose(0, 2, 3, 1, 4), cache, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))
 
 
-def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
+def _decode_attention(
+    q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array, pages_BP: jax.Array | None
+) -> jax.Array:
     """Returns the attention output [B, 1, N, H] of one query per row."""
 
-    def local(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
-        out_BKGH = attention_decode.attention(q_B1KGH[:, 0], cache, positions_B1[:, 0])
+    def local(q_B1KGH, cache, positions_B1, *pages) -> jax.Array:
+        attend = attention_paged.attention if pages else attention_decode.attention
+        out_BKGH = attend(q_B1KGH[:, 0], cache, positions_B1[:, 0], *pages)
         return out_BKGH.reshape(len(out_BKGH), 1, -1, out_BKGH.shape[-1])
 
+    operands = q_B1KGH, cache, positions_B1, *(() if pages_BP is None else (pages_BP,))
     specs = (
         activation_spec("BTKGH"),
         jax.tree.map(lambda x: activation_spec("BKSH"[: x.ndim]), cache),
         activation_spec("BT"),
-    )
+        activation_spec("BS"),
+    )[: len(operands)]
     mapped = jax.shard_map(
         local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
     )
-    return mapped(q_B1KGH, cache, jax.reshard(positions_B1, specs[2]))
+    return mapped(*jax.tree.map(jax.reshard, operands, specs))

@@ -18,12 +18,11 @@ from llama_jax.parallel.mesh import platform
 _LANES = 128  # of a TPU's vector unit
 # Of the keys of a block, and of its values. On v5e, reading both takes 1,900 cycles; the kernel's
 # code for a block has 690 instructions, which run meanwhile.
-_BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 19
 
 
-def unsupported_reason(q_BTNH: jax.Array) -> str | None:
-    """Returns why the kernel can't process these queries, or None."""
-    H = q_BTNH.shape[3]
+def unsupported_reason(H: int) -> str | None:
+    """Returns why the kernel can't process heads of this size, or None."""
     return f"needs a head size of a multiple of {_LANES}, but it is {H}" if H % _LANES else None
 
 
@@ -75,7 +74,7 @@ def attention(q_BKGH: jax.Array, cache: LayerCache, position_B: jax.Array) -> ja
 
 def _block_size(S: int, slot_bytes: int) -> int:
     """Returns the slots of a block: all S, or a power of 2 of at least `_LANES`."""
-    slots = max(_LANES, _BLOCK_BYTES // slot_bytes)
+    slots = max(_LANES, BLOCK_BYTES // slot_bytes)
     return min(S, 1 << slots.bit_length() - 1)
 
 
@@ -93,32 +92,45 @@ def _kernel(position_B, q_ref, k_ref, v_ref, *refs, size: int, S: int, is_int8: 
 
     @pl.when(block * size <= position)
     def _():
-        K, G, dtype = q_ref.shape[1], q_ref.shape[2], q_ref.dtype
-        slots_Gs = block * size + jax.lax.broadcasted_iota(jnp.int32, (G, size), 1)
-        attended_Gs = slots_Gs <= position
+        K, dtype = q_ref.shape[1], q_ref.dtype
         for k in range(K):
-            keys_sH, values_sH = k_ref[0, k].astype(dtype), v_ref[0, k].astype(dtype)
+            values_sH = v_ref[0, k].astype(dtype)
             if S % size:  # the last block ends after the cache, and has anything there
                 slots_s1 = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
                 values_sH = jnp.where(slots_s1 < S, values_sH, jnp.zeros_like(values_sH))
-            scores = jax.lax.dot_general(
-                q_ref[0, k], keys_sH, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-            if k_scale_ref is not None:
-                scores *= k_scale_ref[0, k : k + 1]
-            scores = jnp.where(attended_Gs, scores, -jnp.inf)
-            largest = jnp.maximum(largest_ref[k], jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp(scores - largest)
-            shrink = jnp.exp(largest_ref[k] - largest)
-            total_ref[k] = shrink * total_ref[k] + jnp.sum(weights, axis=1, keepdims=True)
-            if v_scale_ref is not None:
-                weights = jnp.where(attended_Gs, weights * v_scale_ref[0, k : k + 1], 0)
-            weighted_sum = jnp.dot(
-                weights.astype(dtype), values_sH, preferred_element_type=jnp.float32
-            )
-            sum_ref[k] = shrink * sum_ref[k] + weighted_sum
-            largest_ref[k] = largest
+            scales = [
+                ref if ref is None else ref[0, k : k + 1] for ref in (k_scale_ref, v_scale_ref)
+            ]
+            softmax = (ref.at[k] for ref in (largest_ref, total_ref, sum_ref))
+            add_slots(
+                q_ref[0, k], k_ref[0, k].astype(dtype), values_sH, *scales,
+                position - block * size, *softmax,
+            )  # fmt: skip
 
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
         out_ref[0] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
+
+
+def add_slots(
+    q_GH, keys_sH, values_sH, k_scale_1s, v_scale_1s, position, largest_ref, total_ref, sum_ref
+) -> None:
+    """Adds slots to the softmax of the queries of a key/value head, up to slot `position`."""
+    attended_Gs = jax.lax.broadcasted_iota(jnp.int32, (len(q_GH), len(keys_sH)), 1) <= position
+    scores = jax.lax.dot_general(
+        q_GH, keys_sH, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    if k_scale_1s is not None:
+        scores *= k_scale_1s
+    scores = jnp.where(attended_Gs, scores, -jnp.inf)
+    largest = jnp.maximum(largest_ref[...], jnp.max(scores, axis=1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    shrink = jnp.exp(largest_ref[...] - largest)
+    total_ref[...] = shrink * total_ref[...] + jnp.sum(weights, axis=1, keepdims=True)
+    if v_scale_1s is not None:
+        weights = jnp.where(attended_Gs, weights * v_scale_1s, 0)
+    weighted_sum = jnp.dot(
+        weights.astype(values_sH.dtype), values_sH, preferred_element_type=jnp.float32
+    )
+    sum_ref[...] = shrink * sum_ref[...] + weighted_sum
+    largest_ref[...] = largest

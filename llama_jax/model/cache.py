@@ -1,4 +1,8 @@
-"""The KV cache: keys and values of earlier tokens, so that decoding computes only the new ones."""
+"""The KV cache: keys and values of earlier tokens, so that decoding computes only the new ones.
+
+The slots of a row are its own, or come in pages from a pool that all rows share. Pages bound a
+batch by its tokens instead of rows × context, and rows with a common prefix share its pages.
+"""
 
 from typing import NamedTuple
 
@@ -11,9 +15,14 @@ from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.runtime.program_store import stored_jit
 
+PAGE = 128  # slots of a page: the scales of an int8 page fill the lanes of a TPU's vector unit
+
 
 class LayerCache(NamedTuple):
-    """The KV cache of one layer; an int8 cache has a float32 scale for each head of each slot."""
+    """The KV cache of one layer; an int8 cache has a float32 scale for each head of each slot.
+
+    B counts rows, or the pages of the pool; S counts the slots of either.
+    """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -27,15 +36,23 @@ class KVCache(NamedTuple):
     Slot s of a row stores the keys and values of the row's token s. The slots after `used_B` may
     contain anything: a query attends only to the slots up to its own. The layers are separate
     arrays, because XLA:CPU copies a layer that it slices from a stack.
+
+    With pages, slot s of a row is slot s % PAGE of the page `pages_BP[row, s // PAGE]`. Each copy
+    of the model has a pool, whose pages it numbers from 0. Page 0 belongs to no row: rows that are
+    not active write there. A page that rows share is complete, so that no row writes it.
     """
 
     layers: tuple[LayerCache, ...]
     used_B: jax.Array  # int32: slots in use in each row [tokens]
+    pages_BP: jax.Array | None = (
+        None  # int32: pages of each row, then 0; None: rows own their slots
+    )
 
     @property
     def slots(self) -> int:
-        """Number of slots in each row [tokens]."""
-        return self.layers[0].k_BKSH.shape[2]
+        """Largest number of slots of a row [tokens]."""
+        pages = 1 if self.pages_BP is None else self.pages_BP.shape[1]
+        return pages * self.layers[0].k_BKSH.shape[2]
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -56,28 +73,91 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     return KVCache(tuple(empty() for _ in range(config.n_layers)), used_B)
 
 
+def init_paged_cache(config: ModelConfig, batch: int, pages: int, row_pages: int) -> KVCache:
+    """Returns an empty cache for `batch` rows that share `pages` pages.
+
+    Args:
+        config: the model's config.
+        batch: rows.
+        pages: of the pools of all copies of the model.
+        row_pages: most pages of a row.
+    """
+    layers, _, _ = init_cache(config, pages, PAGE)
+
+    def zeros(dims: str, *shape: int) -> jax.Array:
+        return jnp.zeros(shape, jnp.int32, out_sharding=activation_spec(dims))
+
+    return KVCache(layers, zeros("B", batch), zeros("BS", batch, row_pages))
+
+
 def write_cache(
-    cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, used_B: jax.Array
+    cache: LayerCache,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    used_B: jax.Array,
+    pages_BP: jax.Array | None = None,
 ) -> LayerCache:
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
     The row must have T free slots: otherwise XLA clamps the start and overwrites earlier slots.
+    In pages, several tokens start at a slot whose number T or `PAGE` divides, the smaller of them.
     """
     k_BKTH, v_BKTH = (
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
     )
-    if cache.k_scale_BKS is None or cache.v_scale_BKS is None:
-        k, v = k_BKTH.astype(cache.k_BKSH.dtype), v_BKTH.astype(cache.v_BKSH.dtype)
-        return LayerCache(
-            _write_slots(cache.k_BKSH, k, used_B), _write_slots(cache.v_BKSH, v, used_B)
-        )
-    (k, k_scale), (v, v_scale) = _quantize(k_BKTH), _quantize(v_BKTH)
-    return LayerCache(
-        _write_slots(cache.k_BKSH, k, used_B),
-        _write_slots(cache.v_BKSH, v, used_B),
-        _write_slots(cache.k_scale_BKS, k_scale, used_B),
-        _write_slots(cache.v_scale_BKS, v_scale, used_B),
-    )
+    if cache.k_scale_BKS is None:
+        new = LayerCache(k_BKTH.astype(cache.k_BKSH.dtype), v_BKTH.astype(cache.v_BKSH.dtype))
+    else:
+        (k, k_scale), (v, v_scale) = _quantize(k_BKTH), _quantize(v_BKTH)
+        new = LayerCache(k, v, k_scale, v_scale)
+    if pages_BP is None:
+        return jax.tree.map(lambda x, new: _write_slots(x, new, used_B), cache, new)
+    return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP), cache, new)
+
+
+def _write_pages(
+    pool_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array, pages_BP: jax.Array
+) -> jax.Array:
+    """Writes T slots of each row into its pages; one token by a scatter, as `_write_one_slot`."""
+
+    def local(
+        pool_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array, pages_BP: jax.Array
+    ) -> jax.Array:
+        B, K, T = new_BKT_.shape[:3]
+        if T == 1:
+            number_B1 = used_B[:, None] // PAGE
+            page_B1 = jnp.take_along_axis(pages_BP, number_B1, axis=1, mode="clip")
+            index = page_B1, jnp.arange(K), used_B[:, None] % PAGE
+            return pool_BKS_.at[index].set(new_BKT_[:, :, 0], mode="clip")
+        for row in range(B):
+            for start in range(0, T, PAGE):
+                slot, part = used_B[row] + start, new_BKT_[row, None, :, start : start + PAGE]
+                page = pages_BP[row, slot // PAGE]
+                index = page, 0, slot % PAGE, *(0 for _ in part.shape[3:])
+                pool_BKS_ = jax.lax.dynamic_update_slice(pool_BKS_, part, index)
+        return pool_BKS_
+
+    values = activation_spec("BKSH"[: pool_BKS_.ndim])
+    specs = values, values, activation_spec("B"), activation_spec("BS")
+    operands = (pool_BKS_, new_BKT_, used_B, pages_BP)
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=values, check_vma=False)
+    return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
+
+
+def gather_pages(cache: LayerCache, pages_BP: jax.Array) -> LayerCache:
+    """Returns a layer's cache with the slots of each row next to each other, copied from pages."""
+    pages_spec = activation_spec("BS")
+
+    def gather(pool_BKS_: jax.Array) -> jax.Array:
+        def local(pool_BKS_: jax.Array, pages_BP: jax.Array) -> jax.Array:
+            B, K = len(pages_BP), pool_BKS_.shape[1]
+            return pool_BKS_[pages_BP].swapaxes(1, 2).reshape(B, K, -1, *pool_BKS_.shape[3:])
+
+        spec = activation_spec("BKSH"[: pool_BKS_.ndim])
+        mapped = jax.shard_map(local, in_specs=(spec, pages_spec), out_specs=spec, check_vma=False)
+        return mapped(jax.reshard(pool_BKS_, spec), jax.reshard(pages_BP, pages_spec))
+
+    return jax.tree.map(gather, cache)
 
 
 def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:

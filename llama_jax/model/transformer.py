@@ -85,6 +85,7 @@ class _Inputs(NamedTuple):
     positions_BT: jax.Array
     segments_BT: jax.Array | None = None  # without a KV cache; None: each row is one text
     ends_BT: jax.Array | None = None  # without a KV cache; of rows that are prefix trees
+    pages_BP: jax.Array | None = None  # of a KV cache in pages
 
 
 def hidden_states(
@@ -138,7 +139,8 @@ def forward_cached(
     Args:
         config: static under `jax.jit`.
         model: weights of that config.
-        cache: keys and values of the rows' earlier tokens; each row must have T free slots.
+        cache: keys and values of the rows' earlier tokens; each row must have T free slots. In
+            pages, a row of length 0 writes none of its own.
         tokens_BT: int32 token ids; those after a row's length are padding.
         lengths_B: int32 0 … T, number of tokens in each row; default: T.
     """
@@ -146,7 +148,10 @@ def forward_cached(
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
     T = tokens_BT.shape[1]
     positions_BT = cache.used_B[:, None] + jnp.arange(T)
-    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT)
+    pages_BP = cache.pages_BP
+    if pages_BP is not None and lengths_B is not None:
+        pages_BP = jnp.where(lengths_B[:, None] > 0, pages_BP, 0)
+    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, pages_BP=pages_BP)
     x_BTD = embed(config, model.tok_embeddings, tokens_BT)
     layer_caches = []
     for number, layer_cache in enumerate(cache.layers):
@@ -154,7 +159,8 @@ def forward_cached(
         x_BTD, layer_cache = _block(config, layer, x_BTD, inputs, layer_cache)
         layer_caches.append(layer_cache)
     used_B = cache.used_B + (T if lengths_B is None else lengths_B)
-    return _norm(config, "norm", x_BTD, model.norm), KVCache(tuple(layer_caches), used_B)
+    cache = KVCache(tuple(layer_caches), used_B, cache.pages_BP)
+    return _norm(config, "norm", x_BTD, model.norm), cache
 
 
 def _block(
@@ -183,8 +189,9 @@ def _attention(
         texts = inputs.segments_BT, config.attention, inputs.ends_BT
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
-        cache = write_cache(cache, k_BTKH, v_BTKH, inputs.positions_BT[:, 0])
-        out_BTNH = cached_attention(q_BTNH, cache, inputs.positions_BT, config.attention)
+        positions_BT, pages_BP = inputs.positions_BT, inputs.pages_BP
+        cache = write_cache(cache, k_BTKH, v_BTKH, positions_BT[:, 0], pages_BP)
+        out_BTNH = cached_attention(q_BTNH, cache, positions_BT, config.attention, pages_BP)
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 
 

@@ -47,7 +47,7 @@ def attend(monkeypatch, platform, q, cache, position_B1, kernel="auto"):
     ],
 )
 def test_values_equal_those_of_plain_jax(monkeypatch, shape, B, K, G, S, cache_dtype):
-    monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 1)  # blocks of 128 slots
+    monkeypatch.setattr(attention_decode, "BLOCK_BYTES", 1)  # blocks of 128 slots
     with jax.set_mesh(mesh_of(shape)):
         operands = inputs(B, K, G, S, cache_dtype)
         kernel = attend(monkeypatch, "tpu", *operands)
@@ -69,7 +69,7 @@ def test_bfloat16_differs_by_its_rounding(monkeypatch):
 
 
 def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch):
-    monkeypatch.setattr(attention_decode, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(attention_decode, "BLOCK_BYTES", 1)
     with jax.set_mesh(mesh_of((1, 1, 1))):
         q, cache, position_B1 = inputs(4, 2, 2, 256, "float32")
         together = attend(monkeypatch, "tpu", q, cache, position_B1)

@@ -1,0 +1,118 @@
+"""A cache in pages: writes, and attention by XLA and by the kernel, equal those of slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mesh_of, tiny_model
+
+from llama_jax.model import attention, attention_decode, attention_paged
+from llama_jax.model.cache import PAGE, LayerCache, gather_pages, init_paged_cache, write_cache
+from llama_jax.parallel.sharding import activation_spec
+
+H = 128
+
+
+def inputs(B, K, G, P, cache_dtype, copies=1, dtype="float32"):
+    """Returns queries, a pool, positions, and each row's pages; two rows share their first page."""
+    rng = np.random.default_rng(0)
+    pool_pages, S = 1 + B * P // copies, P * PAGE
+    q = jnp.asarray(rng.normal(size=(B, 1, K * G, H)) / np.sqrt(H), dtype)
+    position_B1 = np.array([S - 1, 0, PAGE, *rng.integers(0, S, B)][:B], np.int32)[:, None]
+    pages_BP = np.concatenate(
+        [1 + rng.permutation(pool_pages - 1).reshape(B // copies, P) for _ in range(copies)]
+    )
+    pages_BP[1, 0] = pages_BP[0, 0]
+    pages_BP = np.where(np.arange(P) * PAGE <= position_B1, pages_BP, 0).astype(np.int32)
+    shape = copies * pool_pages, K, PAGE
+    if cache_dtype == "int8":
+        values = (jnp.asarray(rng.integers(-127, 128, (*shape, H)), jnp.int8) for _ in "kv")
+        scales = (jnp.asarray(rng.uniform(0, 2 / 127, shape), jnp.float32) for _ in "kv")
+        return q, LayerCache(*values, *scales), position_B1, pages_BP
+    values = (jnp.asarray(rng.normal(size=(*shape, H)), cache_dtype) for _ in "kv")
+    return q, LayerCache(*values), position_B1, pages_BP
+
+
+def attend(monkeypatch, platform, q, cache, position_B1, pages_BP):
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "platform", lambda: platform)
+        work = jax.jit(
+            lambda *operands: attention.cached_attention(*operands[:3], "auto", *operands[3:])
+        )
+        return np.asarray(work(q, cache, position_B1, *([] if pages_BP is None else [pages_BP])))
+
+
+@pytest.mark.parametrize(
+    ("shape", "B", "K", "G", "P", "cache_dtype"),
+    [
+        ((1, 1, 1), 3, 2, 1, 5, "float32"),  # a query has its own key/value head
+        ((1, 1, 1), 4, 2, 4, 3, "float32"),  # two halves of the rows, for chips of two cores
+        ((1, 1, 1), 3, 2, 4, 5, "int8"),
+        ((1, 1, 1), 2, 1, 8, 1, "float32"),  # one page
+        ((1, 2, 4), 4, 4, 2, 3, "float32"),  # two pools, and heads on four devices
+        ((1, 2, 4), 4, 4, 2, 3, "int8"),
+    ],
+)
+def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dtype):
+    page_bytes = K // shape[2] * PAGE * H * jnp.dtype(cache_dtype).itemsize
+    monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 2 * (page_bytes or 1))  # two pages a block
+    with jax.set_mesh(mesh_of(shape)):
+        q, pool, position_B1, pages_BP = inputs(B, K, G, P, cache_dtype, shape[1])
+        slots = jax.jit(gather_pages)(pool, pages_BP)
+        expected = attend(monkeypatch, "cpu", q, slots, position_B1, None)
+        copied = attend(monkeypatch, "cpu", q, pool, position_B1, pages_BP)
+        kernel = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
+    np.testing.assert_array_equal(copied, expected)
+    # As in test_attention_decode.py: sums of at most 640 float32 terms, of size 1.
+    np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    assert np.std(expected) > 0.05
+
+
+def test_a_row_has_the_same_bits_alone_and_in_company_and_in_other_pages(monkeypatch):
+    monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 1 << 19)
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        q, pool, position_B1, pages_BP = inputs(4, 2, 2, 4, "float32")
+        together = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
+        order = np.random.default_rng(1).permutation(len(pool.k_BKSH) - 1) + 1
+        moved = jax.tree.map(lambda x: x.at[order].set(x[1:]), pool)
+        for i in range(4):
+            row = slice(i, i + 1)
+            own = np.where(pages_BP[row] > 0, order[pages_BP[row] - 1], 0)
+            alone = attend(monkeypatch, "tpu", q[row], moved, position_B1[row], own)
+            np.testing.assert_array_equal(together[row], alone)
+
+
+def test_a_row_without_pages_reads_one_and_gives_finite_numbers(monkeypatch):
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        q, pool, position_B1, pages_BP = inputs(2, 1, 2, 2, "float32")
+        position_B1[1], pages_BP[1] = 10**6, 0
+        found = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
+    np.testing.assert_allclose(found[1, 0, 0], pool.v_BKSH[0, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_dtype", ["same", "int8"])
+@pytest.mark.parametrize("used", [0, PAGE, 2 * PAGE])
+@pytest.mark.parametrize("T", [1, 32, PAGE, 2 * PAGE])
+def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
+    config = tiny_model(n_layers=1, cache_dtype=cache_dtype)
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32) for _ in "kv")
+    pages_BP = jnp.array([[3, 1, 2, 4], [1, 2, 3, 4]])  # of two pools
+    used_B = jnp.array([used + (5 if T == 1 else 0), used])
+    with jax.set_mesh(mesh_of((1, 2, 4))):
+        pool = jax.tree.map(lambda x: x + 3, init_paged_cache(config, 2, 10, 4).layers[0])
+
+        def write(pool, k, v, used_B, pages_BP):
+            used_B = jax.reshard(used_B, activation_spec("B"))
+            slots = write_cache(gather_pages(pool, pages_BP), k, v, used_B)
+            paged = write_cache(pool, k, v, used_B, pages_BP)
+            return slots, gather_pages(paged, pages_BP), paged
+
+        expected, found, paged = jax.jit(write)(pool, k, v, used_B, pages_BP)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    scratch = np.asarray(paged.k_BKSH).reshape(2, 5, 4, PAGE, 8)[:, 0]
+    np.testing.assert_array_equal(scratch, np.full_like(scratch, 3))
+
+
+def test_the_kernel_reads_blocks_of_the_same_size_as_that_of_slots():
+    assert attention_paged.BLOCK_BYTES == attention_decode.BLOCK_BYTES
