@@ -49,7 +49,7 @@ example:
   LLAMA_JAX_API_KEY=$(cat key) llama-jax serve models/llama3.1-8b-instruct --host 0.0.0.0
 """
 
-_MINIMA = {"rows": 1, "replicas": 1, "context": 2, "queue": 0, "max_tokens": 1}
+_MINIMA = {"rows": 1, "replicas": 1, "context": 2, "cache_tokens": 1, "queue": 0, "max_tokens": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, metavar="N",
         help="longest prompt and output together [tokens] (the model's, 8192 at most)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-tokens", type=int, metavar="N",
+        help="tokens for which the KV cache has room, in pages that all texts share (TPU: rows"
+        " times context; elsewhere each row has a context of its own)",
     )  # fmt: skip
     parser.add_argument(
         "--queue", type=int, default=64, metavar="N", help="texts that may wait (64)"
@@ -134,6 +139,7 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
     from llama_jax.inference.bandwidth import copy_bandwidth
     from llama_jax.inference.engine.device_batch import DeviceBatch, check_rows, follow
     from llama_jax.inference.engine.engine import Engine
+    from llama_jax.inference.engine.pages import pool_pages
     from llama_jax.inference.engine.warm_up import n_programs
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.parallel.mesh import serving_mesh
@@ -157,12 +163,13 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
     tokenizer, pairs = load_tokenizer(folder), read_pairs(args.lora, folder, stored)
     enable_compile_cache()
     config = choose_compute_dtype(stored)
-    names = ("rows", "replicas", "quantize", "cache", "lora", "unmerged")
+    names = ("rows", "replicas", "quantize", "cache", "lora", "unmerged", "cache_tokens")
     values = {f"--{name}": getattr(args, name) for name in names} | {"--context": context}
     check_equal_on_hosts(folder, config, values)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(serving_mesh(stored, args.replicas)))
         check_rows(args.rows)
+        paged = pool_pages(config, args.rows, context, args.cache_tokens) is not None
         bound = None
         if hosts.is_host_zero():
             bound = stack.enter_context(server.bind_socket(args.host, args.port))
@@ -173,12 +180,15 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
         storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
         with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
             config, model = load(folder, config, args.quantize, pairs=pairs, unmerged=args.unmerged)
-        programs = f"{n_programs(context)} programs"
+        programs = f"{n_programs(context, paged)} programs"
         with start_progress.stage_progress(
             f"compiling {programs}", f"compiled {programs}"
         ) as progress:
             start = partial(Engine, queue=args.queue) if bound else DeviceBatch
-            engine = start(config, model, rows=args.rows, context=context, progress=progress)
+            engine = start(
+                config, model, rows=args.rows, context=context, progress=progress,
+                cache_tokens=args.cache_tokens,
+            )  # fmt: skip
         if isinstance(engine, DeviceBatch):
             with share_sigterm():
                 follow(engine)

@@ -1,13 +1,25 @@
 """A cache in pages: writes, and attention by XLA and by the kernel, equal those of slots."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mesh_of, tiny_model
 
-from llama_jax.model import attention, attention_decode, attention_paged
-from llama_jax.model.cache import PAGE, LayerCache, gather_pages, init_paged_cache, write_cache
+from llama_jax.model import attention, attention_paged
+from llama_jax.model.cache import (
+    PAGE,
+    LayerCache,
+    gather_pages,
+    init_cache,
+    init_paged_cache,
+    write_cache,
+)
+from llama_jax.model.transformer import forward_cached, output_head
+from llama_jax.model.weights import Llama, unstack_layers
+from llama_jax.parallel.mesh import shard_array
 from llama_jax.parallel.sharding import activation_spec
 
 H = 128
@@ -114,5 +126,33 @@ def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
     np.testing.assert_array_equal(scratch, np.full_like(scratch, 3))
 
 
-def test_the_kernel_reads_blocks_of_the_same_size_as_that_of_slots():
-    assert attention_paged.BLOCK_BYTES == attention_decode.BLOCK_BYTES
+@pytest.mark.parametrize(
+    ("shape", "cache_dtype"),
+    [((1, 1, 1), "same"), ((1, 1, 2), "same"), ((1, 2, 2), "int8"), ((1, 2, 4), "same")],
+)
+def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtype):
+    """A prompt in two chunks, the first in a page that both rows share; then the kernel decodes."""
+    config = tiny_model(n_layers=1, n_kv_heads=4, head_dim=H, cache_dtype=cache_dtype)
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(0, config.vocab_size, (2, n)) for n in (PAGE, 32, 1, 1, 1)]
+    # Both rows have the same first page; on two pools each has its own copy of it.
+    pieces[0][1] = pieces[0][0]
+    pages_BP = np.array([[2, 1], [2, 3]], np.int32)
+
+    def logits(model, cache, tokens_BT):
+        x_BTD, cache = forward_cached(config, model, cache, tokens_BT)
+        return output_head(config, model, x_BTD), cache
+
+    with jax.set_mesh(mesh_of(shape)):
+        model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
+        slots = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, 2, 2 * PAGE)
+        paged = jax.jit(init_paged_cache, static_argnums=(0, 1, 2, 3))(config, 2, 8, 2)
+        paged = paged._replace(pages_BP=shard_array(pages_BP, "BS"))
+        step, step_with_kernel = (jax.jit(partial(logits, model)) for _ in "12")
+        for tokens_BT in pieces:
+            expected, slots = step(slots, tokens_BT)
+            with monkeypatch.context() as patch:
+                patch.setattr(attention, "platform", lambda: "tpu")
+                found, paged = step_with_kernel(paged, tokens_BT)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert np.std(expected) > 0.1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_jax.inference.engine.device_batch import DeviceBatch
-from llama_jax.inference.engine.slots import Row
+from llama_jax.inference.engine.rows import Row
 from llama_jax.inference.logit_limits import mask_to_text
 
 

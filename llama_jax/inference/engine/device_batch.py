@@ -18,8 +18,9 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import prompt_scores, row_programs
+from llama_jax.inference.engine.pages import pool_pages
 from llama_jax.inference.engine.requests import request_from_json
-from llama_jax.inference.engine.slots import Chunk
+from llama_jax.inference.engine.rows import Chunk
 from llama_jax.inference.engine.warm_up import warm_up
 from llama_jax.inference.generate import GeneratedTokens
 from llama_jax.inference.logit_limits import full_mask, masks_from_text
@@ -58,12 +59,14 @@ class DeviceBatch:
         rows: of the batch.
         context: longest prompt with its continuation [tokens].
         progress: called before each compilation, see `warm_up`.
+        cache_tokens: of the KV cache, see `pool_pages`.
 
     Attributes:
         copies: of the model; each has as many consecutive rows.
+        pages: of the pool of each copy of the model; None: rows own their slots.
 
     Raises:
-        InputError: the rows can't be shared by the copies of the model.
+        InputError: the rows can't be shared by the copies of the model, or the cache is too small.
     """
 
     def __init__(
@@ -73,21 +76,24 @@ class DeviceBatch:
         rows: int,
         context: int,
         progress: Callable[[float, str], None],
+        cache_tokens: int | None = None,
     ):
         check_rows(rows)
         self.copies = batch_shards()
+        self.pages = pool_pages(config, rows, context, cache_tokens)
         self._config, self._model, self._rows = config, model, rows
         self._full_mask_BW = full_mask(rows, config.vocab_size)
-        self._state = warm_up(config, model, rows, context, progress)
+        self._state = warm_up(config, model, rows, context, progress, self.pages)
+        self._pages_of_rows = [[] for _ in range(rows)]
 
     @property
     def slots(self) -> int:
         """Number of slots in each row [tokens]."""
         return self._state.cache.slots
 
-    def step_bytes(self) -> int:
-        """Returns the bytes that a decode step reads."""
-        return step_bytes(self._config, self._model, self._rows, self.slots)
+    def step_bytes(self, slots: int) -> int:
+        """Returns the bytes that a decode step reads, with `slots` slots of each row."""
+        return step_bytes(self._config, self._model, self._rows, slots)
 
     @_on_all_hosts
     def score(
@@ -111,14 +117,27 @@ class DeviceBatch:
         self._state = self._state._replace(cache=resized._replace(used_B=used_B))
 
     @_on_all_hosts
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """Gives a row, which is not active, its pages in the pool of its copy of the model."""
+        cache = self._state.cache
+        assert cache.pages_BP is not None
+        self._pages_of_rows[row] = [*pages]
+        pages_BP = np.zeros(cache.pages_BP.shape, np.int32)
+        for row_pages, numbers in zip(pages_BP, self._pages_of_rows, strict=True):
+            row_pages[: len(numbers)] = numbers
+        cache = cache._replace(pages_BP=shard_array(pages_BP, "BS"))
+        self._state = self._state._replace(cache=cache)
+
+    @_on_all_hosts
     def prefill(
-        self, chunks: Sequence[Chunk], size: int, with_logprobs: bool
+        self, chunks: Sequence[Chunk], size: int, slots: int | None, with_logprobs: bool
     ) -> list[list[np.ndarray]]:
         """Prefills a chunk of the prompt of each row, and waits until they are computed.
 
         Args:
             chunks: at most one in each copy of the model.
             size: tokens of the program, which are padded to it.
+            slots: to which the program attends, see `next_chunks`.
             with_logprobs: whether to compute log-probabilities.
 
         Returns:
@@ -135,7 +154,7 @@ class DeviceBatch:
         self._state, logprobs = row_programs.prefill_chunk(
             self._config, self._model, self._state, number_rows(rows, self._rows),
             shard_array(tokens_CT, "BT"), shard_array(lengths_C, "B"), shard_array(used_C, "B"),
-            shard_array(targets_CT, "BT"), with_logprobs,
+            shard_array(targets_CT, "BT"), with_logprobs, slots,
         )  # fmt: skip
         jax.block_until_ready(self._state.logits_BV)
         arrays = [np.asarray(x_CT_) for x_CT_ in logprobs]

@@ -3,8 +3,8 @@
 The engine's thread repeats one iteration: score one prefix tree of prompts, assign free rows to
 waiting requests, prefill one chunk of one prompt, and decode a few tokens in every row whose prompt
 is prefilled. So a running request waits at most one tree and one chunk for the prompts of other
-requests. The keys and values of a row stay in its slots when its request ends; a later prompt with
-a common prefix reuses them.
+requests. Keys and values stay in the cache when their request ends; a later prompt with a common
+prefix reuses them (`slots.RowSlots`, or `pages.PagedRows`).
 
 On several hosts host 0 has the engine, and `device_batch.follow` runs on the others.
 """
@@ -23,6 +23,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.engine import constrained, prompt_scores, row_programs
 from llama_jax.inference.engine.device_batch import DeviceBatch, end_following
+from llama_jax.inference.engine.pages import PagedRows
 from llama_jax.inference.engine.requests import (
     EngineStopped,
     Event,
@@ -35,13 +36,8 @@ from llama_jax.inference.engine.requests import (
     check_request,
     request_to_json,
 )
-from llama_jax.inference.engine.slots import (
-    Row,
-    cache_sizes,
-    choose_row,
-    next_chunks,
-    slots_needed,
-)
+from llama_jax.inference.engine.rows import Row, next_chunks
+from llama_jax.inference.engine.slots import RowSlots
 from llama_jax.inference.generate import NO_TOKEN
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.runtime import hosts
@@ -62,6 +58,7 @@ class Engine:
         context: longest prompt with its continuation [tokens]; default: the model's context.
         queue: requests that may wait.
         progress: called before each compilation, see `warm_up`.
+        cache_tokens: of the KV cache, see `pages.pool_pages`.
 
     Raises:
         InputError: a number is out of range.
@@ -76,6 +73,7 @@ class Engine:
         context: int | None = None,
         queue: int = 64,
         progress: Callable[[float, str], None] = lambda share, text: None,
+        cache_tokens: int | None = None,
     ):
         context = config.context if context is None else context
         if not 1 <= context <= config.context:
@@ -88,7 +86,6 @@ class Engine:
         self.rows, self.context = rows, context
         self._config, self._queue = config, queue
         self._mesh = jax.sharding.get_mesh()
-        self._sizes = cache_sizes(context)
         self._rows = [Row() for _ in range(rows)]
         self._waiting: deque[Ticket] = deque()
         self._trees: list[prompt_scores.Tree] = []  # prompts of waiting requests
@@ -97,7 +94,9 @@ class Engine:
         self._failure: str | None = None
         self._statistics = Statistics()
         before = compile_statistics().seconds
-        self._batch = DeviceBatch(config, model, rows, context, progress)
+        self._batch = DeviceBatch(config, model, rows, context, progress, cache_tokens)
+        storage = RowSlots if self._batch.pages is None else PagedRows
+        self._storage = storage(self._batch, self._rows, context)
         seconds = compile_statistics().seconds - before
         self._statistics = self._statistics._replace(compile_seconds=seconds)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -234,48 +233,40 @@ class Engine:
 
     def _admit(self) -> None:
         """Assigns free rows to waiting requests, first in, first out."""
-        while any(row.ticket is None for row in self._rows):
+        while True:
             with self._changed:
                 generating = (t for t in self._waiting if not prompt_scores.is_score(t.request))
                 ticket = next(generating, None)
             if ticket is None:
                 return
             # Prompt log-probabilities exist only for tokens that are prefilled: reuse none then.
-            reusable = () if ticket.request.prompt_logprobs else ticket.request.prompt
-            row, source, common = choose_row(self._rows, reusable, self._batch.copies)
+            request = ticket.request
+            reusable = () if request.prompt_logprobs else request.prompt
+            place = self._storage.find(reusable, request)
+            if place is None:
+                return
+            row = place.row
             with self._changed:
                 if ticket.cancelled:  # it has already left the queue
                     continue
                 # Under one lock, so that after a failure each ticket is in the queue or in a row.
                 self._waiting.remove(ticket)
                 row.ticket, row.ready, row.assigned_at = ticket, False, time.monotonic()
-            if source is not row:
-                self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
-            row.tokens = list(ticket.request.prompt[:common])
             row.prompt_logprobs = []
-            self._count(reused_tokens=common)
-            self._resize_cache()
-
-    def _resize_cache(self) -> None:
-        """Resizes the cache to the smallest size that has the slots that all requests need."""
-        requests = [row.ticket.request for row in self._rows if row.ticket is not None]
-        needed = max(slots_needed(request) for request in requests)
-        slots = next(size for size in self._sizes if size >= needed)
-        if slots == self._batch.slots:
-            return
-        self._batch.resize(slots)
-        for row in self._rows:
-            row.tokens = row.tokens[: slots - 1]
+            self._count(reused_tokens=self._storage.assign(place, request))
 
     def _prefill_next_chunks(self) -> None:
         """Prefills a chunk of the oldest prompt, and of one in each other copy of the model."""
-        start, (chunks, size) = time.perf_counter(), next_chunks(self._rows, self._batch.copies)
+        start, storage = time.perf_counter(), self._storage
+        self._count(reused_tokens=sum(map(storage.share, self._rows)))
+        chunks, size, slots = next_chunks(self._rows, self._batch.copies, storage.prefill_slots)
         rows = [self._rows[chunk.row] for chunk in chunks]
         requests = [row.ticket.request for row in rows if row.ticket is not None]
         with_logprobs = any(request.prompt_logprobs for request in requests)
-        found = self._batch.prefill(chunks, size, with_logprobs)
+        found = self._batch.prefill(chunks, size, slots, with_logprobs)
         for row, request, chunk, logprobs in zip(rows, requests, chunks, found, strict=True):
             row.tokens += chunk.tokens
+            storage.record(row)
             if request.prompt_logprobs:  # the prompt's last token has no target yet
                 row.prompt_logprobs += row_programs.attach_logprobs(
                     chunk.targets, *logprobs, top=request.top_logprobs
@@ -296,6 +287,7 @@ class Engine:
         else:
             generated = self._batch.decode(n, with_logprobs)
         tokens_Bn, *logprobs = generated
+        step_bytes = self._batch.step_bytes(self._storage.slots_read())
         seconds = time.perf_counter() - start
         total = steps = 0
         for row in ready:
@@ -308,7 +300,7 @@ class Engine:
             generated_tokens=total,
             decode_seconds=seconds,
             decode_steps=steps,
-            bytes_read=steps * self._batch.step_bytes(),
+            bytes_read=steps * step_bytes,
         )
 
     def _deliver(self, row: Row, ids: list[int], logprobs: list[np.ndarray]) -> None:
@@ -332,6 +324,7 @@ class Engine:
         assert ticket is not None
         if ended.reason in ("cancelled", "constraint"):  # the device would continue the row
             self._batch.stop(self._rows.index(row))
+        self._storage.release(row)
         with self._changed:
             row.ticket, row.ready = None, False
         self._count(**{"cancelled" if ended.reason == "cancelled" else "finished": 1})

@@ -29,7 +29,7 @@ from llama_jax.inference.generate import (
 from llama_jax.inference.logit_limits import init_bias, only_token
 from llama_jax.inference.logprobs import logprobs_from_hidden
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.cache import init_cache
+from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
 from llama_jax.model.transformer import forward_cached
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import batch_shards, shard_array
@@ -46,15 +46,42 @@ decode_rows = partial(decode, capacity=DECODE_STEPS, top=MAX_TOP_LOGPROBS)
 
 
 _empty_cache = stored_jit(static_argnums=(0, 1, 2))(init_cache)
+_empty_pages = stored_jit(static_argnums=(0, 1, 2, 3))(init_paged_cache)
 
 
-def init_state(config: ModelConfig, rows: int, slots: int) -> DecodeState:
-    """Returns a state of `rows` empty rows with `slots` slots each."""
+def cache_sizes(context: int) -> list[int]:
+    """Returns the numbers of slots that the cache may have, ascending.
+
+    The largest has room for a chunk after the longest text, because prefill writes a full chunk,
+    padding included. Each size is four times the one before, and none is near the largest: each
+    size needs its own programs, which take seconds to compile at the start.
+    """
+    largest, size = context + CHUNK_SIZES[-1], 2 * CHUNK_SIZES[-1]
+    smaller = []
+    while 2 * size < largest:
+        smaller.append(size)
+        size *= 4
+    return [*smaller, largest]
+
+
+def init_state(config: ModelConfig, rows: int, slots: int, pages: int | None = None) -> DecodeState:
+    """Returns a state of `rows` empty rows.
+
+    Args:
+        config: the model's config.
+        rows: of the batch.
+        slots: of each row; in pages, of the longest one.
+        pages: of the pool of each copy of the model; None: rows own their slots.
+    """
     ends, V = [[NO_TOKEN] * MAX_END_IDS] * rows, config.vocab_size
     prompts_BV = np.zeros((rows, V), bool)
     empty_rows = init_rows([Sampling()] * rows, [0] * rows, [0] * rows, ends, prompts_BV)
     empty_rows = empty_rows._replace(bias=init_bias(V, [()] * rows))
-    cache = _empty_cache(config, rows, slots)
+    if pages is None:
+        cache = _empty_cache(config, rows, slots)
+    else:
+        sizes = rows, pages * batch_shards(), -(-slots // PAGE)
+        cache = _empty_pages(config, *sizes)
     return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), empty_rows)
 
 
@@ -70,7 +97,7 @@ def init_row(config: ModelConfig, request: Request) -> Rows:
     return row._replace(bias=init_bias(config.vocab_size, [request.logit_bias] * C))
 
 
-@stored_jit(static_argnums=0, donate_argnums=2)
+@stored_jit(static_argnums=(0, 9), donate_argnums=2)
 def prefill_chunk(
     config: ModelConfig,
     model: Llama | UnstackedLlama,
@@ -81,6 +108,7 @@ def prefill_chunk(
     used_C: jax.Array,
     targets_CT: jax.Array,
     with_logprobs: jax.Array | bool,
+    slots: int | None = None,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
     """Prefills tokens into one row of each copy of the model, of which there are C.
 
@@ -94,6 +122,7 @@ def prefill_chunk(
         used_C: tokens that each row has already.
         targets_CT: the token after each.
         with_logprobs: whether to compute log-probabilities.
+        slots: static; of a cache in pages, the slots of a row that the tokens may attend to.
 
     Returns:
         The state, and for each position the log-probability [C, T] of its target and the ids and
@@ -101,7 +130,7 @@ def prefill_chunk(
         Without `with_logprobs` ids and log-probabilities are 0.
     """
     cache, logits_BV, rows = state
-    row_cache = jax.tree.map(lambda x_B_: take_rows(x_B_, numbers), cache)._replace(used_B=used_C)
+    row_cache = _take_cache(cache, numbers, slots)._replace(used_B=used_C)
     x_CTD, row_cache = forward_cached(config, model, row_cache, tokens_CT, lengths_C)
     logits_CV = last_logits(config, model, x_CTD, lengths_C)
 
@@ -127,12 +156,25 @@ def prefill_chunk(
     logprobs_CT, top_tokens_CTA, top_logprobs_CTA = (
         jax.reshard(x_CT_, activation_spec("SSS"[: x_CT_.ndim])) for x_CT_ in found
     )
-    cache, logits_BV = jax.tree.map(
-        lambda x_B_, new_C_: put_rows(x_B_, new_C_, numbers),
-        (cache, logits_BV),
-        (row_cache, logits_CV),
-    )
+    logits_BV = put_rows(logits_BV, logits_CV, numbers)
+    cache = _put_cache(cache, row_cache, numbers)
     return DecodeState(cache, logits_BV, rows), (logprobs_CT, top_tokens_CTA, top_logprobs_CTA)
+
+
+def _take_cache(cache: KVCache, numbers: RowNumbers, slots: int | None) -> KVCache:
+    """Returns the cache of one row of each copy: its slots, or its pages and the pool."""
+    if cache.pages_BP is None:
+        return jax.tree.map(lambda x_B_: take_rows(x_B_, numbers), cache)
+    pages_CP = take_rows(cache.pages_BP, numbers)[:, : slots and -(-slots // PAGE)]
+    return KVCache(cache.layers, take_rows(cache.used_B, numbers), pages_CP)
+
+
+def _put_cache(cache: KVCache, row_cache: KVCache, numbers: RowNumbers) -> KVCache:
+    """Returns the cache with the row of each active copy replaced."""
+    if cache.pages_BP is None:
+        return jax.tree.map(lambda x_B_, new_C_: put_rows(x_B_, new_C_, numbers), cache, row_cache)
+    used_B = put_rows(cache.used_B, row_cache.used_B, numbers)
+    return KVCache(row_cache.layers, used_B, cache.pages_BP)
 
 
 @stored_jit(donate_argnums=0)

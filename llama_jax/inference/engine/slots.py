@@ -1,65 +1,73 @@
-"""The rows of the engine's batch: how many slots they have, and which row a prompt gets."""
+"""Rows that own their slots: which row a prompt gets, and how many slots the rows have."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.inference.engine.requests import Constraint, GeneratedToken, Request, Ticket
-from llama_jax.inference.engine.row_programs import CHUNK_SIZES
+from llama_jax.inference.engine.device_batch import DeviceBatch
+from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.engine.row_programs import CHUNK_SIZES, cache_sizes
+from llama_jax.inference.engine.rows import Row
 from llama_jax.inference.prefix_trees import common_prefix_length
 
 
-class Row:
-    """A row of the batch: its request, and the tokens whose keys and values are in its slots."""
+class _Place(NamedTuple):
+    """A free row, and the row whose first `common` tokens the prompt has."""
 
-    def __init__(self):
-        self.tokens: list[int] = []
-        self.ticket: Ticket | None = None  # None: the row is free
-        self.ready = False  # the prompt is prefilled
-        self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
-        self.assigned_at = 0.0  # when it was last assigned to a request [s]
-
-    @property
-    def constraint(self) -> Constraint | None:
-        """What limits the tokens of the row, if it decodes and its request has a constraint."""
-        return self.ticket.request.constraint if self.ready and self.ticket else None
+    row: Row
+    source: Row
+    common: int
 
 
-class Chunk(NamedTuple):
-    """A part of a row's prompt that one dispatch prefills.
+class RowSlots:
+    """Assigns rows that own their slots. Each has as many as the largest request needs.
 
-    Attributes:
-        row: number of the row.
-        tokens: the next tokens of its prompt.
-        targets: the token after each, as far as the prompt goes.
-        used: tokens that the row has already.
+    The keys and values of a row stay when its request ends. A prompt with a common prefix continues
+    that row, or gets a copy of its slots.
     """
 
-    row: int
-    tokens: Sequence[int]
-    targets: Sequence[int]
-    used: int
+    prefill_slots: Sequence[int] = ()  # prefill attends to all slots
 
+    def __init__(self, batch: DeviceBatch, rows: Sequence[Row], context: int):
+        self._batch, self._rows, self._sizes = batch, rows, cache_sizes(context)
 
-def next_chunks(rows: Sequence[Row], copies: int) -> tuple[list[Chunk], int]:
-    """Returns the chunk of the oldest prompt, at most one in each other copy, and their size.
+    def find(self, prompt: Sequence[int], request: Request) -> _Place | None:
+        """Returns a free row for a request; None while there is none.
 
-    The size depends on a prompt alone: a request gets the same bits whatever is prefilled beside.
+        Args:
+            prompt: the tokens of the request's prompt that may be reused.
+            request: the request.
+        """
+        if all(row.ticket is not None for row in self._rows):
+            return None
+        return _Place(*choose_row(self._rows, prompt, self._batch.copies))
 
-    Args:
-        rows: of the batch; one or more have a prompt to prefill.
-        copies: of the model; each has as many consecutive rows.
-    """
-    size, chunks = 0, dict[int, Chunk]()
-    numbers = [i for i, row in enumerate(rows) if row.ticket is not None and not row.ready]
-    for number in sorted(numbers, key=lambda i: rows[i].assigned_at):
-        ticket, used = rows[number].ticket, len(rows[number].tokens)
-        rest = ticket.request.prompt[used:] if ticket else ()
-        own_size = next((s for s in CHUNK_SIZES if s >= len(rest)), CHUNK_SIZES[-1])
-        size = size or own_size
-        if own_size == size:
-            chunk = Chunk(number, rest[:size], rest[1 : size + 1], used)
-            chunks.setdefault(number * copies // len(rows), chunk)
-    return [*chunks.values()], size
+    def assign(self, place: _Place, request: Request) -> int:
+        """Gives a row, which has its request, the common prefix; returns the prefix's tokens."""
+        row, source, common = place
+        if source is not row:
+            self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
+        row.tokens = list(request.prompt[:common])
+        needed = max(slots_needed(row.ticket.request) for row in self._rows if row.ticket)
+        slots = next(size for size in self._sizes if size >= needed)
+        if slots != self._batch.slots:
+            self._batch.resize(slots)
+            for other in self._rows:
+                other.tokens = other.tokens[: slots - 1]
+        return common
+
+    def share(self, row: Row) -> int:
+        """Returns 0: a prefix is copied before the prefill, or not at all."""
+        return 0
+
+    def record(self, row: Row) -> None:
+        """Does nothing: the tokens of a row tell its prefix."""
+
+    def release(self, row: Row) -> None:
+        """Does nothing: keys and values stay in the row."""
+
+    def slots_read(self) -> int:
+        """Returns the slots that a decode step reads in each row."""
+        return self._batch.slots
 
 
 def choose_row(rows: Sequence[Row], prompt: Sequence[int], copies: int = 1) -> tuple[Row, Row, int]:
@@ -89,21 +97,6 @@ def choose_row(rows: Sequence[Row], prompt: Sequence[int], copies: int = 1) -> t
     oldest = min(free, key=lambda row: row.assigned_at)
     row = source if source in free and common[source] else oldest
     return row, source if common[source] else row, common[source]
-
-
-def cache_sizes(context: int) -> list[int]:
-    """Returns the numbers of slots that the cache may have, ascending.
-
-    The largest has room for a chunk after the longest text, because prefill writes a full chunk,
-    padding included. Each size is four times the one before, and none is near the largest: each
-    size needs its own programs, which take seconds to compile at the start.
-    """
-    largest, size = context + CHUNK_SIZES[-1], 2 * CHUNK_SIZES[-1]
-    smaller = []
-    while 2 * size < largest:
-        smaller.append(size)
-        size *= 4
-    return [*smaller, largest]
 
 
 def slots_needed(request: Request) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.engine import prompt_scores, row_programs
 from llama_jax.inference.engine.requests import Request
-from llama_jax.inference.engine.slots import cache_sizes
+from llama_jax.inference.engine.row_programs import CHUNK_SIZES, cache_sizes
 from llama_jax.inference.generate import DecodeState, decode
 from llama_jax.inference.logit_limits import full_mask
 from llama_jax.model.cache import copy_row, resize_cache
@@ -19,12 +19,14 @@ from llama_jax.parallel.rows import number_rows
 from llama_jax.runtime.program_store import is_storing, prepare_in_background
 
 
-def n_programs(context: int) -> int:
+def n_programs(context: int, paged: bool) -> int:
     """Returns how many programs `warm_up` waits for, with a context of `context` tokens."""
-    per_size = len(row_programs.CHUNK_SIZES) + 2
+    sizes, prefills = len(cache_sizes(context)), len(CHUNK_SIZES)
+    smallest = prefills + (1 if paged else 2)
     if is_storing():
-        return per_size
-    return len(prompt_scores.tree_lengths(context)) + len(cache_sizes(context)) * per_size
+        return smallest
+    others = prefills if paged else smallest
+    return len(prompt_scores.tree_lengths(context)) + smallest + (sizes - 1) * others
 
 
 def warm_up(
@@ -33,12 +35,14 @@ def warm_up(
     rows: int,
     context: int,
     progress: Callable[[float, str], None],
+    pages: int | None = None,
 ) -> DecodeState:
     """Compiles every program of the engine; returns an empty state of the smallest size.
 
     It runs each program once. In a block of `stored_programs` it reads or compiles only those of
     the smallest size, and a thread those of the others while the engine serves. On a GPU or TPU it
-    also runs those of the smallest size, so that too little memory ends the start.
+    also runs those of the smallest size, so that too little memory ends the start. A cache in pages
+    has one size; prefill has a program for each number of slots that it may attend to.
 
     Args:
         config: the model's config.
@@ -47,60 +51,81 @@ def warm_up(
         context: longest prompt with its continuation [tokens].
         progress: called before each compilation with the share of the programs that are compiled
             [0 … 1) and the next program ('5 of 12: decode, 2,048 slots').
+        pages: of the pool of each copy of the model; None: rows own their slots.
     """
-    first = number_rows([0], rows)
-    sizes, total, done = cache_sizes(context), n_programs(context), 0
+    first, paged = number_rows([0], rows), pages is not None
+    sizes, total, done = cache_sizes(context), n_programs(context, paged), 0
 
     def report(program: str) -> None:
         nonlocal done
         progress(done / total, f"{done + 1} of {total}: {program}")
         done += 1
 
-    def warm_up_size(slots: int) -> DecodeState:
-        state = row_programs.init_state(config, rows, slots)
-        for size in row_programs.CHUNK_SIZES:
+    def init(slots: int) -> DecodeState:
+        return row_programs.init_state(config, rows, sizes[-1] if paged else slots, pages)
+
+    def run_prefill(state: DecodeState, slots: int) -> DecodeState:
+        for size in CHUNK_SIZES:
             report(f"prefill of {size} tokens, {slots:,} slots")
-            args = _chunk_arguments(rows, size)
+            args = _chunk_arguments(rows, size, slots if paged else None)
             state, _ = row_programs.prefill_chunk(config, model, state, *args)
-        report(f"decode, {slots:,} slots")
-        state = row_programs.start_row(
-            state, first, row_programs.init_row(config, Request((0,), 1))
-        )
+        return state
+
+    def run_size(slots: int) -> DecodeState:
+        state = run_prefill(init(slots), slots)
+        report(_decode_name(slots, pages))
+        row = row_programs.init_row(config, Request((0,), 1))
+        state = row_programs.start_row(state, first, row)
         mask_BW = full_mask(rows, config.vocab_size)
         _, mask_BW = row_programs.choose_tokens(state.rows, state.logits_BV, mask_BW)
         generated, state = row_programs.decode_rows(config, model, state, 1, False, mask_BW)
         jax.block_until_ready(generated)
-        report(f"cache resize and copy, {slots:,} slots")
-        for other in sizes:
-            if other != slots:
-                resize_cache(state.cache, slots=other)
-        cache = copy_row(state.cache, first, first, 0)
-        return row_programs.stop_row(state._replace(cache=cache), 0)
+        if not paged:
+            report(f"cache resize and copy, {slots:,} slots")
+            for other in sizes:
+                if other != slots:
+                    resize_cache(state.cache, slots=other)
+            state = state._replace(cache=copy_row(state.cache, first, first, 0))
+        return row_programs.stop_row(state, 0)
 
     def prepare_others() -> None:
         for length in lengths:
             prompt_scores.prepare_trees(config, model, length)
         for slots in sizes[1:]:
-            _prepare_size(config, model, like, slots, sizes, lambda program: None)
+            if paged:
+                _prepare_prefill(config, model, like, slots, slots, lambda program: None)
+            else:
+                _prepare_size(config, model, like, slots, sizes, lambda program: None)
 
     lengths = prompt_scores.tree_lengths(context)
     if is_storing():
         if platform() != "cpu":
             # A cache that doesn't fit the memory must end the start, not a later request.
-            jax.block_until_ready(row_programs.init_state(config, rows, sizes[-1]))
-            state = warm_up_size(sizes[0])
+            jax.block_until_ready(init(sizes[-1]))
+            state = run_size(sizes[0])
         else:  # to run them would take longer than to read them
-            state = row_programs.init_state(config, rows, sizes[0])
-            _prepare_size(config, model, state, sizes[0], sizes, report)
+            state = init(sizes[0])
+            if paged:
+                _prepare_prefill(config, model, state, sizes[0], sizes[0], report)
+                report(_decode_name(sizes[0], pages))
+                _prepare_decode(config, model, state)
+            else:
+                _prepare_size(config, model, state, sizes[0], sizes, report)
         like = jax.tree.map(_abstract, state)
         prepare_in_background(prepare_others)
         return state
     for length in lengths:
         report(f"scores of {length:,} prompt tokens")
         prompt_scores.warm_up_trees(config, model, length)
+    if paged:
+        state = init(sizes[-1])
+        for slots in sizes[:0:-1]:
+            state = run_prefill(state, slots)
+        del state
+        return run_size(sizes[0])
     for slots in sizes[:0:-1]:
-        warm_up_size(slots)
-    return warm_up_size(sizes[0])
+        run_size(slots)
+    return run_size(sizes[0])
 
 
 def _prepare_size(
@@ -127,19 +152,10 @@ def _prepare_size(
 
     cache = smallest.cache._replace(layers=jax.tree.map(resize, smallest.cache.layers))
     state: Any = smallest._replace(cache=cache)
-    rows = len(state.logits_BV)
-    first, row = number_rows([0], rows), row_programs.init_row(config, Request((0,), 1))
-    for size in row_programs.CHUNK_SIZES:
-        report(f"prefill of {size} tokens, {slots:,} slots")
-        args = _chunk_arguments(rows, size)
-        row_programs.prefill_chunk.prepare(config, model, state, *args)
-    report(f"decode, {slots:,} slots")
-    row_programs.start_row.prepare(state, first, row)
-    row_programs.stop_row.prepare(state, 0)
-    mask_BW = full_mask(rows, config.vocab_size)
-    row_programs.choose_tokens.prepare(state.rows, state.logits_BV, mask_BW)
-    keywords = row_programs.decode_rows.keywords
-    decode.prepare(config, model, state, 1, False, mask_BW, **keywords)
+    _prepare_prefill(config, model, state, slots, None, report)
+    report(_decode_name(slots, None))
+    _prepare_decode(config, model, state)
+    first = number_rows([0], len(state.logits_BV))
     report(f"cache resize and copy, {slots:,} slots")
     copy_row.prepare(cache, first, first, 0)
     for other in sizes:
@@ -147,12 +163,43 @@ def _prepare_size(
             resize_cache.prepare(cache, slots=other)
 
 
-def _chunk_arguments(rows: int, size: int) -> tuple[Any, ...]:
+def _prepare_prefill(
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    state: DecodeState,
+    slots: int,
+    attended: int | None,
+    report: Callable[[str], None],
+) -> None:
+    """Reads or compiles the programs that prefill; `attended` is the `slots` of `prefill_chunk`."""
+    for size in CHUNK_SIZES:
+        report(f"prefill of {size} tokens, {slots:,} slots")
+        args = _chunk_arguments(len(state.logits_BV), size, attended)
+        row_programs.prefill_chunk.prepare(config, model, state, *args)
+
+
+def _prepare_decode(config: ModelConfig, model: Llama | UnstackedLlama, state: DecodeState) -> None:
+    """Reads or compiles the programs that start, decode and stop rows."""
+    rows = len(state.logits_BV)
+    first, row = number_rows([0], rows), row_programs.init_row(config, Request((0,), 1))
+    row_programs.start_row.prepare(state, first, row)
+    row_programs.stop_row.prepare(state, 0)
+    mask_BW = full_mask(rows, config.vocab_size)
+    row_programs.choose_tokens.prepare(state.rows, state.logits_BV, mask_BW)
+    keywords = row_programs.decode_rows.keywords
+    decode.prepare(config, model, state, 1, False, mask_BW, **keywords)
+
+
+def _decode_name(slots: int, pages: int | None) -> str:
+    return f"decode, {slots:,} slots" if pages is None else f"decode, {pages:,} pages"
+
+
+def _chunk_arguments(rows: int, size: int, attended: int | None) -> tuple[Any, ...]:
     """Returns the arguments of `prefill_chunk` after the state, for `size` tokens of row 0."""
     C = batch_shards()
     tokens_CT = shard_array(np.zeros((C, size), np.int32), "BT")
     zeros_C = shard_array(np.zeros(C, np.int32), "B")
-    return number_rows([0], rows), tokens_CT, zeros_C, zeros_C, tokens_CT, False
+    return number_rows([0], rows), tokens_CT, zeros_C, zeros_C, tokens_CT, False, attended
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -27,7 +27,8 @@ def model_on(mesh):
 
 
 @pytest.mark.slow
-def test_copies_of_the_model_give_the_tokens_of_one_device():
+@pytest.mark.parametrize("cache_tokens", [None, 4096])
+def test_copies_of_the_model_give_the_tokens_of_one_device(cache_tokens):
     alone, model = model_on(one_device_mesh()), model_on(mesh_of((2, 1, 2)))
     requests = [
         Request(prompt(5), 20),
@@ -40,7 +41,7 @@ def test_copies_of_the_model_give_the_tokens_of_one_device():
     ]
     expected = [tokens_alone(alone, request) for request in requests[:-1]] + [[7] * 5]
     with jax.set_mesh(mesh_of((2, 1, 2))):
-        engine = Engine(CONFIG, model, rows=4, context=700)
+        engine = Engine(CONFIG, model, rows=4, context=700, cache_tokens=cache_tokens)
     for _ in range(2):  # the second time with the KV cache of the first
         responses = submit(engine, *requests, *requests)
         assert [response.wait().ids for response in responses] == expected * 2

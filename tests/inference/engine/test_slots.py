@@ -1,7 +1,8 @@
 import pytest
 
 from llama_jax.inference.engine.requests import Request, Ticket
-from llama_jax.inference.engine.slots import Chunk, Row, choose_row, next_chunks
+from llama_jax.inference.engine.rows import Chunk, Row, next_chunks
+from llama_jax.inference.engine.slots import choose_row
 
 
 def row(tokens=(), prompt=None, assigned_at=0.0, ready=False):
@@ -52,7 +53,16 @@ def test_each_copy_prefills_its_oldest_prompt_of_the_same_size():
         Chunk(3, (8, 9), (9,), 0),
         Chunk(6, (3,), (), 0),
     )
-    assert next_chunks(rows, 4) == ([last, first, second], 32)
+    assert next_chunks(rows, 4) == ([last, first, second], 32, None)
     rows[6] = row()
-    assert next_chunks(rows, 4) == ([Chunk(2, PREFIX, PREFIX[1:], 0)], 256)
-    assert next_chunks(rows[:2], 1) == ([first], 32)
+    assert next_chunks(rows, 4) == ([Chunk(2, PREFIX, PREFIX[1:], 0)], 256, None)
+    assert next_chunks(rows[:2], 1) == ([first], 32, None)
+
+
+def test_a_chunk_attends_to_the_slots_that_its_own_row_needs():
+    prompt = tuple(range(700))
+    long = row(tokens=prompt[:600], prompt=prompt, assigned_at=1.0)
+    short = row(prompt=range(100), assigned_at=2.0)  # of the same size, but another program
+    both = next_chunks([long, short], 2, (512, 1024))
+    assert both == ([Chunk(0, prompt[600:], prompt[601:], 600)], 256, 1024)
+    assert next_chunks([row(), short], 2, (512, 1024))[1:] == (256, 512)

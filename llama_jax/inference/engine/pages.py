@@ -1,0 +1,224 @@
+"""Rows that share a pool of pages: which pages a row gets, and which prefixes it has in common.
+
+A request gets all pages that its prompt and its longest continuation need before it starts. So no
+row is interrupted while it generates: the tokens of a row that is recomputed later, by programs of
+other shapes, could differ by their roundings.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from llama_jax.config.model import ModelConfig
+from llama_jax.errors import InputError
+from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.engine.row_programs import cache_sizes
+from llama_jax.inference.engine.rows import Row
+from llama_jax.model.attention_decode import unsupported_reason
+from llama_jax.model.cache import PAGE
+from llama_jax.parallel.mesh import batch_shards, platform
+
+if TYPE_CHECKING:
+    from llama_jax.inference.engine.device_batch import DeviceBatch
+
+
+def pool_pages(
+    config: ModelConfig, rows: int, context: int, cache_tokens: int | None
+) -> int | None:
+    """Returns the pages of the pool of each copy of the model, or None if rows own their slots.
+
+    Page 0 of a pool belongs to no row.
+
+    Args:
+        config: the model's config.
+        rows: of the batch.
+        context: longest prompt with its continuation [tokens].
+        cache_tokens: for which the pools together have room. None: where attention has a kernel
+            that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
+            own their slots, because XLA copies the pages of all rows in each step.
+
+    Raises:
+        InputError: the cache has no room for the longest text.
+    """
+    copies, row_pages = batch_shards(), -(-context // PAGE)
+    if cache_tokens is None:
+        has_kernel = config.attention != "xla" and unsupported_reason(config.head_dim) is None
+        return 1 + rows // copies * row_pages if platform() == "tpu" and has_kernel else None
+    pages = cache_tokens // PAGE // copies
+    if pages < row_pages:
+        smallest = row_pages * PAGE * copies
+        in_copies = f" in each of {copies} copies of the model" if copies > 1 else ""
+        raise InputError(
+            f"a cache of {cache_tokens} tokens has no room for a text of {context}{in_copies}: ask"
+            f" for at least {smallest}, or for a shorter context"
+        )
+    return 1 + pages
+
+
+class Pool:
+    """The pages of one copy of the model: free, held by rows, or kept for later prompts.
+
+    A complete page may have a name, which tells all tokens up to its end. Rows that begin with
+    these tokens hold it together. After the last of them it stays, until its place is needed: the
+    page that was released longest ago goes first, of one row its last page.
+    """
+
+    def __init__(self, pages: int):
+        self._free = list(range(pages - 1, 0, -1))
+        self._holders = [0] * pages
+        self._pages: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # named, without a holder
+
+    def find(self, name: bytes) -> int | None:
+        """Returns the page of a name; None if there is none."""
+        return self._pages.get(name)
+
+    def can_hold(self, shared: Sequence[int], n_new: int) -> bool:
+        """Returns whether a row can hold the pages `shared` and `n_new` pages of its own."""
+        kept = len(self._kept) - sum(page in self._kept for page in shared)
+        return n_new <= len(self._free) + kept
+
+    def hold(self, page: int) -> None:
+        """Adds a holder to a named page."""
+        self._kept.pop(page, None)
+        self._holders[page] += 1
+
+    def take(self) -> int:
+        """Returns a page that nobody else holds."""
+        if not self._free:
+            page, _ = self._kept.popitem(last=False)
+            del self._pages[self._names.pop(page)]
+            self._free.append(page)
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def name(self, page: int, name: bytes) -> None:
+        """Names a complete page, unless another page has the name."""
+        if name not in self._pages:
+            self._pages[name], self._names[page] = page, name
+
+    def release(self, page: int) -> None:
+        """Removes a holder; without another one the page is kept if it has a name, else free."""
+        self._holders[page] -= 1
+        if self._holders[page]:
+            return
+        if page in self._names:
+            self._kept[page] = None
+        else:
+            self._free.append(page)
+
+
+class _Place(NamedTuple):
+    """A free row, and the pages that it shares, with their names."""
+
+    row: Row
+    shared: list[tuple[bytes, int]]
+
+
+class PagedRows:
+    """Assigns rows and pages. The interface is that of `slots.RowSlots`."""
+
+    def __init__(self, batch: "DeviceBatch", rows: Sequence[Row], context: int):
+        assert batch.pages is not None
+        self._batch, self._rows, self.prefill_slots = batch, rows, cache_sizes(context)
+        self._pools = [Pool(batch.pages) for _ in range(batch.copies)]
+
+    def find(self, prompt: Sequence[int], request: Request) -> _Place | None:
+        """Returns a free row whose copy has the pages for a request; None while there is none."""
+        size = len(self._rows) // len(self._pools)
+        n_pages = pages_needed(request)
+        best: tuple[tuple[int, int], _Place] | None = None
+        for number, pool in enumerate(self._pools):
+            free = [r for r in self._rows[number * size : (number + 1) * size] if r.ticket is None]
+            shared = list(_find_prefix(pool, prompt))
+            pages = [page for _, page in shared]
+            if free and pool.can_hold(pages, n_pages - len(shared)):
+                oldest = min(free, key=lambda row: row.assigned_at)
+                preference = len(shared), len(free)
+                if best is None or preference > best[0]:
+                    best = preference, _Place(oldest, shared)
+        return best and best[1]
+
+    def assign(self, place: _Place, request: Request) -> int:
+        """Gives a row, which has its request, its pages; returns the tokens of shared ones."""
+        row, pool = place.row, self._pool(place.row)
+        for _, page in place.shared:
+            pool.hold(page)
+        n_new = pages_needed(request) - len(place.shared)
+        row.pages = [page for _, page in place.shared] + [pool.take() for _ in range(n_new)]
+        row.page_names = [name for name, _ in place.shared]
+        row.tokens = list(request.prompt[: len(place.shared) * PAGE])
+        self._batch.set_pages(self._rows.index(row), row.pages)
+        return len(row.tokens)
+
+    def share(self, row: Row) -> int:
+        """Replaces pages that another row has prefilled meanwhile; returns their tokens."""
+        first, ticket = len(row.page_names), row.ticket
+        if ticket is None or row.ready or ticket.request.prompt_logprobs:
+            return 0
+        if len(row.tokens) != first * PAGE:
+            return 0
+        pool, prompt = self._pool(row), ticket.request.prompt
+        shared = list(_find_prefix(pool, prompt, row.page_names))
+        for i, (name, page) in enumerate(shared, first):
+            pool.hold(page)
+            pool.release(row.pages[i])
+            row.pages[i] = page
+            row.page_names.append(name)
+        if shared:
+            row.tokens = list(prompt[: len(row.page_names) * PAGE])
+            self._batch.set_pages(self._rows.index(row), row.pages)
+        return len(shared) * PAGE
+
+    def record(self, row: Row) -> None:
+        """Names the pages that the row has completed."""
+        names = row.page_names
+        for i in range(len(names), len(row.tokens) // PAGE):
+            names.append(_name_page(names, row.tokens, i))
+            self._pool(row).name(row.pages[i], names[i])
+
+    def release(self, row: Row) -> None:
+        """Releases the pages of a row whose request ends."""
+        self.record(row)
+        for page in reversed(row.pages):
+            self._pool(row).release(page)
+        row.pages, row.page_names, row.tokens = [], [], []
+
+    def slots_read(self) -> int:
+        """Returns the slots that a decode step reads in a row on average."""
+        return sum(len(row.tokens) for row in self._rows if row.ready) // len(self._rows)
+
+    def _pool(self, row: Row) -> Pool:
+        return self._pools[self._rows.index(row) * len(self._pools) // len(self._rows)]
+
+
+def pages_needed(request: Request) -> int:
+    """Returns the pages of a request, prompt and longest continuation."""
+    return -(-(len(request.prompt) + request.max_new_tokens) // PAGE)
+
+
+def _find_prefix(
+    pool: Pool, prompt: Sequence[int], names: Sequence[bytes] = ()
+) -> Iterator[tuple[bytes, int]]:
+    """Yields the next complete pages of a prompt that the pool has, after those of `names`.
+
+    The prompt's last token is in none of them: its prefill gives the first new token.
+    """
+    names = [*names]
+    for i in range(len(names), (len(prompt) - 1) // PAGE):
+        names.append(_name_page(names, prompt, i))
+        page = pool.find(names[i])
+        if page is None:
+            return
+        yield names[i], page
+
+
+def _name_page(names: Sequence[bytes], tokens: Sequence[int], i: int) -> bytes:
+    """Returns the name of page `i`, given those before: a hash of all tokens up to its end."""
+    ids = np.asarray(tokens[i * PAGE : (i + 1) * PAGE], np.int32)
+    return sha256((names[i - 1] if i else b"") + ids.tobytes()).digest()

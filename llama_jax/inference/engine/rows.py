@@ -1,0 +1,71 @@
+"""The rows of the engine's batch, and the parts of their prompts that one dispatch prefills."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama_jax.inference.engine.requests import Constraint, GeneratedToken, Ticket
+from llama_jax.inference.engine.row_programs import CHUNK_SIZES
+
+
+class Row:
+    """A row of the batch: its request, and the tokens whose keys and values are in the cache."""
+
+    def __init__(self):
+        self.tokens: list[int] = []
+        self.ticket: Ticket | None = None  # None: the row is free
+        self.ready = False  # the prompt is prefilled
+        self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
+        self.assigned_at = 0.0  # when it was last assigned to a request [s]
+        self.pages: list[int] = []  # of a cache in pages; they have room for the whole request
+        self.page_names: list[bytes] = []  # of its first complete pages, see `pages.Pool`
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What limits the tokens of the row, if it decodes and its request has a constraint."""
+        return self.ticket.request.constraint if self.ready and self.ticket else None
+
+
+class Chunk(NamedTuple):
+    """A part of a row's prompt that one dispatch prefills.
+
+    Attributes:
+        row: number of the row.
+        tokens: the next tokens of its prompt.
+        targets: the token after each, as far as the prompt goes.
+        used: tokens that the row has already.
+    """
+
+    row: int
+    tokens: Sequence[int]
+    targets: Sequence[int]
+    used: int
+
+
+def next_chunks(
+    rows: Sequence[Row], copies: int, sizes: Sequence[int] = ()
+) -> tuple[list[Chunk], int, int | None]:
+    """Returns the chunk of the oldest prompt, at most one in each other copy, and their program.
+
+    The program depends on a prompt alone: a request gets the same bits whatever is prefilled
+    beside.
+
+    Args:
+        rows: of the batch; one or more have a prompt to prefill.
+        copies: of the model; each has as many consecutive rows.
+        sizes: numbers of slots to which a program may attend, ascending.
+
+    Returns:
+        The chunks, the tokens of their program, and the slots to which it attends; None: all.
+    """
+    program, chunks = (0, None), dict[int, Chunk]()
+    numbers = [i for i, row in enumerate(rows) if row.ticket is not None and not row.ready]
+    for number in sorted(numbers, key=lambda i: rows[i].assigned_at):
+        ticket, used = rows[number].ticket, len(rows[number].tokens)
+        rest = ticket.request.prompt[used:] if ticket else ()
+        size = next((s for s in CHUNK_SIZES if s >= len(rest)), CHUNK_SIZES[-1])
+        own = size, next((slots for slots in sizes if slots >= used + size), None)
+        program = own if not chunks else program
+        if own == program:
+            chunk = Chunk(number, rest[:size], rest[1 : size + 1], used)
+            chunks.setdefault(number * copies // len(rows), chunk)
+    return [*chunks.values()], *program
