@@ -139,7 +139,7 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
     from llama_jax.inference.bandwidth import copy_bandwidth
     from llama_jax.inference.engine.device_batch import DeviceBatch, check_rows, follow
     from llama_jax.inference.engine.engine import Engine
-    from llama_jax.inference.engine.pages import pool_pages
+    from llama_jax.inference.engine.page_pool import pool_pages
     from llama_jax.inference.engine.warm_up import n_programs
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.parallel.mesh import serving_mesh

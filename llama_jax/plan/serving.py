@@ -79,6 +79,11 @@ class InferencePlan:
         return self.pod.chip.usable_hbm_gib * 2**30
 
     @property
+    def largest_cache_tokens(self) -> int:
+        """Tokens of the KV cache at the largest batch: in pages, rows of any lengths share them."""
+        return self.largest_batch * self.context
+
+    @property
     def cache_bytes(self) -> int:
         """KV cache of the requested batch."""
         return self.batch * self.cache_bytes_per_row

@@ -11,9 +11,10 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.inference import generate
+from llama_jax.inference.engine.page_pool import pool_pages
 from llama_jax.inference.generate import NO_TOKEN, DecodeState, Rows
 from llama_jax.inference.sampling import Sampling, SamplingArrays, TokenCounts, stack_sampling
-from llama_jax.model.cache import KVCache, init_cache
+from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
 from llama_jax.model.weights import Llama, UnstackedLlama, decode_layout, layer_weights
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
 from llama_jax.parallel.sharding import activation_spec
@@ -63,7 +64,7 @@ def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedL
 
 
 def abstract_cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> KVCache:
-    """Returns the abstract KV cache of a batch."""
+    """Returns the abstract KV cache of a batch whose rows own their slots."""
     with jax.set_mesh(mesh):
         return eval_shape_on_mesh(partial(init_cache, config, batch, slots))
 
@@ -76,9 +77,9 @@ def compile_decode_step(
     Raises:
         DoesNotFit, InputError: as `compile_program`.
     """
-    cache = abstract_cache(config, mesh, batch, slots)
     model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
+        cache = eval_shape_on_mesh(partial(_init_cache, config, batch, slots))
         tokens, lengths = _integers(mesh, "BT", batch, 1), _integers(mesh, "B", batch)
         lowered = _decode_step.lower(config, model, cache, tokens, lengths)
     return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
@@ -141,4 +142,13 @@ def _init_state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
         ),
     )
     logits_BV = full(0, "BV", V, dtype=jnp.float32)
-    return DecodeState(cache=init_cache(config, batch, slots), logits_BV=logits_BV, rows=rows)
+    cache = _init_cache(config, batch, slots)
+    return DecodeState(cache=cache, logits_BV=logits_BV, rows=rows)
+
+
+def _init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
+    """Returns an empty cache as the engine has it, with room for `batch` rows of `slots` tokens."""
+    pages = pool_pages(config, batch, slots, None)
+    if pages is None:
+        return init_cache(config, batch, slots)
+    return init_paged_cache(config, batch, pages, -(-slots // PAGE))

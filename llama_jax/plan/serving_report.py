@@ -34,6 +34,7 @@ def as_dict(plan: InferencePlan) -> dict[str, Any]:
         "fits": plan.fits,
         "memory": memory,
         "largest_batch": plan.largest_batch,
+        "largest_cache_tokens": plan.largest_cache_tokens,
         "largest_batch_needed": plan.largest_batch_bytes,
         "largest_context": plan.largest_context,
         "decode": [
@@ -68,7 +69,8 @@ def show(plan: InferencePlan) -> None:
         )
         return
     console.print(
-        f"the largest batch of this context: {plan.largest_batch} row(s), compiled, in"
+        f"the largest batch of this context: {plan.largest_batch} row(s), which is a cache of"
+        f" {plan.largest_cache_tokens:,} tokens (serve --cache-tokens), compiled, in"
         f" {plan.largest_batch_bytes / GIB:.2f} GiB; the longest row alone: about"
         f" {plan.largest_context:,} tokens, by arithmetic"
     )

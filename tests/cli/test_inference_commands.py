@@ -98,8 +98,9 @@ def test_serve_answers_until_sigterm_and_finishes_running_requests(
 ):
     engines = []
 
-    def engine(config, model, *, rows, context, queue, progress):
+    def engine(config, model, *, rows, context, queue, progress, cache_tokens):
         assert (config.vocab_size, rows, context, queue) == (320, 3, 100, 5)
+        assert cache_tokens == 640
         progress(0.25, "2 of 4: decode")  # not printed: a line appears every ten seconds
         engines.append(FakeEngine(load_tokenizer(token_folder)))
         engines[0].seconds = 0.02
@@ -128,6 +129,7 @@ def test_serve_answers_until_sigterm_and_finishes_running_requests(
     thread = threading.Thread(target=send_requests)
     monkeypatch.setattr(server, "startup_message", lambda *a: thread.start() or startup_message(*a))
     options = ["--port", port, "--rows", 3, "--context", 100, "--queue", 5, "--name", "mine"]
+    options += ["--cache-tokens", 640]
     code, out, err = run(capsys, "serve", model_folder, *options)
     thread.join()
     assert (code, out) == (0, "")

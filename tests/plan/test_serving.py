@@ -201,7 +201,7 @@ def test_a_serving_plan_is_reported_as_tables_and_as_json(tiny_plan, capsys):
     report = json.loads(json.dumps(serving_report.as_dict(tiny_plan)))
     assert set(report) == {
         "topology", "chips", "parameters", "context", "batch", "fits", "memory", "largest_batch",
-        "largest_batch_needed", "largest_context", "decode", "prefill",
+        "largest_batch_needed", "largest_cache_tokens", "largest_context", "decode", "prefill",
     }  # fmt: skip
     assert report["parameters"] == model().n_params
     assert report["decode"][0]["tokens_per_second"] == pytest.approx(

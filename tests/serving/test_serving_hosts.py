@@ -46,10 +46,10 @@ def expected(model_folder):
         ]  # fmt: skip
 
 
-def start(folder, processes, model_folder):
+def start(folder, processes, model_folder, *flags):
     """Starts a server on several processes; returns them and its URL."""
     port = free_port()
-    argv = "serve", model_folder, "--port", port, "--rows", 3, "--context", 128
+    argv = "serve", model_folder, "--port", port, "--rows", 3, "--context", 128, *flags
     group = Group(folder, processes, *argv)
     group.wait_until(lambda: "is served at" in group.outputs("err")[0], 300)
     return group, f"http://127.0.0.1:{port}/v1/completions"
@@ -75,10 +75,11 @@ def scores(url):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--cache-tokens", 256)])
 def test_two_hosts_answer_as_one_and_end_after_the_running_request(
-    expected, model_folder, tmp_path
+    expected, model_folder, tmp_path, flags
 ):
-    group, url = start(tmp_path / "two", 2, model_folder)
+    group, url = start(tmp_path / "two", 2, model_folder, *flags)
     assert answers(url) == expected
     assert answers(url) == expected  # from the KV cache of the first ones
     assert all(logprob < 0 for logprob in scores(url)[1:])

@@ -18,7 +18,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.bandwidth import step_bytes
 from llama_jax.inference.engine import prompt_scores, row_programs
-from llama_jax.inference.engine.pages import pool_pages
+from llama_jax.inference.engine.page_pool import pool_pages
 from llama_jax.inference.engine.requests import request_from_json
 from llama_jax.inference.engine.rows import Chunk
 from llama_jax.inference.engine.warm_up import warm_up

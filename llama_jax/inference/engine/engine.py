@@ -58,7 +58,7 @@ class Engine:
         context: longest prompt with its continuation [tokens]; default: the model's context.
         queue: requests that may wait.
         progress: called before each compilation, see `warm_up`.
-        cache_tokens: of the KV cache, see `pages.pool_pages`.
+        cache_tokens: of the KV cache, see `page_pool.pool_pages`.
 
     Raises:
         InputError: a number is out of range.

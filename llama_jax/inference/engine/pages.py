@@ -5,112 +5,18 @@ row is interrupted while it generates: the tokens of a row that is recomputed la
 other shapes, could differ by their roundings.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from llama_jax.config.model import ModelConfig
-from llama_jax.errors import InputError
+from llama_jax.inference.engine.device_batch import DeviceBatch
+from llama_jax.inference.engine.page_pool import Pool
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import cache_sizes
 from llama_jax.inference.engine.rows import Row
-from llama_jax.model.attention_decode import unsupported_reason
 from llama_jax.model.cache import PAGE
-from llama_jax.parallel.mesh import batch_shards, platform
-
-if TYPE_CHECKING:
-    from llama_jax.inference.engine.device_batch import DeviceBatch
-
-
-def pool_pages(
-    config: ModelConfig, rows: int, context: int, cache_tokens: int | None
-) -> int | None:
-    """Returns the pages of the pool of each copy of the model, or None if rows own their slots.
-
-    Page 0 of a pool belongs to no row.
-
-    Args:
-        config: the model's config.
-        rows: of the batch.
-        context: longest prompt with its continuation [tokens].
-        cache_tokens: for which the pools together have room. None: where attention has a kernel
-            that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
-            own their slots, because XLA copies the pages of all rows in each step.
-
-    Raises:
-        InputError: the cache has no room for the longest text.
-    """
-    copies, row_pages = batch_shards(), -(-context // PAGE)
-    if cache_tokens is None:
-        has_kernel = config.attention != "xla" and unsupported_reason(config.head_dim) is None
-        return 1 + rows // copies * row_pages if platform() == "tpu" and has_kernel else None
-    pages = cache_tokens // PAGE // copies
-    if pages < row_pages:
-        smallest = row_pages * PAGE * copies
-        in_copies = f" in each of {copies} copies of the model" if copies > 1 else ""
-        raise InputError(
-            f"a cache of {cache_tokens} tokens has no room for a text of {context}{in_copies}: ask"
-            f" for at least {smallest}, or for a shorter context"
-        )
-    return 1 + pages
-
-
-class Pool:
-    """The pages of one copy of the model: free, held by rows, or kept for later prompts.
-
-    A complete page may have a name, which tells all tokens up to its end. Rows that begin with
-    these tokens hold it together. After the last of them it stays, until its place is needed: the
-    page that was released longest ago goes first, of one row its last page.
-    """
-
-    def __init__(self, pages: int):
-        self._free = list(range(pages - 1, 0, -1))
-        self._holders = [0] * pages
-        self._pages: dict[bytes, int] = {}
-        self._names: dict[int, bytes] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()  # named, without a holder
-
-    def find(self, name: bytes) -> int | None:
-        """Returns the page of a name; None if there is none."""
-        return self._pages.get(name)
-
-    def can_hold(self, shared: Sequence[int], n_new: int) -> bool:
-        """Returns whether a row can hold the pages `shared` and `n_new` pages of its own."""
-        kept = len(self._kept) - sum(page in self._kept for page in shared)
-        return n_new <= len(self._free) + kept
-
-    def hold(self, page: int) -> None:
-        """Adds a holder to a named page."""
-        self._kept.pop(page, None)
-        self._holders[page] += 1
-
-    def take(self) -> int:
-        """Returns a page that nobody else holds."""
-        if not self._free:
-            page, _ = self._kept.popitem(last=False)
-            del self._pages[self._names.pop(page)]
-            self._free.append(page)
-        page = self._free.pop()
-        self._holders[page] = 1
-        return page
-
-    def name(self, page: int, name: bytes) -> None:
-        """Names a complete page, unless another page has the name."""
-        if name not in self._pages:
-            self._pages[name], self._names[page] = page, name
-
-    def release(self, page: int) -> None:
-        """Removes a holder; without another one the page is kept if it has a name, else free."""
-        self._holders[page] -= 1
-        if self._holders[page]:
-            return
-        if page in self._names:
-            self._kept[page] = None
-        else:
-            self._free.append(page)
 
 
 class _Place(NamedTuple):
@@ -123,7 +29,7 @@ class _Place(NamedTuple):
 class PagedRows:
     """Assigns rows and pages. The interface is that of `slots.RowSlots`."""
 
-    def __init__(self, batch: "DeviceBatch", rows: Sequence[Row], context: int):
+    def __init__(self, batch: DeviceBatch, rows: Sequence[Row], context: int):
         assert batch.pages is not None
         self._batch, self._rows, self.prefill_slots = batch, rows, cache_sizes(context)
         self._pools = [Pool(batch.pages) for _ in range(batch.copies)]

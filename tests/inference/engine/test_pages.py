@@ -7,9 +7,10 @@ import pytest
 from engine_requests import CONFIG, DRAWN, Response, random_prompt, submit, tokens_alone
 
 from llama_jax.errors import InputError
-from llama_jax.inference.engine import pages
+from llama_jax.inference.engine import page_pool
 from llama_jax.inference.engine.engine import Engine
-from llama_jax.inference.engine.pages import Pool, pages_needed, pool_pages
+from llama_jax.inference.engine.page_pool import Pool, pool_pages
+from llama_jax.inference.engine.pages import pages_needed
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.cache import PAGE
@@ -117,7 +118,7 @@ def test_cancelled_requests_release_their_pages(engine, model):
     assert sum(pool_of(engine)._holders) == 0
 
 
-def test_a_pool_keeps_named_pages_until_it_needs_them():
+def test_a_pool_retains_named_pages_until_it_needs_them():
     pool = Pool(4)
     held = [pool.take() for _ in range(3)]
     assert sorted(held) == [1, 2, 3]
@@ -128,7 +129,7 @@ def test_a_pool_keeps_named_pages_until_it_needs_them():
     assert not pool.can_hold([], 1)
     for page in reversed(held):
         pool.release(page)
-    # One page is free, b is kept, and a is still held once.
+    # One page is free, b stays, and a is still held once.
     assert pool.can_hold([held[0]], 2)
     assert not pool.can_hold([held[0]], 3)
     assert pool.can_hold([held[1]], 1)
@@ -156,8 +157,8 @@ def test_a_pool_keeps_named_pages_until_it_needs_them():
 def test_pages_are_the_default_where_a_kernel_reads_them(
     monkeypatch, platform, attention, cache_tokens, expected
 ):
-    monkeypatch.setattr(pages, "platform", lambda: platform)
-    monkeypatch.setattr(pages, "unsupported_reason", lambda head_dim: None)
+    monkeypatch.setattr(page_pool, "platform", lambda: platform)
+    monkeypatch.setattr(page_pool, "unsupported_reason", lambda head_dim: None)
     assert pool_pages(replace(CONFIG, attention=attention), 4, 700, cache_tokens) == expected
 
 

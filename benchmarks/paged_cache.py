@@ -1,0 +1,73 @@
+"""Compares decode steps over a KV cache in pages with steps over slots, in alternating pairs.
+
+    python benchmarks/paged_cache.py models/smollm2-135m --slots 512
+
+Prints the median time of a step in each layout, and of the ratios of the pairs. Where attention has
+a kernel (TPU) it reads the pages; elsewhere XLA copies the pages of all rows before it reads them.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config.model import ModelConfig
+from llama_jax.inference.generate import extend_cache
+from llama_jax.inference.load import load
+from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
+from llama_jax.parallel.mesh import shard_array
+
+
+def main() -> None:
+    """Measures the batches and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", help="model folder or run folder")
+    parser.add_argument("--slots", type=int, default=512, help="of each row (512)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="rows (1 8)")
+    parser.add_argument("--pairs", type=int, default=10, help="of steps, alternating (10)")
+    args = parser.parse_args()
+    config, model = load(args.folder)
+    for batch in args.batch:
+        caches = [make(config, batch, args.slots) for make in (init_slots, init_pages)]
+        step = jax.jit(partial(extend_cache, config), donate_argnums=1)
+        tokens_B1 = shard_array(np.ones((batch, 1), np.int32), "BT")
+        lengths_B = shard_array(np.ones(batch, np.int32), "B")
+        seconds: list[list[float]] = [[], []]
+        for _ in range(args.pairs + 1):
+            for layout, cache in enumerate(caches):
+                start = time.perf_counter()
+                caches[layout], logits_BV = step(model, cache, tokens_B1, lengths_B)
+                jax.block_until_ready(logits_BV)
+                seconds[layout].append(time.perf_counter() - start)
+        slots, pages = (times[1:] for times in seconds)  # the first step compiles
+        ratio = statistics.median(p / s for s, p in zip(slots, pages, strict=True))
+        print(
+            f"batch {batch}, {args.slots} slots, {config.dtype}: slots"
+            f" {statistics.median(slots) * 1e3:.2f} ms, pages {statistics.median(pages) * 1e3:.2f}"
+            f" ms, pages/slots {ratio:.2f}",
+            flush=True,
+        )
+
+
+def init_slots(config: ModelConfig, batch: int, slots: int) -> KVCache:
+    """Returns a cache whose rows own their slots, half of them in use."""
+    cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, batch, slots)
+    return cache._replace(used_B=jnp.full_like(cache.used_B, slots // 2))
+
+
+def init_pages(config: ModelConfig, batch: int, slots: int) -> KVCache:
+    """Returns a cache in pages, half of whose slots are in use."""
+    row_pages = slots // PAGE
+    sizes = batch, 1 + batch * row_pages, row_pages
+    cache = jax.jit(init_paged_cache, static_argnums=(0, 1, 2, 3))(config, *sizes)
+    pages_BP = np.arange(1, 1 + batch * row_pages, dtype=np.int32).reshape(batch, row_pages)
+    used_B = jnp.full_like(cache.used_B, slots // 2)
+    return cache._replace(used_B=used_B, pages_BP=shard_array(pages_BP, "BS"))
+
+
+if __name__ == "__main__":
+    main()
