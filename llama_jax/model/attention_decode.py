@@ -98,24 +98,29 @@ def _kernel(position_B, q_ref, k_ref, v_ref, *refs, size: int, S: int, is_int8: 
             if S % size:  # the last block ends after the cache, and has anything there
                 slots_s1 = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
                 values_sH = jnp.where(slots_s1 < S, values_sH, jnp.zeros_like(values_sH))
-            scales = [
-                ref if ref is None else ref[0, k : k + 1] for ref in (k_scale_ref, v_scale_ref)
-            ]
-            softmax = (ref.at[k] for ref in (largest_ref, total_ref, sum_ref))
-            add_slots(
-                q_ref[0, k], k_ref[0, k].astype(dtype), values_sH, *scales,
-                position - block * size, *softmax,
-            )  # fmt: skip
+            scales = [x if x is None else x[0, k : k + 1] for x in (k_scale_ref, v_scale_ref)]
+            softmax = [x.at[k] for x in (largest_ref, total_ref, sum_ref)]
+            keys_sH = k_ref[0, k].astype(dtype)
+            add_slots(q_ref[0, k], keys_sH, values_sH, scales, position - block * size, softmax)
 
     @pl.when(block == pl.num_programs(1) - 1)
     def _():
         out_ref[0] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
 
 
-def add_slots(
-    q_GH, keys_sH, values_sH, k_scale_1s, v_scale_1s, position, largest_ref, total_ref, sum_ref
-) -> None:
-    """Adds slots to the softmax of the queries of a key/value head, up to slot `position`."""
+def add_slots(q_GH, keys_sH, values_sH, scales, position, softmax) -> None:
+    """Adds slots to the attention of the queries of a key/value head.
+
+    Args:
+        q_GH: queries.
+        keys_sH: keys of the slots.
+        values_sH: values of the slots, in the dtype of the queries as the keys.
+        scales: those of keys and of values, [1, s] each; None: there are none.
+        position: the last slot that the queries attend to.
+        softmax: references to the largest score [G, 1] so far, the sum of weights [G, 1], and the
+            weighted sum of values [G, H].
+    """
+    (k_scale_1s, v_scale_1s), (largest_ref, total_ref, sum_ref) = scales, softmax
     attended_Gs = jax.lax.broadcasted_iota(jnp.int32, (len(q_GH), len(keys_sH)), 1) <= position
     scores = jax.lax.dot_general(
         q_GH, keys_sH, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32

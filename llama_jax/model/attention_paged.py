@@ -127,10 +127,9 @@ def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
                 jnp.concatenate([x[buffer, j, k : k + 1] for j in range(n)], axis=1)
                 for x in buffers[2:]
             ] or [None, None]
-            softmax = (ref.at[k] for ref in (largest_ref, total_ref, sum_ref))
-            add_slots(
-                q_ref[0, k], keys_sH, values_sH, *scales, position - block * n * PAGE, *softmax
-            )
+            softmax = [x.at[k] for x in (largest_ref, total_ref, sum_ref)]
+            last = position - block * n * PAGE
+            add_slots(q_ref[0, k], keys_sH, values_sH, scales, last, softmax)
         buffer_ref[0] = 1 - buffer
         return carry
 

@@ -7,7 +7,6 @@ other shapes, could differ by their roundings.
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,15 +14,8 @@ from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.page_pool import Pool
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import cache_sizes
-from llama_jax.inference.engine.rows import Row
+from llama_jax.inference.engine.rows import Place, Row
 from llama_jax.model.cache import PAGE
-
-
-class _Place(NamedTuple):
-    """A free row, and the pages that it shares, with their names."""
-
-    row: Row
-    shared: list[tuple[bytes, int]]
 
 
 class PagedRows:
@@ -34,11 +26,11 @@ class PagedRows:
         self._batch, self._rows, self.prefill_slots = batch, rows, cache_sizes(context)
         self._pools = [Pool(batch.pages) for _ in range(batch.copies)]
 
-    def find(self, prompt: Sequence[int], request: Request) -> _Place | None:
+    def find(self, prompt: Sequence[int], request: Request) -> Place | None:
         """Returns a free row whose copy has the pages for a request; None while there is none."""
         size = len(self._rows) // len(self._pools)
         n_pages = pages_needed(request)
-        best: tuple[tuple[int, int], _Place] | None = None
+        best: tuple[tuple[int, int], Place] | None = None
         for number, pool in enumerate(self._pools):
             free = [r for r in self._rows[number * size : (number + 1) * size] if r.ticket is None]
             shared = list(_find_prefix(pool, prompt))
@@ -47,10 +39,10 @@ class PagedRows:
                 oldest = min(free, key=lambda row: row.assigned_at)
                 preference = len(shared), len(free)
                 if best is None or preference > best[0]:
-                    best = preference, _Place(oldest, shared)
+                    best = preference, Place(oldest, oldest, len(shared) * PAGE, shared)
         return best and best[1]
 
-    def assign(self, place: _Place, request: Request) -> int:
+    def assign(self, place: Place, request: Request) -> int:
         """Gives a row, which has its request, its pages; returns the tokens of shared ones."""
         row, pool = place.row, self._pool(place.row)
         for _, page in place.shared:

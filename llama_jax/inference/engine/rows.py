@@ -25,6 +25,22 @@ class Row:
         return self.ticket.request.constraint if self.ready and self.ticket else None
 
 
+class Place(NamedTuple):
+    """A free row for a request, and where it finds the beginning of the request's prompt.
+
+    Attributes:
+        row: the free row.
+        source: the row with the longest common prefix; `row` itself if no slots are copied.
+        common: tokens of that prefix.
+        shared: pages that the row shares, with their names.
+    """
+
+    row: Row
+    source: Row
+    common: int
+    shared: Sequence[tuple[bytes, int]] = ()
+
+
 class Chunk(NamedTuple):
     """A part of a row's prompt that one dispatch prefills.
 
@@ -57,7 +73,8 @@ def next_chunks(
     Returns:
         The chunks, the tokens of their program, and the slots to which it attends; None: all.
     """
-    program, chunks = (0, None), dict[int, Chunk]()
+    program: tuple[int, int | None] = 0, None
+    chunks = dict[int, Chunk]()
     numbers = [i for i, row in enumerate(rows) if row.ticket is not None and not row.ready]
     for number in sorted(numbers, key=lambda i: rows[i].assigned_at):
         ticket, used = rows[number].ticket, len(rows[number].tokens)
@@ -68,4 +85,5 @@ def next_chunks(
         if own == program:
             chunk = Chunk(number, rest[:size], rest[1 : size + 1], used)
             chunks.setdefault(number * copies // len(rows), chunk)
-    return [*chunks.values()], *program
+    size, slots = program
+    return [*chunks.values()], size, slots

@@ -1,21 +1,12 @@
 """Rows that own their slots: which row a prompt gets, and how many slots the rows have."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import CHUNK_SIZES, cache_sizes
-from llama_jax.inference.engine.rows import Row
+from llama_jax.inference.engine.rows import Place, Row
 from llama_jax.inference.prefix_trees import common_prefix_length
-
-
-class _Place(NamedTuple):
-    """A free row, and the row whose first `common` tokens the prompt has."""
-
-    row: Row
-    source: Row
-    common: int
 
 
 class RowSlots:
@@ -30,7 +21,7 @@ class RowSlots:
     def __init__(self, batch: DeviceBatch, rows: Sequence[Row], context: int):
         self._batch, self._rows, self._sizes = batch, rows, cache_sizes(context)
 
-    def find(self, prompt: Sequence[int], request: Request) -> _Place | None:
+    def find(self, prompt: Sequence[int], request: Request) -> Place | None:
         """Returns a free row for a request; None while there is none.
 
         Args:
@@ -39,11 +30,11 @@ class RowSlots:
         """
         if all(row.ticket is not None for row in self._rows):
             return None
-        return _Place(*choose_row(self._rows, prompt, self._batch.copies))
+        return Place(*choose_row(self._rows, prompt, self._batch.copies))
 
-    def assign(self, place: _Place, request: Request) -> int:
+    def assign(self, place: Place, request: Request) -> int:
         """Gives a row, which has its request, the common prefix; returns the prefix's tokens."""
-        row, source, common = place
+        row, source, common, _ = place
         if source is not row:
             self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
         row.tokens = list(request.prompt[:common])

@@ -7,7 +7,7 @@ from program_folder import program_folder
 
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.requests import Request
-from llama_jax.inference.engine.slots import cache_sizes
+from llama_jax.inference.engine.row_programs import cache_sizes
 from llama_jax.inference.engine.warm_up import n_programs
 from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
@@ -38,7 +38,7 @@ def test_the_second_start_reads_its_programs_and_generates_the_same_tokens(tmp_p
         with program_folder(tmp_path):
             for _ in range(2):
                 with stored_programs("test"):
-                    assert n_programs(1000) == 4
+                    assert n_programs(1000, paged=False) == 4
                     engine = Engine(
                         CONFIG, model, rows=2, context=1000,
                         progress=lambda *args: reported.append(args),
