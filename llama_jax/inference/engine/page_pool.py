@@ -23,7 +23,8 @@ def pool_pages(
         context: longest prompt with its continuation [tokens].
         cache_tokens: for which the pools together have room. None: where attention has a kernel
             that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
-            own their slots, because XLA copies the pages of all rows in each step.
+            own their slots, because XLA copies the pages of all rows in each step. So do those of
+            an int8 cache, whose scales XLA rearranges for the kernel: the more pages, the longer.
 
     Raises:
         InputError: the cache has no room for the longest text.
@@ -31,7 +32,8 @@ def pool_pages(
     copies, row_pages = batch_shards(), -(-context // PAGE)
     if cache_tokens is None:
         has_kernel = config.attention != "xla" and unsupported_reason(config.head_dim) is None
-        return 1 + rows // copies * row_pages if platform() == "tpu" and has_kernel else None
+        is_faster = platform() == "tpu" and has_kernel and config.cache_dtype != "int8"
+        return 1 + rows // copies * row_pages if is_faster else None
     pages = cache_tokens // PAGE // copies
     if pages < row_pages:
         smallest = row_pages * PAGE * copies
