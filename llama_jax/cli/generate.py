@@ -223,9 +223,9 @@ class _TokenTimer:
 
     def report_bandwidth(self, config: "ModelConfig", model: Any, slots: int) -> str:
         """Returns the achieved memory bandwidth, and its share of the measured copy bandwidth."""
-        from llama_jax.inference.bandwidth import copy_bandwidth, step_bytes
+        from llama_jax.inference.bandwidth import step_bytes, stored_copy_bandwidth
 
-        bytes_per_step, limit = step_bytes(config, model, 1, slots), copy_bandwidth()
+        bytes_per_step, limit = step_bytes(config, model, 1, slots), stored_copy_bandwidth()
         achieved = bytes_per_step * self._rate
         return (
             f"memory: a step reads {bytes_per_step / 1e6:,.0f} MB: {achieved / 1e9:.1f} GB/s,"

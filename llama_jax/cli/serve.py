@@ -136,7 +136,7 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
     import jax
 
     from llama_jax.checkpoint import folders
-    from llama_jax.inference.bandwidth import copy_bandwidth
+    from llama_jax.inference.bandwidth import stored_copy_bandwidth
     from llama_jax.inference.engine.device_batch import DeviceBatch, check_rows, follow
     from llama_jax.inference.engine.engine import Engine
     from llama_jax.inference.engine.page_pool import pool_pages
@@ -174,9 +174,10 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
         if hosts.is_host_zero():
             bound = stack.enter_context(server.bind_socket(args.host, args.port))
             allowed = allowed_hosts(args.host, args.allow_host, bound.getsockname()[0])
-            # The bandwidth is measured before the weights fill the memory.
-            settings = settings._replace(hosts=allowed, copy_bandwidth=copy_bandwidth())
+            settings = settings._replace(hosts=allowed)
         stack.enter_context(stored_programs("serve", args.folder, values))
+        if bound:  # before the weights fill the memory
+            settings = settings._replace(copy_bandwidth=stored_copy_bandwidth())
         storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
         with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
             config, model = load(folder, config, args.quantize, pairs=pairs, unmerged=args.unmerged)

@@ -14,6 +14,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import platform
 from llama_jax.runtime.cpu import cpu_cores
+from llama_jax.runtime.program_store import stored_number
 
 _COPY_BYTES = 1 << 28  # far larger than any processor cache
 
@@ -39,6 +40,12 @@ def _bytes(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     local = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
     return local * jax.process_count()
+
+
+def stored_copy_bandwidth() -> float:
+    """Returns `copy_bandwidth`, measured once for all starts where programs are stored."""
+    parts = platform(), cpu_cores(), len(jax.sharding.get_mesh().local_devices)
+    return stored_number("copy_bandwidth", parts, copy_bandwidth)
 
 
 def copy_bandwidth() -> float:

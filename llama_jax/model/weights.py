@@ -7,6 +7,7 @@ has one `Block` per layer, for inference. `transformer.forward` accepts both.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -87,19 +88,24 @@ class UnstackedLlama(NamedTuple):
 
 
 def unstack_layers(model: Llama) -> UnstackedLlama:
-    """Returns the model with one Block per layer, and deletes `model`'s stacked weights.
+    """Returns the model of `decode_layout` with one Block per layer; deletes the stacked weights.
 
     It unstacks and deletes one weight after the other, so that at most the largest is in memory
     twice.
     """
-    stacked, tree = jax.tree.flatten(model.layers)
-    unstacked = []
-    for w_L in stacked:
-        unstacked.append(_split(w_L))
-        jax.block_until_ready(unstacked[-1])
-        w_L.delete()
-    layers = tuple(tree.unflatten(weights) for weights in zip(*unstacked, strict=True))
-    return decode_layout(UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output))
+    unstacked = {}
+    for name in ("attention_norm", "ffn_norm", *MATRIX_DIMS):
+        w_L = getattr(model.layers, name)
+        unstacked[name] = jax.block_until_ready(_split(w_L, MATRIX_DIMS.get(name)))
+        for leaf in jax.tree.leaves(w_L):
+            leaf.delete()
+    layers = []
+    for i in range(len(unstacked["attention_norm"])):
+        layers.append(jax.tree.map(lambda leaf: leaf, model.layers))
+        for name, weights in unstacked.items():
+            setattr(layers[-1], name, weights[i])
+    output = None if model.output is None else _transpose(model.output, "DV")
+    return UnstackedLlama(model.tok_embeddings, tuple(layers), model.norm, output)
 
 
 def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
@@ -113,10 +119,12 @@ def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
 _transpose: Any = stored_jit(static_argnums=1)(transpose_weight)
 
 
-@stored_jit()
-def _split(w_L: jax.Array) -> list[jax.Array]:
-    """Returns the array of each layer."""
-    return [w_L[i] for i in range(len(w_L))]
+@stored_jit(static_argnums=1)
+def _split(w_L: Any, dims: str | None) -> list[Any]:
+    """Returns the weight of each layer, a matrix as `decode_layout` stores it."""
+    n_layers = len(jax.tree.leaves(w_L)[0])
+    layers = [jax.tree.map(itemgetter(i), w_L) for i in range(n_layers)]
+    return [transpose_weight(w, dims) for w in layers] if dims else layers
 
 
 def restore_layout(model: UnstackedLlama) -> UnstackedLlama:

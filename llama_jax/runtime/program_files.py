@@ -43,15 +43,15 @@ class ProgramFiles:
         """Returns the name of the file of a program that `parts` determine."""
         return f"{function}-{_hash(self._environment, function, *parts)}"
 
-    def read_start(self, start: object) -> list[str]:
-        """Returns the names that `write_start` recorded last for an equal start."""
-        data = read_private(self._folder / self.name("start", start))
+    def read_words(self, kind: str, *parts: object) -> list[str]:
+        """Returns the words that `write_words` recorded last for these parts."""
+        data = read_private(self._folder / self.name(kind, *parts))
         return (data or b"").decode(errors="replace").split()
 
-    def write_start(self, start: object, names: Sequence[str]) -> None:
-        """Records the programs that a start has used; does nothing if the disk is full."""
+    def write_words(self, words: Sequence[str], kind: str, *parts: object) -> None:
+        """Records words without spaces; does nothing if the disk is full."""
         with contextlib.suppress(InputError, Fault):
-            _write_private(self._folder / self.name("start", start), "\n".join(names).encode())
+            _write_private(self._folder / self.name(kind, *parts), "\n".join(words).encode())
 
     def read(self, name: str) -> Any:
         """Returns a stored program; None if it is missing, damaged or not for this machine."""

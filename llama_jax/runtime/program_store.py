@@ -148,6 +148,19 @@ def is_storing() -> bool:
     return _store is not None
 
 
+def stored_number(kind: str, parts: object, measure: Callable[[], float]) -> float:
+    """Returns the number that `measure` returned in an earlier `stored_programs` block, or now.
+
+    Args:
+        kind: of the number, in the name of its file.
+        parts: what the number depends on, besides the machine, the versions and this package.
+        measure: called if there is no such block or no number yet.
+    """
+    if _store is None:
+        return measure()
+    return _store.number(kind, parts, measure)
+
+
 def prepare_in_background(prepare: Callable[[], None]) -> None:
     """Calls `prepare` in a thread of the current `stored_programs` block, on the current mesh.
 
@@ -176,7 +189,7 @@ class _Store:
         self._lock = threading.Lock()
         self._used: list[str] = []
         self._is_starting = True
-        self._recorded = files.read_start(start)
+        self._recorded = files.read_words("start", start)
         self._read_early = {name: self.threads.submit(files.read, name) for name in self._recorded}
 
     def end_early_reads(self) -> None:
@@ -187,7 +200,17 @@ class _Store:
         """Ends the threads after their current programs; records what this start has used."""
         self.threads.shutdown(cancel_futures=True)
         if self._used != self._recorded:
-            self._files.write_start(self._start, self._used)
+            self._files.write_words(self._used, "start", self._start)
+
+    def number(self, kind: str, parts: object, measure: Callable[[], float]) -> float:
+        """Returns the stored number, or measures and stores it."""
+        found = self._files.read_words(kind, parts)
+        with contextlib.suppress(ValueError):
+            (word,) = found
+            return float(word)
+        number = measure()
+        self._files.write_words([repr(number)], kind, parts)
+        return number
 
     def find(self, key: Any, lower: Callable[[], Any]) -> Any:
         """Returns a compiled program: of this process, of the folder, or else compiled now."""

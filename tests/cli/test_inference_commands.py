@@ -43,7 +43,7 @@ def test_generate_stats_count_the_bytes_of_the_cache_that_decoding_reads(
 
     monkeypatch.setattr("llama_jax.inference.stream.prefill", prefill)
     monkeypatch.setattr("llama_jax.inference.bandwidth.step_bytes", step_bytes)
-    monkeypatch.setattr("llama_jax.inference.bandwidth.copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr("llama_jax.inference.bandwidth.stored_copy_bandwidth", lambda: 1e9)
     # The prompt is padded to 64 tokens, so 64 slots don't suffice for it and one slot more.
     n_prompt = len(load_tokenizer(model_folder).encode("xyz" * 12, bos=True))
     assert 32 < n_prompt < 54

@@ -68,7 +68,7 @@ def test_serve_keeps_pairs_apart_on_request(capsys, model_folder, lora_run, monk
         raise InputError("the test ends here")
 
     monkeypatch.setattr("llama_jax.inference.engine.engine.Engine", engine)
-    monkeypatch.setattr("llama_jax.inference.bandwidth.copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr("llama_jax.inference.bandwidth.stored_copy_bandwidth", lambda: 1e9)
     for args in ((lora_run,), (lora_run, "--unmerged"), (model_folder, "--lora", lora_run)):
         code, _, err = run(capsys, "serve", *args, "--port", 0)
         assert (code, "the test ends here" in err) == (2, True), err

@@ -11,7 +11,7 @@ from program_folder import program_folder
 
 from llama_jax.runtime import program_files
 from llama_jax.runtime.private_folder import open_private_folder, read_private
-from llama_jax.runtime.program_store import stored_jit, stored_programs
+from llama_jax.runtime.program_store import stored_jit, stored_number, stored_programs
 
 
 @pytest.fixture
@@ -68,6 +68,20 @@ def test_other_sources_versions_or_settings_need_other_programs(folder, monkeypa
     monkeypatch.setattr(program_files, "_environment", lambda: "another version")
     assert traced.start() == 1
     assert len(entries(folder)) == 2
+
+
+def test_a_number_is_measured_at_the_first_start_only(folder):
+    measured = iter(range(1, 9))
+
+    def start(cores: int) -> float:
+        with stored_programs("test"):
+            return stored_number("speed", cores, lambda: next(measured) / 3)
+
+    assert [start(2), start(2), start(4), start(2)] == [1 / 3, 1 / 3, 2 / 3, 1 / 3]
+    for path in folder.glob("speed-*"):
+        path.write_text("fast")
+    assert start(2) == 1
+    assert stored_number("speed", 2, lambda: 9) == 9  # without a block
 
 
 @pytest.mark.parametrize("n_kept", [0, 10, 500, -1])
