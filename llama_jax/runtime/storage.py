@@ -61,7 +61,8 @@ def kvstore_spec(path: AnyPath, *, folder: bool = True) -> dict[str, Any]:
     """Returns TensorStore's specification of a folder (or of one file), local or in a bucket."""
     end = "/" if folder else ""
     if isinstance(path, Path):
-        return {"driver": "file", "path": f"{path.absolute()}{end}"}
+        # Without `..` in the path, which TensorStore refuses.
+        return {"driver": "file", "path": f"{path.resolve()}{end}"}
     return {**bucket_spec(path.scheme, path.bucket), "path": f"{path.key}{end}"}
 
 

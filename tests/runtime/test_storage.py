@@ -74,6 +74,14 @@ def test_many_files_are_written_concurrently(folder, store):
     assert read_many(folder, [*files, "none"]) == files | {"none": None}
 
 
+def test_a_path_through_a_parent_folder_is_written_and_read(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    write_many(Path("../data"), {"a": b"1"})
+    assert read_many(Path("../data"), ["a"]) == {"a": b"1"}
+    assert (tmp_path / "data" / "a").read_bytes() == b"1"
+
+
 def test_a_file_that_cannot_be_written_is_named_and_the_others_are_written(tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError, match=re.escape(str(tmp_path / "a" / "b"))):
