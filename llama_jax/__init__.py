@@ -8,7 +8,7 @@ The names that a notebook needs, under `import llama_jax as lj`:
   of your own)
 - `FAMILY`, `Config`, `Tokenizer`
 
-Import all other names from their modules. docs/notebook.py is an example.
+Import all other names from their modules. docs/notebook.ipynb is an example.
 """
 
 import importlib

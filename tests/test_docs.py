@@ -28,7 +28,9 @@ from llama_jax.plan.training_program import CompiledTrainStep
 from llama_jax.serving import server
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+# These pages consist of directives of Sphinx; .ci/run builds them.
+OF_THE_SITE = {"api.md", "changelog.md", "commands.md", "index.md"}
+PAGES = [p for p in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))] if p.name not in OF_THE_SITE]
 LANGUAGES = {"", "python", "yaml", "text", "dockerfile", "nginx"}
 
 # Arguments that make a command small enough for a test; otherwise it runs as on the page. All runs
