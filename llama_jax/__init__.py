@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llama_jax.training.start import initial_state
     from llama_jax.training.step import train_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FAMILY", "Batch", "Config", "Sampling", "Tokenizer", "complete", "convert_checkpoint",

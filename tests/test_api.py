@@ -114,6 +114,13 @@ def test_without_a_mesh_load_shards_over_all_devices_and_sets_no_mesh(world):
     np.testing.assert_array_equal(w1_DF, names["model"].layers[0].w1[...])
 
 
+def test_changelog_and_citation_name_the_version():
+    changelog, citation = ((ROOT / n).read_text() for n in ("CHANGELOG.md", "CITATION.cff"))
+    version, date = re.findall(r"^## (\S+) \((.+)\)$", changelog, re.M)[0]
+    assert version == lj.__version__
+    assert f"version: {version}\ndate-released: {date}\n" in citation
+
+
 def test_lazy_imports_and_type_checker_imports_agree():
     imports = {}
     for node in ast.walk(ast.parse((ROOT / "llama_jax" / "__init__.py").read_text())):

@@ -33,6 +33,7 @@ NOT_RUN = {
     "scontrol": "needs SLURM",
     "sh": "runs the script that curl would fetch",
     "srun": "needs SLURM; the stub runs the command in its arguments",
+    "sphinx-build": "builds the site, as .ci/run does",
     "sudo": "needs root",
     "tar": "unpacks the archive that git would create",
     "uv": "installs on a host of a pod",
