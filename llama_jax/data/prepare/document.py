@@ -27,20 +27,11 @@ class Document(NamedTuple):
     metadata: dict[str, str]
 
 
-def write_documents(path: AnyPath, documents: Iterable[Document]) -> None:
-    """Writes documents as JSON lines with `id`, `text`, `metadata`; the file appears complete.
-
-    Equal documents give equal bytes.
-
-    Raises:
-        Fault: the system can't write it.
-    """
-    with replace_any_file(path) as partial:
-        write_lines(partial, documents)
-
-
 def write_lines(path: Path, documents: Iterable[Document]) -> None:
-    """Writes documents as `write_documents` does, into a local file that grows meanwhile."""
+    """Writes documents as JSON lines with `id`, `text`, `metadata`, into a local file.
+
+    The file grows meanwhile. Equal documents give equal bytes.
+    """
     with zstd.open(path, "wb") as file:
         file.write(b"")  # without documents the file has a frame, too
         for document in documents:
@@ -67,7 +58,7 @@ def replace_any_file(path: AnyPath) -> Iterator[Path]:
 
 
 def read_documents(path: AnyPath) -> Iterator[Document]:
-    """Yields the documents of a file that `write_documents` wrote.
+    """Yields the documents of a file that `write_lines` wrote.
 
     Raises:
         InputError: the file can't be read, or has other content.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.data.prepare import near_duplicates as near_duplicates_module
-from llama_jax.data.prepare.document import Document, write_documents
+from llama_jax.data.prepare.document import Document, write_lines
 from llama_jax.data.prepare.minhash import overlap
 from llama_jax.data.prepare.near_duplicates import (
     NearDuplicates,
@@ -54,7 +54,7 @@ def find_duplicates(folder, texts, n_files, step=STEP, *, backwards=False):
     bounds = np.linspace(0, len(texts), n_files + 1).astype(int)
     files = [folder / f"part-{i:05d}.jsonl.zst" for i in range(n_files)]
     for file, (start, end) in zip(files, itertools.pairwise(bounds), strict=True):
-        write_documents(file, [Document(f"{i}", texts[i], {}) for i in range(start, end)])
+        write_lines(file, [Document(f"{i}", texts[i], {}) for i in range(start, end)])
     for tasks in near_duplicate_stages(step, files, folder / "work"):
         for task in reversed(tasks) if backwards else tasks:
             pickle.loads(pickle.dumps(task)).run()

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from llama_jax.data.prepare.document import Document, read_documents, write_documents
+from llama_jax.data.prepare.document import Document, read_documents, write_lines
 from llama_jax.data.prepare.grouping import exact_duplicates, find_later_occurrences, hash_texts
 from llama_jax.data.prepare.rules import Funnel, Rule, apply_rules
 from llama_jax.errors import InputError
@@ -42,10 +42,10 @@ def test_funnels_of_parts_add_up_to_the_funnel_of_all():
 def test_documents_read_back_equal_and_equal_documents_give_equal_bytes(tmp_path):
     documents = [*DOCUMENTS, Document("d", "ä 漢\n\u2028line", {})]
     for name in ("one.jsonl.zst", "two.jsonl.zst"):
-        write_documents(tmp_path / name, iter(documents))
+        write_lines(tmp_path / name, iter(documents))
     assert [*read_documents(tmp_path / "one.jsonl.zst")] == documents
     assert (tmp_path / "one.jsonl.zst").read_bytes() == (tmp_path / "two.jsonl.zst").read_bytes()
-    write_documents(tmp_path / "half.jsonl.zst", [Document("e", "a\ud800b", {})])
+    write_lines(tmp_path / "half.jsonl.zst", [Document("e", "a\ud800b", {})])
     assert next(read_documents(tmp_path / "half.jsonl.zst")).text == "a?b"
     (tmp_path / "other.jsonl").write_text('{"text": "no id"}\n')
     with pytest.raises(
