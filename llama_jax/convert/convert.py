@@ -214,7 +214,6 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
         for (shard, name, _), tensor, array in zip(specs, stored, read, strict=True)
     ]
     ours = source.layout.to_ours(config, weight, read)
-    del read  # the memory budget counts three copies
     pair = pair_of(source.pairs, weight)
     if source.pairs and pair:
         ours = merge_pair(ours, pair, source.pairs.lora.scale)
@@ -231,15 +230,25 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     arrays = plan.layout.from_ours(config, weight, ours)
     specs = plan.layout.tensor_specs(config, weight)
     tensors = [(shard, name, a) for (shard, name, _), a in zip(specs, arrays, strict=True)]
-    written_records = [receipt.tensor_record(name, shard, array) for shard, name, array in tensors]
+    # Two formats that transpose alike have most tensors in common: those are hashed once.
+    hashes = {_span(array): r["sha256"] for array, r in zip(read, source_records, strict=True)}
+    written_records = [
+        receipt.tensor_record(name, shard, array, digest=hashes.get(_span(array)))
+        for shard, name, array in tensors
+    ]
     record = {"weight": str(weight), "source": source_records, "written": written_records}
     record |= {"pair": receipt.pair_records(weight, pair)} if pair else {}
     return ConvertedWeight(tensors, record, note)
 
 
+def _span(array: np.ndarray) -> tuple[object, ...]:
+    """Returns where an array is in memory: arrays that exist at one time and share it are equal."""
+    return array.ctypes.data, array.shape, array.strides, array.dtype
+
+
 def _is_finite(array: np.ndarray) -> bool:
     """Returns whether no element is NaN or infinity: whether no exponent has all its bits set."""
-    flat = array.reshape(-1)
+    flat = array.ravel(order="K")  # no copy of a transposed matrix
     bits = flat.view(np.dtype(f"u{array.dtype.itemsize}"))
     exponent = np.array(np.inf, array.dtype).view(bits.dtype)
     chunk = 1 << 20  # elements at a time, for temporary arrays that fit a cache

@@ -38,7 +38,9 @@ def tensor_hash(array: np.ndarray) -> str:
     return hash_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
+def tensor_record(
+    name: str, shard: int, array: np.ndarray, exact: bool = True, digest: str | None = None
+) -> dict[str, Any]:
     """Returns the record of a tensor: its name, shape, type, shard and hash.
 
     Args:
@@ -46,10 +48,11 @@ def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) 
         shard: the index of its file.
         array: its numbers.
         exact: whether they are stored in the file; False if computed from quantized blocks.
+        digest: its hash, if it is known.
     """
     record: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
     record |= ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
-    return record | {"sha256": tensor_hash(array)}
+    return record | {"sha256": digest or tensor_hash(array)}
 
 
 def rotary_order(layout: Layout) -> str:
