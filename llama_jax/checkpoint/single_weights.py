@@ -85,7 +85,8 @@ class WeightsWriter:
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
         """Writes a weight, or its slice for `layer`."""
         store = self._stores[name]
-        writing = (store if layer is None else store[layer]).write(array)
+        target = store if layer is None else store[layer]
+        writing = target.write(array, can_reference_source_data_indefinitely=True)
         values = array if layer is None else array[None]
         origin = [layer or 0, *[0] * (values.ndim - 1)]
         self.sums[name] += stored_sum(store, [(origin, values)])

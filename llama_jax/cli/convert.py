@@ -17,7 +17,7 @@ tokenizer. PyTorch is not needed, and no code in a checkpoint is executed. Memor
 weight at a time. At the end, the output is read back and converted into the tensors of the source,
 which must be equal bit for bit; receipt.json records the result. The folder appears only when it is
 complete. --verify repeats the proof later; if the source is given as DST, it also hashes the
-source again.
+source again. --verify-later leaves the proof to such a command.
 
 A LoRA run is converted with its low-rank pairs merged into its base: w + α·BA/r, added in float32
 and verified weight by weight. --lora merges the pairs of a LoRA run or of a PEFT folder into SRC.
@@ -74,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="repeat the proof of SRC; DST may name its source"
     )
     parser.add_argument(
+        "--verify-later", action="store_true", help="leave out the proof, for --verify to do"
+    )
+    parser.add_argument(
         "--lora", metavar="PAIRS",
         help="merge these low-rank pairs into the weights: a LoRA run, or a folder of PEFT",
     )  # fmt: skip
@@ -108,16 +111,20 @@ def run(args: argparse.Namespace) -> int:
         mesh=args.mesh and parse_mesh(args.mesh),
         quantize=args.quantize,
         lora=args.lora,
+        verify_later=args.verify_later,
     )
     seconds = time.monotonic() - start
     for note in outcome.notes:
         print(f"warning: {note}", file=sys.stderr)
     print(
         f"{outcome.folder}: {outcome.bytes_written / 1e9:.3f} GB in {seconds:.1f} s"
-        f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s, with the proof), peak memory"
-        f" {outcome.peak / 2**30:.2f} GiB"
+        f" ({outcome.bytes_written / 1e6 / seconds:.0f} MB/s,"
+        f" with{'out' * args.verify_later} the proof), peak memory {outcome.peak / 2**30:.2f} GiB"
     )
-    print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted, outcome.merged)}")
+    if args.verify_later:
+        print(f"not verified yet: llama-jax convert --verify {outcome.folder}")
+    else:
+        print(f"{outcome.folder}: {_proof(outcome.identical, outcome.converted, outcome.merged)}")
     if args.quantize:
         print(f"measure the loss of quality: llama-jax eval {outcome.folder} --perplexity TEXT")
     return 0

@@ -84,6 +84,11 @@ def _describe_receipt(folder: AnyPath) -> str:
                 f"receipt     from {kind} {name}: {identical} weights proven identical,"
                 f" {converted} changed in type"
             ) + (f", {merged} merged with low-rank pairs" if type(merged) is int and merged else "")
+        case {"source": {"kind": str(kind), "name": str(name)}, "verified": None}:
+            return (
+                f"receipt     from {kind} {name}: not verified when it was written:"
+                f" llama-jax convert --verify {folder}"
+            )
     raise InputError(f"{folder / RECEIPT} is damaged: convert the model again")
 
 

@@ -26,6 +26,7 @@ from llama_jax.convert.layout import Weight
 from llama_jax.convert.lora_folder import quantization_note
 from llama_jax.convert.merge import merge_pair, pair_of
 from llama_jax.convert.peft_export import export_peft
+from llama_jax.convert.row_major import row_major
 from llama_jax.convert.sanity_checks import sanity_warnings
 from llama_jax.convert.stream import local_files, map_in_order, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
@@ -45,9 +46,9 @@ class ConversionResult:
     folder: AnyPath
     notes: tuple[str, ...]  # warnings about the checkpoint
     bytes_written: int
-    identical: int  # weights from which the source's bits were restored
-    converted: int  # weights that equal the source's after a change of type (int8 included)
     peak: int  # peak resident memory [bytes]
+    identical: int = 0  # weights from which the source's bits were restored; 0 if not verified yet
+    converted: int = 0  # weights that equal the source's after a change of type (int8 included)
     merged: int = 0  # weights that equal the source's with their low-rank pairs merged
 
 
@@ -64,6 +65,7 @@ def convert(
     mesh: Mapping[str, int] | None = None,
     quantize: Literal["int8"] | None = None,
     lora: str | AnyPath | None = None,
+    verify_later: bool = False,
     progress: bool = True,
 ) -> ConversionResult:
     """Converts the checkpoint at `path` into a new folder and verifies the output.
@@ -74,7 +76,7 @@ def convert(
     >>> done.notes
     ()
 
-    The folder appears once it is complete and verified, or not at all.
+    The folder appears once it is complete and, without `verify_later`, verified; or not at all.
 
     Args:
         path: a checkpoint of any format that `detect.open_source` knows.
@@ -92,6 +94,7 @@ def convert(
             `dtype`; norms stay as they are. For Orbax folders only.
         lora: LoRA run or PEFT folder whose low-rank pairs are merged into the weights, in float32;
             default: none, or those of `path` if it is a LoRA run.
+        verify_later: leaves out the proof, which reads the output back: call `verify` for it.
         progress: whether to show progress bars on standard error.
 
     Raises:
@@ -102,16 +105,16 @@ def convert(
     folder = parse_path(folder)
     check_absent(folder)
     if to == "peft":
-        if dtype or max_ram or model or mesh or quantize or lora or shards != 1:
+        if dtype or max_ram or model or mesh or quantize or lora or shards != 1 or verify_later:
             raise InputError(
                 "--to peft writes the low-rank pairs of SRC as they are: use no other option than"
                 " --tokenizer with it"
             )
         n, size, found = export_peft(parse_path(path), folder, tokenizer)
-        return ConversionResult(folder, tuple(found), size, n, converted=0, peak=peak_resident())
+        return ConversionResult(folder, tuple(found), size, peak_resident(), identical=n)
     source = open_source(parse_path(path), model, None if lora is None else parse_path(lora))
     plan = make_plan(source, to, dtype, quantize, shards, max_ram)
-    extra = collect_tokenizer_files(source, plan.config, to, tokenizer)
+    extra, counts = collect_tokenizer_files(source, plan.config, to, tokenizer), dict[str, int]()
     notes = [*sanity_warnings(plan.config, extra.tokenizer), *extra.notes]
     notes += quantization_note(source.pairs, source.config) if source.pairs else []
     with (
@@ -130,18 +133,18 @@ def convert(
         report = receipt.make_receipt(
             source, plan.layout, plan.config, extra.end_ids, extra.files, records, notes
         )
-        # The hashes in the receipt prove identical weights; others are converted a second time.
-        compared = None if all(receipt.is_identical(record) for record in records) else source
-        output = open_source(partial_folder)
-        counts = verify_output(report, output, compared, plan.memory_budget, progress)
-        report["verified"] = counts
+        report["verified"] = None
+        if not verify_later:
+            # The hashes in the receipt prove identical weights; others are converted once more.
+            compared = None if all(receipt.is_identical(record) for record in records) else source
+            output = open_source(partial_folder)
+            counts = verify_output(report, output, compared, plan.memory_budget, progress)
+            report["verified"] = counts
         files[receipt.FILE] = json.dumps(report, indent=1).encode()
         write_many(partial_folder, {receipt.FILE: files[receipt.FILE]})
         if sums is not None:  # now with the receipt
             write_manifest(partial_folder, manifest_of(plan.config, files, sums))
-    return ConversionResult(
-        folder, tuple(notes), plan.output_bytes(), **counts, peak=peak_resident()
-    )
+    return ConversionResult(folder, tuple(notes), plan.output_bytes(), peak_resident(), **counts)
 
 
 # The stream of weights.
@@ -210,7 +213,7 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     read = [tensor.read() for tensor in stored]
     specs = source.layout.tensor_specs(config, weight)
     source_records = [
-        receipt.tensor_record(name, shard, array, tensor.exact)
+        receipt.hashed_record(name, shard, array, tensor.exact)
         for (shard, name, _), tensor, array in zip(specs, stored, read, strict=True)
     ]
     ours = source.layout.to_ours(config, weight, read)
@@ -229,21 +232,20 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
             note = f"{weight} contains numbers too large for {dtype.name}: they became infinite"
     arrays = plan.layout.from_ours(config, weight, ours)
     specs = plan.layout.tensor_specs(config, weight)
-    tensors = [(shard, name, a) for (shard, name, _), a in zip(specs, arrays, strict=True)]
-    # Two formats that transpose alike have most tensors in common: those are hashed once.
-    hashes = {_span(array): r["sha256"] for array, r in zip(read, source_records, strict=True)}
-    written_records = [
-        receipt.tensor_record(name, shard, array, digest=hashes.get(_span(array)))
-        for shard, name, array in tensors
+    tensors = [
+        (shard, name, row_major(array))
+        for (shard, name, _), array in zip(specs, arrays, strict=True)
     ]
-    record = {"weight": str(weight), "source": source_records, "written": written_records}
+    record = {
+        "weight": str(weight),
+        "source": source_records,
+        "written": [receipt.tensor_record(name, shard, array) for shard, name, array in tensors],
+    }
     record |= {"pair": receipt.pair_records(weight, pair)} if pair else {}
+    if not receipt.is_identical(record):  # else the hashes of the source prove the output
+        for tensor, (_, _, array) in zip(record["written"], tensors, strict=True):
+            tensor["sha256"] = receipt.tensor_hash(array)
     return ConvertedWeight(tensors, record, note)
-
-
-def _span(array: np.ndarray) -> tuple[object, ...]:
-    """Returns where an array is in memory: arrays that exist at one time and share it are equal."""
-    return array.ctypes.data, array.shape, array.strides, array.dtype
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -1,6 +1,10 @@
-"""The receipt of a conversion: names, shapes, types and hashes of each tensor on both sides."""
+"""The receipt of a conversion: names, shapes, types and hashes of the tensors on both sides.
+
+The written tensors of an identical weight have no hash: those of the source prove it.
+"""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +13,7 @@ import numpy as np
 from llama_jax import __version__
 from llama_jax.config.model import ModelConfig
 from llama_jax.convert.layout import Layout, Weight
+from llama_jax.convert.row_major import row_major_blocks
 from llama_jax.convert.source import Source, read_json
 from llama_jax.errors import InputError
 from llama_jax.runtime.manifest import hash_bytes
@@ -35,24 +40,28 @@ def read_receipt(folder: AnyPath) -> dict[str, Any]:
 
 def tensor_hash(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in row-major order, in hexadecimal."""
-    return hash_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    digest = hashlib.sha256()
+    for block in row_major_blocks(array):
+        digest.update(block.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
-def tensor_record(
-    name: str, shard: int, array: np.ndarray, exact: bool = True, digest: str | None = None
-) -> dict[str, Any]:
-    """Returns the record of a tensor: its name, shape, type, shard and hash.
+def tensor_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
+    """Returns the record of a tensor: its name, shape, type and shard.
 
     Args:
         name: its name in the file.
         shard: the index of its file.
         array: its numbers.
         exact: whether they are stored in the file; False if computed from quantized blocks.
-        digest: its hash, if it is known.
     """
     record: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
-    record |= ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
-    return record | {"sha256": digest or tensor_hash(array)}
+    return record | ({"shard": shard} if shard else {}) | ({} if exact else {"quantized": True})
+
+
+def hashed_record(name: str, shard: int, array: np.ndarray, exact: bool = True) -> dict[str, Any]:
+    """Returns `tensor_record` with the tensor's hash."""
+    return tensor_record(name, shard, array, exact) | {"sha256": tensor_hash(array)}
 
 
 def rotary_order(layout: Layout) -> str:
@@ -96,7 +105,7 @@ def make_receipt(
         config: configuration of the output.
         end_ids: tokens that end a text.
         files: the small files of the output by name.
-        weights: for each weight its name and the `tensor_record`s of source and output.
+        weights: for each weight its name and the records of its tensors in source and output.
         notes: warnings.
     """
     return {
@@ -141,7 +150,7 @@ def pairs_record(pairs: "StoredPairs") -> dict[str, Any]:
 
 def pair_records(weight: Weight, pair: "Pair") -> list[dict[str, Any]]:
     """Returns the records of a weight's low-rank pair, in our axes."""
-    return [tensor_record(f"{weight}.{side}", 0, getattr(pair, side)) for side in ("a", "b")]
+    return [hashed_record(f"{weight}.{side}", 0, getattr(pair, side)) for side in ("a", "b")]
 
 
 def check_restores_source(

@@ -24,7 +24,6 @@ from llama_jax.runtime.process_memory import check_memory
 from llama_jax.runtime.storage import AnyPath, read_file
 
 _COPIES = 3  # copies of a weight in memory at once: as read, in our layout, as restored
-_STRINGS = ("name", "dtype", "sha256")  # fields of a tensor's record
 
 
 def verify(
@@ -153,7 +152,9 @@ def _is_complete(
             read, written = (records[str(weight)][side] for side in ("source", "written"))
             shapes = [shape for _, _, shape in layout.tensor_specs(output.config, weight)]
             pair = records[str(weight)].get("pair", [])
-            valid = [isinstance(t[field], str) for t in read + written + pair for field in _STRINGS]
+            hashed = read + pair + ([] if receipt.is_identical(records[str(weight)]) else written)
+            valid = [isinstance(t["sha256"], str) for t in hashed]
+            valid += [isinstance(t[key], str) for t in read + written for key in ("name", "dtype")]
             if [tuple(tensor["shape"]) for tensor in read] != shapes or not all(valid):
                 return False
             if len(written) != len(output.stored_tensors(weight)):

@@ -10,8 +10,11 @@ from sample_checkpoints import convert_to, read_tensors
 from tensor_files import write_tensors
 
 from llama_jax.checkpoint.folders import read_model_config
+from llama_jax.cli.describe_folder import describe
+from llama_jax.convert.convert import convert
 from llama_jax.convert.verify import verify
 from llama_jax.errors import InputError
+from llama_jax.runtime.damage import Damaged
 
 
 def changed(source: Path, folder: Path) -> Path:
@@ -37,6 +40,20 @@ def test_the_receipt_lists_each_tensor_and_the_verification(shared_data, tmp_pat
         ("layers.1.attention.wq.weight", i, [32, 64], "bfloat16") for i in (0, 1)
     ]
     assert wq["written"][0]["shape"] == [64, 8, 8]
+
+
+def test_an_unverified_folder_says_so_and_is_verified_later(shared_data, tmp_path):
+    source = shared_data / "stories260K/meta"
+    done = convert(source, tmp_path / "m", verify_later=True, progress=False)
+    assert (done.identical, done.converted) == (0, 0)
+    assert "llama-jax convert --verify" in "".join(describe(done.folder))
+    assert verify(done.folder, progress=False) == {"identical": 47, "converted": 0}
+    path = done.folder / "weights/model/layers.w1/c/1/0/0"
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(Damaged):
+        verify(done.folder, progress=False)
 
 
 def test_verify_needs_no_source_but_hashes_it_if_given(shared_data, tmp_path):
