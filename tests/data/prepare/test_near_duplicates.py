@@ -53,6 +53,7 @@ def find_duplicates(folder, texts, n_files, step=STEP, *, backwards=False):
     """Returns the numbers of the duplicates."""
     bounds = np.linspace(0, len(texts), n_files + 1).astype(int)
     files = [folder / f"part-{i:05d}.jsonl.zst" for i in range(n_files)]
+    folder.mkdir(exist_ok=True)
     for file, (start, end) in zip(files, itertools.pairwise(bounds), strict=True):
         write_lines(file, [Document(f"{i}", texts[i], {}) for i in range(start, end)])
     for tasks in near_duplicate_stages(step, files, folder / "work"):
