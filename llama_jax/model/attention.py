@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import InputError
 from llama_jax.model import attention_decode, attention_paged, attention_splash, attention_xla
-from llama_jax.model.cache import LayerCache, gather_pages
+from llama_jax.model.cache import LayerCache, gather_pages, write_cache
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import gather_sequence
 from llama_jax.parallel.mesh import context_shards, platform
@@ -122,9 +122,9 @@ def cached_attention(
     number. The caller divides q by √H.
 
     Args:
-        kernel: as in `attention`. On a TPU, one query per row uses `attention_decode`, or with
-            pages `attention_paged`, unless this is 'xla' or the kernel doesn't support the shape;
-            all else uses 'xla', which copies the rows' pages.
+        kernel: as in `attention`. On a TPU, one query per row of slots uses `attention_decode`
+            unless this is 'xla' or the kernel doesn't support the shape; all else uses 'xla', which
+            copies the rows' pages.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
@@ -133,8 +133,8 @@ def cached_attention(
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
     if T == 1 and platform() == "tpu":
-        if kernel != "xla" and attention_decode.unsupported_reason(H) is None:
-            return _decode_attention(q_BTKGH, cache, positions_BT, pages_BP)
+        if pages_BP is None and kernel != "xla" and attention_decode.unsupported_reason(H) is None:
+            return _decode_attention(q_BTKGH, cache, positions_BT)
         if N == K:
             # XLA computes a product with one query on the vector unit, with eight on the matrix
             # unit.
@@ -146,24 +146,55 @@ def cached_attention(
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))
 
 
-def _decode_attention(
-    q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array, pages_BP: jax.Array | None
-) -> jax.Array:
+def update_and_attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    cache: LayerCache,
+    positions_BT: jax.Array,
+    kernel: str = "auto",
+    pages_BP: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache]:
+    """Returns `cached_attention` and the cache after `write_cache` of the tokens' keys and values.
+
+    On a TPU, `attention_paged` does both for one token per row of pages, unless `kernel` is 'xla'
+    or the kernel doesn't support the shape.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
+    supported = kernel != "xla" and attention_decode.unsupported_reason(H) is None
+    if pages_BP is None or T > 1 or platform() != "tpu" or not supported:
+        cache = write_cache(cache, k_BTKH, v_BTKH, positions_BT[:, 0], pages_BP)
+        return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP), cache
+
+    def local(q_B1NH, k_B1KH, v_B1KH, cache, positions_B1, pages_BP):
+        q_BKGH = q_B1NH.reshape(len(q_B1NH), cache.k_BKSH.shape[1], -1, q_B1NH.shape[-1])
+        out_BKGH, cache = attention_paged.attention(
+            q_BKGH, k_B1KH[:, 0], v_B1KH[:, 0], cache, positions_B1[:, 0], pages_BP
+        )
+        return out_BKGH.reshape(q_B1NH.shape), cache
+
+    operands = q_BTNH, k_BTKH, v_BTKH, cache, positions_BT, pages_BP
+    letters, cache_specs = ("BTNH", "BTKH", "BTKH"), _cache_specs(cache)
+    specs = *map(activation_spec, letters), cache_specs, *map(activation_spec, ("BT", "BS"))
+    mapped = jax.shard_map(
+        local, in_specs=specs, out_specs=(specs[0], cache_specs), check_vma=False
+    )
+    return mapped(*jax.tree.map(jax.reshard, operands, specs))
+
+
+def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
     """Returns the attention output [B, 1, N, H] of one query per row."""
 
-    def local(q_B1KGH, cache, positions_B1, *pages) -> jax.Array:
-        attend = attention_paged.attention if pages else attention_decode.attention
-        out_BKGH = attend(q_B1KGH[:, 0], cache, positions_B1[:, 0], *pages)
+    def local(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
+        out_BKGH = attention_decode.attention(q_B1KGH[:, 0], cache, positions_B1[:, 0])
         return out_BKGH.reshape(len(out_BKGH), 1, -1, out_BKGH.shape[-1])
 
-    operands = q_B1KGH, cache, positions_B1, *(() if pages_BP is None else (pages_BP,))
-    specs = (
-        activation_spec("BTKGH"),
-        jax.tree.map(lambda x: activation_spec("BKSH"[: x.ndim]), cache),
-        activation_spec("BT"),
-        activation_spec("BS"),
-    )[: len(operands)]
+    specs = activation_spec("BTKGH"), _cache_specs(cache), activation_spec("BT")
     mapped = jax.shard_map(
         local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
     )
-    return mapped(*jax.tree.map(jax.reshard, operands, specs))
+    return mapped(q_B1KGH, cache, jax.reshard(positions_B1, specs[2]))
+
+
+def _cache_specs(cache: LayerCache) -> LayerCache:
+    return jax.tree.map(lambda x: activation_spec("BKSH"[: x.ndim]), cache)

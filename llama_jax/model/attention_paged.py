@@ -2,11 +2,15 @@
 
 As in `attention_decode`, keys and values stream once through the matrix unit. The pages of a row
 are anywhere in the pool: each is copied on its own, while the block of pages before is computed.
-The first block of a row is copied during the last block of the row before. On other platforms the
-kernel is interpreted (slow).
+The first block of a row is copied during the last block of the row before.
+
+The kernel also writes the new token into the row's page, in place. So only the kernel accesses the
+pool, and XLA leaves it in the layout of the kernel: from a scatter of its own it would rearrange
+all scales of an int8 cache in each step. On other platforms the kernel is interpreted (slow).
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +18,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax.model.attention_decode import BLOCK_BYTES, add_slots
-from llama_jax.model.cache import PAGE, LayerCache
+from llama_jax.model.cache import PAGE, LayerCache, quantize
 from llama_jax.parallel.mesh import platform
+
+# Entries of the table of pages: a TPU core has 1 MiB of scalar memory (measured: the compiler
+# rejects 281,600 entries on v5e and accepts 230,400), of which positions and spills take some.
+MAX_TABLE = 250_000
 
 
 def attention(
-    q_BKGH: jax.Array, cache: LayerCache, position_B: jax.Array, pages_BP: jax.Array
-) -> jax.Array:
+    q_BKGH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    cache: LayerCache,
+    position_B: jax.Array,
+    pages_BP: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
     """Returns softmax(q·k) v of this device's rows and heads, [B, K, G, H] in q's dtype.
 
     For use in `jax.shard_map`. A query attends to the slots 0 … its position. A row without pages
     gets anything finite.
+
+    Args:
+        q_BKGH: queries.
+        k_BKH: keys of the new tokens.
+        v_BKH: values of the new tokens.
+        cache: the pool.
+        position_B: of the new tokens.
+        pages_BP: of each row; the page of its position belongs to no other row.
+
+    Returns:
+        The attention output, and the pool with the new tokens.
     """
     B, K, G, H = q_BKGH.shape
     pools, P = jax.tree.leaves(cache), pages_BP.shape[1]
@@ -35,21 +59,26 @@ def attention(
     def row(core, i, pages, position_B):
         return core * (B // cores) + i, 0, 0, 0
 
-    return pl.pallas_call(
+    def new_row(core, i, pages, position_B):
+        return row(core, i, pages, position_B)[:3]
+
+    in_hbm = [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)
+    out_BKGH, *pools = pl.pallas_call(
         partial(_kernel, n=n, P=P),
-        out_shape=jax.ShapeDtypeStruct(q_BKGH.shape, q_BKGH.dtype),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BKGH, *pools)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(cores, B // cores),
             in_specs=[
                 pl.BlockSpec((1, K, G, H), row),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * len(pools),
+                *[pl.BlockSpec((1, K, H), new_row)] * 2,
+                *in_hbm,
             ],
-            out_specs=pl.BlockSpec((1, K, G, H), row),
+            out_specs=[pl.BlockSpec((1, K, G, H), row), *in_hbm],
             scratch_shapes=[
                 *(pltpu.VMEM((2, n, *pool.shape[1:]), pool.dtype) for pool in pools),
                 *(pltpu.VMEM((K, G, width), jnp.float32) for width in (1, 1, H)),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((3,)),  # of the two buffers, and of the writes
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
@@ -59,21 +88,22 @@ def attention(
             bytes_accessed=B * P * sum(pool.nbytes // len(pool) for pool in pools),
             transcendentals=B * K * G * P * PAGE,
         ),
+        input_output_aliases={5 + i: 1 + i for i in range(len(pools))},
         interpret=platform() != "tpu",
         name="paged_attention",
-    )(pages_BP.reshape(-1), position_B, q_BKGH, *pools)
+    )(pages_BP.reshape(-1), position_B, q_BKGH, k_BKH, v_BKH, *pools)
+    return out_BKGH, LayerCache(*pools)
 
 
-def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
+def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
     """Computes the attention of one row, `n` pages at a time."""
     *refs, largest_ref, total_ref, sum_ref, semaphores, buffer_ref = refs
-    pools, out_ref, buffers = (
-        refs[: len(refs) // 2],
-        refs[len(refs) // 2],
-        refs[len(refs) // 2 + 1 :],
-    )
+    n_arrays = len(refs) // 3  # the pool before, which is the one after; that; buffers
+    out_ref, pools = refs[n_arrays], refs[n_arrays + 1 : 2 * n_arrays + 1]
+    buffers = refs[2 * n_arrays + 1 :]
     i, rows = pl.program_id(1), pl.num_programs(1)
     row = pl.program_id(0) * rows + i
+    position = position_B[row]
 
     def for_each_copy(act, row, block, buffer) -> None:
         """Calls `act` with each copy of a block of pages, those up to the row's own slot."""
@@ -91,6 +121,17 @@ def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
         n_pages = jnp.minimum(n, position_B[row] // PAGE + 1 - block * n)
         jax.lax.fori_loop(0, n_pages, copy_page, 0)
 
+    def for_each_write(act, buffer) -> None:
+        """Calls `act` with the copies that write the new token's tile into its page."""
+        page = pages[row * P + position // PAGE]
+
+        @pl.when(page > 0)
+        def _():
+            for pool, source in zip(pools, buffers, strict=True):
+                source, target = source.at[buffer, position // PAGE % n], pool.at[page]
+                tile = _tile(target, position % PAGE)
+                act(pltpu.make_async_copy(source.at[:, tile], target.at[:, tile], semaphores.at[2]))
+
     start = partial(for_each_copy, lambda copy: copy.start())
     wait = partial(for_each_copy, lambda copy: copy.wait())
 
@@ -104,7 +145,7 @@ def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
     largest_ref[...] = jnp.full_like(largest_ref, -jnp.inf)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
-    position, (K, _, H), dtype = position_B[row], q_ref.shape[1:], q_ref.dtype
+    (K, _, H), dtype = q_ref.shape[1:], q_ref.dtype
     n_blocks = position // (n * PAGE) + 1
 
     def add_block(block, carry):
@@ -119,6 +160,13 @@ def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
             start(row + 1, 0, 1 - buffer)
 
         wait(row, block, buffer)
+
+        @pl.when(block + 1 == n_blocks)
+        def _():
+            for new, target in zip(_encode(k_ref, v_ref, len(buffers)), buffers, strict=True):
+                _set_slot(target.at[buffer, position // PAGE % n], new, position % PAGE)
+            for_each_write(lambda copy: copy.start(), buffer)
+
         for k in range(K):
             keys_sH, values_sH = (
                 x[buffer, :, k].reshape(n * PAGE, H).astype(dtype) for x in buffers[:2]
@@ -135,3 +183,33 @@ def _kernel(pages, position_B, q_ref, *refs, n: int, P: int):
 
     jax.lax.fori_loop(0, n_blocks, add_block, 0)
     out_ref[0] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
+    for_each_write(lambda copy: copy.wait(), 1 - buffer_ref[0])
+
+
+def _encode(k_ref, v_ref, n_arrays: int) -> list[jax.Array]:
+    """Returns the contents of a row's new slot in each array of the pool, [K, H] and [K, 1].
+
+    They are float32, which represents bfloat16 and int8 exactly: the kernel selects in it.
+    """
+    new = [x[0].astype(jnp.float32) for x in (k_ref, v_ref)]
+    if n_arrays == 2:
+        return new
+    values, scales = zip(*map(quantize, new), strict=True)
+    return [*values, *scales]
+
+
+def _tile(page_KS_, slot: jax.Array) -> Any:
+    """Returns the slots of a page that the kernel writes for the sake of one: a tile of memory."""
+    if len(page_KS_.shape) == 2:  # slots are lanes
+        return pl.ds(0, PAGE)
+    size = 32 // page_KS_.dtype.itemsize
+    return pl.ds(pl.multiple_of(slot // size * size, size), size)
+
+
+def _set_slot(page_KS_, new_K_: jax.Array, slot: jax.Array) -> None:
+    """Stores one slot in a page of keys, values or scales."""
+    tile = _tile(page_KS_, slot)
+    old_Ks_ = page_KS_[:, tile].astype(jnp.float32)
+    new_K_ = new_K_ if old_Ks_.ndim == 2 else new_K_[:, None]
+    is_slot = jax.lax.broadcasted_iota(jnp.int32, old_Ks_.shape, 1) == slot - tile.start
+    page_KS_[:, tile] = jnp.where(is_slot, new_K_, old_Ks_).astype(page_KS_.dtype)

@@ -108,8 +108,8 @@ def write_cache(
     if cache.k_scale_BKS is None:
         new = LayerCache(k_BKTH.astype(cache.k_BKSH.dtype), v_BKTH.astype(cache.v_BKSH.dtype))
     else:
-        (k, k_scale), (v, v_scale) = _quantize(k_BKTH), _quantize(v_BKTH)
-        new = LayerCache(k, v, k_scale, v_scale)
+        (k, k_scale), (v, v_scale) = quantize(k_BKTH), quantize(v_BKTH)
+        new = LayerCache(k.astype(jnp.int8), v.astype(jnp.int8), k_scale[..., 0], v_scale[..., 0])
     if pages_BP is None:
         return jax.tree.map(lambda x, new: _write_slots(x, new, used_B), cache, new)
     return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP), cache, new)
@@ -202,12 +202,15 @@ def _write_one_slot(slots_BKS_: jax.Array, new_BK1_: jax.Array, used_B: jax.Arra
     return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
-def _quantize(x_BKTH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns x as int8, and the float32 scale [B, K, T]: the head's largest magnitude over 127."""
-    x = x_BKTH.astype(jnp.float32)
-    largest_BKT = jnp.max(jnp.abs(x), axis=-1)
-    scale_BKT = jnp.where(largest_BKT == 0, 1.0, largest_BKT / 127)
-    return jnp.round(x / scale_BKT[..., None]).astype(jnp.int8), scale_BKT
+def quantize(x___H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns x as integers of -127 … 127, and the scale of each head [..., 1], both float32.
+
+    The scale is the head's largest magnitude over 127.
+    """
+    x = x___H.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / 127)
+    return jnp.round(x / scale), scale
 
 
 @stored_jit(static_argnames="slots")

@@ -27,8 +27,8 @@ import numpy as np
 from flax import nnx
 
 from llama_jax.config.model import ModelConfig
-from llama_jax.model.attention import attention, cached_attention
-from llama_jax.model.cache import KVCache, LayerCache, write_cache
+from llama_jax.model.attention import attention, update_and_attend
+from llama_jax.model.cache import KVCache, LayerCache
 from llama_jax.model.inputs import as_array, as_token_array
 from llama_jax.model.layers import rms_norm, swiglu
 from llama_jax.model.linear import embed, matmul
@@ -189,9 +189,8 @@ def _attention(
         texts = inputs.segments_BT, config.attention, inputs.ends_BT
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
-        positions_BT, pages_BP = inputs.positions_BT, inputs.pages_BP
-        cache = write_cache(cache, k_BTKH, v_BTKH, positions_BT[:, 0], pages_BP)
-        out_BTNH = cached_attention(q_BTNH, cache, positions_BT, config.attention, pages_BP)
+        where = inputs.positions_BT, config.attention, inputs.pages_BP
+        out_BTNH, cache = update_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, *where)
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 
 

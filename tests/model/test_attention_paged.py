@@ -25,33 +25,40 @@ from llama_jax.parallel.sharding import activation_spec
 H = 128
 
 
-def inputs(B, K, G, P, cache_dtype, copies=1, dtype="float32"):
-    """Returns queries, a pool, positions, and each row's pages; two rows share their first page."""
+def inputs(B, K, G, P, cache_dtype, copies=1):
+    """Returns queries, keys and values of new tokens, a pool, positions, and each row's pages.
+
+    Where a row has several pages, two rows share their first one.
+    """
     rng = np.random.default_rng(0)
     pool_pages, S = 1 + B * P // copies, P * PAGE
-    q = jnp.asarray(rng.normal(size=(B, 1, K * G, H)) / np.sqrt(H), dtype)
-    position_B1 = np.array([S - 1, 0, PAGE, *rng.integers(0, S, B)][:B], np.int32)[:, None]
+    q, k, v = (rng.normal(size=(B, 1, n, H)).astype(np.float32) for n in (K * G, K, K))
+    first = [S - 1, PAGE if P > 1 else 5, 0]
+    position_B1 = np.array([*first, *rng.integers(0, S, B)][:B], np.int32)[:, None]
     pages_BP = np.concatenate(
         [1 + rng.permutation(pool_pages - 1).reshape(B // copies, P) for _ in range(copies)]
     )
-    pages_BP[1, 0] = pages_BP[0, 0]
+    if P > 1:
+        pages_BP[1, 0] = pages_BP[0, 0]
     pages_BP = np.where(np.arange(P) * PAGE <= position_B1, pages_BP, 0).astype(np.int32)
     shape = copies * pool_pages, K, PAGE
     if cache_dtype == "int8":
         values = (jnp.asarray(rng.integers(-127, 128, (*shape, H)), jnp.int8) for _ in "kv")
         scales = (jnp.asarray(rng.uniform(0, 2 / 127, shape), jnp.float32) for _ in "kv")
-        return q, LayerCache(*values, *scales), position_B1, pages_BP
+        return q / np.sqrt(H), k, v, LayerCache(*values, *scales), position_B1, pages_BP
     values = (jnp.asarray(rng.normal(size=(*shape, H)), cache_dtype) for _ in "kv")
-    return q, LayerCache(*values), position_B1, pages_BP
+    return q / np.sqrt(H), k, v, LayerCache(*values), position_B1, pages_BP
 
 
-def attend(monkeypatch, platform, q, cache, position_B1, pages_BP):
+def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP):
+    """Returns the attention output, and the cache with the new tokens."""
     with monkeypatch.context() as patch:
         patch.setattr(attention, "platform", lambda: platform)
         work = jax.jit(
-            lambda *operands: attention.cached_attention(*operands[:3], "auto", *operands[3:])
+            lambda *operands: attention.update_and_attend(*operands[:5], "auto", *operands[5:])
         )
-        return np.asarray(work(q, cache, position_B1, *([] if pages_BP is None else [pages_BP])))
+        pages = [] if pages_BP is None else [pages_BP]
+        return jax.tree.map(np.asarray, work(q, k, v, cache, position_B1, *pages))
 
 
 @pytest.mark.parametrize(
@@ -69,12 +76,13 @@ def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dt
     page_bytes = K // shape[2] * PAGE * H * jnp.dtype(cache_dtype).itemsize
     monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 2 * (page_bytes or 1))  # two pages a block
     with jax.set_mesh(mesh_of(shape)):
-        q, pool, position_B1, pages_BP = inputs(B, K, G, P, cache_dtype, shape[1])
+        *new, pool, position_B1, pages_BP = inputs(B, K, G, P, cache_dtype, shape[1])
         slots = jax.jit(gather_pages)(pool, pages_BP)
-        expected = attend(monkeypatch, "cpu", q, slots, position_B1, None)
-        copied = attend(monkeypatch, "cpu", q, pool, position_B1, pages_BP)
-        kernel = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
+        expected, _ = attend(monkeypatch, "cpu", *new, slots, position_B1, None)
+        copied, after = attend(monkeypatch, "cpu", *new, pool, position_B1, pages_BP)
+        kernel, written = attend(monkeypatch, "tpu", *new, pool, position_B1, pages_BP)
     np.testing.assert_array_equal(copied, expected)
+    jax.tree.map(np.testing.assert_array_equal, written, after)
     # As in test_attention_decode.py: sums of at most 640 float32 terms, of size 1.
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
     assert np.std(expected) > 0.05
@@ -83,27 +91,29 @@ def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dt
 def test_a_row_has_the_same_bits_alone_and_in_company_and_in_other_pages(monkeypatch):
     monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 1 << 19)
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        q, pool, position_B1, pages_BP = inputs(4, 2, 2, 4, "float32")
-        together = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
+        *new, pool, position_B1, pages_BP = inputs(4, 2, 2, 4, "float32")
+        together, _ = attend(monkeypatch, "tpu", *new, pool, position_B1, pages_BP)
         order = np.random.default_rng(1).permutation(len(pool.k_BKSH) - 1) + 1
         moved = jax.tree.map(lambda x: x.at[order].set(x[1:]), pool)
-        for i in range(4):
+        for i in (0, 3):
             row = slice(i, i + 1)
             own = np.where(pages_BP[row] > 0, order[pages_BP[row] - 1], 0)
-            alone = attend(monkeypatch, "tpu", q[row], moved, position_B1[row], own)
-            np.testing.assert_array_equal(together[row], alone)
+            alone = *(x[row] for x in new), moved, position_B1[row], own
+            found, _ = attend(monkeypatch, "tpu", *alone)
+            np.testing.assert_array_equal(together[row], found)
 
 
-def test_a_row_without_pages_reads_one_and_gives_finite_numbers(monkeypatch):
+def test_a_row_without_pages_reads_one_writes_none_and_gives_finite_numbers(monkeypatch):
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        q, pool, position_B1, pages_BP = inputs(2, 1, 2, 2, "float32")
+        q, k, v, pool, position_B1, pages_BP = inputs(2, 1, 2, 2, "float32")
         position_B1[1], pages_BP[1] = 10**6, 0
-        found = attend(monkeypatch, "tpu", q, pool, position_B1, pages_BP)
-    np.testing.assert_allclose(found[1, 0, 0], pool.v_BKSH[0, 0, 0], atol=1e-6)
+        found, written = attend(monkeypatch, "tpu", q, k, v, pool, position_B1, pages_BP)
+    np.testing.assert_allclose(found[1, 0, 0], v[1, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(written.k_BKSH[0], pool.k_BKSH[0])
 
 
 @pytest.mark.parametrize("cache_dtype", ["same", "int8"])
-@pytest.mark.parametrize("used", [0, PAGE, 2 * PAGE])
+@pytest.mark.parametrize("used", [0, 2 * PAGE])
 @pytest.mark.parametrize("T", [1, 32, PAGE, 2 * PAGE])
 def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
     config = tiny_model(n_layers=1, cache_dtype=cache_dtype)
@@ -131,10 +141,10 @@ def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
     [((1, 1, 1), "same"), ((1, 1, 2), "same"), ((1, 2, 2), "int8"), ((1, 2, 4), "same")],
 )
 def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtype):
-    """A prompt in two chunks, the first in a page that both rows share; then the kernel decodes."""
+    """A prompt fills a page that both rows share; then the kernel decodes and writes."""
     config = tiny_model(n_layers=1, n_kv_heads=4, head_dim=H, cache_dtype=cache_dtype)
     rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, config.vocab_size, (2, n)) for n in (PAGE, 32, 1, 1, 1)]
+    pieces = [rng.integers(0, config.vocab_size, (2, n)) for n in (PAGE, 1, 1, 1)]
     # Both rows have the same first page; on two pools each has its own copy of it.
     pieces[0][1] = pieces[0][0]
     pages_BP = np.array([[2, 1], [2, 3]], np.int32)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
+from llama_jax.inference.engine.row_programs import cache_sizes
 from llama_jax.model.attention_decode import unsupported_reason
+from llama_jax.model.attention_paged import MAX_TABLE
 from llama_jax.model.cache import PAGE
 from llama_jax.parallel.mesh import batch_shards, platform
 
@@ -23,17 +25,26 @@ def pool_pages(
         context: longest prompt with its continuation [tokens].
         cache_tokens: for which the pools together have room. None: where attention has a kernel
             that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
-            own their slots, because XLA copies the pages of all rows in each step. So do those of
-            an int8 cache, whose scales XLA rearranges for the kernel: the more pages, the longer.
+            own their slots, because XLA copies the pages of all rows in each step.
 
     Raises:
-        InputError: the cache has no room for the longest text.
+        InputError: the cache has no room for the longest text, or the kernel none for the table
+            of pages.
     """
     copies, row_pages = batch_shards(), -(-context // PAGE)
+    has_kernel = config.attention != "xla" and unsupported_reason(config.head_dim) is None
+    has_kernel = has_kernel and platform() == "tpu"
+    if cache_tokens is None and not has_kernel:
+        return None
+    table_pages = -(-cache_sizes(context)[-1] // PAGE)
+    if has_kernel and rows // copies * table_pages > MAX_TABLE:
+        raise InputError(
+            f"the table of the pages of {rows} rows with a context of {context} tokens is too large"
+            " for the scalar memory of a TPU: ask for at most"
+            f" {MAX_TABLE // table_pages * copies} rows, or for a shorter context"
+        )
     if cache_tokens is None:
-        has_kernel = config.attention != "xla" and unsupported_reason(config.head_dim) is None
-        is_faster = platform() == "tpu" and has_kernel and config.cache_dtype != "int8"
-        return 1 + rows // copies * row_pages if is_faster else None
+        return 1 + rows // copies * row_pages
     pages = cache_tokens // PAGE // copies
     if pages < row_pages:
         smallest = row_pages * PAGE * copies

@@ -13,6 +13,7 @@ from llama_jax.inference.engine.page_pool import Pool, pool_pages
 from llama_jax.inference.engine.pages import pages_needed
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.sampling import Sampling
+from llama_jax.model.attention_paged import MAX_TABLE
 from llama_jax.model.cache import PAGE
 from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
@@ -167,3 +168,13 @@ def test_the_pool_has_room_for_the_longest_text():
     message = "a cache of 767 tokens has no room for a text of 700: ask for at least 768"
     with pytest.raises(InputError, match=message):
         pool_pages(CONFIG, 4, 700, 767)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_table_of_pages_fits_the_scalar_memory(monkeypatch):
+    monkeypatch.setattr(page_pool, "platform", lambda: "tpu")
+    monkeypatch.setattr(page_pool, "unsupported_reason", lambda head_dim: None)
+    rows = MAX_TABLE // 8  # a row has 6 pages for 700 tokens, and 2 for the last chunk's padding
+    assert pool_pages(CONFIG, rows, 700, None) == 1 + rows * 6
+    with pytest.raises(InputError, match=f"ask for at most {rows} rows, or for a shorter"):
+        pool_pages(CONFIG, rows + 1, 700, None)
