@@ -174,8 +174,11 @@ def committed_steps(checkpoints: AnyPath) -> tuple[list[int], list[int]]:
     Args:
         checkpoints: the folder `checkpoints` of a run.
     """
-    found = checkpoints.iterdir() if checkpoints.is_dir() else ()
-    steps = sorted(int(path.name) for path in found if path.name.isdecimal())
+    try:  # without is_dir, which in a bucket would list all objects a second time
+        found = [path.name for path in checkpoints.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    steps = sorted(int(name) for name in found if name.isdecimal())
     manifests = read_many(checkpoints, [f"{step}/{manifest.NAME}" for step in steps])
     complete = [s for s in steps if manifests[f"{s}/{manifest.NAME}"] is not None]
     return complete, [s for s in steps if s not in complete]

@@ -149,9 +149,12 @@ def load_tokenizer(path: str | AnyPath) -> Tokenizer:
         InputError: there is no tokenizer, or it can't be loaded.
     """
     path = parse_path(path)
-    if path.is_dir():
-        named = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-        path = next(iter([*named, *sorted(path.glob("*.gguf"))]), path / TOKENIZER_FILES[0])
+    # By name first: in a bucket, is_dir and glob list all objects of a folder, a run's checkpoints
+    # too.
+    if named := [path / name for name in TOKENIZER_FILES if (path / name).is_file()]:
+        path = named[0]
+    elif path.is_dir():
+        path = next(iter(sorted(path.glob("*.gguf"))), path / TOKENIZER_FILES[0])
     if not path.is_file():
         raise InputError(
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"
