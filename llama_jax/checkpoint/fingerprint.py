@@ -39,6 +39,7 @@ def _fingerprints(tree: Any) -> Any:
     return jax.tree.map(of_array, tree)
 
 
+@jax.jit  # traced once for all arrays of the same shape
 def of_array(x: jax.Array) -> jax.Array:
     """Returns the fingerprint of an array on the devices, uint32 [2].
 
