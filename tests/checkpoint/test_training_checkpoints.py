@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -53,15 +54,22 @@ def state():
         return jax.jit(partial(init_state, CONFIG))(KEY)
 
 
-@pytest.fixture
-def saved(state, tmp_path):
+@pytest.fixture(scope="module")
+def seven_saves(state, tmp_path_factory):
     """Checkpoints of steps 1 to 7, of which the last 2 and every 3rd remain."""
+    folder = tmp_path_factory.mktemp("saves") / "c"
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        checkpoints = TrainingCheckpoints(tmp_path / "c", CheckpointConfig(keep=2, keep_every=3))
+        checkpoints = TrainingCheckpoints(folder, CheckpointConfig(keep=2, keep_every=3))
         for step in range(1, 8):
             checkpoints.save(Progress(step, ["a", "b"]), *state)
         checkpoints.close()
-    return tmp_path / "c"
+    return folder
+
+
+@pytest.fixture
+def saved(seven_saves, tmp_path):
+    """A copy of these checkpoints."""
+    return shutil.copytree(seven_saves, tmp_path / "c")
 
 
 @pytest.fixture(scope="module")
