@@ -2,13 +2,14 @@
 
 import pytest
 from conftest import peer
+from single_compilation import compile_once
 
 from llama_jax.config import yaml_file
 from llama_jax.plan import topology, training, training_report
 
 RUN = """\
-model: {dim: 512, hidden_dim: 1024, n_layers: 3, n_heads: 4, n_kv_heads: 2, head_dim: 128,
-  vocab_size: 1024, context: 256, dtype: bfloat16}
+model: {dim: 256, hidden_dim: 256, n_layers: 1, n_heads: 2, n_kv_heads: 1, head_dim: 128,
+  vocab_size: 256, context: 256, dtype: bfloat16}
 mesh: {fsdp: -1, data: 1}
 data: {mixture: {data/text: 1}, batch_size: 16, seq_len: 256}
 training: {out: runs/ironwood, steps: 1000}
@@ -16,8 +17,9 @@ training: {out: runs/ironwood, steps: 1000}
 
 
 @pytest.mark.slow
-def test_a_run_on_ironwood_is_planned_for_both_devices_of_each_chip(tmp_path, capsys):
+def test_a_run_on_ironwood_is_planned_for_both_devices_of_each_chip(tmp_path, capsys, monkeypatch):
     peer("libtpu")
+    compile_once(monkeypatch)
     file = tmp_path / "run.yaml"
     file.write_text(RUN)
     pod = topology.parse("tpu7x:2x2x1")

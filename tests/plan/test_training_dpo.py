@@ -4,24 +4,26 @@ from dataclasses import replace
 
 import pytest
 from conftest import mesh_of, peer, tiny_config
+from single_compilation import compile_once
 
 from llama_jax.config import yaml_file
 from llama_jax.errors import InputError
 from llama_jax.plan import topology, training, training_program, training_report
 
 RUN = """\
-model: {dim: 256, hidden_dim: 512, n_layers: 2, n_heads: 2, n_kv_heads: 1, head_dim: 128,
-  vocab_size: 512, context: 256, dtype: bfloat16, remat: none}
+model: {dim: 256, hidden_dim: 256, n_layers: 1, n_heads: 2, n_kv_heads: 1, head_dim: 128,
+  vocab_size: 256, context: 128, dtype: bfloat16, remat: none}
 mesh: {data: 1, fsdp: 4}
-data: {mixture: {data/preferences: 1}, batch_size: 4, seq_len: 256}
+data: {mixture: {data/preferences: 1}, batch_size: 4, seq_len: 128}
 training: {out: runs/dpo, steps: 1000, init_from: models/base, objective: dpo,
   evaluate: {tasks: [openbookqa]}}
 """
 
 
 @pytest.mark.slow
-def test_a_run_of_dpo_is_planned_from_its_own_configuration(tmp_path, capsys):
+def test_a_run_of_dpo_is_planned_from_its_own_configuration(tmp_path, capsys, monkeypatch):
     peer("libtpu")
+    compile_once(monkeypatch)
     file = tmp_path / "dpo.yaml"
     file.write_text(RUN)
     config = yaml_file.load(str(file), [])
