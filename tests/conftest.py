@@ -14,12 +14,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+# In memory: each file of a checkpoint is synced, on a disk for more than a second a save of a tiny
+# model, in memory for 0.1 s. No test ends the machine, so none can tell the difference.
+os.environ.setdefault(
+    "TMPDIR",
+    "/dev/shm"
+    if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 8 << 30
+    else "/tmp",
+)
 # Set before JAX is imported, here and in processes that tests start: otherwise JAX looks for a TPU
 # if the TPU compiler is installed.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation takes most of the time of the tests: processes share compiled programs, and LLVM
 # optimizes little, because each program runs briefly. XLA's own passes are the same as for users.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llama_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="llama_jax-compiled-", dir=os.environ["TMPDIR"]
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
@@ -50,6 +60,7 @@ from llama_jax.parallel.mesh import make_mesh, one_device_mesh
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
+tempfile.tempdir = os.environ["TMPDIR"]  # pytest has already asked for a temporary file
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
