@@ -163,8 +163,10 @@ class LocalCheckpoints:
             self._thread.shutdown()
 
     def remove(self) -> None:
-        """Removes this host's local checkpoints: the run is finished."""
+        """Removes this host's local checkpoints: the run is finished, or rewinds before them."""
+        self.wait()
         remove_tree(self.folder)
+        self._stored = []
         with contextlib.suppress(OSError):  # another host of this machine has not removed its own
             self.folder.parent.rmdir()
 

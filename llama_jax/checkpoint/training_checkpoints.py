@@ -39,11 +39,12 @@ class Progress(NamedTuple):
     step: int  # completed steps; also the number of the next step
     data: list[str]  # fingerprint of the data
     base: str | None = None  # of a LoRA run: `model_folders.manifest_hash` of its base
+    recent: list[list[float]] | None = None  # step, loss and gradient norm of the last steps
 
     @classmethod
     def of_manifest(cls, content: Mapping[str, Any]) -> "Progress":
-        """Returns the progress in the manifest of a checkpoint; one of version 0.1 has no base."""
-        return cls(content["step"], content["data"], content.get("base"))
+        """Returns the progress in the manifest of a checkpoint; one of version 0.1 has less."""
+        return cls(content["step"], content["data"], content.get("base"), content.get("recent"))
 
 
 class TrainingCheckpoints:

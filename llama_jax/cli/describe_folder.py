@@ -18,6 +18,7 @@ from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llama_jax.training.ledger import read_sessions, sum_sessions
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.run_folder import read_events
 
 
 def describe(folder: AnyPath) -> str:
@@ -134,7 +135,20 @@ def _describe_run(folder: AnyPath) -> list[str]:
     if seconds:
         waited = sum(r["data_wait"] * r["step_seconds"] for r in losses if "data_wait" in r)
         lines.append(f"data wait   {waited / seconds:.2%} of the step time")
-    return lines + _describe_ledger(folder)
+    return lines + _describe_spikes(folder) + _describe_ledger(folder)
+
+
+def _describe_spikes(folder: AnyPath) -> list[str]:
+    """Returns the line about the spikes of a run; none if it had none."""
+    steps = [event["step"] for event in read_events(folder, "spike")]
+    if not steps:
+        return []
+    last = ", ".join(map(str, steps[-5:]))
+    rewinds = len(read_events(folder, "rewind"))
+    more = f"; {rewinds} {'rewind' if rewinds == 1 else 'rewinds'}" if rewinds else ""
+    return [
+        f"spikes      {len(steps)}, the last in step {last}{more} (info --spike STEP shows one)"
+    ]
 
 
 def _describe_ledger(folder: AnyPath) -> list[str]:

@@ -1,9 +1,14 @@
-"""Prints a step that was computed again: `llama-jax train CONFIG --replay STEP`."""
+"""Prints a step in detail: `train CONFIG --replay STEP`, and `info RUN --spike STEP`."""
 
 import json
+from typing import Any
 
+from llama_jax.checkpoint.folders import read_run_config
 from llama_jax.config.run import Config
 from llama_jax.runtime import hosts
+from llama_jax.runtime.storage import AnyPath
+from llama_jax.training.batch_rows import DescribedRow
+from llama_jax.training.flight_recorder import read_record
 from llama_jax.training.layer_norms import by_layer
 from llama_jax.training.replay import Replay, replay
 
@@ -28,13 +33,44 @@ def show_replay(config: Config, step: int, rows: int, as_json: bool) -> int:
         described["rows"] = [row._asdict() for row in found.rows]
         print(json.dumps(described, indent=1))
         return 0
-    print("\n".join([*_describe_step(found), "", *_describe_norms(found), "", *_list_rows(found)]))
+    norms = _describe_norms(found.norms)
+    print("\n".join([*_describe_step(found), "", *norms, "", *_list_rows(found.rows)]))
+    _show_texts(config, step, found.batch, found.rows, rows)
+    return 0
+
+
+def show_spike(folder: AnyPath, name: str, rows: int) -> None:
+    """Prints the record of a spike, with the text of `rows` rows, from the run's token shards.
+
+    Args:
+        folder: of the run.
+        name: the step, or 'STEP-2' for its second spike.
+        rows: number of rows whose text is printed.
+
+    Raises:
+        InputError: there is no such record, or the token shards are missing.
+    """
+    found = read_record(folder, name)
+    described = [DescribedRow(**row) for row in found["rows"]]
+    lines = [f"spike in step {found['step']}, batch {found['batch']} (on_spike: {found['action']})"]
+    for label, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
+        value, limit = found[key], found["limits"][key]
+        shown = "not finite" if value is None else f"{value:.5g}"
+        lines.append(f"{label:13}  {shown}" + ("" if limit is None else f"  (limit {limit:.5g})"))
+    norms = [] if found["norms"] is None else ["", *_describe_norms(found["norms"])]
+    print("\n".join([*lines, *norms, "", *_list_rows(described)]))
+    _show_texts(read_run_config(folder), found["step"], found["batch"], described, rows)
+
+
+def _show_texts(
+    config: Config, step: int, batch: int, described: list[DescribedRow], rows: int
+) -> None:
+    """Prints the text of the `rows` rows with the highest losses."""
     if rows:
         from llama_jax.cli.show_windows import show_step
 
-        shown = [row.row - 1 for row in _by_loss(found)[:rows]]
-        print(f"\n{show_step(config.data, step, shown)}")
-    return 0
+        shown = [row.row - 1 for row in _by_loss(described)[:rows]]
+        print(f"\n{show_step(config.data, step, shown, batch)}")
 
 
 def _describe_step(found: Replay) -> list[str]:
@@ -57,24 +93,27 @@ def _describe_step(found: Replay) -> list[str]:
     ]
 
 
-def _describe_norms(found: Replay) -> list[str]:
-    weights, gradients = (by_layer(found.norms[kind]) for kind in ("weights", "gradients"))
-    width = max(map(len, weights))
-    lines = [f"{'norms':{width}}  {'weights':>12}  {'gradient':>12}"]
-    for name, norm in weights.items():
-        numbers = ("not finite" if x is None else f"{x:.5g}" for x in (norm, gradients[name]))
+def _describe_norms(norms: dict[str, Any]) -> list[str]:
+    columns = {"weights": "weights", "gradients": "gradient", "activations": "output RMS"}
+    kinds = [by_layer(norms[kind]) for kind in columns]
+    width = max(map(len, kinds[0]))
+    titles = "  ".join(f"{title:>12}" for title in columns.values())
+    lines = [f"{'norms':{width}}  {titles}"]
+    for name in kinds[0]:
+        found = [kind[name] for kind in kinds if name in kind]
+        numbers = ("not finite" if x is None else f"{x:.5g}" for x in found)
         lines.append(f"{name:{width}}  " + "  ".join(f"{number:>12}" for number in numbers))
     return lines
 
 
-def _by_loss(found: Replay) -> list:
+def _by_loss(rows: list[DescribedRow]) -> list[DescribedRow]:
     """Returns the rows, the highest loss first; rows without one last."""
-    return sorted(found.rows, key=lambda row: (row.loss is None, -(row.loss or 0.0)))
+    return sorted(rows, key=lambda row: (row.loss is None, -(row.loss or 0.0)))
 
 
-def _list_rows(found: Replay) -> list[str]:
+def _list_rows(rows: list[DescribedRow]) -> list[str]:
     lines = [f"{'row':>6}  {'loss':>9}  {'targets':>7}  source, window, epoch"]
-    for row in _by_loss(found):
+    for row in _by_loss(rows):
         loss = "" if row.loss is None else f"{row.loss:.5f}"
         targets = "" if row.targets is None else f"{row.targets:,}"
         lines.append(

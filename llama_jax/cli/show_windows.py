@@ -53,8 +53,14 @@ def show_windows(folder: AnyPath, n: int) -> str:
     return "\n".join(lines)
 
 
-def show_step(config: DataConfig, step: int, rows: Iterable[int]) -> str:
+def show_step(config: DataConfig, step: int, rows: Iterable[int], batch: int | None = None) -> str:
     """Returns rows of the batch of a step as `show_windows` (1 is the first step, 0 the first row).
+
+    Args:
+        config: the data.
+        step: of a run.
+        rows: of its batch.
+        batch: its number, if a rewind has left out batches before it; 1 is the first.
 
     Raises:
         InputError: a folder contains no token shards, or is damaged.
@@ -63,7 +69,7 @@ def show_step(config: DataConfig, step: int, rows: Iterable[int]) -> str:
     tokenizer, style = load_tokenizer(config.folders[0]), style_of(sys.stdout)
     lines = [f"step {step:,}: {_trained(style)} tokens are marked"]
     for row in rows:
-        number = (step - 1) * config.batch_size + row
+        number = ((batch or step) - 1) * config.batch_size + row
         at, window = samples.locate(number), samples[number]
         title = (
             f"row {row + 1} of {config.batch_size:,}: {at.tokens.folder}, window"

@@ -127,8 +127,19 @@ class TrainingConfig:
     seed: NonNegativeInt = Field(default=0, description="seed of the random weights")
     max_skipped: PositiveInt = Field(
         default=10,
-        description="number of consecutive steps with a non-finite gradient after which the run"
-        " stops",
+        description="number of consecutive skipped steps, or of rewinds to one checkpoint, after"
+        " which the run stops",
+    )
+    on_spike: Literal["record", "skip", "rewind"] = Field(
+        default="record",
+        description="what happens at a spike of the loss or gradient norm, besides its record in"
+        " spikes/: record: nothing; skip: the step changes no weights; rewind: back to the last"
+        " checkpoint, and on without the batches of up to 100 steps that end with this one",
+    )
+    spike_threshold: Annotated[float, Field(ge=0)] = Field(
+        default=7.0,
+        description="a spike is this many standard deviations above the median of the last 128"
+        " steps (1.4826 MAD; OLMo 2, arXiv 2501.00656, counts spikes from 7 on); 0: nothing is one",
     )
     eval_every: NonNegativeInt = Field(
         default=1000, description="steps between validations (0: only at the end)"

@@ -21,6 +21,7 @@ from llama_jax.errors import InputError
 # The part of a fingerprint that stands for `epoch_order` and `mixture`. It changes with the batches
 # of a seed: a run resumes only with the batches with which it began.
 ORDER = "order 2"
+LEFT_OUT = "without batches"
 
 
 class Batches:
@@ -45,25 +46,38 @@ class Batches:
         """Identifies the data of the first `steps` steps, or of all.
 
         `ORDER`, then for each phase the number of steps before it, and for each folder its share
-        and the hashes of its tokenizer and shards.
+        and the hashes of its tokenizer and shards; then the batches that are left out.
         """
+        batches = None if steps is None else self.samples.batches_until(steps)
         parts = [ORDER]
         streams = dict(zip(self.config.folders, self.splits["train"], strict=True))
         for first, mixture in self.config.mixtures.items():
-            if first and steps is not None and first >= steps:
+            if first and batches is not None and first >= batches:
                 break
             parts += [f"after step {first}"] if first else []
             for folder, share in zip(mixture, Mixture([*mixture.values()]).shares, strict=True):
                 tokens, tokenizer = streams[folder], streams[folder].meta["tokenizer_sha256"]
                 parts.append(f"{share}:{tokenizer[:16]}:{tokens.content_hash()[:16]}")
+        for first, stop in self.samples.left_out:
+            if batches is None or first < batches:
+                parts.append(f"{LEFT_OUT} {first + 1}-{stop}")
         return parts
+
+    def phase_start(self, step: int) -> int:
+        """Returns the first step of the phase of a step (0 is the first)."""
+        batch = self.samples.batch_number(step)
+        first = max(first for first in self.config.mixtures if first <= batch)
+        return first - sum(
+            min(stop, first) - start for start, stop in self.samples.left_out if start < first
+        )
 
     def shares(self, steps: int) -> dict[int, float]:
         """Returns the share of each source in the mixture of the last of `steps` steps.
 
         Sources of later phases are absent; those that only earlier phases have get 0.
         """
-        shares = self.samples.schedule.shares(max(steps * self.config.batch_size - 1, 0))
+        samples = self.samples.batches_until(steps) * self.config.batch_size
+        shares = self.samples.schedule.shares(max(samples - 1, 0))
         return {source: float(share) for source, share in shares.items()}
 
     def unigram_entropy(self, steps: int) -> float | None:

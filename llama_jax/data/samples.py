@@ -41,6 +41,7 @@ class Samples:
     Attributes:
         streams: the training tokens of each source.
         schedule: which source each sample comes from.
+        left_out: ranges (first, stop) of batches that no step has, ascending and disjoint.
 
     Raises:
         InputError: a folder contains no token shards, or fewer tokens than a window.
@@ -62,6 +63,7 @@ class Samples:
         self.schedule = open_schedule(config)
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._ahead = dict[int, dict[int, Future[Batch]]]()  # by step and row
+        self.left_out: list[tuple[int, int]] = []
 
     def read_step(self, step: int, rows: Sequence[int]) -> dict[int, Future[Batch]]:
         """Starts to read rows of the batches of a step and the next ones; returns those of `step`.
@@ -77,9 +79,30 @@ class Samples:
         self._ahead = {s: reads for s, reads in self._ahead.items() if s > step}
         return started
 
+    def leave_out(self, first: int, stop: int) -> None:
+        """Leaves out the batches from `first` to `stop` - 1 (0 is the first) in all steps."""
+        merged = list[tuple[int, int]]()
+        for start, end in sorted([*self.left_out, (first, stop)]):
+            if merged and start <= merged[-1][1]:
+                start, end = merged[-1][0], max(end, merged.pop()[1])
+            merged.append((start, end))
+        self.left_out = merged
+        self._ahead = {}
+
+    def batch_number(self, step: int) -> int:
+        """Returns which batch a step has (0 is the first of each): the next one not left out."""
+        number = step
+        for first, stop in self.left_out:
+            number += stop - first if number >= first else 0
+        return number
+
+    def batches_until(self, steps: int) -> int:
+        """Returns the number of batches that the first `steps` steps have or leave out."""
+        return self.batch_number(steps - 1) + 1 if steps else 0
+
     def _start_step(self, step: int, rows: Sequence[int]) -> dict[int, Future[Batch]]:
         B = self.config.batch_size
-        draws = self.schedule.draw(step * B, B)
+        draws = self.schedule.draw(self.batch_number(step) * B, B)
         draws = [draws[row] for row in rows]
         reads = zip(rows, draws, locate_windows(draws, self._counts, self.config.seed), strict=True)
         return {
@@ -90,7 +113,8 @@ class Samples:
     def folders(self, step: int) -> list[str]:
         """Returns the source of each row of the batch of a step (0 is the first)."""
         names, B = self.schedule.names, self.config.batch_size
-        return [names[draw.source] for draw in self.schedule.draw(step * B, B)]
+        draws = self.schedule.draw(self.batch_number(step) * B, B)
+        return [names[draw.source] for draw in draws]
 
     def __getitem__(self, number: int) -> Batch:
         """Returns sample `number` of the run, a Batch of int32 arrays [T]."""

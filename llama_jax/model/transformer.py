@@ -19,7 +19,8 @@ Weights have Meta's names and the axes [in…, out…]. Papers: LLaMA (arXiv 230
 embeddings (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,25 @@ def hidden_states(
     On a mesh that splits sequences, arguments and result have T in balanced order
     (`collectives.shard_sequence`).
     """
+    x_BTD, _ = measured_hidden_states(
+        config, model, tokens_BT, positions_BT, segments_BT, ends_BT, lambda _: None
+    )
+    return x_BTD
+
+
+def measured_hidden_states(
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None,
+    segments_BT: jax.Array | None,
+    ends_BT: jax.Array | None,
+    measure: Callable[[jax.Array], Any],
+) -> tuple[jax.Array, Any]:
+    """Returns `hidden_states`, and what `measure` returns for the output [B, T, D] of each layer.
+
+    The results have a leading axis L, if the layers are stacked; otherwise there are none.
+    """
     check_current_mesh(model.norm[...])
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
     if positions_BT is None:
@@ -113,16 +133,17 @@ def hidden_states(
     inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, segments_BT, ends_BT)
 
     def block(x_BTD: jax.Array, layer: Block):
-        return _block(config, layer, x_BTD, inputs, None)
+        x_BTD, _ = _block(config, layer, x_BTD, inputs, None)
+        return x_BTD, measure(x_BTD)
 
-    x_BTD = embed(config, model.tok_embeddings, tokens_BT)
+    x_BTD, measured = embed(config, model.tok_embeddings, tokens_BT), None
     if isinstance(model, UnstackedLlama):
         for layer in model.layers:
             x_BTD, _ = block(x_BTD, layer)
     else:
         block = apply_remat(config, block)
-        x_BTD, _ = jax.lax.scan(block, x_BTD, model.layers, unroll=not config.scan)
-    return _norm(config, "norm", x_BTD, model.norm)
+        x_BTD, measured = jax.lax.scan(block, x_BTD, model.layers, unroll=not config.scan)
+    return _norm(config, "norm", x_BTD, model.norm), measured
 
 
 def forward_cached(

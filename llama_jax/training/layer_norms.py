@@ -1,4 +1,4 @@
-"""Norms of the weights and of the gradients of one step, layer by layer."""
+"""Norms of the weights, gradients and activations of one step, layer by layer."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,11 @@ from llama_jax.config.run import Config
 from llama_jax.data.windows import Batch
 from llama_jax.model.lora import Trained
 from llama_jax.model.summary import path_names
+from llama_jax.model.transformer import measured_hidden_states
 from llama_jax.model.weights import Llama
+from llama_jax.parallel.collectives import shard_sequence
 from llama_jax.training.step import gradients
+from llama_jax.training.trainable import complete_model
 
 _LAYERS = "layers."  # starts the names of stacked weights, which have a leading axis L
 
@@ -23,10 +26,11 @@ Norms = dict[str, Any]  # by dotted name of the weight: a norm, or those of the 
 
 
 class LayerNorms(NamedTuple):
-    """Euclidean norms before a step: of what it trains, and of the gradient before clipping."""
+    """Norms before a step. Those of weights and gradients are Euclidean norms."""
 
-    weights: Norms
-    gradients: Norms
+    weights: Norms  # of what the step trains
+    gradients: Norms  # before clipping
+    activations: Norms  # √ of the mean square of each layer's output, over all tokens of the batch
 
 
 @partial(jax.jit, static_argnums=0)
@@ -38,7 +42,19 @@ def compute_norms(
     It is a program of its own, so that an ordinary step computes no norms.
     """
     grads = gradients(config, trained, batch, base, step).grads
-    return LayerNorms(_norms(trained), _norms(grads))
+    model = complete_model(config, trained, base)
+
+    def mean_square(x_BTD: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.square(x_BTD.astype(jnp.float32)))
+
+    def measure(rows: Batch) -> Any:
+        rows = jax.tree.map(shard_sequence, rows)
+        inputs = rows.tokens, rows.positions, rows.segments, None
+        return measured_hidden_states(config.model, model, *inputs, mean_square)[1]
+
+    mean_squares_AL: Any = jax.lax.map(measure, batch)
+    output_L = jax.reshard(jnp.sqrt(jnp.mean(mean_squares_AL, axis=0)), P())
+    return LayerNorms(_norms(trained), _norms(grads), {_LAYERS + "output": output_L})
 
 
 def _norms(tree: Trained) -> Norms:
@@ -52,7 +68,7 @@ def _norms(tree: Trained) -> Norms:
 
 
 def to_numbers(norms: LayerNorms) -> dict[str, dict[str, Any]]:
-    """Returns 'weights' and 'gradients': floats, or lists of floats; null if not finite."""
+    """Returns the fields of `LayerNorms`: floats, or lists of floats; null if not finite."""
 
     def plain(norm: Any) -> Any:
         if np.ndim(norm):

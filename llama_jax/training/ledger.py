@@ -13,7 +13,7 @@ from llama_jax.runtime.storage import AnyPath, read_many, write_file
 
 FILE = "ledger.jsonl"
 # What a process does. Only `training` advances the run: `repeating` computes steps again that a
-# killed process had computed after its last checkpoint.
+# killed process had computed after its last checkpoint, or that a rewind replaces.
 KINDS = (
     *("starting", "restoring", "compiling", "training", "repeating", "waiting for data"),
     *("evaluating", "saving"),
@@ -65,6 +65,10 @@ class Ledger:
         """
         self._step, self._reached = step, reached
         self._earlier, self._folder = read_sessions(folder), folder
+
+    def repeat_until(self, reached: int) -> None:
+        """Counts the steps until `reached` as computed before: their next computation repeats."""
+        self._reached = max(self._reached, reached)
 
     def enter(self, kind: str) -> None:
         """Assigns the time from now on to `kind`."""

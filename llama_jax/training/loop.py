@@ -27,6 +27,12 @@ from llama_jax.runtime.process_memory import retain_freed_memory
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.device_check import check_devices
+from llama_jax.training.flight_recorder import (
+    FlightRecorder,
+    RunStopped,
+    leave_out_batches,
+    read_rewinds,
+)
 from llama_jax.training.ledger import Ledger
 from llama_jax.training.metrics import check_wandb_installed, read_metrics
 from llama_jax.training.profile import Profiler
@@ -41,13 +47,8 @@ from llama_jax.training.start import (
     prepare,
     print_summary,
 )
-from llama_jax.training.step import StepMetrics, train_step
+from llama_jax.training.step import Gate, StepMetrics, train_step
 from llama_jax.training.trainable import complete_model
-
-
-class RunStopped(RuntimeError):
-    """A run ended before its last step. Its state is saved; the message gives the reason."""
-
 
 Sample = Callable[[Llama, int], None]
 Evaluate = Callable[[Llama], dict[str, float]]
@@ -83,7 +84,7 @@ def run(
 
     Raises:
         InputError: the configuration, the data or the run folder is wrong.
-        RunStopped: too many steps in a row had a gradient that is not finite.
+        RunStopped: too many steps in a row were skipped, or the run has rewound too often.
         Fault: a checkpoint can't be read or saved. Earlier checkpoints are unchanged.
     """
     ledger = Ledger()
@@ -109,6 +110,7 @@ def run(
             saved_steps = saved_steps + local.steps
         hosts.broadcast_decision(lambda: prepare(config, folder, saved_steps))
         data = Batches(config.data, config.training.micro_batches, config.training.steps)
+        leave_out_batches(data, read_rewinds(folder))
         hosts.check_equal_on_hosts({"the content of data.mixture": data.fingerprint()})
         check_kind(config, data)
         check_vocabulary(config, data)
@@ -163,7 +165,8 @@ def compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
     """Returns the training step, compiled for the devices of this run."""
     start = time.monotonic()
     batch, step = data.train(state.step), np.int32(state.step)
-    example = (state.trained, state.opt_state, batch, step, state.base)
+    gate = Gate(np.zeros(2, np.float32), np.bool_(False))
+    example = (state.trained, state.opt_state, batch, step, state.base, gate)
     chip = chip_of(jax.devices()[0].device_kind)
     options: Any = {**chip.compiler_options} if chip else {}
     step_function = train_step.lower(config, *example).compile(compiler_options=options)
@@ -192,12 +195,14 @@ def _train(
     """
     steps, first = config.training.steps, state.step
     report = Report(config, folder, data, first, ledger)
+    recorder = FlightRecorder(config, folder, data, checkpoints, local, state, report, ledger)
     pending: tuple[int, StepMetrics] | None = None  # of the step that the device computes
+    dispatched = first  # with those that are dispatched again after a spike
     with contextlib.closing(report):
         while state.step < steps:
             ledger.enter_step(state.step + 1)
             checkpoints.check()
-            if reason := hosts.stop_before(state.step, stop[0] if stop else None):
+            if reason := hosts.stop_before(dispatched, stop[0] if stop else None):
                 print_status(f"stopping on {reason}: saving step {state.step} …")
                 break
             step = state.step
@@ -206,15 +211,17 @@ def _train(
             batch = data.train(step)
             report.record_batch(pending[1] if pending else None)
             state.trained, state.opt_state, metrics = step_function(
-                state.trained, state.opt_state, batch, np.int32(step), state.base
+                state.trained, state.opt_state, batch, np.int32(step), state.base, recorder.gate()
             )
+            recorder.record_dispatch(metrics)
             report.record_computing()
-            state.step += 1
+            state.step, dispatched = step + 1, dispatched + 1
             profiler.after_step(state.step, metrics)
             # The device computes this step while the host reads the metrics of the previous one.
-            if pending:
-                report.step(*pending)
-            pending = (state.step, metrics)
+            previous, pending = pending, (state.step, metrics)
+            if previous and not recorder.end_step(*previous):
+                pending = None  # this step was held too
+                continue
             validate = state.step == steps or is_due(state.step, config.training.eval_every)
             save = state.step == steps or is_due(state.step, config.checkpoint.every)
             tasks_every = config.training.evaluate.every if config.training.evaluate else 0
@@ -228,8 +235,10 @@ def _train(
                 check or validate or on_tasks or save or save_local or state.step == first + 1
             )
             if read_now or report.skipped_in_a_row:
-                report.step(*pending)
+                recorder.end_step(*pending)
                 pending = None
+            if state.step <= step:
+                continue
             if check or validate or on_tasks:
                 ledger.enter("evaluating")
             if check:
@@ -252,13 +261,15 @@ def _train(
                 report.upload()
                 local.save(state.progress, state.trained, state.opt_state)
             if report.skipped_in_a_row >= config.training.max_skipped:
+                or_a_spike = ", or was a spike," if config.training.on_spike == "skip" else ""
                 raise RunStopped(
-                    f"the gradient was not finite in {report.skipped_in_a_row} steps in a row, up"
-                    f" to step {state.step}: these steps changed no weights, and the state is saved"
-                    f" in {folder}; check the data, or lower optimizer.peak_lr in a new run"
+                    f"the gradient was not finite{or_a_spike} in {report.skipped_in_a_row} steps in"
+                    f" a row, up to step {state.step}: these steps changed no weights, and the"
+                    f" state is saved in {folder}; check the data, or lower optimizer.peak_lr in a"
+                    " new run"
                 )
         if pending:
-            report.step(*pending)
+            recorder.end_step(*pending)
         ledger.enter("saving")
         if state.step < steps:
             report.upload()

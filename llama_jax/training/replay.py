@@ -13,38 +13,32 @@ import numpy as np
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
+from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import parse_path
+from llama_jax.training.batch_rows import DescribedRow, describe_rows
+from llama_jax.training.flight_recorder import leave_out_batches, read_rewinds
 from llama_jax.training.layer_norms import compute_norms, to_numbers
 from llama_jax.training.loop import compile_step
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.run_folder import check_unchanged
 from llama_jax.training.start import TrainingState, check_kind, check_vocabulary
-
-
-class ReplayedRow(NamedTuple):
-    """A row of the batch of the step."""
-
-    row: int  # from 1
-    source: str  # folder of token shards
-    epoch: int  # of the source, from 1
-    window: int  # of the source, from 1
-    loss: float | None  # mean of its targets [nats per token]; None: no targets, or DPO
-    targets: int | None  # None: DPO
+from llama_jax.training.step import Gate, StepMetrics
 
 
 class Replay(NamedTuple):
     """A step that was computed again."""
 
     step: int  # 1 is the first
+    batch: int  # 1 is the first; another number than the step if a rewind has left out batches
     start: int  # step of the checkpoint from which it was computed; 0: the initial weights
     loss: float  # as in metrics.jsonl
     grad_norm: float
     recorded: dict[str, float | None] | None  # loss and grad_norm of the run; None: not logged
-    rows: list[ReplayedRow]
+    rows: list[DescribedRow]
     norms: dict[str, Any]  # `layer_norms.to_numbers`
 
     @property
@@ -81,29 +75,43 @@ def replay(config: Config, step: int) -> Replay:
         losses = {r["step"]: r for r in records if "grad_norm" in r}
         checkpoints.steps = _start(config, step, checkpoints.steps, max(losses, default=0))
         data = Batches(config.data, config.training.micro_batches, step)
+        leave_out_batches(data, read_rewinds(folder))
         check_kind(config, data)
         check_vocabulary(config, data)
         state = TrainingState(config, data, checkpoints, None)
         start = state.step
         step_function = compile_step(config, data, state)
+        skips = config.training.on_spike == "skip"
+
+        def compute(number: int, batch: Batch) -> StepMetrics:
+            """Computes a step (1 is the first), which a gate can hold only in a run that skips."""
+            limits = state.limits(number) if skips else np.full(2, np.nan, np.float32)
+            state.trained, state.opt_state, metrics = step_function(
+                state.trained,
+                state.opt_state,
+                batch,
+                np.int32(number - 1),
+                state.base,
+                Gate(limits, np.bool_(False)),
+            )
+            found = np.asarray(metrics.loss).item(), np.asarray(metrics.grad_norm).item()
+            state.band.add(number, *found)
+            return metrics
+
         print_status(
             f"computes step {step} from " + (f"checkpoint {start}" if start else "the start")
         )
         for done in range(start, step - 1):
-            state.trained, state.opt_state, metrics = step_function(
-                state.trained, state.opt_state, data.train(done), np.int32(done), state.base
-            )
-            jax.block_until_ready(metrics)
+            compute(done + 1, data.train(done))
         number, batch = np.int32(step - 1), data.train(step - 1)
         # The step donates the weights, so their norms are computed before it.
         norms: Any = compute_norms(config, state.trained, batch, number, state.base)
         norms = to_numbers(norms)
-        state.trained, state.opt_state, metrics = step_function(
-            state.trained, state.opt_state, batch, number, state.base
-        )
+        metrics = compute(step, batch)
         recorded = losses.get(step)
         return Replay(
             step,
+            data.samples.batch_number(step - 1) + 1,
             start,
             np.asarray(metrics.loss).item(),
             np.asarray(metrics.grad_norm).item(),
@@ -132,24 +140,3 @@ def _start(config: Config, step: int, saved: list[int], logged: int) -> list[int
             " give a later step (checkpoint.keep_every retains old checkpoints)"
         )
     return before[-1:]
-
-
-def describe_rows(data: Batches, step: int, sums: Any) -> list[ReplayedRow]:
-    """Returns where the rows of the batch of a step (1 is the first) are from, and their losses.
-
-    Args:
-        data: of the run.
-        step: of the run.
-        sums: `StepMetrics.rows` of the step; None: DPO.
-    """
-    B = data.config.batch_size
-    nll, targets = (np.asarray(s).reshape(-1).tolist() for s in sums) if sums else (None, None)
-    rows = list[ReplayedRow]()
-    for row in range(B):
-        at = data.samples.locate((step - 1) * B + row)
-        loss = nll[row] / targets[row] if nll and targets and targets[row] else None
-        count = targets[row] if targets else None
-        rows.append(
-            ReplayedRow(row + 1, str(at.tokens.folder), at.epoch + 1, at.window + 1, loss, count)
-        )
-    return rows

@@ -14,6 +14,7 @@ from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.data_wait import DataWait
 from llama_jax.training.host_times import HostTimes
 from llama_jax.training.ledger import Ledger
+from llama_jax.training.loss import RowSums
 from llama_jax.training.loss_figure import draw_losses
 from llama_jax.training.metrics import EVALUATION, MetricsLog, seconds_at_peak
 from llama_jax.training.progress import StepProgress
@@ -88,14 +89,23 @@ class Report:
         self._host_times.end_part("dispatch")
         self._watchdog.end_stage()
 
-    def step(self, step: int, metrics: StepMetrics) -> None:
-        """Waits for the metrics of a step (1 is the first) and reports them."""
-        scalars = metrics._replace(rows=None)
+    def read(self, metrics: StepMetrics) -> Any:
+        """Waits for a step; returns its metrics, but those of rows, as a StepMetrics of numbers."""
         self._host_times.end_part("other")
-        numbers = jax.tree.map(lambda value: np.asarray(value).item(), scalars)
+        numbers = jax.tree.map(lambda value: np.asarray(value).item(), metrics._replace(rows=None))
         self._host_times.end_part("device")
+        return numbers
+
+    def step(self, step: int, numbers: Any, rows: RowSums | None) -> None:
+        """Reports the metrics of a step (1 is the first), which has ended just now.
+
+        Args:
+            step: number of steps done.
+            numbers: `read` of its metrics.
+            rows: of its metrics.
+        """
         self._host_times.gather(step)
-        loss, norm, rate, targets, skipped, preferences, _ = numbers
+        loss, norm, rate, targets, skipped, _, preferences, _ = numbers
         now = time.monotonic()
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
@@ -125,8 +135,8 @@ class Report:
             record["mfu"] = self._seconds_at_peak / seconds
         logged = is_due(step, self.config.logging.every) or step == self.config.training.steps
         if self.log and logged:
-            if metrics.rows and len(self.config.data.folders) > 1:
-                record |= split_loss(metrics.rows, self.data.samples.folders(step - 1))
+            if rows and len(self.config.data.folders) > 1:
+                record |= split_loss(rows, self.data.samples.folders(step - 1))
             self.log.write(step, record)
         shown = {"loss": f"{loss:.3f}"}
         shown |= {"accuracy": f"{preferences.accuracy:.0%}"} if preferences else {}
@@ -152,6 +162,19 @@ class Report:
         if self.log and metrics:
             self.log.write(step, {f"{EVALUATION}{name}": x for name, x in metrics.items()})
         self._done = time.monotonic()
+
+    def return_to(self, step: int) -> None:
+        """Marks that the run continues after `step` steps, with a step that it has dispatched."""
+        self._done = time.monotonic()
+        self._watchdog.return_to(step)
+
+    def rewind(self, step: int, reached: int) -> None:
+        """Removes the records of the steps after `step`: the run replaces those until `reached`."""
+        self.return_to(step)
+        self._ledger.repeat_until(reached)
+        if self.log:
+            self.log.close()
+            self.log = MetricsLog(self.folder, self.config, step)
 
     def upload(self) -> None:
         """Writes the ledger, and copies the logs into the bucket if the run folder is in one."""

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from llama_jax.errors import InputError
@@ -12,6 +13,7 @@ from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import AnyPath, write_file
 from llama_jax.training.ledger import Session, read_sessions
 from llama_jax.training.metrics import read_metrics
+from llama_jax.training.run_folder import read_events
 
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _PANELS = (  # name in metrics.jsonl, label, scale
@@ -20,15 +22,16 @@ _PANELS = (  # name in metrics.jsonl, label, scale
     ("tokens_per_second", "tokens/s", "linear"),
     ("goodput", "goodput", "linear"),
 )
-_LINE, _RESTART, _SKIPPED = "#1f4e9c", "#b0532d", "#111111"
+_LINE, _RESTART, _SKIPPED, _SPIKE, _REWIND = "#1f4e9c", "#b0532d", "#111111", "#c2185b", "#6a3d9a"
 _FEW = 200  # steps, of which each has a dot
 
 
 def draw_run(folder: AnyPath, path: AnyPath) -> None:
     """Draws loss, gradient norm, tokens per second and goodput of a run over time, into `path`.
 
-    Vertical lines are restarts; the time before each in which no process ran is shaded. Steps that
-    were repeated after a restart are shown once, as their last computation.
+    Dashed lines are restarts; the time before each in which no process ran is shaded. Triangles are
+    spikes, dotted lines are rewinds. Steps that were repeated after a restart or a rewind are shown
+    once, as their last computation.
 
     Args:
         folder: of the run.
@@ -49,7 +52,8 @@ def draw_run(folder: AnyPath, path: AnyPath) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure = plot_run(folder.name, sessions, records)
+    events = read_events(folder, "spike") + read_events(folder, "rewind")
+    figure = plot_run(folder.name, sessions, records, events)
     picture = io.BytesIO()
     figure.savefig(picture, format=str(path).rpartition(".")[2])
     plt.close(figure)
@@ -60,13 +64,19 @@ def draw_run(folder: AnyPath, path: AnyPath) -> None:
         partial.write_bytes(picture.getvalue())
 
 
-def plot_run(name: str, sessions: Sequence[Session], records: list[dict[str, Any]]) -> Any:
+def plot_run(
+    name: str,
+    sessions: Sequence[Session],
+    records: list[dict[str, Any]],
+    events: Sequence[dict[str, Any]] = (),
+) -> Any:
     """Returns the figure of `draw_run`: a panel for each of `_PANELS`.
 
     Args:
         name: of the run.
         sessions: of its ledger, at least one.
         records: of its steps, at least one.
+        events: its spikes and rewinds.
     """
     import matplotlib.pyplot as plt
 
@@ -79,15 +89,18 @@ def plot_run(name: str, sessions: Sequence[Session], records: list[dict[str, Any
     for axes, (metric, label, scale) in zip(grid, _PANELS, strict=True):
         _draw_metric(axes, records, metric, sessions, seconds)
         _draw_restarts(axes, sessions, seconds)
+        _draw_spikes(axes, events, start, seconds)
         axes.set(ylabel=label, yscale=scale)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     grid[-1].set(ylim=(0, 1.02), xlabel=f"{unit} since the first start", xlim=(0, last / seconds))
     restarts = len(sessions) - 1
     skipped = sum(r.get("skipped", 0) for r in records)
+    spikes = sum(event["event"] == "spike" for event in events)
     grid[0].set_title(
         f"{name}: {records[-1]['step']:,} steps, {restarts}"
         f" {'restart' if restarts == 1 else 'restarts'}, {skipped} skipped"
+        + (f", {spikes} {'spike' if spikes == 1 else 'spikes'}" if spikes else "")
     )
     if grid[0].get_legend_handles_labels()[1]:
         grid[0].legend(frameon=False, loc="upper right")
@@ -126,6 +139,21 @@ def _draw_metric(
     if skipped:
         style = {"color": _SKIPPED, "marker": "x", "ls": "", "ms": 5, "label": "skipped step"}
         axes.plot(skipped, [0.03] * len(skipped), transform=axes.get_xaxis_transform(), **style)
+
+
+def _draw_spikes(axes: Any, events: Sequence[dict[str, Any]], start: float, seconds: float) -> None:
+    """Draws a triangle at the top for each spike, and a line at each rewind."""
+    times = {"spike": list[float](), "rewind": list[float]()}
+    for event in events:
+        at = datetime.fromisoformat(event["time"]).timestamp()  # in whole seconds
+        times[event["event"]].append(max(0.0, at - start) / seconds)
+    for i, at in enumerate(times["rewind"]):
+        label = None if i else "rewind"
+        axes.axvline(at, color=_REWIND, lw=0.8, ls=":", label=label)
+    if times["spike"]:
+        style = {"color": _SPIKE, "marker": "v", "ls": "", "ms": 5, "label": "spike"}
+        heights = [0.97] * len(times["spike"])
+        axes.plot(times["spike"], heights, transform=axes.get_xaxis_transform(), **style)
 
 
 def _draw_restarts(axes: Any, sessions: Sequence[Session], seconds: float) -> None:

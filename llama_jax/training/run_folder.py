@@ -16,6 +16,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, read_file, read_many, write_file, write_many
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
+EVENTS = "events.jsonl"
 # A resumed run must continue the same run. Only these keys may change; the change is printed.
 CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus", "data.tokenizer")
 CHANGEABLE += ("data.phases", "data.validation_fraction", "training.out", "training.steps")
@@ -23,6 +24,7 @@ CHANGEABLE += ("training.micro_batches", "training.max_skipped", "training.eval_
 CHANGEABLE += ("training.init_from",)  # used only before the first checkpoint
 CHANGEABLE += ("training.eval_batches", "training.evaluate", "training.profile", "checkpoint")
 CHANGEABLE += ("training.watchdog", "training.check_every")
+CHANGEABLE += ("training.on_spike", "training.spike_threshold")
 CHANGEABLE += ("logging",)
 # The learning rate of the remaining steps; `schedule_change` prints the consequence.
 CHANGEABLE += ("optimizer.schedule", "optimizer.decay_steps", "optimizer.final_lr_fraction")
@@ -98,6 +100,12 @@ def _record_changes(config: Config, folder: AnyPath, step: int) -> None:
     )
 
 
+def read_events(folder: AnyPath, kind: str) -> list[dict[str, Any]]:
+    """Returns the events of a kind, in the order in which they happened; none without a file."""
+    data = read_many(folder, [EVENTS])[EVENTS] or b""
+    return [event for line in data.splitlines() if (event := json.loads(line))["event"] == kind]
+
+
 def record_events(folder: AnyPath, events: list[dict[str, Any]]) -> None:
     """Appends events to events.jsonl, with the time (UTC). Only host 0 calls this.
 
@@ -106,7 +114,7 @@ def record_events(folder: AnyPath, events: list[dict[str, Any]]) -> None:
         events: each with `step` (number of steps done), `event` (its kind) and its other fields.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    path = folder / "events.jsonl"
+    path = folder / EVENTS
     earlier = read_file(path) if path.exists() else b""
     lines = "".join(json.dumps({"time": now} | event) + "\n" for event in events)
     write_file(path, earlier + lines.encode())

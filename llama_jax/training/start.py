@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from llama_jax.checkpoint import folders, model_folders
@@ -13,7 +15,7 @@ from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoi
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.run import Config
 from llama_jax.data import tokenize
-from llama_jax.data.batches import Batches, check_order
+from llama_jax.data.batches import LEFT_OUT, Batches, check_order
 from llama_jax.data.source_use import count_use, describe_phases
 from llama_jax.data.text_files import SPLITS
 from llama_jax.errors import InputError
@@ -25,8 +27,9 @@ from llama_jax.runtime.atomic_write import is_written
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
+from llama_jax.training.band import Band
 from llama_jax.training.optimizer import adamw
-from llama_jax.training.run_folder import check_unchanged
+from llama_jax.training.run_folder import EVENTS, check_unchanged
 from llama_jax.training.schedule_change import print_schedule_change
 from llama_jax.training.step import init_state
 from llama_jax.training.trainable import initial_key
@@ -118,10 +121,16 @@ class TrainingState:
     Attributes:
         trained: all weights, or the pairs of a LoRA run.
         base: the frozen weights of a run of LoRA or DPO, otherwise None.
+        band: of the loss and the gradient norm.
 
     Raises:
         InputError: the checkpoint was trained on other data, or beside other weights.
     """
+
+    step: int
+    trained: Any
+    opt_state: Any
+    band: Band
 
     def __init__(
         self,
@@ -130,17 +139,12 @@ class TrainingState:
         checkpoints: TrainingCheckpoints,
         local: LocalCheckpoints | None,
     ):
-        self.step, self._data, self._base_hash = 0, data, None
+        self._config, self._data, self._base_hash = config, data, None
         source = config.training.init_from
         if config.has_base:
             self._base_hash = hosts.broadcast_decision(lambda: manifest_hash(str(source)))
-        like = eval_shape_on_mesh(partial(init_state, config), jax.random.key(0))
-        restored = local.restore_newest(*like) if local else None
-        if restored is None and checkpoints.steps:
-            restored = checkpoints.restore_newest(*like)
-        if restored:
-            progress, self.trained, self.opt_state = restored
-            self.step = progress.step
+        progress = self.restore(checkpoints, local)
+        if progress:
             _check_data(config, progress, data.fingerprint(self.step))
             if progress.base != self._base_hash:
                 raise InputError(
@@ -148,14 +152,40 @@ class TrainingState:
                     f" {config.training.out} was trained: restore them, or choose another"
                     " training.out"
                 )
-        else:
-            self.trained, self.opt_state = initial_state(config)
         self.base = load_base(config)
+
+    def restore(
+        self, checkpoints: TrainingCheckpoints, local: LocalCheckpoints | None = None
+    ) -> Progress | None:
+        """Restores the newest checkpoint, or initializes the state if there is none.
+
+        The arguments are those of the class. Returns the metadata of the checkpoint.
+        """
+        self.trained = self.opt_state = None  # frees their memory
+        like = eval_shape_on_mesh(partial(init_state, self._config), jax.random.key(0))
+        restored = local.restore_newest(*like) if local else None
+        if restored is None and checkpoints.steps:
+            restored = checkpoints.restore_newest(*like)
+        progress = None
+        if restored:
+            progress, self.trained, self.opt_state = restored
+        else:
+            self.trained, self.opt_state = initial_state(self._config)
+        self.step = progress.step if progress else 0
+        self.band = Band(
+            self._config.training.spike_threshold, progress.recent if progress else None
+        )
+        return progress
+
+    def limits(self, step: int) -> np.ndarray:
+        """Returns the limits of the loss and gradient norm of a step (1 is the first)."""
+        return self.band.limits(step, self._data.phase_start(step - 1) + 1)
 
     @property
     def progress(self) -> Progress:
         """The metadata of a checkpoint of this state."""
-        return Progress(self.step, self._data.fingerprint(self.step), self._base_hash)
+        fingerprint = self._data.fingerprint(self.step)
+        return Progress(self.step, fingerprint, self._base_hash, self.band.recent)
 
 
 def _check_data(config: Config, progress: Progress, fingerprint: list[str]) -> None:
@@ -172,6 +202,15 @@ def _check_data(config: Config, progress: Progress, fingerprint: list[str]) -> N
     check_order(config.training.out, progress.data)
     if progress.data == fingerprint:
         return
+    saved, now = (
+        [p for p in parts if p.startswith(LEFT_OUT)] for parts in (progress.data, fingerprint)
+    )
+    if saved != now:
+        raise InputError(
+            f"{config.training.out} was trained {', '.join(saved) or 'with all batches'}, but"
+            f" its {EVENTS} says {', '.join(now) or 'that none was left out'}: restore this file,"
+            " or choose another training.out"
+        )
     saved, now = (
         {p.partition(":")[2] for p in parts} - {""} for parts in (progress.data, fingerprint)
     )

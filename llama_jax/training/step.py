@@ -1,7 +1,7 @@
 """One step of training, as a pure function."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,20 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     targets: jax.Array  # number of targets that the loss counts
     skipped: jax.Array  # True: the gradient was not finite, and the step changed no weights
+    held: jax.Array  # True: a `Gate` was closed, and the step changed no weights
     preferences: PreferenceMetrics | None  # for DPO
     rows: RowSums | None  # of each row, [A, B]; not for DPO
+
+
+class Gate(NamedTuple):
+    """Holds a step on the devices: it then changes no weights, and no host has to wait for that.
+
+    The host sees a held step one step later. Until then the devices hold the next one too, so the
+    state is still the one before the held step.
+    """
+
+    limits: Any  # highest loss and gradient norm that may change weights, float32 [2]; NaN: any
+    held: Any  # `StepMetrics.held` of the step that was dispatched before
 
 
 class Gradients(NamedTuple):
@@ -132,6 +144,7 @@ def train_step(
     batch: Batch,
     step: jax.Array,
     base: Llama | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Trained, optax.OptState, StepMetrics]:
     """Returns the trained weights and optimizer state after step number `step` (0 is the first).
 
@@ -143,24 +156,35 @@ def train_step(
     >>> losses[2] < losses[0]
     True
 
-    A step whose gradient is not finite returns the old weights and state, and sets `skipped`. The
-    buffers of the old weights and state are donated. With `config.lora` the trained weights are the
-    pairs, and `base`, which is not donated, is the model beside which they are trained. For DPO
-    `base` is the reference.
+    A step whose gradient is not finite returns the old weights and state, and sets `skipped`; one
+    that `gate` holds sets `held`. The buffers of the old weights and state are donated. With
+    `config.lora` the trained weights are the pairs, and `base`, which is not donated, is the model
+    beside which they are trained. For DPO `base` is the reference.
     """
     grads, loss, targets, preferences, rows = gradients(config, trained, batch, base, step)
     with jax.named_scope("optimizer"):
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
+        held = _is_held(gate, loss, norm)
+        changes = finite & ~held
         clip = clip_scale(config.optimizer, norm)
         rate = jnp.asarray(learning_rate(config.optimizer, config.training.steps)(step))
         updates, new_state = adamw(config.optimizer).update(
             jax.tree.map(lambda g: g * clip, grads), opt_state, trained
         )
         new_trained = jax.tree.map(lambda w, u: w - rate.astype(u.dtype) * u, trained, updates)
-        select = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        metrics = StepMetrics(loss, norm, rate, targets, ~finite, preferences, rows)
+        select = partial(jax.tree.map, lambda new, old: jnp.where(changes, new, old))
+        metrics = StepMetrics(loss, norm, rate, targets, ~finite, held, preferences, rows)
         return select(new_trained, trained), select(new_state, opt_state), metrics
+
+
+def _is_held(gate: Gate | None, loss: jax.Array, norm: jax.Array) -> jax.Array:
+    """Returns whether the gate holds a step; a loss or norm that is not finite is no exception."""
+    if gate is None:
+        return jnp.zeros((), bool)
+    limits = jnp.asarray(gate.limits)
+    inside = (loss <= limits[0]) & (norm <= limits[1]) & jnp.isfinite(norm)
+    return gate.held | (~inside & ~jnp.isnan(limits[0]))
 
 
 @partial(jax.jit, static_argnums=0)

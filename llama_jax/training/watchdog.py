@@ -55,6 +55,11 @@ class Watchdog:
         """Marks that this host asks for the batch of the next step."""
         self._step, self._stage = self._step + 1, 0
 
+    def return_to(self, step: int) -> None:
+        """Marks that the run continues after `step` steps."""
+        self._step = step
+        self._marks += 1
+
     def end_stage(self) -> None:
         """Marks that this host has the batch of the step, and then that it has dispatched it."""
         self._stage += 1

@@ -190,3 +190,22 @@ def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(token_fold
     expected = Batches(config(token_folder)).fingerprint()
     assert Batches(config(copy)).fingerprint() == expected
     assert Batches(config(tmp_path / "less")).fingerprint() != expected
+
+
+def test_batches_that_are_left_out_are_those_of_no_step(token_folder):
+    mixture = {str(token_folder): 1.0}
+    data = Batches(config(token_folder, phases={6: mixture, 20: mixture}))
+    whole = data.fingerprint()
+    for first, stop in ((9, 11), (3, 5), (10, 13)):
+        data.samples.leave_out(first, stop)
+    assert data.samples.left_out == [(3, 5), (9, 13)]
+    numbers = [data.samples.batch_number(step) for step in range(20)]
+    assert numbers == [n for n in range(26) if n not in {3, 4, 9, 10, 11, 12}]
+    assert [data.samples.batches_until(n) for n in (0, 3, 4, 20)] == [0, 3, 6, 26]
+    # A phase begins with its first batch, or with the next one that is not left out.
+    assert {step for step in range(20) if data.phase_start(step) == step} == {0, 4, 14}
+    assert numbers[4] == 6
+    assert numbers[14] == 20
+    assert data.fingerprint(3) == Batches(config(token_folder)).fingerprint()
+    assert data.fingerprint()[len(whole) :] == ["without batches 4-5", "without batches 10-13"]
+    assert data.fingerprint(5)[-1] == "without batches 4-5"
