@@ -38,6 +38,7 @@ ON_THE_CPU = [
     "decode.py --batch 8 --dtype bfloat16",
     "serve_load.py --requests 60 --minutes 0",
     "start_up.py --rounds 3",
+    "load_weights.py",
     "finetune.py --rounds 5",
     "evaluation.py",
     "tokenize_speed.py",
@@ -51,7 +52,7 @@ def run(command: str, folder: Path, on_a_gpu: bool) -> list[Result]:
     # Without JAX_PLATFORMS, JAX searches for an accelerator where its compiler is installed.
     environment = os.environ if on_a_gpu else os.environ | {"JAX_PLATFORMS": "cpu"}
     file = folder / "results.jsonl"
-    file.unlink(missing_ok=True)
+    file.write_text("")
     name, *arguments = command.format(folder=folder).split()
     print(f"\n$ python benchmarks/{command}", flush=True)
     call = [sys.executable, HERE / name, *arguments, "--json", file]

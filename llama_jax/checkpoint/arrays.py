@@ -4,7 +4,9 @@ An item of a checkpoint (`model`, `optimizer`) is a folder of zarr arrays. Tenso
 and verifies the checksum of every chunk.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from llama_jax.runtime.zarr_arrays import array_names
 
 # A fault of a device raises JAX's own exception.
 FAULTS = (*damage.FAULTS, jax.errors.JaxRuntimeError)
+_AHEAD_BYTES = 256 << 20  # a disk of 2 GB/s is busy for 0.1 s
 
 
 def load_items(
@@ -50,16 +53,21 @@ def load_items(
     for item, tree in wanted.items():
         _check_shapes(where, item, stores[item], tree)
     parts = dict[str, int]()
+    opened = [
+        (stores[item][_dotted(path)], like)
+        for item, tree in wanted.items()
+        for path, like in jax.tree.leaves_with_path(tree)
+    ]
 
     def load(item: str, path: tuple[Any, ...], like: Any) -> jax.Array:
-        name = _dotted(path)
-        reads = _read_shards(stores[item][name], like)
+        name, reads = _dotted(path), next(reads_ahead)
         array = _make_array(reads, like)
         if sums is not None:
             parts[f"{item}/{name}"] = _sum_shards(stores[item][name], reads, like)
         return array
 
     with classify_errors(where, FAULTS):
+        reads_ahead = _read_ahead(opened)
         loaded = {
             item: jax.tree.map_with_path(partial(load, item), tree) for item, tree in wanted.items()
         }
@@ -69,6 +77,29 @@ def load_items(
             if sums.get(name, found) != found:
                 raise Damaged(where, f"{name} is not the array that was written")
     return loaded
+
+
+def _read_ahead(arrays: Iterable[tuple[Any, Any]]) -> Iterator[dict[Position, Any]]:
+    """Yields the reads of each array in turn, while the next arrays are being read.
+
+    So the disk reads while the caller converts and places an array. At least one array is read
+    ahead, and more while all together have at most `_AHEAD_BYTES`.
+
+    Args:
+        arrays: the stored array, and the abstract array that this host needs.
+    """
+    ahead, n_bytes = deque[tuple[dict[Position, Any], int]](), 0
+    for store, like in arrays:
+        reads = _read_shards(store, like)
+        shard = math.prod(like.sharding.shard_shape(like.shape))
+        ahead.append((reads, len(reads) * shard * like.dtype.itemsize))
+        n_bytes += ahead[-1][1]
+        while len(ahead) > 1 and n_bytes > _AHEAD_BYTES:
+            reads, size = ahead.popleft()
+            n_bytes -= size
+            yield reads
+    for reads, _ in ahead:
+        yield reads
 
 
 def _read_shards(store: Any, like: Any) -> dict[Position, Any]:

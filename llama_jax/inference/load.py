@@ -3,12 +3,8 @@
 import os
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from llama_jax.checkpoint import model_folders
 from llama_jax.checkpoint.folders import is_lora_run, read_model_config
@@ -23,8 +19,8 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.model.lora import attach, merge
 from llama_jax.model.weights import Llama, UnstackedLlama, quantize_model, unstack_layers
+from llama_jax.parallel.head_copies import as_copied_heads, stored_heads
 from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
-from llama_jax.parallel.sharding import weight_spec
 from llama_jax.runtime.cpu import cpu_has_bfloat16
 from llama_jax.runtime.storage import AnyPath, parse_path
 
@@ -113,14 +109,14 @@ def _load_with_copies(
 ) -> tuple[ModelConfig, Llama]:
     """Loads a model with `copies` of each key/value head, which its config counts as heads."""
     expanded = replace(config, n_kv_heads=copies * config.n_kv_heads)
-    like = abstract_model(expanded)
+    like, wanted = abstract_model(expanded), abstract_model(expanded)
     for name in ("wk", "wv"):
-        leaves = jax.tree.map(partial(_stored_leaf, config), getattr(like.layers, name))
-        setattr(like.layers, name, leaves)
-    _, model = model_folders.load_model(folder, config, like=like)
+        leaves = jax.tree.map(partial(stored_heads, copies), getattr(like.layers, name))
+        setattr(wanted.layers, name, leaves)
+    _, model = model_folders.load_model(folder, config, like=wanted)
     for name in ("wk", "wv"):
-        weight = jax.tree.map(partial(_copy_heads, copies), getattr(model.layers, name))
-        setattr(model.layers, name, weight)
+        leaves = getattr(like.layers, name), getattr(model.layers, name)
+        setattr(model.layers, name, jax.tree.map(as_copied_heads, *leaves))
     return expanded, model
 
 
@@ -141,19 +137,3 @@ def choose_compute_dtype(config: ModelConfig) -> ModelConfig:
     ):
         return config
     return replace(config, dtype="float32", param_dtype="float32")
-
-
-def _stored_leaf(config: ModelConfig, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns an abstract leaf [L, …, K, H] with the heads of the checkpoint, replicated."""
-    *before, _, H = leaf.shape
-    sharding: Any = leaf.sharding
-    spec = P(*sharding.spec[: len(before)], None, None)
-    shape = (*before, config.n_kv_heads, H)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(sharding.mesh, spec))
-
-
-@partial(jax.jit, static_argnums=0)
-def _copy_heads(copies: int, w_L_KH: jax.Array) -> jax.Array:
-    """Repeats each head `copies` times, so that each is on the devices of its query heads."""
-    dims = "LDKH" if w_L_KH.ndim == 4 else "LKH"  # a weight, or the scales of an int8 weight
-    return jax.reshard(jnp.repeat(w_L_KH, copies, axis=-2), weight_spec(dims))

@@ -51,7 +51,8 @@ def command(folder, *more):
 def test_two_processes_generate_the_text_of_one_and_read_half_of_the_weights(
     capsys, token_folder, tmp_path
 ):
-    config = save(tmp_path / "model", token_folder, n_kv_heads=8)
+    # Two devices have a copy of each of the four key/value heads.
+    config = save(tmp_path / "model", token_folder, n_kv_heads=4)
     argv = command(tmp_path / "model", *DRAWN)
     group = Group(tmp_path / "group", 2, *argv, program=("-c", REPORTING))
     code, expected, _ = run(capsys, *argv)
