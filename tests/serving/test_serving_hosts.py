@@ -100,10 +100,11 @@ def test_two_hosts_answer_as_one_and_end_after_the_running_request(
 
 
 @pytest.mark.slow
-def test_four_hosts_end_with_a_sentence_when_one_is_killed_under_load(
+def test_two_copies_on_two_hosts_each_end_with_a_sentence_when_one_host_is_killed_under_load(
     expected, model_folder, tmp_path
 ):
-    group, url = start(tmp_path / "four", 4, model_folder)
+    copies = "--replicas", 2, "--rows", 4
+    group, url = start(tmp_path / "four", 4, model_folder, *copies)
     assert answers(url) == expected
     stopped = threading.Event()
 
