@@ -8,11 +8,12 @@ Both comparisons are bit for bit, because neither depends on the order of a sum:
   gradient must be the same wherever the rows are computed.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import batch_shard_devices, batch_shards
 from llama_jax.parallel.replicas import compute_on_shards, replica_groups
 from llama_jax.runtime import hosts
+from llama_jax.runtime.storage import parse_path
+from llama_jax.training.run_folder import record_events
 from llama_jax.training.step import gradients
 
 PLACEMENTS = 8  # shards that one check compares with each other; the next check takes others
@@ -50,7 +53,8 @@ def check_devices(
         base: the frozen weights, if any.
 
     Raises:
-        Fault: devices differ; the message names them and their hosts.
+        Fault: devices differ; the message, which is also in events.jsonl, names them and their
+            hosts.
     """
     state = {"weights": trained, "optimizer": opt_state, "base": base}
     checksums = jax.device_get(compute_on_shards(fingerprint.of_array, state))
@@ -60,15 +64,16 @@ def check_devices(
             bits = [value[place].tobytes() for _, place in devices]
             if differing := _outliers(bits):
                 which = [devices[i][0] for i in differing]
-                raise _fault(config, step, which, f"{'.'.join(path_names(path))} in memory")
-    if batch_shards() == 1 or config.training.objective == "dpo":
+                _report(config, step, which, f"{'.'.join(path_names(path))} in memory")
+    if batch_shards() == 1:
         return
     devices = batch_shard_devices()
-    _, rows = _gradient(config, trained, batch, base, -1)
-    losses = np.asarray(rows).reshape(len(devices), -1)
-    if differing := _outliers([loss.tobytes() for loss in losses]):
-        which = [d for i in differing for d in devices[i]]
-        raise _fault(config, step, which, "the losses of the same rows")
+    if config.training.objective != "dpo":  # which has no losses of rows
+        _, rows = _gradient(config, trained, batch, base, -1)
+        losses = np.asarray(rows).reshape(len(devices), -1)
+        if differing := _outliers([loss.tobytes() for loss in losses]):
+            which = [d for i in differing for d in devices[i]]
+            _report(config, step, which, "the losses of the same rows")
     first = step // config.training.check_every * (PLACEMENTS - 1)  # one shard is compared again
     shards = [(first + i) % len(devices) for i in range(min(PLACEMENTS, len(devices)))]
     bits = []
@@ -77,35 +82,35 @@ def check_devices(
         bits.append(str(fingerprint.to_text(computed)).encode())
     if differing := _outliers(bits):
         which = [d for i in differing for d in devices[shards[i]]]
-        raise _fault(config, step, which, "the gradient of the same rows")
+        _report(config, step, which, "the gradient of the same rows")
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradient(
     config: Config, trained: Trained, batch: Batch, base: Llama | None, shard: jax.Array | int
-) -> tuple[Any, jax.Array]:
-    """Returns fingerprints of the gradient, and the loss of each row [B].
+) -> tuple[Any, jax.Array | None]:
+    """Returns fingerprints of the gradient, and the loss of each row [B]; for DPO None.
 
-    All shards of the batch have the same rows. Only those of `shard` have targets (-1: all).
+    All shards of the batch have the same rows. Only those of `shard` have targets, and for DPO
+    segments, which are the preferences (-1: all).
     """
     n = batch_shards()
+    without = {"targets": -1} | ({"segments": 0} if config.training.objective == "dpo" else {})
 
-    def place(x: jax.Array, target: bool) -> jax.Array:
+    def place(x: jax.Array, name: str) -> jax.Array:
         rows = jax.reshard(x[0], P())
         size = rows.shape[0] // n
         rows = jnp.tile(rows[:size], (n, 1))
         active = (jnp.arange(rows.shape[0]) // size == shard) | (jnp.asarray(shard) < 0)
-        rows = jnp.where(active[:, None], rows, -1) if target else rows
+        rows = jnp.where(active[:, None], rows, without[name]) if name in without else rows
         return jax.reshard(rows, P(*jax.typeof(x).sharding.spec[1:]))[None]
 
-    placed = Batch(
-        *(None if x is None else place(x, name == "targets") for name, x in batch._asdict().items())
-    )
+    placed = Batch(*(None if x is None else place(x, name) for name, x in batch._asdict().items()))
     config = replace(config, training=replace(config.training, micro_batches=1))
     found: Any = gradients(config, trained, placed, base)
     # The sign of a zero depends on the zeros that the other shards add.
     grads = jax.tree.map(lambda g: jnp.where(g == 0, jnp.zeros_like(g), g), found.grads)
-    return fingerprint.start_fingerprints(grads), found.rows.nll[0]
+    return fingerprint.start_fingerprints(grads), found.rows and found.rows.nll[0]
 
 
 def _outliers(values: Sequence[bytes]) -> list[int]:
@@ -117,12 +122,25 @@ def _outliers(values: Sequence[bytes]) -> list[int]:
     return [i for i, value in enumerate(values) if tie or value != counts[0][0]]
 
 
-def _fault(config: Config, step: int, devices: Sequence[Any], what: str) -> Fault:
+def _report(config: Config, step: int, devices: Sequence[Any], what: str) -> NoReturn:
+    """Records which devices differ in events.jsonl, and raises it on all hosts."""
     names = ", ".join(f"device {d.id} of {hosts.name(d.process_index)}" for d in devices[:8])
     every = config.training.check_every
     earlier = f"until step {step - every} all were equal" if step > every else "it is the first"
-    return Fault(
+    text = (
         f"silent data corruption found after step {step} (training.check_every; {earlier}): of"
         f" {what}, {names} {'has' if len(devices) == 1 else 'have'} other bits than the other"
-        " devices: replace the hardware, and resume from a checkpoint before that"
+        " devices"
     )
+    found = {
+        "devices": [d.id for d in devices],
+        "hosts": sorted({d.process_index for d in devices}),
+    }
+
+    def record() -> None:
+        event = {"step": step, "event": "silent data corruption", **found, "text": text}
+        with contextlib.suppress(OSError):  # must not replace this error
+            record_events(parse_path(config.training.out), [event])
+
+    hosts.broadcast_decision(record)  # the others wait: their error would end host 0
+    raise Fault(f"{text}: replace the hardware, and resume from a checkpoint before that")
