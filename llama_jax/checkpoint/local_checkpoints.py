@@ -10,7 +10,7 @@ import hashlib
 import json
 import secrets
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import optax
 
 from llama_jax.checkpoint import array_files, fingerprint
 from llama_jax.checkpoint.arrays import load_items
+from llama_jax.checkpoint.save_thread import SaveThread
 from llama_jax.checkpoint.training_checkpoints import Progress
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import LocalCheckpointConfig
@@ -69,8 +70,7 @@ class LocalCheckpoints:
         self.steps = sorted(step for step in between if self._sources(step))
         self._stored: list[int] = []  # by this host, of this history of the run
         self._failed = False
-        self._thread = ThreadPoolExecutor(1, "save-local")
-        self._saving: Future[None] | None = None
+        self._saving: tuple[int, SaveThread] | None = None
 
     def _find(self) -> dict[int, dict[str, Any]]:
         """Returns the manifests of this host's usable checkpoints; removes incomplete ones."""
@@ -108,18 +108,22 @@ class LocalCheckpoints:
             return
         specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
         shards = array_files.copy_shards(items, replicas=True)
-        self._saving = self._thread.submit(self._try_to_store, progress, specs, shards, computed)
+        store = partial(self._try_to_store, progress, specs, shards, computed)
+        self._saving = progress.step, SaveThread("save-local", store)
 
     def _try_to_store(self, progress: Progress, *state: Any) -> None:
         try:
             self._store(progress, *state)
         except damage.FAULTS as error:
-            self._failed = True
-            remove_tree(self.folder / str(progress.step))
-            _print_on_this_host(
-                f"can't save step {progress.step} in {self.folder} ({root_cause(error)}): the run"
-                " continues without local checkpoints of this host"
-            )
+            self._give_up(progress.step, error)
+
+    def _give_up(self, step: int, error: Exception) -> None:
+        self._failed = True
+        remove_tree(self.folder / str(step))
+        _print_on_this_host(
+            f"can't save step {step} in {self.folder} ({root_cause(error)}): the run continues"
+            " without local checkpoints of this host"
+        )
 
     def _store(self, progress: Progress, specs: Any, shards: dict[str, Any], computed: Any) -> None:
         """Writes and commits this host's part of a checkpoint; in the background thread."""
@@ -153,14 +157,14 @@ class LocalCheckpoints:
         """Waits for the save in the background, if there is one."""
         saving, self._saving = self._saving, None
         if saving:
-            saving.result()
+            try:
+                saving[1].result()
+            except OSError as error:  # the thread was killed
+                self._give_up(saving[0], error)
 
     def close(self) -> None:
-        """Waits for the last save and ends the background thread."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
+        """Waits for the last save."""
+        self.wait()
 
     def remove(self) -> None:
         """Removes this host's local checkpoints: the run is finished, or rewinds before them."""

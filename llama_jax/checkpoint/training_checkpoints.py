@@ -11,7 +11,6 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from llama_jax.checkpoint import array_files, fingerprint
 from llama_jax.checkpoint.arrays import FAULTS, load_items
 from llama_jax.checkpoint.commit import commit
 from llama_jax.checkpoint.folders import committed_steps
+from llama_jax.checkpoint.save_thread import SaveThread
 from llama_jax.checkpoint.tree import dict_to_tree, tree_to_dict
 from llama_jax.config.run import CheckpointConfig
 from llama_jax.errors import Fault, InputError
@@ -76,8 +76,7 @@ class TrainingCheckpoints:
             self._attempt = hosts.broadcast_decision(lambda: secrets.token_hex(8))
             self.steps = hosts.broadcast_decision(lambda: self.steps)
             self._check_versions()
-        self._thread = ThreadPoolExecutor(1, "save")
-        self._saving: tuple[int, Future[None]] | None = None
+        self._saving: tuple[int, SaveThread] | None = None
         self._closing = threading.Event()
 
     def _check_versions(self) -> None:
@@ -112,10 +111,8 @@ class TrainingCheckpoints:
             specs = {item: array_files.array_specs(tree) for item, tree in items.items()}
             files = array_files.metadata(specs) if hosts.is_host_zero() else {}
             shards = array_files.copy_shards(items)
-        self._saving = (
-            progress.step,
-            self._thread.submit(self._store, progress, specs, files, shards, computed),
-        )
+        store = partial(self._store, progress, specs, files, shards, computed)
+        self._saving = progress.step, SaveThread("save", store)
 
     def _remove_leftover(self, step: int) -> None:
         """Removes an incomplete or damaged checkpoint of a step that this run saves now.
@@ -216,7 +213,7 @@ class TrainingCheckpoints:
                 saving[1].result()
 
     def close(self) -> None:
-        """Waits for the last save and ends the background thread.
+        """Waits for the last save.
 
         Raises:
             Fault: as `check`.
@@ -225,7 +222,6 @@ class TrainingCheckpoints:
             self.wait()
         finally:
             self._closing.set()
-            self._thread.shutdown()
 
     @contextlib.contextmanager
     def _explain_failure(self, step: int) -> Iterator[None]:

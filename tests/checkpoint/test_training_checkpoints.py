@@ -9,7 +9,7 @@ import pytest
 from conftest import mesh_of, tiny_config, tiny_model
 from processes import Group
 
-from llama_jax.checkpoint import tree
+from llama_jax.checkpoint import array_files, tree
 from llama_jax.checkpoint.folders import committed_steps
 from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.checkpoint.training_checkpoints import Progress, TrainingCheckpoints
@@ -78,6 +78,25 @@ def model_folder(state, tmp_path_factory):
     with jax.set_mesh(mesh_of((2, 2, 2))):
         save_model(folder, CONFIG.model, state[0], None)
     return folder
+
+
+def test_a_killed_thread_that_saves_is_a_fault_before_the_next_step(state, tmp_path, monkeypatch):
+    def kill(*_):
+        raise SystemExit  # which ends a thread without a word
+
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        checkpoints = TrainingCheckpoints(tmp_path, CheckpointConfig())
+        checkpoints.save(Progress(1, ["a"]), *state)
+        checkpoints.wait()
+        monkeypatch.setattr(array_files, "write_shards", kill)
+        checkpoints.save(Progress(2, ["a"]), *state)
+        checkpoints._saving[1]._thread.join()
+    killed = r"the thread that writes it was killed \(SystemExit\)"
+    with pytest.raises(
+        Fault, match=rf"can't save step 2 in .* \({killed}\): the checkpoints of steps 1 are unch"
+    ):
+        checkpoints.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 def test_the_newest_and_every_kth_checkpoint_remain(saved, tmp_path):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent import futures
 from dataclasses import asdict, replace
 
 import jax
@@ -173,7 +172,7 @@ def test_a_failed_save_ends_the_run_before_its_next_step(
         if progress.step == 16:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         save(checkpoints, progress, *state)
-        futures.wait([checkpoints._saving[1]])
+        checkpoints._saving[1]._thread.join()
 
     monkeypatch.setattr(training_checkpoints.TrainingCheckpoints, "save", save_to_a_full_disk)
     try:
