@@ -79,9 +79,9 @@ class MetricsLog:
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.logging.tensorboard:
-            from tensorboardX import SummaryWriter
+            from llama_jax.training.tensorboard import TensorBoardLog
 
-            self._tensorboard = SummaryWriter(str(self._local / "tensorboard"), purge_step=step + 1)
+            self._tensorboard = TensorBoardLog(self._local / "tensorboard", step + 1)
         if config.logging.wandb:
             import wandb  # pyright: ignore[reportMissingImports] (an extra)
 
@@ -99,17 +99,18 @@ class MetricsLog:
             Fault: the disk is full, or can't be written for another reason.
         """
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        path = self.path
         try:
             self._file.write(json.dumps({"step": step} | finite) + "\n")
             self._file.flush()
+            if self._tensorboard:
+                path = self._folder / "tensorboard"
+                self._tensorboard.write(step, values)
         except OSError as error:
             raise Fault(
-                f"can't write {self.path} ({error.strerror}): fix the cause; the same command then"
+                f"can't write {path} ({error.strerror}): fix the cause; the same command then"
                 " resumes from the last checkpoint"
             ) from error
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
         if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
@@ -124,11 +125,11 @@ class MetricsLog:
         if self._local == self._folder:
             return
         self._uploaded = time.monotonic()
-        if self._tensorboard:
-            self._tensorboard.flush()
-        paths = [path for path in self._local.rglob("*") if path.is_file()]
-        logs = {path.relative_to(self._local).as_posix(): path.read_bytes() for path in paths}
         try:
+            if self._tensorboard:
+                self._tensorboard.flush()
+            paths = [path for path in self._local.rglob("*") if path.is_file()]
+            logs = {path.relative_to(self._local).as_posix(): path.read_bytes() for path in paths}
             write_many(self._folder, logs)
         except OSError as error:
             raise Fault(f"can't write the logs of {self._folder} ({error})") from error
@@ -138,7 +139,8 @@ class MetricsLog:
         with contextlib.suppress(OSError):  # `write` has raised it already
             self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
         if self._local != self._folder:

@@ -26,6 +26,19 @@ def test_metrics_that_cannot_be_written_are_a_fault(tmp_path):
     log.close()
 
 
+def test_a_full_disk_under_tensorboard_is_a_fault(tmp_path):
+    log = MetricsLog(tmp_path, tiny_config(), 0)
+    log.write(1, {"loss": 1.0})
+    record_writer = log._tensorboard._writer._py_recordio_writer
+    record_writer._writer.close()
+    with open("/dev/full", "wb", buffering=0) as full:
+        record_writer._writer = full
+        # SummaryWriter's thread ends here, and the eleventh scalar blocks for ever.
+        with pytest.raises(Fault, match=r"can't write .*tensorboard \(No space left on device\)"):
+            log.write(2, {f"metric {i}": 1.0 for i in range(50)})
+        log.close()
+
+
 def test_two_folders_of_the_same_name_are_two_runs_at_wandb(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **run: runs.append(run)))

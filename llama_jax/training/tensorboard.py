@@ -1,0 +1,62 @@
+"""The scalars of a run for TensorBoard.
+
+tensorboardX's SummaryWriter passes scalars to a thread through a bounded queue. A thread that a
+full disk ended would block the run at the eleventh scalar. Here a write that fails raises.
+"""
+
+import time
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
+
+FLUSH_SECONDS = 60.0  # between two flushes, which wait for the disk
+
+
+class TensorBoardLog:
+    """Writes scalars to an event file.
+
+    Args:
+        folder: for the file.
+        step: the first one that is written; TensorBoard hides later ones of earlier files.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._flushed = 0.0
+        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Writes the values of `step`.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        scalars = [value for name, x in values.items() for value in scalar(name, x).value]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all scalars to the disk.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        self._flushed = time.monotonic()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        self._writer.close()
