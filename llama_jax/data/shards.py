@@ -22,6 +22,7 @@ from llama_jax.data import shard_writer
 from llama_jax.data.shard_writer import SplitWriter, token_dtype
 from llama_jax.errors import InputError
 from llama_jax.runtime import zarr_arrays
+from llama_jax.runtime.bucket_path import await_request
 from llama_jax.runtime.damage import Damaged, classify_errors
 from llama_jax.runtime.manifest import check_files, hash_bytes, read_manifest, write_manifest
 from llama_jax.runtime.storage import AnyPath, parse_path
@@ -101,7 +102,7 @@ class TokenStream:
                 tokens[start:stop].read(),
                 *(array[first : -(-stop // 8)].read() for array in bits),
             ]
-            ids, *packed = (read.result() for read in reads)
+            ids, *packed = (await_request(read, self.folder).result() for read in reads)
         bools = (np.unpackbits(array)[start - 8 * first :][: stop - start] for array in packed)
         return [ids.astype(np.int32), *(array.astype(bool) for array in bools)]
 

@@ -8,6 +8,8 @@ import errno
 import fnmatch
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from functools import cache, cached_property
 from pathlib import PurePosixPath
@@ -25,6 +27,30 @@ _STALLED = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
 }
+# A request that waits for longer is reported, at most once a minute for each bucket.
+REPORT_SECONDS = 20.0
+_reported: dict[str, float] = {}
+
+
+def await_request(future: Any, where: Any) -> Any:
+    """Waits for a request of TensorStore, reports a bucket that lets it wait; returns it, ended.
+
+    Args:
+        future: of TensorStore.
+        where: path of the object; a path of this machine is not reported.
+    """
+    try:
+        future.exception(timeout=REPORT_SECONDS if isinstance(where, BucketPath) else None)
+    except TimeoutError:
+        now, bucket = time.monotonic(), f"{where.scheme}://{where.bucket}"
+        if now - _reported.get(bucket, -60.0) >= 60.0:
+            _reported[bucket] = now
+            print(
+                f"warning: {bucket} has not completed a request for {where} for"
+                f" {REPORT_SECONDS:.0f} s: a request that fails is repeated for about two minutes",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    return future
 
 
 class BucketPath:
@@ -101,7 +127,7 @@ class BucketPath:
 
     def _request(self, future: Any) -> Any:
         try:
-            return future.result()
+            return await_request(future, self).result()
         except ValueError as error:
             raise self.system_error(str(error)) from error
 

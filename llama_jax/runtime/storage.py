@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama_jax.errors import InputError
-from llama_jax.runtime.bucket_path import BucketPath, bucket_spec, context, file_system
+from llama_jax.runtime.bucket_path import (
+    BucketPath,
+    await_request,
+    bucket_spec,
+    context,
+    file_system,
+)
 from llama_jax.runtime.regular_file import open_regular, read_regular
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -132,7 +138,8 @@ def write_many(folder: AnyPath, files: Mapping[str, bytes]) -> None:
 
         store = ts.KvStore.open(kvstore_spec(folder), context=context()).result()
         writes = {name: store.write(name, data) for name, data in files.items()}
-    errors = {name: error for name, write in writes.items() if (error := write.exception())}
+    ended = {name: await_request(write, folder / name) for name, write in writes.items()}
+    errors = {name: error for name, write in ended.items() if (error := write.exception())}
     for name, error in errors.items():
         raise _system_error(folder / name, error) from error
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from llama_jax.errors import Fault
 from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, read_many, write_file
 
 FILE = "ledger.jsonl"
@@ -20,6 +21,7 @@ KINDS = (
 )
 STEP_KINDS = ("training", "repeating")
 WRITE_SECONDS, WRITE_SECONDS_IN_BUCKET = 10.0, 60.0
+CLOCK_SECONDS = 10.0  # the clocks of two hosts may differ by less
 DOWN = "down"  # between the last record of a process and the start of the next one
 
 
@@ -45,6 +47,7 @@ class Ledger:
 
     def __init__(self):
         self._start, self._since = time.time(), time.monotonic()
+        self._clock_offset = self._start - self._since
         self._kind, self._step, self._reached = "starting", 0, 0
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._earlier, self._folder = list[Session](), None
@@ -65,6 +68,13 @@ class Ledger:
         """
         self._step, self._reached = step, reached
         self._earlier, self._folder = read_sessions(folder), folder
+        behind = self._earlier[-1].end - self._start if self._earlier else 0.0
+        if behind > CLOCK_SECONDS:
+            print_status(
+                f"the clock of this machine is {behind:.0f} s behind the last record of"
+                f" {folder / FILE}: it was set back, or is not that of the last host; the time"
+                " between the two starts counts as 0"
+            )
 
     def repeat_until(self, reached: int) -> None:
         """Counts the steps until `reached` as computed before: their next computation repeats."""
@@ -125,6 +135,7 @@ class Ledger:
             return
         self.enter(self._kind)
         self._written = self._since
+        self._check_clock()
         records = []
         for session in self._sessions():
             start = datetime.fromtimestamp(session.start, UTC).isoformat(timespec="milliseconds")
@@ -135,6 +146,17 @@ class Ledger:
             write_file(self._folder / FILE, data)
         except OSError as error:
             raise Fault(f"can't write {self._folder / FILE} ({error})") from error
+
+    def _check_clock(self) -> None:
+        """Reports a clock that was set since the last record."""
+        before, self._clock_offset = self._clock_offset, time.time() - time.monotonic()
+        moved = self._clock_offset - before
+        if abs(moved) > CLOCK_SECONDS:
+            print_status(
+                f"the clock of this machine was set {'back' if moved < 0 else 'forward'} by"
+                f" {abs(moved):.0f} s: so is time in metrics.jsonl, but not the seconds of"
+                f" {FILE}"
+            )
 
     def close(self) -> None:
         """Writes the ledger for the last time."""

@@ -4,15 +4,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from conftest import peer
-from object_store import store_of_this_process
+from object_store import BUCKET, store_of_this_process
 
 from llama_jax.data.text_files import find_files
 from llama_jax.errors import InputError
+from llama_jax.runtime import bucket_path
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import list_files, parse_path, read_many, remove_tree, write_many
 
@@ -148,6 +150,20 @@ def test_a_request_without_an_answer_is_repeated(store):
     seconds = [float(line) for line in done.stdout.split()]
     assert max(seconds) > 0.9  # at least one request was repeated
     assert sorted(seconds)[5] < 0.9
+
+
+def test_a_store_that_refuses_all_requests_for_a_while_is_reported(store, monkeypatch, capsys):
+    path = parse_path(store.url("unavailable"))
+    path.write_bytes(b"content")
+    monkeypatch.setattr(bucket_path, "REPORT_SECONDS", 1.0)
+    monkeypatch.setattr(bucket_path, "_reported", {})
+    store.faults.refused = 1.0
+    threading.Timer(2, lambda: setattr(store.faults, "refused", 0.0)).start()
+    assert path.read_bytes() == b"content"
+    assert capsys.readouterr().err == (
+        f"warning: {store.scheme}://{BUCKET} has not completed a request for {path} for 1 s: a"
+        " request that fails is repeated for about two minutes\n"
+    )
 
 
 def test_a_missing_bucket_is_named(store):

@@ -21,8 +21,8 @@ class Clock:
     """A clock that moves only when a test says so."""
 
     def __init__(self, monkeypatch):
-        self.now = 1e9
-        monkeypatch.setattr(ledger.time, "time", lambda: self.now)
+        self.now, self.wrong = 1e9, 0  # `wrong`: how far the time of day is wrong
+        monkeypatch.setattr(ledger.time, "time", lambda: self.now + self.wrong)
         monkeypatch.setattr(ledger.time, "monotonic", lambda: self.now)
 
     def add(self, seconds):
@@ -63,7 +63,9 @@ def test_each_second_is_assigned_once_also_over_restarts(tmp_path, monkeypatch):
     assert sum(sum_sessions(sessions).values()) == pytest.approx(97)
 
 
-def test_a_clock_that_was_set_back_gives_no_negative_time(tmp_path, monkeypatch):
+def test_a_clock_that_was_set_back_gives_no_negative_time_and_is_reported(
+    tmp_path, monkeypatch, capsys
+):
     clock = Clock(monkeypatch)
     for _ in range(2):
         current = Ledger()
@@ -73,6 +75,23 @@ def test_a_clock_that_was_set_back_gives_no_negative_time(tmp_path, monkeypatch)
         clock.add(-3600)
     sums = sum_sessions(read_sessions(tmp_path))
     assert (sums["starting"], sums["down"]) == (10, 0)
+    assert capsys.readouterr().err == (
+        f"the clock of this machine is 3600 s behind the last record of {tmp_path}/ledger.jsonl: it"
+        " was set back, or is not that of the last host; the time between the two starts counts as"
+        " 0\n"
+    )
+    current = Ledger()
+    current.open(tmp_path / "new", 0, 0)
+    for wrong in (0, -3600, -3600, -3599, 1):
+        clock.wrong = wrong
+        clock.add(5)
+        current.write()
+    assert sum_sessions(read_sessions(tmp_path / "new"))["starting"] == 25
+    sentence = "the clock of this machine was set {} by {} s: so is time in metrics.jsonl, but not"
+    sentence += " the seconds of ledger.jsonl\n"
+    assert capsys.readouterr().err == sentence.format("back", 3600) + sentence.format(
+        "forward", 3600
+    )
 
 
 def test_a_ledger_that_cannot_be_written_is_a_fault(tmp_path, monkeypatch):
