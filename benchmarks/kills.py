@@ -60,52 +60,60 @@ START_SECONDS = 300.0  # until the step is compiled, or saved locally, on a busy
 
 
 class Run:
-    """The processes of one run, from a start to its end or to a kill."""
+    """The processes of one run, from a start to its end or to a kill.
+
+    Attributes:
+        processes: one a host.
+    """
 
     def __init__(self, path: Path, processes: int, environment: dict[str, str]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._errors = [path.with_suffix(f".err{i}") for i in range(processes)]
-        self._processes = []
-        for i, errors in enumerate(self._errors):
+        self._outputs = [path.with_suffix(f".err{i}") for i in range(processes)]
+        self.processes = []
+        for i, errors in enumerate(self._outputs):
             command = [sys.executable, "-c", COMMAND_LINE, "train", str(path)]
             if processes > 1:
                 command += ["--coordinator", f"127.0.0.1:{port}"]
                 command += ["--processes", str(processes), "--process", str(i)]
             with errors.open("w") as err:
-                self._processes.append(
+                self.processes.append(
                     subprocess.Popen(command, env=environment, stdout=err, stderr=err)
                 )
 
     @property
     def errors(self) -> str:
         """Standard error of host 0 so far."""
-        return self._errors[0].read_text()
+        return self.errors_of(0)
+
+    def errors_of(self, host: int) -> str:
+        """Returns the standard error of a host so far."""
+        return self._outputs[host].read_text()
 
     def wait_until(self, reached: Callable[[], bool]) -> None:
         """Waits until `reached` returns True, or the run has ended."""
         deadline = time.monotonic() + START_SECONDS
         while not reached() and self.is_running():
             if time.monotonic() > deadline:
-                self.kill(range(len(self._processes)))
+                self.kill(range(len(self.processes)))
                 raise SystemExit(f"the run didn't get that far: {self.errors}")
             time.sleep(0.05)
 
     def is_running(self) -> bool:
         """Returns whether all processes run."""
-        return all(process.poll() is None for process in self._processes)
+        return all(process.poll() is None for process in self.processes)
 
     def kill(self, hosts: range | list[int]) -> None:
         """Kills hosts with SIGKILL and waits for all: the others end when they notice."""
         for host in hosts:
-            self._processes[host].send_signal(signal.SIGKILL)
-        for process in self._processes:
+            self.processes[host].send_signal(signal.SIGKILL)
+        for process in self.processes:
             process.wait(120)
 
     def wait(self) -> None:
         """Waits for the end of the run, which must succeed."""
-        for process in self._processes:
+        for process in self.processes:
             if process.wait(600):
                 raise SystemExit(f"the run failed: {self.errors}")
 

@@ -22,8 +22,9 @@ from llama_jax.runtime.control_channel import ControlChannel
 # this long so that the root cause is reported first.
 ROOT_CAUSE_SECONDS = 2.0
 # JAX counts a process without a heartbeat for this long as hung, and ends the others. Heartbeats
-# come from a thread that may not run for a while on a busy machine.
-HEARTBEAT_SECONDS = 100
+# come from a thread that may not run for a while on a busy machine. If host 0 is stopped, the
+# others abort after half of it at the earliest: the watchdog must have named host 0 before.
+HEARTBEAT_SECONDS = 150
 JOB_TOKEN = "LLAMA_JAX_JOB_TOKEN"
 
 Decision = TypeVar("Decision")

@@ -48,6 +48,9 @@ class Report:
         data: of the run.
         first: number of steps done before.
         ledger: of the run; host 0 opens it here.
+
+    Attributes:
+        watchdog: of the run.
     """
 
     def __init__(self, config: Config, folder: AnyPath, data: Batches, first: int, ledger: Ledger):
@@ -59,7 +62,7 @@ class Report:
         self.skipped_in_a_row = self.skipped = 0
         self._validation = ""
         self._data_wait, self._host_times = DataWait(), HostTimes(folder)
-        self._watchdog = Watchdog(folder, ledger, config.training.watchdog, first)
+        self.watchdog = Watchdog(folder, ledger, config.training.watchdog, first)
         self._dispatched = self._done = time.monotonic()
         device = jax.devices()[0].device_kind
         self._seconds_at_peak = seconds_at_peak(config, device, jax.device_count())
@@ -69,7 +72,7 @@ class Report:
         """Records the time at which the host dispatches a step."""
         self._dispatched = time.monotonic()
         self._host_times.start_step()
-        self._watchdog.start_step()
+        self.watchdog.start_step()
 
     def record_batch(self, computing: StepMetrics | None) -> None:
         """Records that the batch of the step is on the host.
@@ -79,7 +82,7 @@ class Report:
                 don't wait. Otherwise they have waited since it ended, at most since the dispatch.
         """
         self._host_times.end_part("data")
-        self._watchdog.end_stage()
+        self.watchdog.end_stage()
         loss: Any = computing and computing.loss
         if loss is None or loss.is_ready():
             self._data_wait.add(time.monotonic() - self._dispatched)
@@ -87,7 +90,7 @@ class Report:
     def record_computing(self) -> None:
         """Records that the host has dispatched the step to its devices."""
         self._host_times.end_part("dispatch")
-        self._watchdog.end_stage()
+        self.watchdog.end_stage()
 
     def read(self, metrics: StepMetrics) -> Any:
         """Waits for a step; returns its metrics, but those of rows, as a StepMetrics of numbers."""
@@ -110,7 +113,7 @@ class Report:
         # A step starts when the previous one ends, or when the host dispatches it if that is later.
         seconds = now - max(self._done, min(self._dispatched, now))
         self._done = now
-        self._watchdog.end_step(seconds)
+        self.watchdog.end_step(seconds)
         data_wait = self._data_wait.end_step(seconds)
         self._ledger.end_step(step, data_wait * seconds)
         self.skipped += skipped
@@ -184,7 +187,7 @@ class Report:
 
     def close(self) -> None:
         """Ends the watchdog, closes the files and draws the loss figure."""
-        self._watchdog.close()
+        self.watchdog.close()
         self.progress.close()
         if self.log:
             self.log.close()

@@ -3,6 +3,7 @@
 JAX's heartbeat comes from a thread of its own, which continues while the main thread hangs.
 """
 
+import contextlib
 import faulthandler
 import statistics
 import sys
@@ -10,7 +11,10 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
+
+from jax.errors import JaxRuntimeError
 
 from llama_jax.runtime import host_states, hosts
 from llama_jax.runtime.storage import AnyPath, write_many
@@ -19,8 +23,8 @@ from llama_jax.training.run_folder import record_events
 
 FOLDER = "stacks"
 STALLED = 75  # exit code: EX_TEMPFAIL of sysexits.h, a failure that a restart may solve
-# A host that doesn't answer is noticed after at most the sum of the first two, before JAX's
-# heartbeat. A thread of a busy machine may not run for many seconds.
+# A host that doesn't answer is noticed after at most the sum of the first two, which is less than
+# half of `hosts.HEARTBEAT_SECONDS`. A thread of a busy machine may not run for many seconds.
 ASK_SECONDS, ANSWER_SECONDS = 30.0, 30.0
 STEP_SECONDS = 180.0  # no step counts as hung earlier: reads of a bucket are repeated for 120 s
 FIRST_STEP_SECONDS = 600.0  # before the median is known: the first steps connect the devices
@@ -68,6 +72,20 @@ class Watchdog:
         """Marks that the devices have ended a step, which took `seconds`."""
         self._durations.append(seconds)
         self._marks += 1
+
+    @contextlib.contextmanager
+    def waiting_for_a_name(self) -> Iterator[None]:
+        """Lets the watchdog name a host before an error of a collective in the block is raised.
+
+        Collectives of CPUs (Gloo) may fail after 30 s, before a host that is stopped is named.
+        Those of other devices wait.
+        """
+        try:
+            yield
+        except JaxRuntimeError as error:
+            if self._factor and hosts.is_multi_host() and "Gloo" in str(error):
+                self._closed.wait(ASK_SECONDS + ANSWER_SECONDS)
+            raise
 
     def close(self) -> None:
         """Ends the watchdog."""
@@ -122,8 +140,10 @@ class Watchdog:
     def _end(self, states: dict[int, Any], silent: list[int], text: str) -> None:
         """Writes the stacks and ends all hosts that can be reached."""
         stacks = {f"host{host}.txt": state["stacks"].encode() for host, state in states.items()}
-        message = f"{text}; the stacks of all threads are in {self._folder / FOLDER}; start the run"
-        message += " again with the same command"
+        message = (
+            f"{text}; the stacks of all threads are in {self._folder / FOLDER}; start the run again"
+            " with the same command"
+        )
 
         def write() -> None:
             write_many(self._folder / FOLDER, stacks)
