@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, mesh_of, peer, run, tiny_config
+from conftest import ROOT, mesh_of, peer, run, tiny_config, tiny_model
 from object_store import store_of_this_process
 
 from llama_jax.config import yaml_file
@@ -19,7 +19,7 @@ from llama_jax.data.batches import Batches
 from llama_jax.data.shard_writer import EncodedSpan, SplitWriter
 from llama_jax.errors import Fault
 from llama_jax.runtime import folder_lock
-from llama_jax.runtime.storage import parse_path, remove_tree
+from llama_jax.runtime.storage import parse_path, remove_tree, write_file
 from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
@@ -67,17 +67,51 @@ def test_a_replaced_run_stops_before_its_next_step(store, token_folder, monkeypa
     assert not (out / "checkpoints").is_dir()
 
 
-@pytest.mark.slow
-def test_a_step_never_waits_for_a_distant_bucket(store, token_folder):
-    folder = parse_path(store.url("long"))
-    tokenizer = folder / "tokenizer.model"
-    tokenizer.write_bytes((token_folder / "tokenizer.model").read_bytes())
+def write_random_tokens(folder, token_folder):
+    """Writes token shards of random tokens, and returns their folder."""
+    write_file(folder / "tokenizer.model", (token_folder / "tokenizer.model").read_bytes())
     writers = {split: SplitWriter(folder / split, 320) for split in ("train", "validation")}
     ids = np.random.default_rng(0).integers(3, 320, N_TOKENS, np.int32)
     for split, n in (("train", N_TOKENS), ("validation", 1000)):
         writers[split].append(EncodedSpan(ids[:n], n, split, True, True))
+    tokenizer = folder / "tokenizer.model"
     shards.write_meta(folder, sources=["x"], tokenizer=tokenizer, n_vocab=320, writers=writers)
-    config = DataConfig(mixture={str(folder): 1.0}, batch_size=4, seq_len=1024)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "bucket"])
+def test_a_shard_that_is_cut_short_while_training_reads_it_is_named(
+    where, store, token_folder, tmp_path, monkeypatch, capsys
+):
+    tokens = tmp_path / "cut" if where == "local" else parse_path(store.url("cut"))
+    write_random_tokens(tokens, token_folder)
+    shard, read = tokens / "train" / "tokens" / "c" / "0", Batches.train
+
+    def read_and_cut(data, step):
+        if step == 3:
+            shard.write_bytes(shard.read_bytes()[: N_TOKENS // 2])
+        return read(data, step)
+
+    monkeypatch.setattr(Batches, "train", read_and_cut)
+    config = tiny_config(tiny_model(n_layers=1), out=str(tmp_path / "run"), steps=200, eval_every=0)
+    config = replace(config, data=replace(config.data, mixture={str(tokens): 1.0}))
+    (tmp_path / "run.yaml").write_text(yaml_file.dump(config))
+    code, _, err = run(capsys, "train", tmp_path / "run.yaml", "logging.progress=false")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith(f"llama-jax train: {tokens} is damaged or cut short (")
+    assert "train/tokens/c/0" in last
+    assert last.endswith("): put a copy in its place, or create it again")
+
+
+@pytest.mark.slow
+def test_a_step_never_waits_for_a_distant_bucket(store, token_folder):
+    config = DataConfig(
+        mixture={str(write_random_tokens(parse_path(store.url("long")), token_folder)): 1.0},
+        batch_size=4,
+        seq_len=1024,
+    )
     with jax.set_mesh(mesh_of((1, 1, 1))):
         data = Batches(config)
         store.faults.requests.clear()
@@ -114,19 +148,22 @@ def test_a_bucket_contains_everything_from_texts_to_a_converted_model(
     assert code == 0, err
     assert f"{url('tokens')}/train: " in out
 
-    def train(out, data):
+    def train(out, data, *options):
         config = tiny_config(out=str(out), steps=6, eval_every=0, eval_batches=1)
         # Two shards of each array: the store, in Python, takes milliseconds for an object.
         text = yaml_file.dump(replace(config, mesh=MeshConfig(data=4, fsdp=2)))
         (tmp_path / "run.yaml").write_text(text.replace("nowhere:", f"{data}:"))
         overrides = ["checkpoint.every=2", "logging.progress=false", "logging.tensorboard=false"]
-        code, _, err = run(capsys, "train", tmp_path / "run.yaml", *overrides)
+        code, text, err = run(capsys, "train", tmp_path / "run.yaml", *overrides, *options)
         assert code == 0, err
-        return err
+        return text + err
 
     train(url("run"), url("tokens"))
     remove_tree(parse_path(url("run/checkpoints/6")))  # as if it had been killed
     assert "resumes after step 4 of 6" in train(url("run"), url("tokens"))
+    replayed = train(url("run"), url("tokens"), "--replay", 5, "--rows", 0)
+    assert "step 5, computed from checkpoint 4" in replayed
+    assert "equal to metrics.jsonl bit for bit" in replayed
     train(tmp_path / "local", url("tokens"))
     records = [
         read_metrics(f / "metrics.jsonl") for f in (parse_path(url("run")), tmp_path / "local")

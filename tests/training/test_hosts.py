@@ -173,6 +173,18 @@ def test_only_host_0_prints_and_writes(two, alone, runs):
 
 
 @pytest.mark.slow
+def test_two_processes_compute_a_step_again(two, runs):
+    path = runs / "two.yaml"
+    group = Group(runs / "replay-output", 2, "train", path, "--replay", STEPS - 1, "--rows", 1)
+    assert group.wait() == [0, 0], group.outputs("err")
+    out, quiet = group.outputs("out")
+    assert f"step {STEPS - 1}, computed from checkpoint 8\n" in out
+    assert "equal to metrics.jsonl bit for bit" in out
+    assert out.count("══ row ") == 1
+    assert "loss" not in quiet
+
+
+@pytest.mark.slow
 def test_sigterm_on_any_host_saves_the_same_step_on_all(four, alone, runs):
     step = len(losses(runs / "four"))
     assert 2 <= step < STEPS
