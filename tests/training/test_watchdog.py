@@ -34,7 +34,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def start(tmp_path, data, step_seconds, hangs=None):
-    settings = config(tmp_path / "run", data, steps=100_000, watchdog=3.0)
+    settings = config(tmp_path / "run", data, steps=100_000, watchdog=10.0)
     path = write_config(tmp_path / "run.yaml", settings)
     program = PROGRAM.format(step_seconds=step_seconds, hangs=hangs)
     return Group(tmp_path / "output", 2, "train", path, program=("-c", program))
