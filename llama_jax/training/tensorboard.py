@@ -6,12 +6,15 @@ full disk ended would block the run at the eleventh scalar. Here a write that fa
 
 import time
 from pathlib import Path
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.summary import scalar
 
+# protobuf creates these classes when their modules are imported.
+_events: Any = event_pb2
+_summaries: Any = summary_pb2
 FLUSH_SECONDS = 60.0  # between two flushes, which wait for the disk
 
 
@@ -27,7 +30,11 @@ class TensorBoardLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = EventsWriter(str(folder / "events"))
         self._flushed = 0.0
-        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        self._write(
+            _events.Event(
+                step=step, session_log=_events.SessionLog(status=_events.SessionLog.START)
+            )
+        )
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Writes the values of `step`.
@@ -36,9 +43,9 @@ class TensorBoardLog:
             OSError: the file can't be written.
         """
         scalars = [value for name, x in values.items() for value in scalar(name, x).value]
-        self._write(Event(step=step, summary=Summary(value=scalars)))
+        self._write(_events.Event(step=step, summary=_summaries.Summary(value=scalars)))
 
-    def _write(self, event: Event) -> None:
+    def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self._writer.write_event(event)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
