@@ -169,7 +169,7 @@ class Report:
     def return_to(self, step: int) -> None:
         """Marks that the run continues after `step` steps, with a step that it has dispatched."""
         self._done = time.monotonic()
-        self._watchdog.return_to(step)
+        self.watchdog.return_to(step)
 
     def rewind(self, step: int, reached: int) -> None:
         """Removes the records of the steps after `step`: the run replaces those until `reached`."""
