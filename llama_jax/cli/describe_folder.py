@@ -16,9 +16,9 @@ from llama_jax.runtime.duration import format_duration
 from llama_jax.runtime.manifest import find_damage
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from llama_jax.training.events import read_events
 from llama_jax.training.ledger import read_sessions, sum_sessions
 from llama_jax.training.metrics import read_metrics
-from llama_jax.training.run_folder import read_events
 
 
 def describe(folder: AnyPath) -> str:

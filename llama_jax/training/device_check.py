@@ -31,7 +31,7 @@ from llama_jax.parallel.mesh import batch_shard_devices, batch_shards
 from llama_jax.parallel.replicas import compute_on_shards, replica_groups
 from llama_jax.runtime import hosts
 from llama_jax.runtime.storage import parse_path
-from llama_jax.training.run_folder import record_events
+from llama_jax.training.events import record_events
 from llama_jax.training.step import gradients
 
 PLACEMENTS = 8  # shards that one check compares with each other; the next check takes others

@@ -29,10 +29,10 @@ from llama_jax.runtime import hosts
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, list_files, read_many, write_file
 from llama_jax.training.batch_rows import describe_rows
+from llama_jax.training.events import read_events, record_events
 from llama_jax.training.layer_norms import compute_norms, to_numbers
 from llama_jax.training.ledger import Ledger
 from llama_jax.training.report import Report
-from llama_jax.training.run_folder import read_events, record_events
 from llama_jax.training.start import TrainingState
 from llama_jax.training.step import Gate, StepMetrics
 

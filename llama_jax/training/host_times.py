@@ -8,7 +8,7 @@ from typing import Any
 from llama_jax.runtime import hosts
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath
-from llama_jax.training.run_folder import record_events
+from llama_jax.training.events import record_events
 
 GATHER_STEPS = 10  # steps over which a host's times are summed, and between two reports
 # A host delays the others if it needs this share of the step longer than they do, and its own

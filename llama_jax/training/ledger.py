@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from llama_jax.errors import Fault
 from llama_jax.runtime.bucket_path import BucketPath
-from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, read_many, write_file
 
 FILE = "ledger.jsonl"
@@ -70,7 +69,7 @@ class Ledger:
         self._earlier, self._folder = read_sessions(folder), folder
         behind = self._earlier[-1].end - self._start if self._earlier else 0.0
         if behind > CLOCK_SECONDS:
-            print_status(
+            _report(
                 f"the clock of this machine is {behind:.0f} s behind the last record of"
                 f" {folder / FILE}: it was set back, or is not that of the last host; the time"
                 " between the two starts counts as 0"
@@ -152,7 +151,7 @@ class Ledger:
         before, self._clock_offset = self._clock_offset, time.time() - time.monotonic()
         moved = self._clock_offset - before
         if abs(moved) > CLOCK_SECONDS:
-            print_status(
+            _report(
                 f"the clock of this machine was set {'back' if moved < 0 else 'forward'} by"
                 f" {abs(moved):.0f} s: so is time in metrics.jsonl, but not the seconds of"
                 f" {FILE}"
@@ -166,6 +165,13 @@ class Ledger:
     def _sessions(self) -> list[Session]:
         seconds = {kind: s for kind, s in self._seconds.items() if s}
         return [*self._earlier, Session(self._start, self._step, seconds)]
+
+
+def _report(message: str) -> None:
+    # Imported here because it imports JAX, which `llama-jax info` does not need.
+    from llama_jax.runtime.console import print_status
+
+    print_status(message)
 
 
 def read_sessions(folder: AnyPath) -> list[Session]:

@@ -141,6 +141,7 @@ class MetricsLog:
         if self._tensorboard:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
+            self._tensorboard = None
         if self._wandb:
             self._wandb.finish()
         if self._local != self._folder:

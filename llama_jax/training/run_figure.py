@@ -11,9 +11,9 @@ from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import replace_file
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import AnyPath, write_file
+from llama_jax.training.events import read_events
 from llama_jax.training.ledger import Session, read_sessions
 from llama_jax.training.metrics import read_metrics
-from llama_jax.training.run_folder import read_events
 
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _PANELS = (  # name in metrics.jsonl, label, scale

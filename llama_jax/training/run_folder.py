@@ -1,8 +1,6 @@
 """The folder of a run: its configuration and its tokenizer."""
 
-import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,10 +11,10 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import print_status
-from llama_jax.runtime.storage import AnyPath, read_file, read_many, write_file, write_many
+from llama_jax.runtime.storage import AnyPath, read_many, write_many
 from llama_jax.tokenizer.tokenizer import load_tokenizer
+from llama_jax.training.events import record_events
 
-EVENTS = "events.jsonl"
 # A resumed run must continue the same run. Only these keys may change; the change is printed.
 CHANGEABLE = ("model.remat", "model.scan", "mesh", "data.mixture", "data.corpus", "data.tokenizer")
 CHANGEABLE += ("data.phases", "data.validation_fraction", "training.out", "training.steps")
@@ -98,23 +96,3 @@ def _record_changes(config: Config, folder: AnyPath, step: int) -> None:
             for name, old, value in changes
         ],
     )
-
-
-def read_events(folder: AnyPath, kind: str) -> list[dict[str, Any]]:
-    """Returns the events of a kind, in the order in which they happened; none without a file."""
-    data = read_many(folder, [EVENTS])[EVENTS] or b""
-    return [event for line in data.splitlines() if (event := json.loads(line))["event"] == kind]
-
-
-def record_events(folder: AnyPath, events: list[dict[str, Any]]) -> None:
-    """Appends events to events.jsonl, with the time (UTC). Only host 0 calls this.
-
-    Args:
-        folder: of the run.
-        events: each with `step` (number of steps done), `event` (its kind) and its other fields.
-    """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    path = folder / EVENTS
-    earlier = read_file(path) if path.exists() else b""
-    lines = "".join(json.dumps({"time": now} | event) + "\n" for event in events)
-    write_file(path, earlier + lines.encode())

@@ -28,8 +28,9 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
 from llama_jax.training.band import Band
+from llama_jax.training.events import EVENTS
 from llama_jax.training.optimizer import adamw
-from llama_jax.training.run_folder import EVENTS, check_unchanged
+from llama_jax.training.run_folder import check_unchanged
 from llama_jax.training.schedule_change import print_schedule_change
 from llama_jax.training.step import init_state
 from llama_jax.training.trainable import initial_key

@@ -18,8 +18,8 @@ from jax.errors import JaxRuntimeError
 
 from llama_jax.runtime import host_states, hosts
 from llama_jax.runtime.storage import AnyPath, write_many
+from llama_jax.training.events import record_events
 from llama_jax.training.ledger import STEP_KINDS, Ledger
-from llama_jax.training.run_folder import record_events
 
 FOLDER = "stacks"
 STALLED = 75  # exit code: EX_TEMPFAIL of sysexits.h, a failure that a restart may solve

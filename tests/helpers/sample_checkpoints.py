@@ -45,7 +45,7 @@ def random_weights(
     for weight in weights(config):
         ours = rng.standard_normal(config.shape(AXES[weight.name].ours), np.float32)
         named = layout.tensor_specs(config, weight)
-        parts = layout.from_ours(config, weight, ours)
+        parts = map(np.ascontiguousarray, layout.from_ours(config, weight, ours))
         tensors += [(i, name, part) for (i, name, _), part in zip(named, parts, strict=True)]
     return tensors
 

@@ -50,7 +50,7 @@ def test_devices_that_compute_do_not_wait(monkeypatch):
         run: Any = object.__new__(report.Report)
         run._data_wait = DataWait()
         run._host_times = SimpleNamespace(start_step=lambda: None, end_part=lambda part: None)
-        run._watchdog = SimpleNamespace(start_step=lambda: None, end_stage=lambda: None)
+        run.watchdog = SimpleNamespace(start_step=lambda: None, end_stage=lambda: None)
         run.record_dispatch()
         run.record_batch(computing)
         waits.append(run._data_wait.end_step(2.0))

@@ -25,10 +25,10 @@ from llama_jax.data.samples import Samples
 from llama_jax.errors import InputError
 from llama_jax.runtime.manifest import read_manifest
 from llama_jax.training import band, flight_recorder, loop, replay
+from llama_jax.training.events import read_events
 from llama_jax.training.flight_recorder import FlightRecorder
 from llama_jax.training.ledger import read_sessions
 from llama_jax.training.metrics import read_metrics
-from llama_jax.training.run_folder import read_events
 
 # The command line, with the patches of `small`.
 POISONED = """
