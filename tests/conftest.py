@@ -4,6 +4,7 @@ import atexit
 import functools
 import gzip
 import importlib
+import itertools
 import math
 import os
 import shutil
@@ -83,6 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Starts the files with the most slow tests first, so that both processes end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """A folder of the test, at a path that no earlier test had.
+
+    pytest removes the folders of passed tests and uses their paths again, but TensorStore caches
+    what it has read of token shards by path.
+    """
+    folder = tmp_path / f"folder{next(_numbers)}"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(autouse=True, scope="module")
