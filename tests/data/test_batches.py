@@ -195,7 +195,7 @@ def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(token_fold
 def test_batches_that_are_left_out_are_those_of_no_step(token_folder):
     mixture = {str(token_folder): 1.0}
     data = Batches(config(token_folder, phases={6: mixture, 20: mixture}))
-    whole = data.fingerprint()
+    complete = data.fingerprint()
     for first, stop in ((9, 11), (3, 5), (10, 13)):
         data.samples.leave_out(first, stop)
     assert data.samples.left_out == [(3, 5), (9, 13)]
@@ -207,5 +207,5 @@ def test_batches_that_are_left_out_are_those_of_no_step(token_folder):
     assert numbers[4] == 6
     assert numbers[14] == 20
     assert data.fingerprint(3) == Batches(config(token_folder)).fingerprint()
-    assert data.fingerprint()[len(whole) :] == ["without batches 4-5", "without batches 10-13"]
+    assert data.fingerprint()[len(complete) :] == ["without batches 4-5", "without batches 10-13"]
     assert data.fingerprint(5)[-1] == "without batches 4-5"

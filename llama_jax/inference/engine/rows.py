@@ -16,7 +16,7 @@ class Row:
         self.ready = False  # the prompt is prefilled
         self.prompt_logprobs: list[GeneratedToken] = []  # if requested; without the first token
         self.assigned_at = 0.0  # when it was last assigned to a request [s]
-        self.pages: list[int] = []  # of a cache in pages; they have room for the whole request
+        self.pages: list[int] = []  # of a cache in pages; they have room for the complete request
         self.page_names: list[bytes] = []  # of its first complete pages, see `page_pool.Pool`
 
     @property
