@@ -76,14 +76,15 @@ def test_parts_divide_the_tasks_and_each_waits_for_all_outputs(tmp_path, monkeyp
     options = {"title": "squares", "workers": 1}
     first = threading.Thread(target=run_tasks, args=(work,), kwargs=options | {"part": Part(0, 2)})
     first.start()
-    while len(list(tmp_path.glob("squares/[0-9]*"))) < 6:
+    lines = ""
+    while "squares: waits for 6 of 12 outputs of other processes" not in lines:
+        assert first.is_alive(), lines  # nobody else has run the other part yet
         time.sleep(0.01)
-    assert first.is_alive()  # it waits: nobody else has run its part yet
+        lines += capsys.readouterr().err
     run_tasks(work, part=Part(1, 2), **options)
     first.join()
     assert squares(tmp_path) == EXPECTED
     assert runs(tmp_path) == [1] * 12
-    assert "squares: waits for 6 of 12 outputs of other processes" in capsys.readouterr().err
 
 
 def test_a_killed_run_continues_with_the_missing_tasks_alone(tmp_path):
