@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import run, tiny_config
+from conftest import peer, run, tiny_config
+from object_store import store_of_this_process
 from poison import poison
 from processes import Group
 from test_ledger import KilledError
@@ -24,6 +25,7 @@ from llama_jax.data.batches import Batches
 from llama_jax.data.samples import Samples
 from llama_jax.errors import InputError
 from llama_jax.runtime.manifest import read_manifest
+from llama_jax.runtime.storage import parse_path
 from llama_jax.training import band, flight_recorder, loop, replay
 from llama_jax.training.events import read_events
 from llama_jax.training.flight_recorder import FlightRecorder
@@ -218,6 +220,27 @@ def test_two_processes_rewind_together(runs, token_folder, tmp_path):
     )
     for row, other in zip(found, expected, strict=True):
         assert row == other | {"loss": pytest.approx(other["loss"], rel=1e-4)}
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_records_its_spike_and_rewinds(runs, token_folder, capsys):
+    peer("moto")
+    with store_of_this_process("s3") as store:
+        folder = parse_path(store.url("spikes"))
+        config = config_of(folder, token_folder, "rewind")
+        assert loop.run(config).finished
+        assert metrics_of(folder) == metrics_of(runs / "rewind")
+        assert fingerprints(folder) == fingerprints(runs / "rewind")
+        found, expected = (
+            json.loads((parent / "spikes" / "14.json").read_text()) | {"time": None}
+            for parent in (folder, runs / "rewind")
+        )
+        assert found == expected
+        code, out, err = run(capsys, "info", folder, "--spike", SPIKE)
+        assert (code, out.count("══ row ")) == (0, 4), err
+        extended = replace(config, training=replace(config.training, steps=STEPS + 1))
+        assert loop.run(extended).finished  # from the events in the bucket
+        assert len(read_events(folder, "rewind")) == 1
 
 
 @pytest.mark.parametrize(
