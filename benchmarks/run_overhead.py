@@ -2,12 +2,12 @@
 
     python benchmarks/run_overhead.py [--rounds 20] [--steps 5] [--check-every 1000] [--json FILE]
 
-`on` is `llama-jax train` with the quickstart's model, and the watchdog, the ledger, the metrics,
-TensorBoard's files and `training.check_every`. `off` compiles the same step and reads the same
-batches, and does nothing else but read the loss of the step before. Each side has its own process,
-and the sides run some steps alternately. Checkpoints and validations are off on both sides. The
-result is the median of the ratios of pairs, for seconds and for seconds of CPU: the second is the
-one to read on a machine that also does something else.
+`on` is `llama-jax train` with the quickstart's model, and the watchdog, the flight recorder, the
+ledger, metrics, TensorBoard's files and `training.check_every`. `off` compiles the same step and
+reads the same batches, and does nothing else but read the loss of the step before. Each side has
+its own process, and the sides run some steps alternately. Checkpoints and validations are off on
+both sides. The result is the median of the ratios of pairs, for seconds and for seconds of CPU: the
+second is the one to read on a machine that also does something else.
 """
 
 import argparse
