@@ -139,9 +139,13 @@ def cached_attention(
             # XLA computes a product with one query on the vector unit, with eight on the matrix
             # unit.
             q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
-    if pages_BP is not None:
-        cache = gather_pages(cache, pages_BP)
-    out_BKGTH = attention_xla.attend_cached(q_BTKGH.transpose(0, 2, 3, 1, 4), cache, positions_BT)
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    if platform() == "cpu":
+        out_BKGTH = _attend_blocks(q_BKGTH, cache, positions_BT, pages_BP)
+    else:
+        if pages_BP is not None:
+            cache = gather_pages(cache, pages_BP)
+        out_BKGTH = attention_xla.attend_cached(q_BKGTH, cache, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))
 
@@ -151,6 +155,7 @@ def update_and_attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     cache: LayerCache,
+    used_B: jax.Array,
     positions_BT: jax.Array,
     kernel: str = "auto",
     pages_BP: jax.Array | None = None,
@@ -163,7 +168,7 @@ def update_and_attend(
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     supported = kernel != "xla" and attention_decode.unsupported_reason(H) is None
     if pages_BP is None or T > 1 or platform() != "tpu" or not supported:
-        cache = write_cache(cache, k_BTKH, v_BTKH, positions_BT[:, 0], pages_BP)
+        cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP)
         return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP), cache
 
     def local(q_B1NH, k_B1KH, v_B1KH, cache, positions_B1, pages_BP):
@@ -180,6 +185,20 @@ def update_and_attend(
         local, in_specs=specs, out_specs=(specs[0], cache_specs), check_vma=False
     )
     return mapped(*jax.tree.map(jax.reshard, operands, specs))
+
+
+def _attend_blocks(
+    q_BKGTH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages_BP: jax.Array | None
+) -> jax.Array:
+    """Returns `attend_cached`; each device reads as many blocks as its own rows need."""
+    operands = q_BKGTH, cache, positions_BT, pages_BP
+    letters = activation_spec("BKGTH"), _cache_specs(cache), activation_spec("BT")
+    specs = *letters, activation_spec("BS")
+    sharded = (x if x is None else jax.reshard(x, s) for x, s in zip(operands, specs, strict=True))
+    mapped = jax.shard_map(
+        attention_xla.attend_cached_blocks, in_specs=specs, out_specs=specs[0], check_vma=False
+    )
+    return mapped(*sharded)
 
 
 def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:

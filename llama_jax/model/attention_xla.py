@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.cache import LayerCache
+from llama_jax.model.cache import PAGE, LayerCache
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import local_text_positions
 from llama_jax.parallel.mesh import context_shards
@@ -94,6 +94,52 @@ def attend_cached(q_BKGTH: jax.Array, cache: LayerCache, positions_BT: jax.Array
         weights *= cache.v_scale_BKS[:, :, None, None]
     out_BKGTH = _einsum("BKGTS,BKSH->BKGTH", weights.astype(dtype), cache.v_BKSH.astype(dtype))
     return out_BKGTH.astype(dtype)
+
+
+def attend_cached_blocks(
+    q_BKGTH: jax.Array,
+    cache: LayerCache,
+    positions_BT: jax.Array,
+    pages_BP: jax.Array | None = None,
+) -> jax.Array:
+    """Returns `attend_cached`; reads the cache in blocks, up to the last that any query attends to.
+
+    For use in `jax.shard_map`. The softmax is updated block by block (arXiv 2205.14135, section
+    2), and a block that the mask excludes completely changes no bit. So the result of a row does
+    not depend on how long the other rows are.
+    """
+    slots = cache.k_BKSH.shape[2] * (1 if pages_BP is None else pages_BP.shape[1])
+    size, dtype = min(PAGE, slots), q_BKGTH.dtype
+
+    def block(i: jax.Array, start: jax.Array) -> LayerCache:
+        if pages_BP is not None:
+            pages_B = jax.lax.dynamic_index_in_dim(pages_BP, i, axis=1, keepdims=False)
+            return jax.tree.map(lambda pool_BKS_: pool_BKS_[pages_B], cache)
+        return jax.tree.map(
+            lambda x_BKS_: jax.lax.dynamic_slice_in_dim(x_BKS_, start, size, axis=2), cache
+        )
+
+    def add_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, out = carry
+        start = jnp.minimum(i * size, slots - size)  # the last block may overlap the one before
+        part = block(i, start)
+        scores = _scores(
+            q_BKGTH, part.k_BKSH.astype(dtype), Mask(positions_BT - start), part.k_scale_BKS
+        )
+        scores = jnp.where(start + jnp.arange(size) >= i * size, scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+        rescale, weights = jnp.exp(largest - new_largest), jnp.exp(scores - new_largest)
+        total = total * rescale + jnp.sum(weights, axis=-1, keepdims=True)
+        if part.v_scale_BKS is not None:
+            weights *= part.v_scale_BKS[:, :, None, None]
+        new = _einsum("BKGTS,BKSH->BKGTH", weights.astype(dtype), part.v_BKSH.astype(dtype))
+        return new_largest, total, out * rescale + new
+
+    ones = (*q_BKGTH.shape[:-1], 1)
+    carry = jnp.full(ones, -jnp.inf), jnp.zeros(ones), jnp.zeros(q_BKGTH.shape)
+    n_blocks = jnp.max(positions_BT) // size + 1
+    _, total, out_BKGTH = jax.lax.fori_loop(0, n_blocks, add_block, carry)
+    return (out_BKGTH / total).astype(dtype)
 
 
 def _blocks(T: int, S: int) -> list[tuple[slice, slice]]:

@@ -86,6 +86,7 @@ class _Inputs(NamedTuple):
     positions_BT: jax.Array
     segments_BT: jax.Array | None = None  # without a KV cache; None: each row is one text
     ends_BT: jax.Array | None = None  # without a KV cache; of rows that are prefix trees
+    used_B: jax.Array | None = None  # of a KV cache
     pages_BP: jax.Array | None = None  # of a KV cache in pages
 
 
@@ -170,9 +171,13 @@ def forward_cached(
     T = tokens_BT.shape[1]
     positions_BT = cache.used_B[:, None] + jnp.arange(T)
     pages_BP = cache.pages_BP
-    if pages_BP is not None and lengths_B is not None:
-        pages_BP = jnp.where(lengths_B[:, None] > 0, pages_BP, 0)
-    inputs = _Inputs(_sin_cos(config, positions_BT), positions_BT, pages_BP=pages_BP)
+    if lengths_B is not None:
+        # A row that is not active should not have its cache read.
+        positions_BT = jnp.where(lengths_B[:, None] > 0, positions_BT, 0)
+        if pages_BP is not None:
+            pages_BP = jnp.where(lengths_B[:, None] > 0, pages_BP, 0)
+    sin_cos = _sin_cos(config, positions_BT)
+    inputs = _Inputs(sin_cos, positions_BT, used_B=cache.used_B, pages_BP=pages_BP)
     x_BTD = embed(config, model.tok_embeddings, tokens_BT)
     layer_caches = []
     for number, layer_cache in enumerate(cache.layers):
@@ -210,7 +215,7 @@ def _attention(
         texts = inputs.segments_BT, config.attention, inputs.ends_BT
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
-        where = inputs.positions_BT, config.attention, inputs.pages_BP
+        where = inputs.used_B, inputs.positions_BT, config.attention, inputs.pages_BP
         out_BTNH, cache = update_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, *where)
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 

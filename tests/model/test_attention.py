@@ -8,8 +8,9 @@ from conftest import mesh_of
 
 from llama_jax.errors import InputError
 from llama_jax.model import attention as attention_module
+from llama_jax.model import attention_xla
 from llama_jax.model.attention import attention, cached_attention
-from llama_jax.model.cache import LayerCache
+from llama_jax.model.cache import LayerCache, quantize
 from llama_jax.parallel.collectives import to_balanced_order
 
 
@@ -119,6 +120,28 @@ def test_cached_attention_equals_attention_at_the_queries_positions():
     queries = np.stack([q[0, 6:8], q[1, 1:3]])
     cached = jax.jit(cached_attention)(queries, cache, positions)
     np.testing.assert_allclose(cached, np.stack([full[0, 6:8], full[1, 1:3]]), atol=1e-6)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("slots", [40, 256, 300])  # less than a block, two, two that overlap
+def test_blocks_of_a_cache_give_the_result_of_all_slots_and_rows_their_own_bits(slots, int8):
+    B, K, G, T, H = 3, 2, 3, 2, 16
+    positions = np.array([[3, 4], [slots - 2, slots - 1], [slots // 2, slots // 2 + 1]], np.int32)
+    q = random((B, K, G, T, H), 0) / np.sqrt(H)
+    k, v = random((B, K, slots, H), 1), random((B, K, slots, H), 2)
+    cache = LayerCache(k, v)
+    if int8:
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        cache = LayerCache(k.astype(np.int8), v.astype(np.int8), k_scale[..., 0], v_scale[..., 0])
+    in_blocks = jax.jit(attention_xla.attend_cached_blocks)
+    found = in_blocks(q, cache, positions)
+    expected = jax.jit(attention_xla.attend_cached)(q, cache, positions)
+    # Sums of at most 300 float32 products of size 1, of which the scores' errors are exponents.
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    for row in range(B):
+        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], (q, cache, positions))
+        np.testing.assert_array_equal(in_blocks(*alone)[0], found[row])
 
 
 @pytest.mark.usefixtures("one_device")

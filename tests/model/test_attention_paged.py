@@ -55,7 +55,9 @@ def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "platform", lambda: platform)
         work = jax.jit(
-            lambda *operands: attention.update_and_attend(*operands[:5], "auto", *operands[5:])
+            lambda q, k, v, cache, position_B1, *pages: attention.update_and_attend(
+                q, k, v, cache, position_B1[:, 0], position_B1, "auto", *pages
+            )
         )
         pages = [] if pages_BP is None else [pages_BP]
         return jax.tree.map(np.asarray, work(q, k, v, cache, position_B1, *pages))

@@ -7,6 +7,8 @@ from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import CHUNK_SIZES, cache_sizes
 from llama_jax.inference.engine.rows import Place, Row
 from llama_jax.inference.prefix_trees import common_prefix_length
+from llama_jax.model.cache import PAGE
+from llama_jax.parallel.mesh import platform
 
 
 class RowSlots:
@@ -58,7 +60,10 @@ class RowSlots:
 
     def slots_read(self) -> int:
         """Returns the slots that a decode step reads in each row."""
-        return self._batch.slots
+        if platform() != "cpu":
+            return self._batch.slots
+        longest = max(len(row.tokens) for row in self._rows if row.ready)
+        return min(self._batch.slots, -(-longest // PAGE) * PAGE)
 
 
 def choose_row(rows: Sequence[Row], prompt: Sequence[int], copies: int = 1) -> tuple[Row, Row, int]:

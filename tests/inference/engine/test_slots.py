@@ -37,7 +37,8 @@ def test_a_request_gets_a_free_row_of_the_copy_that_has_its_prefix(rows, copies,
     assert (rows.index(target), rows.index(source), common) == chosen
 
 
-def test_each_copy_prefills_its_oldest_prompt_of_the_same_size():
+def test_each_copy_prefills_its_oldest_prompt_of_the_same_size(monkeypatch):
+    monkeypatch.setattr("llama_jax.inference.engine.rows.platform", lambda: "tpu")
     rows = [
         row(prompt=(1, 2, 3), assigned_at=3.0),
         row(tokens=(4, 5), prompt=(4, 5, 6, 7), assigned_at=2.0),
@@ -59,7 +60,30 @@ def test_each_copy_prefills_its_oldest_prompt_of_the_same_size():
     assert next_chunks(rows[:2], 1) == ([first], 32, None)
 
 
-def test_a_chunk_attends_to_the_slots_that_its_own_row_needs():
+@pytest.mark.parametrize(
+    ("platform", "tokens", "sizes"),
+    [
+        ("tpu", 20, [32]),
+        ("tpu", 100, [256]),
+        ("tpu", 300, [256, 256]),
+        ("cpu", 20, [32]),
+        ("cpu", 100, [32, 32, 32, 32]),  # a CPU would compute 156 tokens of padding
+        ("cpu", 300, [256, 32, 32]),
+    ],
+)
+def test_the_chunks_of_a_prompt(platform, tokens, sizes, monkeypatch):
+    monkeypatch.setattr("llama_jax.inference.engine.rows.platform", lambda: platform)
+    prompt, used, found = tuple(range(tokens)), 0, []
+    while used < tokens:
+        [chunk], size, _ = next_chunks([row(tokens=prompt[:used], prompt=prompt)], 1)
+        assert chunk.tokens == prompt[used : used + size]
+        used += len(chunk.tokens)
+        found.append(size)
+    assert found == sizes
+
+
+def test_a_chunk_attends_to_the_slots_that_its_own_row_needs(monkeypatch):
+    monkeypatch.setattr("llama_jax.inference.engine.rows.platform", lambda: "tpu")
     prompt = tuple(range(700))
     long = row(tokens=prompt[:600], prompt=prompt, assigned_at=1.0)
     short = row(prompt=range(100), assigned_at=2.0)  # of the same size, but another program
