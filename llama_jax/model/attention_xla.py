@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.model.cache import PAGE, LayerCache
+from llama_jax.model.cache import PAGE, LayerCache, from_stored
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import local_text_positions
 from llama_jax.parallel.mesh import context_shards
@@ -124,7 +124,7 @@ def attend_cached_blocks(
         start = jnp.minimum(i * size, slots - size)  # the last block may overlap the one before
         part = block(i, start)
         scores = _scores(
-            q_BKGTH, part.k_BKSH.astype(dtype), Mask(positions_BT - start), part.k_scale_BKS
+            q_BKGTH, from_stored(part.k_BKSH, dtype), Mask(positions_BT - start), part.k_scale_BKS
         )
         scores = jnp.where(start + jnp.arange(size) >= i * size, scores, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
@@ -132,7 +132,7 @@ def attend_cached_blocks(
         total = total * rescale + jnp.sum(weights, axis=-1, keepdims=True)
         if part.v_scale_BKS is not None:
             weights *= part.v_scale_BKS[:, :, None, None]
-        new = _einsum("BKGTS,BKSH->BKGTH", weights.astype(dtype), part.v_BKSH.astype(dtype))
+        new = _einsum("BKGTS,BKSH->BKGTH", weights.astype(dtype), from_stored(part.v_BKSH, dtype))
         return new_largest, total, out * rescale + new
 
     ones = (*q_BKGTH.shape[:-1], 1)

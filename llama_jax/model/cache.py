@@ -4,7 +4,7 @@ The slots of a row are its own, or come in pages from a pool that all rows share
 batch by its tokens instead of rows × context, and rows with a common prefix share its pages.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ PAGE = 128  # slots of a page: the scales of an int8 page fill the lanes of a TP
 
 class LayerCache(NamedTuple):
     """The KV cache of one layer; an int8 cache has a float32 scale for each head of each slot.
+
+    On a CPU, uint16 numbers are the bits of bfloat16 (`from_stored`).
 
     B counts rows, or the pages of the pool; S counts the slots of either.
     """
@@ -64,7 +66,10 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
             return jnp.zeros(shape, dtype, out_sharding=activation_spec(letters))
 
         if config.cache_dtype != "int8":
-            dtype = config.dtype
+            # To write a bfloat16 slot, XLA:CPU converts the complete cache to float32 and back:
+            # there the cache contains the bits of the numbers.
+            as_bits = platform() == "cpu" and config.dtype == "bfloat16"
+            dtype = "uint16" if as_bits else config.dtype
             return LayerCache(zeros(dtype, dims, "BKSH"), zeros(dtype, dims, "BKSH"))
         values = (zeros("int8", dims, "BKSH") for _ in "kv")
         return LayerCache(*values, *(zeros("float32", dims[:3], "BKS") for _ in "kv"))
@@ -106,13 +111,26 @@ def write_cache(
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
     )
     if cache.k_scale_BKS is None:
-        new = LayerCache(k_BKTH.astype(cache.k_BKSH.dtype), v_BKTH.astype(cache.v_BKSH.dtype))
+        new = LayerCache(*(_to_stored(x, cache.k_BKSH.dtype) for x in (k_BKTH, v_BKTH)))
     else:
         (k, k_scale), (v, v_scale) = quantize(k_BKTH), quantize(v_BKTH)
         new = LayerCache(k.astype(jnp.int8), v.astype(jnp.int8), k_scale[..., 0], v_scale[..., 0])
     if pages_BP is None:
         return jax.tree.map(lambda x, new: _write_slots(x, new, used_B), cache, new)
     return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP), cache, new)
+
+
+def _to_stored(x: jax.Array, dtype: Any) -> jax.Array:
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), dtype)
+    return x.astype(dtype)
+
+
+def from_stored(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns numbers of a cache in `dtype`, also if the cache contains the bits of bfloat16."""
+    if x.dtype == jnp.uint16:
+        x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(dtype)
 
 
 def _write_pages(
@@ -161,12 +179,6 @@ def gather_pages(cache: LayerCache, pages_BP: jax.Array) -> LayerCache:
 
 
 def _write_slots(slots_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array) -> jax.Array:
-    if platform() == "cpu" and slots_BKS_.dtype == jnp.bfloat16 and new_BKT_.shape[2] == 1:
-        # To update a bfloat16 slice, XLA:CPU converts the complete cache to float32 and back. A
-        # select over all slots is faster (a step of 8 rows of SmolLM2-135M: 41 instead of 58 ms).
-        is_target_BS = jnp.arange(slots_BKS_.shape[2]) == used_B[:, None]
-        return jnp.where(is_target_BS[:, None, :, None], new_BKT_, slots_BKS_)
-
     if platform() == "tpu" and new_BKT_.shape[2] == 1:
         return _write_one_slot(slots_BKS_, new_BKT_, used_B)
 
