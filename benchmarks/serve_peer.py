@@ -7,8 +7,8 @@
 SmolLM2-135M in float32, converted to a model folder for llama_jax and to a Hugging Face folder for
 transformers, whose server runs with continuous batching and paged attention. In each round both
 servers get the same greedy requests over HTTP, of mixed lengths, from C clients at once, and the
-other one is stopped (SIGSTOP) meanwhile. The result is the median of the ratios of rounds. The texts
-must be equal: the exit code is 1 if any differs.
+other one is stopped (SIGSTOP) meanwhile. The result is the median of the ratios of rounds. The
+texts must be equal: the exit code is 1 if any differs.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import httpx
 from decode import folders
 from result import Result, add_json_option, append_result
 
-WORDS = "the cat sat on a mat and looked at seven small birds in an old tree".split()
+TEXT = "the cat sat on a mat and looked at seven small birds in an old tree"
 
 
 class Server:
@@ -85,11 +85,11 @@ class Server:
 
 
 def requests(n: int) -> list[dict[str, Any]]:
-    """Returns n requests whose prompts have 2 to 120 words, for 16 to 64 tokens."""
-    rng = random.Random(0)
+    """Returns n requests whose prompts end with 2 to 64 random words, for 16 to 64 tokens."""
+    rng, words = random.Random(0), TEXT.split()
     return [
         {
-            "prompt": "Once upon a time, " + " ".join(rng.choices(WORDS, k=2 ** rng.randint(1, 6))),
+            "prompt": "Once upon a time, " + " ".join(rng.choices(words, k=2 ** rng.randint(1, 6))),
             "max_tokens": rng.choice([16, 32, 64]),
         }
         for _ in range(n)

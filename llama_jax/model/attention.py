@@ -124,7 +124,7 @@ def cached_attention(
     Args:
         kernel: as in `attention`. On a TPU, one query per row of slots uses `attention_decode`
             unless this is 'xla' or the kernel doesn't support the shape; all else uses 'xla', which
-            copies the rows' pages.
+            copies the rows' pages, but reads them where they are on a CPU.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
@@ -191,14 +191,14 @@ def _attend_blocks(
     q_BKGTH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages_BP: jax.Array | None
 ) -> jax.Array:
     """Returns `attend_cached`; each device reads as many blocks as its own rows need."""
-    operands = q_BKGTH, cache, positions_BT, pages_BP
-    letters = activation_spec("BKGTH"), _cache_specs(cache), activation_spec("BT")
-    specs = *letters, activation_spec("BS")
-    sharded = (x if x is None else jax.reshard(x, s) for x, s in zip(operands, specs, strict=True))
+    pages = () if pages_BP is None else (pages_BP,)
+    operands = q_BKGTH, cache, positions_BT, *pages
+    specs = activation_spec("BKGTH"), _cache_specs(cache), activation_spec("BT")
+    specs += tuple(activation_spec("BS") for _ in pages)
     mapped = jax.shard_map(
         attention_xla.attend_cached_blocks, in_specs=specs, out_specs=specs[0], check_vma=False
     )
-    return mapped(*sharded)
+    return mapped(*jax.tree.map(jax.reshard, operands, specs))
 
 
 def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:

@@ -215,6 +215,7 @@ def _attention(
         texts = inputs.segments_BT, config.attention, inputs.ends_BT
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
     else:
+        assert inputs.used_B is not None
         where = inputs.used_B, inputs.positions_BT, config.attention, inputs.pages_BP
         out_BTNH, cache = update_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, *where)
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache

@@ -25,7 +25,7 @@ def pool_pages(
         context: longest prompt with its continuation [tokens].
         cache_tokens: for which the pools together have room. None: where attention has a kernel
             that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
-            own their slots, because XLA copies the pages of all rows in each step.
+            own their slots, because on a GPU XLA copies the pages of all rows in each step.
 
     Raises:
         InputError: the cache has no room for the longest text, or the kernel none for the table
