@@ -91,6 +91,13 @@ async def send_concurrently(
     return completions, statuses
 
 
+def unused_port() -> int:
+    """Returns the number of a port on which nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
 def resident_bytes(process: subprocess.Popen[bytes]) -> int:
     """Returns the resident memory of a process in bytes."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
@@ -162,9 +169,7 @@ def main() -> None:
 
 def serve(folder: str, args: argparse.Namespace) -> None:
     """Starts the server on a model, tests it and stops it."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = unused_port()
     command = [sys.executable, "-m", "llama_jax", "serve", folder, "--port", str(port)]
     command += ["--rows", str(args.rows), "--context", "512"]
     process = subprocess.Popen(command)

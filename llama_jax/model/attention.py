@@ -164,6 +164,12 @@ def update_and_attend(
 
     On a TPU, `attention_paged` does both for one token per row of pages, unless `kernel` is 'xla'
     or the kernel doesn't support the shape.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH, cache, kernel, pages_BP: as in `cached_attention`.
+        used_B: slot of each row's first token, where it is written.
+        positions_BT: slots of the tokens, to which their queries attend; 0 in rows that are not
+            active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     supported = kernel != "xla" and attention_decode.unsupported_reason(H) is None

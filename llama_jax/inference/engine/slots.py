@@ -18,7 +18,7 @@ class RowSlots:
     that row, or gets a copy of its slots.
     """
 
-    prefill_slots: Sequence[int] = ()  # prefill attends to all slots
+    prefill_slots: Sequence[int] = ()  # one program of each chunk size, for all slots
 
     def __init__(self, batch: DeviceBatch, rows: Sequence[Row], context: int):
         self._batch, self._rows, self._sizes = batch, rows, cache_sizes(context)
