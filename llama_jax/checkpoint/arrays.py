@@ -5,8 +5,9 @@ and verifies the checksum of every chunk.
 """
 
 import math
+import mmap
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llama_jax.runtime.zarr_arrays import array_names
 
 # A fault of a device raises JAX's own exception.
 FAULTS = (*damage.FAULTS, jax.errors.JaxRuntimeError)
+_PRIVATE_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _AHEAD_BYTES = 256 << 20  # a disk of 2 GB/s is busy for 0.1 s
 
 
@@ -34,6 +36,8 @@ def load_items(
     names: Iterable[str],
     wanted: dict[str, Any],
     sums: Mapping[str, str] | None = None,
+    *,
+    aliased: bool = False,
 ) -> dict[str, Any]:
     """Returns the items `wanted` of the checkpoint `where`, in their dtypes and shardings.
 
@@ -43,6 +47,9 @@ def load_items(
         wanted: for each item, a tree of abstract arrays.
         sums: the content sums in its manifest, to be compared; all hosts then call this. None if
             the caller compares fingerprints.
+        aliased: whether arrays on a CPU may be the memory into which their files were read. This
+            saves a copy of each, but JAX can't overwrite this memory: a program to which they are
+            donated allocates its results anew.
 
     Raises:
         Damaged: the files of the checkpoint are not those that were written.
@@ -67,7 +74,7 @@ def load_items(
         return array
 
     with classify_errors(where, FAULTS):
-        reads_ahead = _read_ahead(opened)
+        reads_ahead = _read_ahead(opened, _AlignedRead if aliased else _start_read)
         loaded = {
             item: jax.tree.map_with_path(partial(load, item), tree) for item, tree in wanted.items()
         }
@@ -79,7 +86,9 @@ def load_items(
     return loaded
 
 
-def _read_ahead(arrays: Iterable[tuple[Any, Any]]) -> Iterator[dict[Position, Any]]:
+def _read_ahead(
+    arrays: Iterable[tuple[Any, Any]], start_read: Callable[[Any], Any]
+) -> Iterator[dict[Position, Any]]:
     """Yields the reads of each array in turn, while the next arrays are being read.
 
     So the disk reads while the caller converts and places an array. At least one array is read
@@ -87,10 +96,11 @@ def _read_ahead(arrays: Iterable[tuple[Any, Any]]) -> Iterator[dict[Position, An
 
     Args:
         arrays: the stored array, and the abstract array that this host needs.
+        start_read: starts to read a part of a stored array; returns a future.
     """
     ahead, n_bytes = deque[tuple[dict[Position, Any], int]](), 0
     for store, like in arrays:
-        reads = _read_shards(store, like)
+        reads = _read_shards(store, like, start_read)
         shard = math.prod(like.sharding.shard_shape(like.shape))
         ahead.append((reads, len(reads) * shard * like.dtype.itemsize))
         n_bytes += ahead[-1][1]
@@ -102,11 +112,33 @@ def _read_ahead(arrays: Iterable[tuple[Any, Any]]) -> Iterator[dict[Position, An
         yield reads
 
 
-def _read_shards(store: Any, like: Any) -> dict[Position, Any]:
+def _read_shards(store: Any, like: Any, start_read: Callable[[Any], Any]) -> dict[Position, Any]:
     """Starts to read the shards that this host's devices need, each once; returns the futures."""
     indices = like.sharding.addressable_devices_indices_map(like.shape).values()
     shards = {position_of(index): store[index] for index in indices}
-    return {position: shard.read() for position, shard in shards.items()}
+    return {position: start_read(shard) for position, shard in shards.items()}
+
+
+def _start_read(shard: Any) -> Any:
+    return shard.read()
+
+
+class _AlignedRead:
+    """A read into memory that begins at a page, where a CPU's arrays may begin."""
+
+    def __init__(self, shard: Any):
+        import tensorstore as ts
+
+        dtype, n = shard.dtype.numpy_dtype, math.prod(shard.shape)
+        # Not numpy's memory: its large pages take the system up to twice as long to provide.
+        memory = mmap.mmap(-1, max(1, n * dtype.itemsize), flags=_PRIVATE_MEMORY)
+        self._values = np.frombuffer(memory, dtype, n).reshape(shard.shape)
+        self._reading = ts.array(self._values).write(shard)
+
+    def result(self) -> np.ndarray:
+        """Returns the values when they have been read."""
+        self._reading.result()
+        return self._values
 
 
 def _make_array(reads: dict[Position, Any], like: Any) -> jax.Array:

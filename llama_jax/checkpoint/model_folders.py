@@ -156,6 +156,8 @@ def load_model(
     folder: str | AnyPath,
     config: ModelConfig | None = None,
     like: Llama | None = None,
+    *,
+    aliased: bool = False,
 ) -> tuple[ModelConfig, Llama]:
     """Returns a model from a model folder, or from a run's newest checkpoint, on the current mesh.
 
@@ -164,6 +166,7 @@ def load_model(
         config: how to compute; default: the folder's configuration. Weights are cast to its
             `param_dtype`.
         like: shapes, dtypes and shardings of the weights; default: those of `config`.
+        aliased: as in `load_items`, for weights that no program is to overwrite.
 
     Raises:
         Damaged: the files are not those that were written.
@@ -185,5 +188,6 @@ def load_model(
         )
     model = like or abstract_model(config)
     where, files = weights_location(folder)
-    loaded = load_items(where, files.names, {"model": tree_to_dict(model)}, files.sums)
+    wanted = {"model": tree_to_dict(model)}
+    loaded = load_items(where, files.names, wanted, files.sums, aliased=aliased)
     return config, dict_to_tree(model, loaded["model"])

@@ -135,29 +135,30 @@ def continue_text(
     from llama_jax.runtime.program_store import stored_programs
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
-    stored = folders.read_model_config(folder)
-    tokenizer, pairs = load_tokenizer(folder), read_pairs(lora, folder, stored)
-    ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, not {max_new_tokens}")
-    if max_new_tokens is None:
-        max_new_tokens = default_max_new_tokens(stored, ids)
     if "" in (stops or []):
         raise InputError("--stop '' would end every text immediately: give a text")
+    stored = folders.read_model_config(folder)
     enable_compile_cache()
     if cache:
         stored = replace(stored, cache_dtype=cache)
-    config = choose_compute_dtype(stored)
-    values = {
-        "the hash of the prompt": hashlib.sha256(repr(ids).encode()).hexdigest(),
-        "the sampling": asdict(sampling),
-        "--max-new-tokens": max_new_tokens, "--ignore-eos": ignore_eos, "--seed": seed,
-        "--stop": stops, "--quantize": quantize, "--cache": cache, "--lora": lora,
-        "--unmerged": unmerged, "--stats": stats,
-    }  # fmt: skip
-    check_equal_on_hosts(folder, config, values)
     start = "generate", str(folder), quantize, cache, lora, unmerged
-    with jax.set_mesh(serving_mesh(stored)), stored_programs(*start):
+    # Programs are read while the tokenizer and the weights are loaded.
+    with stored_programs(*start), jax.set_mesh(serving_mesh(stored)):
+        tokenizer, pairs = load_tokenizer(folder), read_pairs(lora, folder, stored)
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}] if chat else prompt)
+        if max_new_tokens is None:
+            max_new_tokens = default_max_new_tokens(stored, ids)
+        config = choose_compute_dtype(stored)
+        values = {
+            "the hash of the prompt": hashlib.sha256(repr(ids).encode()).hexdigest(),
+            "the sampling": asdict(sampling),
+            "--max-new-tokens": max_new_tokens, "--ignore-eos": ignore_eos, "--seed": seed,
+            "--stop": stops, "--quantize": quantize, "--cache": cache, "--lora": lora,
+            "--unmerged": unmerged, "--stats": stats,
+        }  # fmt: skip
+        check_equal_on_hosts(folder, config, values)
         config, model = load(folder, config, quantize, pairs=pairs, unmerged=unmerged)
         compile_start = compile_statistics().seconds
         timer = _TokenTimer(lambda: compile_statistics().seconds - compile_start)

@@ -81,14 +81,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"llama_jax {__version__}")
     subparsers = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            subparsers.add_parser(
-                name,
-                help=command.MANUAL.split("\n")[0],
-                description=command.MANUAL,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+        subparser = subparsers.add_parser(
+            name,
+            help=command.MANUAL.split("\n")[0],
+            description=command.MANUAL,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        if name in argv[:1]:  # the arguments of `train` need the configuration, 0.1 s
+            command.add_arguments(subparser)
     args, rest = parser.parse_known_args(argv)
     # argparse accepts consecutive overrides only; here overrides may also follow flags.
     if "overrides" in args and not any(word.startswith("-") for word in rest):

@@ -90,7 +90,7 @@ def load(
     can_copy = head_shards() % config.n_kv_heads == 0
     check_divides(jax.sharding.get_mesh(), all_heads if can_copy else config)
     if copies == 1:
-        config, model = model_folders.load_model(folder, config)
+        config, model = model_folders.load_model(folder, config, aliased=True)
     else:
         config, model = _load_with_copies(folder, config, copies)
     adapters = load_adapters(config, pairs) if pairs else None
@@ -113,7 +113,7 @@ def _load_with_copies(
     for name in ("wk", "wv"):
         leaves = jax.tree.map(partial(stored_heads, copies), getattr(like.layers, name))
         setattr(wanted.layers, name, leaves)
-    _, model = model_folders.load_model(folder, config, like=wanted)
+    _, model = model_folders.load_model(folder, config, like=wanted, aliased=True)
     for name in ("wk", "wv"):
         leaves = getattr(like.layers, name), getattr(model.layers, name)
         setattr(model.layers, name, jax.tree.map(as_copied_heads, *leaves))

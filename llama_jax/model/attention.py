@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import InputError
-from llama_jax.model import attention_decode, attention_paged, attention_splash, attention_xla
+from llama_jax.model import attention_xla
 from llama_jax.model.cache import LayerCache, gather_pages, write_cache
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import gather_sequence
 from llama_jax.parallel.mesh import context_shards, platform
 from llama_jax.parallel.sharding import activation_spec
 
+# The modules of Pallas kernels are imported where they are used: Pallas takes 0.15 s.
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
+_LANES = 128  # of a TPU's vector unit
 
 
 def attention(
@@ -49,6 +51,8 @@ def attention(
         if kernel == "cudnn":
             return _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT)
         if kernel == "splash":
+            from llama_jax.model import attention_splash
+
             return attention_splash.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
         return attention_xla.attention(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, ends_BS)
 
@@ -75,6 +79,8 @@ def _choose_kernel(kernel: str, q_BTNH: jax.Array, segments_BT: jax.Array | None
         return "xla"
     reason = None
     if candidate == "splash":
+        from llama_jax.model import attention_splash
+
         reason = attention_splash.unsupported_reason(q_BTNH, context_shards())
     elif candidate == "cudnn":
         reason = _cudnn_unsupported_reason(q_BTNH)
@@ -109,6 +115,16 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     return save_for_backward("attention", out_BTNH)
 
 
+def has_decode_kernel(kernel: str, H: int) -> bool:
+    """Returns whether one query per row uses a TPU kernel, `attention_decode` or `attention_paged`.
+
+    Args:
+        kernel: as in `attention`.
+        H: the head size.
+    """
+    return platform() == "tpu" and kernel != "xla" and H % _LANES == 0
+
+
 def cached_attention(
     q_BTNH: jax.Array,
     cache: LayerCache,
@@ -133,7 +149,7 @@ def cached_attention(
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
     if T == 1 and platform() == "tpu":
-        if pages_BP is None and kernel != "xla" and attention_decode.unsupported_reason(H) is None:
+        if pages_BP is None and has_decode_kernel(kernel, H):
             return _decode_attention(q_BTKGH, cache, positions_BT)
         if N == K:
             # XLA computes a product with one query on the vector unit, with eight on the matrix
@@ -172,10 +188,11 @@ def update_and_attend(
             active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    supported = kernel != "xla" and attention_decode.unsupported_reason(H) is None
-    if pages_BP is None or T > 1 or platform() != "tpu" or not supported:
+    if pages_BP is None or T > 1 or not has_decode_kernel(kernel, H):
         cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP)
         return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP), cache
+
+    from llama_jax.model import attention_paged
 
     def local(q_B1NH, k_B1KH, v_B1KH, cache, positions_B1, pages_BP):
         q_BKGH = q_B1NH.reshape(len(q_B1NH), cache.k_BKSH.shape[1], -1, q_B1NH.shape[-1])
@@ -209,6 +226,7 @@ def _attend_blocks(
 
 def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
     """Returns the attention output [B, 1, N, H] of one query per row."""
+    from llama_jax.model import attention_decode
 
     def local(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
         out_BKGH = attention_decode.attention(q_B1KGH[:, 0], cache, positions_B1[:, 0])

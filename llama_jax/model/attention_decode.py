@@ -21,11 +21,6 @@ _LANES = 128  # of a TPU's vector unit
 BLOCK_BYTES = 1 << 19
 
 
-def unsupported_reason(H: int) -> str | None:
-    """Returns why the kernel can't process heads of this size, or None."""
-    return f"needs a head size of a multiple of {_LANES}, but it is {H}" if H % _LANES else None
-
-
 def attention(q_BKGH: jax.Array, cache: LayerCache, position_B: jax.Array) -> jax.Array:
     """Returns softmax(q·k) v of this device's rows and heads, [B, K, G, H] in q's dtype.
 

@@ -21,10 +21,6 @@ from llama_jax.model.attention_decode import BLOCK_BYTES, add_slots
 from llama_jax.model.cache import PAGE, LayerCache, quantize
 from llama_jax.parallel.mesh import platform
 
-# Entries of the table of pages: a TPU core has 1 MiB of scalar memory (measured: the compiler
-# rejects 281,600 entries on v5e and accepts 230,400), of which positions and spills take some.
-MAX_TABLE = 250_000
-
 
 def attention(
     q_BKGH: jax.Array,

@@ -22,9 +22,9 @@ from llama_jax.cli.main import main
 
 read_shards, read, total = arrays._read_shards, 0, 0
 
-def count(store, like):
+def count(store, like, start_read):
     global read, total
-    shards = read_shards(store, like)
+    shards = read_shards(store, like, start_read)
     read += sum(math.prod((b or n) - (a or 0) for (a, b), n in zip(p, like.shape)) for p in shards)
     total += math.prod(like.shape)
     return shards

@@ -13,7 +13,7 @@ from llama_jax.inference.engine.page_pool import Pool, pool_pages
 from llama_jax.inference.engine.pages import pages_needed
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.attention_paged import MAX_TABLE
+from llama_jax.model import attention as model_attention
 from llama_jax.model.cache import PAGE
 from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
@@ -158,9 +158,9 @@ def test_a_pool_retains_named_pages_until_it_needs_them():
 def test_pages_are_the_default_where_a_kernel_reads_them(
     monkeypatch, platform, attention, cache_tokens, expected
 ):
-    monkeypatch.setattr(page_pool, "platform", lambda: platform)
-    monkeypatch.setattr(page_pool, "unsupported_reason", lambda head_dim: None)
-    assert pool_pages(replace(CONFIG, attention=attention), 4, 700, cache_tokens) == expected
+    monkeypatch.setattr(model_attention, "platform", lambda: platform)
+    config = replace(CONFIG, attention=attention, head_dim=128)
+    assert pool_pages(config, 4, 700, cache_tokens) == expected
 
 
 @pytest.mark.usefixtures("one_device")
@@ -172,9 +172,11 @@ def test_the_pool_has_room_for_the_longest_text():
 
 @pytest.mark.usefixtures("one_device")
 def test_the_table_of_pages_fits_the_scalar_memory(monkeypatch):
-    monkeypatch.setattr(page_pool, "platform", lambda: "tpu")
-    monkeypatch.setattr(page_pool, "unsupported_reason", lambda head_dim: None)
-    rows = MAX_TABLE // 8  # a row has 6 pages for 700 tokens, and 2 for the last chunk's padding
-    assert pool_pages(CONFIG, rows, 700, None) == 1 + rows * 6
+    monkeypatch.setattr(model_attention, "platform", lambda: "tpu")
+    config = replace(CONFIG, head_dim=128)
+    rows = (
+        page_pool.MAX_TABLE // 8
+    )  # a row has 6 pages for 700 tokens, and 2 for the last chunk's padding
+    assert pool_pages(config, rows, 700, None) == 1 + rows * 6
     with pytest.raises(InputError, match=f"ask for at most {rows} rows, or for a shorter"):
-        pool_pages(CONFIG, rows + 1, 700, None)
+        pool_pages(config, rows + 1, 700, None)
