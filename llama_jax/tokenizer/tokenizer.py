@@ -154,7 +154,13 @@ def load_tokenizer(path: str | AnyPath) -> Tokenizer:
     if named := [path / name for name in TOKENIZER_FILES if (path / name).is_file()]:
         path = named[0]
     elif path.is_dir():
-        path = next(iter(sorted(path.glob("*.gguf"))), path / TOKENIZER_FILES[0])
+        gguf_files = sorted(path.glob("*.gguf"))
+        if not gguf_files:
+            raise InputError(
+                f"there is no tokenizer in {path}: copy the model's tokenizer.model or"
+                " tokenizer.json into it"
+            )
+        path = gguf_files[0]
     if not path.is_file():
         raise InputError(
             f"there is no tokenizer at {path}: name a tokenizer.model, a tokenizer.json, or the"

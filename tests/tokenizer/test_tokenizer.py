@@ -148,8 +148,10 @@ def test_the_tokenizer_of_llama2c_is_loaded(shared_data, tmp_path):
 
 
 def test_invalid_tokenizers_and_texts_are_rejected(trained, tmp_path):
-    with pytest.raises(InputError, match="there is no tokenizer at"):
+    with pytest.raises(InputError, match="there is no tokenizer in .*: copy the model's"):
         load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="there is no tokenizer at"):
+        load_tokenizer(tmp_path / "tokenizer.model")
     broken = tmp_path / "broken.model"
     broken.write_bytes(trained.path.read_bytes()[:300])
     with pytest.raises(InputError, match="is not a SentencePiece model"):
