@@ -1,4 +1,4 @@
-"""Estimates runs that others published by the method of `llama-jax plan`, from their own programs.
+"""Estimates runs that others published, from their own programs, as `llama-jax plan` does.
 
     git clone https://github.com/jax-ml/jax-llm-examples     # needs etils and flatbuffers
     python benchmarks/calibrate.py jax-llm-examples jax-llm-examples/llama3 --batch 8 --slots 2048
@@ -86,7 +86,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         pod: topology.
-        accelerator: MaxText's name of it.
+        accelerator: MaxText's name of the topology.
         model: member of `FAMILY`; MaxText has the same names.
         rows: rows of a chip.
         seq_len: tokens of a row.

@@ -60,7 +60,7 @@ def without_fingerprints() -> Iterator[None]:
 
 
 def measure(folder: Any, state: Any, abstract: Any) -> tuple[float, float, float]:
-    """Returns the seconds for which `save` blocks its caller, until all is stored, of a restore."""
+    """Returns the seconds: of `save` until it returns, and until all is stored; of a restore."""
     remove_tree(folder)
     checkpoints = TrainingCheckpoints(folder, CheckpointConfig())
     start = time.monotonic()

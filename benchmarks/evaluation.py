@@ -5,12 +5,12 @@
 
 The model is that of FOLDER, or SmolLM2-135M, converted also to a Hugging Face folder. Each side has
 its own process, and the sides answer all requests alternately. Without --data the items are like
-HellaSwag's: four endings of one context, from the text of docs/. The largest difference of a
-log-likelihood is printed, and how many items have another accuracy or another generated text: the
-exit code is 1 if any has, in float32. With --once each side answers once, and the rates contain the
-time to compile: this compares the answers of complete data sets. With --float64, `hf` also answers
-once in float64, and the largest error of each side is printed: PyTorch's `log_softmax` is less
-exact than the rest of a model with a large vocabulary.
+HellaSwag's: four endings of one context, from the text of docs/. The output has the largest
+difference of a log-likelihood, and the number of items with another accuracy or another generated
+text; in float32 the exit code is 1 if there are any. With --once each side answers once, and the
+rates contain the time to compile: this compares the answers of complete data sets. With --float64,
+`hf` also answers once in float64, and the output has the largest error of each side: PyTorch's
+`log_softmax` is less exact than the rest of a model with a large vocabulary.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The runs that `kills.py` kills: a tiny model, its tokens, and the base of a fine-tune."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,16 @@ from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.tokenizer import load_tokenizer
+
+
+def make_environment(folder: Path) -> dict[str, str]:
+    """Returns the environment of the processes: one CPU device, and programs stored in `folder`."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def make_config(

@@ -15,20 +15,17 @@ or on preferences by DPO. The exit code is 1 if anything differs.
 """
 
 import argparse
-import contextlib
 import glob
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -36,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from chat_shards import (  # pyright: ignore[reportMissingImports] (of the tests)
     write_packed_shards,
 )
-from kill_runs import fine_tune, make_config, write_base, write_tokens
+from kill_runs import fine_tune, make_config, make_environment, write_base, write_tokens
 from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
-    Store,
+    free_port,
     store_of_this_process,
 )
 
@@ -67,9 +64,7 @@ class Run:
     """
 
     def __init__(self, path: Path, processes: int, environment: dict[str, str]):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._outputs = [path.with_suffix(f".err{i}") for i in range(processes)]
         self.processes = []
         for i, errors in enumerate(self._outputs):
@@ -209,13 +204,6 @@ def kill_one_run(
         print(f"kill {done}: complete {complete}, incomplete {incomplete}{lost}", flush=True)
 
 
-@contextlib.contextmanager
-def faulty_store(scheme: str) -> Iterator[tuple[Store, dict[str, str]]]:
-    """Yields a store on this machine, and the environment of a process that uses it."""
-    with store_of_this_process(scheme) as store:
-        yield store, os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-
-
 def main() -> int:
     """Prints the figures; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(
@@ -234,9 +222,8 @@ def main() -> int:
     if args.local and args.processes == 1:
         parser.error("--local needs --processes 2 or 4: a host's replica is on another one")
     rng, killed, runs, wrong = random.Random(args.seed), 0, 0, list[str]()
-    with tempfile.TemporaryDirectory() as temporary, faulty_store(args.scheme) as (store, env):
-        env["JAX_COMPILATION_CACHE_DIR"] = f"{temporary}/compiled"
-        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    with tempfile.TemporaryDirectory() as temporary, store_of_this_process(args.scheme) as store:
+        env = make_environment(Path(temporary))  # with the address of the store
         tokens = parse_path(store.url("tokens"))
         write_tokens(Path(temporary, "texts.jsonl"), tokens)
         chats, base = Path(temporary, "chats"), parse_path(store.url("base"))
@@ -256,8 +243,8 @@ def main() -> int:
         undisturbed = config_of(0)
         path = Path(temporary, "0.yaml")
         path.write_text(yaml_file.dump(undisturbed))
-        # Kills come at any moment of a run, however fast this machine is. The start, which compiles
-        # the step, doesn't count: it is longest here.
+        # A kill may come at any moment between compiling and the end, however fast this machine is.
+        # The start, which compiles the step, is longest here, so it doesn't count.
         run = Run(path, args.processes, env)
         run.wait_until(lambda: "compiled in" in run.errors)
         start = time.monotonic()

@@ -7,7 +7,7 @@ which the device waited. Then one process reads what one of 64 hosts needs of a 
 windows of 2,048 tokens: 32 rows in each step, from a local folder and from an S3 store (moto)
 that answers after 50 ms. It reads step after step without a pause, and then with a pause as long as
 a step, as training does. LLaMA 7B takes about 1.94 s a step on the 256 TPU v5p of 64 hosts
-(configs/llama-7b.yaml has 7.8 s on 64). The local folder is in the page cache.
+(`plan` estimates 7.8 s on 64 for configs/llama-7b.yaml). The local folder is in the page cache.
 """
 
 import argparse
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import numpy as np
 from object_store import (  # pyright: ignore[reportMissingImports] (of the tests)
-    Store,
     store_of_this_process,
 )
 
@@ -118,10 +117,9 @@ def measure_host(name: str, folder: AnyPath, steps: int, step_seconds: float) ->
 def distant_bucket() -> Iterator[AnyPath]:
     """A folder of token shards in a bucket that answers after `LATENCY`."""
     with store_of_this_process("s3") as store:
-        running: Store = store
-        folder = parse_path(running.url("tokens"))
+        folder = parse_path(store.url("tokens"))
         write_tokens(folder)
-        running.faults.latency = LATENCY
+        store.faults.latency = LATENCY
         yield folder
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/paged_cache.py models/smollm2-135m --slots 512
 
-Prints the median time of a step in each layout, and of the ratios of the pairs, also of the
-process's CPU time, which says more on a machine that others use. On a TPU a kernel reads the pages,
-on a CPU a loop; on a GPU XLA copies the pages of all rows before it reads them.
+Prints the median time of a step in each layout, and the median ratios of the pairs: of the time,
+and of the process's CPU time, which depends less on other programs. On a TPU a kernel reads the
+pages, on a CPU a loop; on a GPU XLA copies the pages of all rows before it reads them.
 """
 
 import argparse

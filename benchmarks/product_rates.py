@@ -1,4 +1,4 @@
-"""The rates at which XLA's TPU compiler counts matrix products, of its two models, by chip.
+"""The rates of matrix products by the two cost models of XLA's TPU compiler, for each chip.
 
     python benchmarks/product_rates.py
 

@@ -1,17 +1,16 @@
-"""Computes random steps of a run again that was killed and moved, and compares them bit for bit.
+"""Computes random steps of a killed and moved run again, and compares them bit for bit.
 
     python benchmarks/replays.py [--replays 10] [--kills 3] [--steps 200] [--seed 0]
 
 SIGKILL ends the run of a tiny model at random moments after its step is compiled, and the same
 command resumes it. Then its folder is renamed, and `llama-jax train --replay STEP` computes random
 steps, each in a new process, from the nearest checkpoint before each. The exit code is 1 if a loss
-or a gradient norm differs from that of metrics.jsonl, or the losses or
-the last checkpoint of the run have changed.
+or a gradient norm differs from that of metrics.jsonl, or if the losses or the last checkpoint of
+the run have changed.
 """
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from kill_runs import make_config, write_tokens
+from kill_runs import make_config, make_environment, write_tokens
 from kills import Run, contents
 
 from llama_jax.config import yaml_file
@@ -56,9 +55,7 @@ def main() -> int:
     rng, different = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment = make_environment(folder)
         write_tokens(folder / "texts.jsonl", folder / "tokens")
         config = make_config(folder / "tokens", folder / "run", 1, args.steps, None)
         config = replace(config, checkpoint=CheckpointConfig(every=10, keep=args.steps))

@@ -6,8 +6,8 @@
 
 SmolLM2-135M in float32, converted to a model folder for llama_jax and to a Hugging Face folder for
 transformers, whose server runs with continuous batching and paged attention. In each round both
-servers get the same greedy requests over HTTP, of mixed lengths, from C clients at once, and the
-other one is stopped (SIGSTOP) meanwhile. The result is the median of the ratios of rounds. The
+servers get the same greedy requests over HTTP, of mixed lengths, from C clients at once, each while
+the other one is stopped (SIGSTOP). The result is the median of the ratios of rounds. The
 texts must be equal: the exit code is 1 if any differs.
 """
 

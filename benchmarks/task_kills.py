@@ -1,4 +1,4 @@
-"""Kills `llama-jax tokenize` or `prepare` at random moments, and compares with an undisturbed run.
+"""Kills `llama-jax tokenize` or `prepare` at random moments; compares with an undisturbed run.
 
     python benchmarks/task_kills.py tokenize [--kills 50] [--task-processes 1]
     python benchmarks/task_kills.py prepare
@@ -74,7 +74,7 @@ def start(command: str, corpus: Path, out: Path, number: int, n: int) -> subproc
 def run(
     command: str, corpus: Path, out: Path, processes: int, kills: int, rng: random.Random
 ) -> int:
-    """Runs until `out` is complete, with at most so many kills; returns their number."""
+    """Runs until `out` is complete, with at most `kills` kills; returns their number."""
     running, done, longest = dict[int, subprocess.Popen[str]](), 0, 4.0
     waiting = set(range(processes))
     while waiting or running:

@@ -2,7 +2,7 @@
 
     python docs/code_choices.py eval-code
     llama-jax train quickstart \\
-        'training.evaluate={tasks: [hellaswag], data: eval-code, every: 25, limit: 200}'
+        'training.evaluate={tasks: [hellaswag], data: eval-code, every: 15, limit: 100}'
 
 The code is that of the tests of Python's standard library, which the corpus `python-stdlib` leaves
 out. Each item has two lines as context and the two lines after them; the three wrong endings have

@@ -1,4 +1,4 @@
-"""Makes raw dumps of the seven sources of LLaMA's data in miniature, from the text of packages.
+"""Builds raw dumps of the seven sources of LLaMA's data in miniature, from the text of packages.
 
     python docs/miniature_table1.py mini
 
@@ -180,9 +180,7 @@ def pack(path: Path, files: Iterable[File], limit: int = 1 << 40) -> None:
     """Writes files into an archive, until it has `limit` bytes of them."""
     with tarfile.open(path, "w:gz", compresslevel=6) as tar:
         for file in files:
-            info = tarfile.TarInfo(file.name)
-            info.size = len(file.data)
-            tar.addfile(info, io.BytesIO(file.data))
+            add_file(tar, file.name, file.data)
             limit -= len(file.data)
             if limit < 0:
                 break

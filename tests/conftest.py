@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# In memory: each file of a checkpoint is synced, on a disk for more than a second a save of a tiny
-# model, in memory for 0.1 s. No test ends the machine, so none can tell the difference.
+# Temporary folders are in memory: a save syncs each file of a checkpoint, which takes more than a
+# second for a tiny model on a disk, and 0.1 s in memory. No test crashes the machine, so none can
+# tell the difference.
 os.environ.setdefault(
     "TMPDIR",
     "/dev/shm"
@@ -34,7 +35,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
-# 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module a program takes less
+# 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module per program takes less
 # time than 32.
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -94,7 +95,7 @@ def tmp_path(tmp_path: Path) -> Path:
     """A folder of the test, at a path that no earlier test had.
 
     pytest removes the folders of passed tests and uses their paths again, but TensorStore caches
-    what it has read of token shards by path.
+    the token shards that it has read by their path.
     """
     folder = tmp_path / f"folder{next(_numbers)}"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A tiny model, requests to its engine, and what they get without the engine."""
+"""A tiny model, requests to its engine, and their tokens without the engine."""
 
 import queue
 import time

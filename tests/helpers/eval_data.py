@@ -1,4 +1,4 @@
-"""Requests and task data from the samples of real evaluation sets."""
+"""Rows and task data from the samples of real evaluation sets."""
 
 import json
 import shutil

@@ -63,4 +63,3 @@ Files: src/debug/*
 Copyright: Others
 License: GPL-2
 """
-DEBIAN_TEXT = "\nLicense: Go\n " + BSD_2.replace("\n\n", "\n.\n").replace("\n", "\n ")

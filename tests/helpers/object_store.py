@@ -68,10 +68,10 @@ class Store:
         return f"{self.scheme}://{BUCKET}/{name}"
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port() -> int:
+    """Returns a port on which nobody listens."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def _complete_headers(answer: http.client.HTTPResponse) -> dict[str, str]:
@@ -167,7 +167,7 @@ def _proxy(port: int, faults: Faults) -> ThreadingHTTPServer:
 @contextlib.contextmanager
 def running_store(scheme: str) -> Iterator[Store]:
     """Runs a store with one empty bucket, behind the proxy."""
-    port = _free_port()
+    port = free_port()
     command = [word.format(port=port) for word in _COMMANDS[scheme]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

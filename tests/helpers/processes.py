@@ -7,23 +7,18 @@ started no threads.
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from object_store import free_port
 
 from llama_jax.runtime import handshake
 from llama_jax.training.metrics import read_metrics
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["llama_jax.cli.train", "llama_jax.training.loop", __name__])
-
-
-def free_port():
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def connect_threads(processes, **changes):

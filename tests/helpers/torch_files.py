@@ -52,9 +52,8 @@ def write_sample(tmp_path):
     rng = np.random.default_rng(1)
     tensors = {
         "tok_embeddings.weight": rng.random((40, 3)).astype(np.float32),
-        "norm.weight": np.zeros(
-            300, ml_dtypes.bfloat16
-        ),  # its zeros can be mistaken for empty ZIP extra fields
+        # A reader could mistake these zeros for empty extra fields of ZIP.
+        "norm.weight": np.zeros(300, ml_dtypes.bfloat16),
         "layers.0.w": rng.integers(0, 99, (7, 5), np.int64),
     }
     return write_tensors(tmp_path / "w.pth", tensors), tensors
