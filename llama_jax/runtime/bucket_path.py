@@ -238,14 +238,25 @@ def key_after(prefix: str) -> str:
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
 
 
+# In a regular expression: an escaped character, a set of characters (negated: group 1), or any
+# character.
+_WILDCARD = re.compile(r"\\.|\[(\^?)(\]?[^]]*)\]|\.")
+
+
 def _pattern(pattern: str) -> str:
-    """Returns the regular expression of a glob pattern whose `*` doesn't match a slash."""
+    """Returns the regular expression of a glob pattern; only its `**/` matches slashes."""
+
+    def exclude_slash(match: re.Match[str]) -> str:
+        if match[0] == ".":
+            return "[^/]"
+        return f"[^{match[2]}/]" if match[1] else match[0]
+
     parts = []
     for part in pattern.split("/"):
         if part == "**":
             parts.append("(?:.*/)?")
         else:
-            parts.append(fnmatch.translate(part).replace(".*", "[^/]*")[4:-3] + "/")
+            parts.append(_WILDCARD.sub(exclude_slash, fnmatch.translate(part)[4:-3]) + "/")
     return "".join(parts).removesuffix("/")
 
 
