@@ -76,7 +76,7 @@ def join(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends all hosts with an error of this one: `join` does so for its block, a thread calls this.
+    """Ends all hosts with an error of this one. `join` calls it for its block, threads themselves.
 
     Raises:
         BaseException: `error`, on a single host.
@@ -240,9 +240,9 @@ def _split_address(address: str) -> tuple[str, int]:
 
 
 def find_place() -> tuple[int, int] | None:
-    """Returns the number of this process in its cluster, from 0, and that of all; joins no process.
+    """Returns the number of this process in its cluster, from 0, and how many processes that has.
 
-    None: the environment describes no cluster, or only one process.
+    No process is joined. None: the environment describes no cluster, or only one process.
 
     Raises:
         InputError: the environment can't be read.
