@@ -98,11 +98,10 @@ def _headline(plan: InferencePlan) -> str:
     config, n_slices = plan.config, plan.pod.n_slices
     chips = f"{plan.pod.chips_per_slice} chips"
     chips += f", in each of {n_slices} slices" if n_slices > 1 else ""
-    weights = config.param_dtype if config.quantized == "none" else config.quantized
     cache = config.dtype if config.cache_dtype == "same" else config.cache_dtype
     return (
-        f"{plan.pod}: {plan.n_params:,} parameters in {weights}, each layer split over {chips};"
-        f" {plan.batch} row(s) of {plan.context:,} tokens, cache in {cache}"
+        f"{plan.pod}: {plan.n_params:,} parameters in {config.weight_dtype}, each layer split"
+        f" over {chips}; {plan.batch} row(s) of {plan.context:,} tokens, cache in {cache}"
     )
 
 

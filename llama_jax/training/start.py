@@ -326,8 +326,7 @@ def _describe_parameters(config: Config) -> str:
     n_params = config.model.n_params
     if config.lora is None:
         return f"{n_params:,} parameters"
-    storage = config.model.param_dtype if config.model.quantized == "none" else "int8"
-    pairs = config.lora.n_params(config.model)
+    pairs, storage = config.lora.n_params(config.model), config.model.weight_dtype
     return f"{pairs:,} trained parameters ({pairs / n_params:.2%} of {n_params:,} in {storage})"
 
 
