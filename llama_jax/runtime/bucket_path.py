@@ -20,9 +20,9 @@ from llama_jax.errors import InputError, missing_extra
 # A request is repeated after 0.2, 0.4 … 30 s, for two minutes in total: longer than the rate limits
 # and restarts of a store last.
 _RETRIES = {"max_retries": 10, "initial_delay": "200ms", "max_delay": "30s"}
-# TensorStore sets no time limit: a request whose connection broke without a message of the store
-# waits for half an hour (google/tensorstore#291). With these variables it fails, and is repeated,
-# after half a minute in which less than a byte a second arrives or leaves.
+# TensorStore sets no time limit: a request whose connection broke silently waits for half an hour
+# (google/tensorstore#291). With these variables it fails, and is repeated, after half a minute in
+# which less than a byte a second arrives or leaves.
 _STALLED = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
@@ -244,7 +244,7 @@ _WILDCARD = re.compile(r"\\.|\[(\^?)(\]?[^]]*)\]|\.")
 
 
 def _pattern(pattern: str) -> str:
-    """Returns the regular expression of a glob pattern; only its `**/` matches slashes."""
+    """Returns the regular expression of a glob pattern; no wildcard but `**/` matches slashes."""
 
     def exclude_slash(match: re.Match[str]) -> str:
         if match[0] == ".":

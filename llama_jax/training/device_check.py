@@ -114,7 +114,7 @@ def _gradient(
 
 
 def _outliers(values: Sequence[bytes]) -> list[int]:
-    """Returns which values differ from the most frequent one; all of them if two are equally so."""
+    """Returns which values differ from the most frequent one; all of them in case of a tie."""
     counts = Counter(values).most_common(2)
     if len(counts) == 1:
         return []
