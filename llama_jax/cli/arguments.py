@@ -134,6 +134,22 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def read_tasks(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `add_tasks` as those of `tasks.run_tasks`: workers, part, runner.
+
+    Raises:
+        InputError: --beam and --task are both given, or one of them can't be used.
+    """
+    from llama_jax.data.beam import beam_runner
+    from llama_jax.data.tasks import find_part
+
+    if args.beam is None:
+        return {"workers": args.workers, "part": find_part(args.task), "runner": None}
+    if args.task is not None:
+        raise InputError("--beam and --task both divide the work: give one of them")
+    return {"workers": args.workers, "part": None, "runner": beam_runner(args.beam)}
+
+
 def read_sampling(args: argparse.Namespace) -> "Sampling":
     """Returns the sampling settings of the flags of `add_sampling`.
 

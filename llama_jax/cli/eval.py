@@ -26,10 +26,10 @@ harness fetches the data sets; with it, each task reads a local file.
 --tasks paper:common-sense, paper:closed-book, paper:reading, paper:math, paper:code, paper:mmlu and
 paper:all run the tasks of the LLaMA paper's tables, and print the paper's rows above one's own.
 
-With --out, each answer is saved as soon as it is computed: the same command goes on after a kill.
-results.json contains the metrics with standard errors, and what they depend on; items/ contains
-each item. --compare prints which items differ between two such folders, and whether the difference
-is significant.
+With --out, each answer is saved as soon as it is computed: a killed command continues when it is
+started again. results.json contains the metrics with standard errors, and what they depend on;
+items/ contains each item. --compare prints which items differ between two such folders, and whether
+the difference is significant.
 
 --samples N draws N answers to each item of humaneval, mbpp, gsm8k or minerva_math: of programs it
 prints pass@k, the probability that one of k programs is right, and of the others maj1@k, whether
@@ -256,11 +256,10 @@ def _measure_perplexity(args: argparse.Namespace) -> int:
             pairs=pairs,
             unmerged=args.unmerged,
         )
-        storage = config.param_dtype if config.quantized == "none" else config.quantized
         nats = nats_per_token(config, model, ids)
         print(
-            f"{storage:8}  {nats:.5f} nats per token, perplexity {math.exp(nats):.4f}, of"
-            f" {len(ids) - 1:,} tokens"
+            f"{config.weight_dtype:8}  {nats:.5f} nats per token, perplexity {math.exp(nats):.4f},"
+            f" of {len(ids) - 1:,} tokens"
         )
         return nats
 

@@ -3,8 +3,7 @@
 import argparse
 import json
 
-from llama_jax.cli.arguments import add_config, add_tasks, parse_picture
-from llama_jax.errors import InputError
+from llama_jax.cli.arguments import add_config, add_tasks, parse_picture, read_tasks
 
 MANUAL = """\
 Convert raw dumps into documents by the rules of LLaMA's paper, and count what each rule removes.
@@ -54,23 +53,17 @@ def run(args: argparse.Namespace) -> int:
     """Prepares the sources and prints their funnels; returns the exit code."""
     from llama_jax.cli.funnel_table import show
     from llama_jax.config import yaml_file
-    from llama_jax.data.beam import beam_runner
     from llama_jax.data.prepare.prepare import prepare_sources, select_sources
-    from llama_jax.data.tasks import find_part
     from llama_jax.evaluation.item_texts import replace_evaluation_data
     from llama_jax.runtime.storage import parse_path
 
     picture = args.picture and parse_picture(args.picture)
-    if args.beam is not None and args.task is not None:
-        raise InputError("--beam and --task both divide the work: give one of them")
     entries = yaml_file.load_prepare(args.config, args.overrides)
     entries = select_sources(entries, args.only)
     funnels = prepare_sources(
         replace_evaluation_data(entries, parse_path(args.out)),
         args.out,
-        workers=args.workers,
-        part=find_part(args.task) if args.beam is None else None,
-        runner=None if args.beam is None else beam_runner(args.beam),
+        **read_tasks(args),
     )
     if args.json:
         print(json.dumps(funnels, indent=1, ensure_ascii=False))

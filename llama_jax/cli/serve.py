@@ -178,8 +178,8 @@ def _serve(args: argparse.Namespace, folder: AnyPath, settings: "ServerSettings"
         stack.enter_context(stored_programs("serve", args.folder, values))
         if bound:  # before the weights fill the memory
             settings = settings._replace(copy_bandwidth=stored_copy_bandwidth())
-        storage = stored.param_dtype if stored.quantized == "none" else stored.quantized
-        with start_progress.loading_progress(stored.n_params * jax.numpy.dtype(storage).itemsize):
+        itemsize = jax.numpy.dtype(stored.weight_dtype).itemsize
+        with start_progress.loading_progress(stored.n_params * itemsize):
             config, model = load(folder, config, args.quantize, pairs=pairs, unmerged=args.unmerged)
         programs = f"{n_programs(context, paged)} programs"
         with start_progress.stage_progress(

@@ -54,12 +54,12 @@ def show_windows(folder: AnyPath, n: int) -> str:
 
 
 def show_step(config: DataConfig, step: int, rows: Iterable[int], batch: int | None = None) -> str:
-    """Returns rows of the batch of a step as `show_windows` (1 is the first step, 0 the first row).
+    """Returns rows of the batch of a step, in the format of `show_windows`.
 
     Args:
         config: the data.
-        step: of a run.
-        rows: of its batch.
+        step: of a run; 1 is the first.
+        rows: of its batch; 0 is the first.
         batch: its number, if a rewind has left out batches before it; 1 is the first.
 
     Raises:

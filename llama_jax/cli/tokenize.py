@@ -2,7 +2,7 @@
 
 import argparse
 
-from llama_jax.cli.arguments import add_tasks
+from llama_jax.cli.arguments import add_tasks, read_tasks
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import parse_path
 
@@ -105,13 +105,9 @@ def run(args: argparse.Namespace) -> int:
 def _tokenize_text(args: argparse.Namespace) -> None:
     from llama_jax.data import tokenize
     from llama_jax.data.bad_records import parse_bad_limit
-    from llama_jax.data.beam import beam_runner
-    from llama_jax.data.tasks import find_part
 
     if args.seq_len is not None or args.train_on:
         raise InputError("--seq-len and --train-on are for chats: add --chat")
-    if args.beam is not None and args.task is not None:
-        raise InputError("--beam and --task both divide the work: give one of them")
     if not args.documents:
         raise InputError("--documents is empty: give file, paragraph, line, or a separator")
     meta = tokenize.tokenize_corpus(
@@ -125,9 +121,7 @@ def _tokenize_text(args: argparse.Namespace) -> None:
         text_field=args.text_field,
         id_field=args.id_field,
         max_bad=parse_bad_limit(args.max_bad),
-        workers=args.workers,
-        part=find_part(args.task) if args.beam is None else None,
-        runner=None if args.beam is None else beam_runner(args.beam),
+        **read_tasks(args),
     )
     for name, split in meta["splits"].items():
         print(f"{args.out}/{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")

@@ -18,7 +18,7 @@ class EvaluateConfig:
         default=1000, description="steps between evaluations (the last step always has one)"
     )
     limit: PositiveInt | None = Field(
-        default=None, description="the first so many items of each task; null: all"
+        default=None, description="number of items of each task, the first ones; null: all"
     )
     data: StoragePath | None = Field(
         default=None,

@@ -66,7 +66,7 @@ class LoraConfig:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     def check_rank(self, model: ModelConfig) -> None:
-        """Checks that each pair is smaller than its matrix could need.
+        """Checks that the rank is at most the largest rank that each matrix can have.
 
         Raises:
             ValueError: the rank exceeds the number of rows or columns of a matrix.

@@ -171,6 +171,11 @@ class ComputeConfig:
 class ModelConfig(ComputeConfig, Architecture):
     """A model and how it is computed."""
 
+    @property
+    def weight_dtype(self) -> str:
+        """Type in which the matrices are stored: param_dtype, or int8 if they are quantized."""
+        return self.param_dtype if self.quantized == "none" else self.quantized
+
 
 def ffn_dim(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
     """Returns F as Meta's code derives it from the keys of `params.json`.

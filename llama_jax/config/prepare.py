@@ -1,6 +1,6 @@
-"""The section `prepare`: how each source of the mixture is made from raw dumps."""
+"""The section `prepare`: how the documents of each source are created from raw dumps."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -20,8 +20,8 @@ class RawInputs:
     )
     near_duplicates: Annotated[float, Field(ge=0.7, le=1)] | None = Field(
         default=None,
-        description="Jaccard similarity of the sequences of 5 words from which on the later one of"
-        " two documents is removed, such as 0.8; null: near-duplicates remain",
+        description="the later one of two documents is removed if the Jaccard similarity of their"
+        " sequences of 5 words is at least this, such as 0.8; null: near-duplicates remain",
     )
     decontaminate: StoragePath | None = Field(
         default=None,
@@ -124,7 +124,10 @@ class C4Entry(RawInputs):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GitHubEntry(RawInputs):
-    """Source code: archives or folders of repositories, JSON lines, Parquet (the paper, 2.1)."""
+    """Source code: archives or folders of repositories, JSON lines, Parquet.
+
+    The rules are those of LLaMA's paper, section 2.1.
+    """
 
     kind: Literal["github"]
     licenses: tuple[str, ...] = Field(
@@ -139,7 +142,7 @@ class GitHubEntry(RawInputs):
     )
 
 
-# The paper: "20 languages, which use either the Latin or Cyrillic scripts".
+# LLaMA's paper: "20 languages, which use either the Latin or Cyrillic scripts".
 WIKIPEDIA_LANGUAGES = (
     "bg", "ca", "cs", "da", "de", "en", "es", "fr", "hr", "hu",
     "it", "nl", "pl", "pt", "ro", "ru", "sl", "sr", "sv", "uk",
@@ -170,8 +173,8 @@ class BooksEntry(RawInputs):
     kind: Literal["books"]
     max_overlap: Annotated[float, Field(ge=0.8, le=1)] = Field(
         default=0.9,
-        description="share of the larger book's sequences of 5 words that two books have in common,"
-        " from which on the later book is removed",
+        description="the later one of two books is removed if they have at least this share of the"
+        " larger book's sequences of 5 words in common",
     )
 
 
@@ -203,12 +206,4 @@ SourceEntry = Annotated[
     | StackExchangeEntry,
     Field(discriminator="kind"),
 ]
-KINDS = (
-    CommonCrawlEntry,
-    C4Entry,
-    GitHubEntry,
-    WikipediaEntry,
-    BooksEntry,
-    ArxivEntry,
-    StackExchangeEntry,
-)
+KINDS = get_args(get_args(SourceEntry)[0])  # the classes

@@ -93,7 +93,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingConfig:
-    """Length of the run, initial weights, micro-batches, validation."""
+    """Length, initial weights, objective, validation and supervision of a run."""
 
     out: StoragePath = Field(
         description="run folder; it is created if it is missing, and resumed if it has checkpoints"

@@ -91,7 +91,7 @@ def evaluate(
         model: weights of that config, on a mesh that does not split sequences.
         tokenizer: the model's tokenizer.
         tasks: of `load_tasks`; only those of host 0 are used.
-        limit: the first so many items of each task; None: all.
+        limit: number of items of each task, the first ones; None: all.
         answers: those of an earlier call that was killed; new ones are added.
         chat: whether prompts are messages in the model's chat format.
         shown: whether to show progress.

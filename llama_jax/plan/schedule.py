@@ -27,7 +27,7 @@ class Event(NamedTuple):
     Attributes:
         cycles: cycles of computation.
         starts: the collective that starts; None if the device computes or waits.
-        key: identifies the collective that starts (`starts` is set) or is awaited (it is None).
+        key: identifies the collective that starts, or that is awaited if `starts` is None.
         kernel_bytes: bytes that a Pallas kernel accesses by its own cost estimate; the compiler has
             no cycles for it.
     """

@@ -1,6 +1,7 @@
 """Searches for the fastest way to train on a pod: mesh, rematerialization, micro-batches."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
@@ -9,6 +10,7 @@ from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import divisors
 from llama_jax.plan.topology import Pod, network_bandwidth
 from llama_jax.plan.training import TrainingPlan, attention_seconds, plan_training
+from llama_jax.plan.training_report import gib
 
 _MATRIX_EFFICIENCY = 0.85  # share of the peak that matrix products reach, for the arithmetic
 # First ratio of the compiler's memory to the arithmetic's; compiled programs took 0.80 to 1.06.
@@ -151,7 +153,8 @@ def find_fastest(
         except InputError as error:
             log(f"    {error}")
             continue
-        ratio = plan.needed_bytes / estimate_memory(variant)
+        if math.isfinite(plan.needed_bytes):  # the compiler may reject a program without a number
+            ratio = plan.needed_bytes / estimate_memory(variant)
         log(f"    {_summary(plan)}")
         plans.append(plan)
     if not any(plan.fits for plan in plans):
@@ -164,7 +167,7 @@ def find_fastest(
 
 def _summary(plan: TrainingPlan) -> str:
     """Returns the time and the memory of a plan in one line."""
-    needed = f"{plan.needed_bytes / 2**30:.1f}"
+    needed = gib(plan.needed_bytes, 1)
     if not plan.fits:
         return f"does not fit: {needed} of {plan.pod.chip.hbm_gib:g} GiB"
     if not plan.compiler_seconds:

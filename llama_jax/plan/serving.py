@@ -53,7 +53,7 @@ class InferencePlan:
         largest_context: slots that decoding has memory for at batch 1, by arithmetic.
         decode_times: time of a decode step by batch, for the batches that fit.
         prefill_time: time to prefill `context` tokens.
-        prefill_flops: the model's FLOPs in that prefill.
+        prefill_flops: the model's FLOPs in that prefill, without the copies of key/value heads.
     """
 
     config: ModelConfig
@@ -140,14 +140,13 @@ def plan_inference(
     """
     check_context_and_batch(config, context, batch)
     mesh = programs.slice_mesh(config, pod)
-    n_params = config.n_params
+    n_params, flops = config.n_params, prefill_flops(config, context)
     config = programs.with_kv_head_per_device(config, mesh)
     weights, cache_bytes_per_row = weight_and_cache_bytes(config, mesh, context)
     plan = InferencePlan(
         config=config, n_params=n_params, pod=pod, context=context, batch=batch, weights=weights,
-        cache_bytes_per_row=cache_bytes_per_row,
+        cache_bytes_per_row=cache_bytes_per_row, prefill_flops=flops,
     )  # fmt: skip
-    plan.prefill_flops = prefill_flops(config, context)
     log("compiling the prefill of two layers and of three …")
     prefill = _compile_two_depths(
         config, lambda shallow: programs.compile_prefill(shallow, pod, mesh, context)

@@ -1,6 +1,5 @@
 """Reports a serving plan as tables and as a dict for JSON."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.table import Table
 from llama_jax.plan.calibration import Calibration, calibration_of
 from llama_jax.plan.program_time import ProgramTime
 from llama_jax.plan.serving import InferencePlan
-from llama_jax.plan.training_report import GIB, empty_table
+from llama_jax.plan.training_report import GIB, empty_table, finite, gib
 
 
 def as_dict(plan: InferencePlan) -> dict[str, Any]:
@@ -18,10 +17,10 @@ def as_dict(plan: InferencePlan) -> dict[str, Any]:
     memory = {
         "hbm": plan.pod.chip.hbm_gib * GIB,
         "usable": plan.usable_bytes,
-        "needed": _finite(plan.needed_bytes),
+        "needed": finite(plan.needed_bytes),
         **plan.weights._asdict(),
         "cache": plan.cache_bytes,
-        "decode_temporaries": _finite(plan.decode_temporary_bytes),
+        "decode_temporaries": finite(plan.decode_temporary_bytes),
         "prefill": plan.prefill_bytes,
     }
     chips, calibration = plan.pod.n_chips, calibration_of(plan.pod.chip_name, "decoding")
@@ -99,24 +98,23 @@ def _headline(plan: InferencePlan) -> str:
     config, n_slices = plan.config, plan.pod.n_slices
     chips = f"{plan.pod.chips_per_slice} chips"
     chips += f", in each of {n_slices} slices" if n_slices > 1 else ""
-    weights = config.param_dtype if config.quantized == "none" else config.quantized
     cache = config.dtype if config.cache_dtype == "same" else config.cache_dtype
     return (
-        f"{plan.pod}: {plan.n_params:,} parameters in {weights}, each layer split over {chips};"
-        f" {plan.batch} row(s) of {plan.context:,} tokens, cache in {cache}"
+        f"{plan.pod}: {plan.n_params:,} parameters in {config.weight_dtype}, each layer split"
+        f" over {chips}; {plan.batch} row(s) of {plan.context:,} tokens, cache in {cache}"
     )
 
 
 def _memory_table(plan: InferencePlan) -> Table:
     memory = empty_table(f"memory of a {plan.pod.device_name}", "GiB", "")
     for kind, used in plan.weights._asdict().items():
-        memory.add_row(f"weights: {kind}", _gib(used), "")
-    memory.add_row(f"KV cache, {plan.batch} row(s)", _gib(plan.cache_bytes), "")
-    memory.add_row("temporaries of decoding", _gib(plan.decode_temporary_bytes), "")
-    memory.add_row("or of prefill", _gib(plan.prefill_bytes), "")
+        memory.add_row(f"weights: {kind}", gib(used), "")
+    memory.add_row(f"KV cache, {plan.batch} row(s)", gib(plan.cache_bytes), "")
+    memory.add_row("temporaries of decoding", gib(plan.decode_temporary_bytes), "")
+    memory.add_row("or of prefill", gib(plan.prefill_bytes), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
     available = f"{verdict} {plan.pod.chip.usable_hbm_gib:g} for a program"
-    memory.add_row("sum, with the larger of both", _gib(plan.needed_bytes), available)
+    memory.add_row("sum, with the larger of both", gib(plan.needed_bytes), available)
     return memory
 
 
@@ -154,13 +152,5 @@ def _time_as_dict(time: ProgramTime) -> dict[str, Any]:
     }
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f}"
-
-
-def _gib(used: float | None) -> str:
-    return "?" if used is None or math.isinf(used) else f"{used / GIB:.2f}"

@@ -25,7 +25,8 @@ class TrainingPlan:
     """Memory and time that a run needs. Bytes are of one device, seconds of one step.
 
     Attributes:
-        memory: bytes by kind.
+        memory: bytes by kind; {'all': math.inf} if the compiler rejects the program and reports no
+            number.
         rejected: the compiler found no program that fits.
         compiler_seconds: the compiler's own estimate of a step, without attention and network;
             0 where the run does not fit.

@@ -1,5 +1,6 @@
 """Reports a training plan as tables and as a dict for JSON."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ GIB = 2**30
 
 
 def as_dict(plan: TrainingPlan) -> dict[str, Any]:
-    """Returns all figures of a plan, in bytes, seconds and shares of 1."""
+    """Returns all figures of a plan, in bytes, seconds and shares of 1; None where unknown."""
     memory = {"hbm": plan.pod.chip.hbm_gib * GIB, "needed": plan.needed_bytes, **plan.memory}
     summary: dict[str, Any] = {
         "topology": str(plan.pod),
@@ -22,7 +23,7 @@ def as_dict(plan: TrainingPlan) -> dict[str, Any]:
         "parameters": plan.config.model.n_params,
         "tokens_per_step": plan.tokens_per_step,
         "fits": plan.fits,
-        "memory": memory,
+        "memory": {kind: finite(used) for kind, used in memory.items()},
     }
     if not plan.compiler_seconds:
         return summary
@@ -54,10 +55,10 @@ def show(plan: TrainingPlan) -> None:
     console.print(_headline(plan))
     memory = empty_table(f"memory of a {plan.pod.device_name}", "GiB", "")
     for kind, used in plan.memory.items():
-        memory.add_row(kind, f"{used / GIB:.2f}", "")
+        memory.add_row(kind, gib(used), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
     capacity = f"{verdict} {plan.pod.chip.hbm_gib:g} GiB"
-    memory.add_row("all", f"{plan.needed_bytes / GIB:.2f}", capacity)
+    memory.add_row("all", gib(plan.needed_bytes), capacity)
     console.print(memory)
     if not plan.compiler_seconds:
         return
@@ -91,7 +92,7 @@ def show_ranking(plans: list[TrainingPlan]) -> None:
         micro_batches = config.training.micro_batches
         name = f"{_mesh(config)}, remat {config.model.remat}, {micro_batches} micro-batch(es)"
         fits = "yes" if plan.fits else "no"
-        table.add_row(name, *times, f"{plan.needed_bytes / GIB:.1f}", fits)
+        table.add_row(name, *times, gib(plan.needed_bytes, 1), fits)
     Console(highlight=False, soft_wrap=True).print(table)
 
 
@@ -102,6 +103,16 @@ def empty_table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def finite(number: float) -> float | None:
+    """Returns a number for JSON; None if it is infinite, which means unknown."""
+    return number if math.isfinite(number) else None
+
+
+def gib(used: float | None, digits: int = 2) -> str:
+    """Returns a number of bytes in GiB; '?' if it is unknown: None or infinite."""
+    return "?" if used is None or math.isinf(used) else f"{used / GIB:.{digits}f}"
 
 
 def _headline(plan: TrainingPlan) -> str:

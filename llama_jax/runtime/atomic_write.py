@@ -13,7 +13,6 @@ import fcntl
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ from pathlib import Path
 from llama_jax.errors import Fault, InputError
 from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.damage import root_cause
-from llama_jax.runtime.storage import AnyPath, parse_path, read_many, remove_tree
+from llama_jax.runtime.storage import AnyPath, parse_path, read_many, remove_tree, system_errno
 
 INCOMPLETE = ".incomplete"  # in a bucket, while a folder is being written
-_SHARED_MARK = b"several processes"  # the content of that file, if they write the folder
+_SHARED_MARK = b"several processes"  # the content of that file if they write the folder
 
 # Errors of the path itself: a file among its folders, a link to itself, a name that is too long.
 _BAD_NAME = (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -138,7 +137,9 @@ class Unfinished:
 
 @contextlib.contextmanager
 def unfinished_folder(path: str | AnyPath, *, shared: bool = False) -> Iterator[Unfinished]:
-    """Yields the folder towards `path` of this process and of killed ones; the block publishes it.
+    """Yields the unfinished folder of `path`, with the files that killed processes left in it.
+
+    The block publishes it.
 
     Args:
         path: of the complete folder.
@@ -215,10 +216,8 @@ def _faults(path: AnyPath) -> Iterator[None]:
     except (InputError, Fault, BrokenPipeError):
         raise
     except Exception as error:
-        # TensorStore raises ValueError, on a local disk with errno in its text.
-        number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
-        if number:
-            raise Fault(f"can't write {path}: {os.strerror(int(number[1]))}") from error
+        if number := system_errno(error):
+            raise Fault(f"can't write {path}: {os.strerror(number)}") from error
         if isinstance(path, BucketPath):
             if isinstance(error, OSError | ValueError) and str(path) in str(error):
                 raise Fault(f"can't write {path}: {root_cause(error)}") from error
@@ -248,12 +247,12 @@ def _partial(path: Path, *, wait: bool) -> Iterator[Path]:
         if locked:
             for entry in list(path.parent.iterdir()):
                 if re.fullmatch(re.escape(prefix) + "[0-9a-f]{8}", entry.name):
-                    _remove(entry)
+                    remove_tree(entry)
         partial = path.with_name(prefix + secrets.token_hex(4))
         try:
             yield partial
         finally:
-            _remove(partial)  # does nothing if it was renamed
+            remove_tree(partial)  # does nothing if it was renamed
 
 
 @contextlib.contextmanager
@@ -305,10 +304,3 @@ def _is_at(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -20,9 +20,9 @@ from llama_jax.errors import InputError, missing_extra
 # A request is repeated after 0.2, 0.4 … 30 s, for two minutes in total: longer than the rate limits
 # and restarts of a store last.
 _RETRIES = {"max_retries": 10, "initial_delay": "200ms", "max_delay": "30s"}
-# TensorStore sets no time limit: a request whose connection broke without a word from the store
-# waits for half an hour (google/tensorstore#291). With these it fails, and is repeated, after half
-# a minute in which less than a byte a second arrives or leaves.
+# TensorStore sets no time limit: a request whose connection broke silently waits for half an hour
+# (google/tensorstore#291). With these variables it fails, and is repeated, after half a minute in
+# which less than a byte a second arrives or leaves.
 _STALLED = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "30",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
@@ -33,7 +33,7 @@ _reported: dict[str, float] = {}
 
 
 def await_request(future: Any, where: Any) -> Any:
-    """Waits for a request of TensorStore, reports a bucket that lets it wait; returns it, ended.
+    """Waits until a request of TensorStore has ended, and returns it; reports a slow bucket.
 
     Args:
         future: of TensorStore.
@@ -135,7 +135,7 @@ class BucketPath:
         """Returns what the system would raise for the fault in a message of TensorStore."""
         status = message.partition(":")[0]
         reason = re.split(r" \[(?:tensorstore_spec|source)", message)[0][:300]
-        if status == "NOT_FOUND":  # of an object that is missing TensorStore reports no error
+        if status == "NOT_FOUND":  # a missing object is no error to TensorStore
             return FileNotFoundError(errno.ENOENT, f"there is no bucket {self.bucket}", str(self))
         if status in ("PERMISSION_DENIED", "UNAUTHENTICATED"):
             return PermissionError(errno.EACCES, reason, str(self))
@@ -238,14 +238,25 @@ def key_after(prefix: str) -> str:
     return prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
 
 
+# In a regular expression: an escaped character, a set of characters (negated: group 1), or any
+# character.
+_WILDCARD = re.compile(r"\\.|\[(\^?)(\]?[^]]*)\]|\.")
+
+
 def _pattern(pattern: str) -> str:
-    """Returns the regular expression of a glob pattern whose `*` doesn't match a slash."""
+    """Returns the regular expression of a glob pattern; no wildcard but `**/` matches slashes."""
+
+    def exclude_slash(match: re.Match[str]) -> str:
+        if match[0] == ".":
+            return "[^/]"
+        return f"[^{match[2]}/]" if match[1] else match[0]
+
     parts = []
     for part in pattern.split("/"):
         if part == "**":
             parts.append("(?:.*/)?")
         else:
-            parts.append(fnmatch.translate(part).replace(".*", "[^/]*")[4:-3] + "/")
+            parts.append(_WILDCARD.sub(exclude_slash, fnmatch.translate(part)[4:-3]) + "/")
     return "".join(parts).removesuffix("/")
 
 

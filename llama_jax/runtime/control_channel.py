@@ -129,9 +129,8 @@ class ControlChannel:
         selector = selectors.DefaultSelector()
         for process, connection in self.connections.items():
             selector.register(connection.socket, selectors.EVENT_READ, process)
-            self._handle_received(
-                process
-            )  # messages that arrived with the last one of the handshake
+            # Messages that arrived with the last one of the handshake.
+            self._handle_received(process)
         while selector.get_map():
             for key, _ in selector.select():
                 alive = self.connections[key.data].read()
@@ -230,7 +229,7 @@ class ControlChannel:
                 self._to_all("stop before", [max(self._newest_steps.values()) + 1, self._reason])
 
     def fail(self, message: str, code: int) -> NoReturn:
-        """Ends all hosts with the first error of any, which may be another one than this."""
+        """Ends all hosts with the first error of any host, which may be earlier than this one."""
         message = f"{self.name(self.process)}: {message}"
         self.to_coordinator("error", [message, code])
         time.sleep(SHUTDOWN_SECONDS)  # host 0 broadcasts the error that was first

@@ -76,7 +76,9 @@ def join(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Ends all hosts with an error of this one: `join` does so for its block, a thread calls this.
+    """Ends all hosts with an error of this one.
+
+    `join` calls this for an error in its block. A thread must call it itself.
 
     Raises:
         BaseException: `error`, on a single host.
@@ -240,9 +242,9 @@ def _split_address(address: str) -> tuple[str, int]:
 
 
 def find_place() -> tuple[int, int] | None:
-    """Returns the number of this process in its cluster, from 0, and that of all; joins no process.
+    """Returns the number of this process in its cluster, from 0, and the number of processes.
 
-    None: the environment describes no cluster, or only one process.
+    It joins none of them. None: the environment describes no cluster, or only one process.
 
     Raises:
         InputError: the environment can't be read.

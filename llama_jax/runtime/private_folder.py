@@ -10,9 +10,9 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def open_private_folder(path: Path) -> Path:
     """Returns a folder that only this user can change, and creates it.
 
-    As ssh for its keys: the folder and each folder above it belongs to this user or to root, and
-    nobody else can write to it, except to folders with the sticky bit, such as /tmp. The folder
-    itself belongs to this user.
+    The rules are those of ssh for its keys: the folder and each folder above it belongs to this
+    user or to root, and nobody else can write to it, except to folders with the sticky bit, such as
+    /tmp. The folder itself belongs to this user.
 
     Raises:
         PermissionError: others could change it.

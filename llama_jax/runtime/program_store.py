@@ -49,7 +49,7 @@ class StoredProgram(Generic[R]):
 
     def __call__(self, *args: Any, **named: Any) -> R:
         """Runs the program."""
-        store, mesh = _store, _local_mesh()
+        store, mesh = _store, _current_mesh()
         if store is None or mesh is None:
             return self.jitted(*args, **named)
         arguments = self._split(args, named)
@@ -65,7 +65,7 @@ class StoredProgram(Generic[R]):
 
     def prepare(self, *args: Any, **named: Any) -> None:
         """Reads or compiles the program of these arguments, which may be `ShapeDtypeStruct`s."""
-        store, mesh = _store, _local_mesh()
+        store, mesh = _store, _current_mesh()
         if store is not None and mesh is not None:
             self._find(store, mesh, self._split(args, named), args, named)
 
@@ -92,9 +92,10 @@ class StoredProgram(Generic[R]):
         return store.find(key, lambda: self._lower_afresh(*args, **named))
 
     def _lower_afresh(self, *args: Any, **named: Any) -> Any:
-        """Lowers the function as one that JAX has not seen, or it may reuse an executable.
+        """Lowers a new function that calls this one.
 
-        Such an executable may come from the compilation cache, see `_CompilationCacheHits`.
+        For a function that it has seen, JAX may reuse an executable that came from the compilation
+        cache, which can't be stored (`_Store._read_or_compile`).
         """
 
         @functools.wraps(self._function)
@@ -105,7 +106,7 @@ class StoredProgram(Generic[R]):
 
 
 def stored_jit(**options: Any) -> Callable[[Callable[..., R]], StoredProgram[R]]:
-    """Returns a decorator as `jax.jit` with `options`, whose programs can be stored."""
+    """Returns a decorator like `jax.jit` with `options`; the function's programs can be stored."""
     return lambda function: StoredProgram(function, options)
 
 
@@ -269,7 +270,7 @@ def _as_tuple(given: Any) -> tuple[Any, ...]:
 
 
 def _signature(leaf: Any) -> tuple[Any, ...]:
-    """Returns what a program depends on of an argument.
+    """Returns the properties of an argument on which a program depends.
 
     Layouts are XLA's defaults everywhere: a program refuses an array with another one.
     """
@@ -282,7 +283,7 @@ def _signature(leaf: Any) -> tuple[Any, ...]:
     return type(leaf).__name__, None
 
 
-def _local_mesh() -> jax.sharding.Mesh | None:
+def _current_mesh() -> jax.sharding.Mesh | None:
     """Returns the current mesh; None if there is none, or inside of another program's trace."""
     try:
         mesh = jax.sharding.get_mesh()

@@ -150,9 +150,14 @@ def _system_error(path: AnyPath, error: Exception) -> Exception:
         return error
     if isinstance(path, BucketPath):
         return path.system_error(str(error))
-    number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
-    code = int(number[1]) if number else errno.EIO
+    code = system_errno(error) or errno.EIO
     return OSError(code, os.strerror(code), str(path))
+
+
+def system_errno(error: Exception) -> int | None:
+    """Returns the errno in the text of an error of TensorStore on a local disk, or None."""
+    number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return int(number[1]) if number else None
 
 
 def read_many(folder: AnyPath, names: Iterable[str]) -> dict[str, bytes | None]:

@@ -1,6 +1,6 @@
-"""The band of the loss and the gradient norm: a robust estimate from the last steps.
+"""The limits above which the loss or the gradient norm of a step is a spike.
 
-It depends on recorded numbers alone, so a resumed run, and a replay, have the same one.
+They depend on recorded numbers alone, so a resumed run, and a replay, have the same ones.
 """
 
 import math
@@ -8,25 +8,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WINDOW = 128  # steps of the estimate
-MIN_STEPS = 64  # without a limit until so many are known
+WINDOW = 128  # steps from which the limits are estimated
+MIN_STEPS = 64  # as long as fewer are known, the limits are infinite
 # A host dispatches a step while the devices compute the one before it, whose numbers it can't have.
 LAG = 2
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-# Of the median: a loss that hardly varies has no spike of a tenth.
+# Smallest standard deviation, divided by the median: however little a loss varies, its limit is
+# this times `threshold` above the median, by default 7 %.
 LEAST_DEVIATION = 0.01
 
 
 class Band:
     """The limits of the loss and the gradient norm of a step, given those of the steps before it.
 
-    A limit is the median of the last `WINDOW` steps, plus `threshold` standard deviations. One is
-    estimated by the MAD (median absolute deviation), which no outlier can change much, as long as
-    it is one of few. There are no lower limits: a step that is easier than expected is harmless.
+    A limit is the median of the last `WINDOW` steps, plus `threshold` standard deviations. The
+    standard deviation is estimated by the MAD (median absolute deviation), which a few outliers
+    hardly change. There are no lower limits: a step that is easier than expected is harmless.
 
     Args:
         threshold: standard deviations; 0: no limits.
-        recent: of a checkpoint.
+        recent: the attribute of this name that a checkpoint contains.
 
     Attributes:
         recent: step (1 is the first), loss and gradient norm of the last steps, if both are finite.
@@ -37,16 +38,18 @@ class Band:
         self.recent = [*(recent or [])]
 
     def add(self, step: int, loss: float, norm: float) -> None:
-        """Adds the numbers of a step; those that are not finite belong to no band."""
+        """Adds the numbers of a step, unless one of them is not finite."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.recent = [*self.recent[1 - WINDOW - LAG :], [step, loss, norm]]
 
     def limits(self, step: int, first: int = 1) -> np.ndarray:
-        """Returns the limits of a step, float32 [2]; infinite as long as too few steps are known.
+        """Returns the limits of the loss and the gradient norm of a step, float32 [2].
+
+        They are infinite as long as too few steps are known, and NaN if the threshold is 0.
 
         Args:
             step: 1 is the first.
-            first: step of which the data is comparable with that of `step`.
+            first: the first step whose data is comparable with that of `step`.
         """
         if not self._threshold:
             return np.full(2, np.nan, np.float32)

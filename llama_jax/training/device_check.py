@@ -114,7 +114,7 @@ def _gradient(
 
 
 def _outliers(values: Sequence[bytes]) -> list[int]:
-    """Returns which values differ from the most frequent one; all of them if there is no such."""
+    """Returns which values differ from the most frequent one; all of them in case of a tie."""
     counts = Counter(values).most_common(2)
     if len(counts) == 1:
         return []
@@ -123,7 +123,7 @@ def _outliers(values: Sequence[bytes]) -> list[int]:
 
 
 def _report(config: Config, step: int, devices: Sequence[Any], what: str) -> NoReturn:
-    """Records which devices differ in events.jsonl, and raises it on all hosts."""
+    """Records in events.jsonl which devices differ, and raises a `Fault` on all hosts."""
     names = ", ".join(f"device {d.id} of {hosts.name(d.process_index)}" for d in devices[:8])
     every = config.training.check_every
     earlier = f"until step {step - every} all were equal" if step > every else "it is the first"

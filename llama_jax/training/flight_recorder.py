@@ -1,12 +1,13 @@
-"""The flight recorder: what a spike of the loss or gradient norm was, and what the run does then.
+"""The flight recorder: records a spike of the loss or gradient norm, then lets the run continue.
 
 The training step compares its loss and gradient norm with their limits on the devices, and a step
 that exceeds one changes nothing (`step.Gate`). Neither do later ones, until the host has seen it.
-So the state is the one before the spike while the host records it, whatever it does then:
+So the state is still the one before the spike when the host has recorded it. Then the run continues
+by `training.on_spike`:
 
 - record: it computes the step again, without limits.
-- skip: it goes on with the next step.
-- rewind: it restores the last checkpoint, and goes on with the batches after the spike.
+- skip: it continues with the next step.
+- rewind: it restores the last checkpoint, and continues with the batches after the spike.
 
 All of them depend on metrics that all hosts have, and on events.jsonl. So all hosts do the same,
 and so does a run that was killed and resumed.
@@ -106,7 +107,7 @@ class FlightRecorder:
         self._checkpoints, self._local = checkpoints, local
         self._report, self._ledger = report, ledger
         self._held: Any = np.bool_(False)  # of the step that was dispatched last
-        self._rest_until = 0  # no earlier step is held
+        self._rest_until = 0  # steps up to this one have no limits
 
     def gate(self) -> Gate:
         """Returns the gate of the next step."""
@@ -119,10 +120,10 @@ class FlightRecorder:
         self._held = metrics.held
 
     def end_step(self, step: int, metrics: StepMetrics) -> bool:
-        """Waits for a step (1 is the first); returns whether it has ended as an ordinary one.
+        """Waits for a step (1 is the first); returns False if it was held because of a spike.
 
-        If not, it was held, and so was the one that may have been dispatched after it: the run
-        continues after `state.step`.
+        Then the one that may have been dispatched after it was held too, and the run continues
+        after `state.step`.
 
         Raises:
             RunStopped: the run has rewound to one checkpoint `training.max_skipped` times.

@@ -11,8 +11,8 @@ from llama_jax.runtime.storage import AnyPath
 from llama_jax.training.events import record_events
 
 GATHER_STEPS = 10  # steps over which a host's times are summed, and between two reports
-# A host delays the others if it needs this share of the step longer than they do, and its own
-# devices never make it wait: the step would be shorter without it.
+# A host delays the others if it works longer than they do by more than DELAY_SHARE of a step, and
+# waits for its own devices in less than SLACK_SHARE: the step would be shorter without it.
 DELAY_SHARE, SLACK_SHARE = 0.1, 0.1
 PARTS = ("data", "dispatch", "other")  # what a host does in a step, besides waiting for its devices
 

@@ -8,7 +8,7 @@ from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import parse_path
 from llama_jax.tokenizer.tokenizer import TOKENIZER_FILES, file_hash, load_tokenizer
 
-# The weights can be computed with another value of these; the run prints the change.
+# The run may use the weights with other values of these; it prints the change.
 _MAY_CHANGE = ("context", "norm_eps", "rope_theta", "rope_scaling")
 _COMPARED_TOKENS = 2000  # of the data: two different tokenizers differ within a few sentences
 

@@ -1,4 +1,4 @@
-"""The ledger of a run: how each second of its life was spent, over all of its starts."""
+"""The ledger of a run: how each second since its first start was spent."""
 
 import contextlib
 import json
@@ -97,7 +97,10 @@ class Ledger:
 
     def enter_step(self, step: int) -> None:
         """Assigns the time from now on to step `step` (1 is the first)."""
-        self.enter("repeating" if step <= self._reached else "training")
+        self.enter(self._step_kind(step))
+
+    def _step_kind(self, step: int) -> str:
+        return "repeating" if step <= self._reached else "training"
 
     def end_step(self, step: int, waited: float) -> None:
         """Records the end of a step, and writes the ledger if that is due.
@@ -110,8 +113,7 @@ class Ledger:
             Fault: the run folder can't be written.
         """
         self._step = step
-        kind = "repeating" if step <= self._reached else "training"
-        self._seconds[kind] -= waited
+        self._seconds[self._step_kind(step)] -= waited
         self._seconds["waiting for data"] += waited
         in_bucket = isinstance(self._folder, BucketPath)
         every = WRITE_SECONDS_IN_BUCKET if in_bucket else WRITE_SECONDS
@@ -153,8 +155,8 @@ class Ledger:
         if abs(moved) > CLOCK_SECONDS:
             _report(
                 f"the clock of this machine was set {'back' if moved < 0 else 'forward'} by"
-                f" {abs(moved):.0f} s: so is time in metrics.jsonl, but not the seconds of"
-                f" {FILE}"
+                f" {abs(moved):.0f} s: the times in metrics.jsonl follow it, the seconds in {FILE}"
+                " do not"
             )
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.data.source_use import check_epochs, count_use
 from llama_jax.model.weights import Llama
-from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.chips import chip_of
 from llama_jax.runtime.console import print_status
@@ -44,6 +43,7 @@ from llama_jax.training.start import (
     check_evaluator,
     check_kind,
     check_vocabulary,
+    make_run_mesh,
     prepare,
     print_summary,
 )
@@ -95,9 +95,7 @@ def run(
     hosts.check_equal_on_hosts(
         dict(flatten(dataclasses.asdict(config))) | {"JAX's version": jax.__version__}
     )
-    mesh = make_mesh(config.mesh)
-    rows = config.data.batch_size // config.training.micro_batches
-    check_divides(mesh, config.model, rows, config.data.seq_len)
+    mesh = make_run_mesh(config)
     folder = parse_path(config.training.out)
     with lock_folder(folder) as lock, jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint, lock)
@@ -228,16 +226,16 @@ def _train(
             on_tasks = evaluate and (state.step == steps or is_due(state.step, tasks_every))
             local_every = config.checkpoint.local.every if config.checkpoint.local else 0
             save_local = is_due(state.step, local_every) and not save
+            check = is_due(state.step, config.training.check_every)
             # After a skipped step, read each step's metrics at once: the run may have to stop.
             # A checkpoint also needs the metrics up to its step in metrics.jsonl.
-            check = is_due(state.step, config.training.check_every)
             read_now = (
                 check or validate or on_tasks or save or save_local or state.step == first + 1
             )
             if read_now or report.skipped_in_a_row:
                 recorder.end_step(*pending)
                 pending = None
-            if state.step <= step:
+            if state.step <= step:  # this step was held: the run continues before it
                 continue
             if check or validate or on_tasks:
                 ledger.enter("evaluating")

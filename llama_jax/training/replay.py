@@ -15,7 +15,6 @@ from llama_jax.config.run import Config
 from llama_jax.data.batches import Batches
 from llama_jax.data.windows import Batch
 from llama_jax.errors import InputError
-from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.runtime import hosts
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import parse_path
@@ -25,7 +24,12 @@ from llama_jax.training.layer_norms import compute_norms, to_numbers
 from llama_jax.training.loop import compile_step
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.run_folder import check_unchanged
-from llama_jax.training.start import TrainingState, check_kind, check_vocabulary
+from llama_jax.training.start import (
+    TrainingState,
+    check_kind,
+    check_vocabulary,
+    make_run_mesh,
+)
 from llama_jax.training.step import Gate, StepMetrics
 
 
@@ -60,19 +64,18 @@ def replay(config: Config, step: int) -> Replay:
         InputError: the run has no such step, no checkpoint before it, or another configuration.
         Damaged: the checkpoint before it is damaged.
     """
-    mesh = make_mesh(config.mesh)
-    check_divides(
-        mesh,
-        config.model,
-        config.data.batch_size // config.training.micro_batches,
-        config.data.seq_len,
-    )
+    mesh = make_run_mesh(config)
     folder = parse_path(config.training.out)
-    hosts.broadcast_decision(lambda: (check_unchanged(config, folder), None)[1])
+
+    def check() -> None:
+        check_unchanged(config, folder)
+
+    hosts.broadcast_decision(check)
     with jax.set_mesh(mesh):
         checkpoints = TrainingCheckpoints(folder / "checkpoints", config.checkpoint)
         records = hosts.broadcast_json(lambda: read_metrics(folder / "metrics.jsonl"))
         losses = {r["step"]: r for r in records if "grad_norm" in r}
+        # `TrainingState` restores the newest of these steps.
         checkpoints.steps = _start(config, step, checkpoints.steps, max(losses, default=0))
         data = Batches(config.data, config.training.micro_batches, step)
         leave_out_batches(data, read_rewinds(folder))
@@ -84,7 +87,7 @@ def replay(config: Config, step: int) -> Replay:
         skips = config.training.on_spike == "skip"
 
         def compute(number: int, batch: Batch) -> StepMetrics:
-            """Computes a step (1 is the first), which a gate can hold only in a run that skips."""
+            """Computes a step (1 is the first); it can be held only in a run that skips spikes."""
             limits = state.limits(number) if skips else np.full(2, np.nan, np.float32)
             state.trained, state.opt_state, metrics = step_function(
                 state.trained,
@@ -122,7 +125,7 @@ def replay(config: Config, step: int) -> Replay:
 
 
 def _start(config: Config, step: int, saved: list[int], logged: int) -> list[int]:
-    """Returns the step of the checkpoint from which to compute `step`; none: from the beginning.
+    """Returns a list with the step of the checkpoint before `step`; [] for the initial weights.
 
     Raises:
         InputError: the run has no such step, or no checkpoint before it.

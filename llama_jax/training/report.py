@@ -93,7 +93,7 @@ class Report:
         self.watchdog.end_stage()
 
     def read(self, metrics: StepMetrics) -> Any:
-        """Waits for a step; returns its metrics, but those of rows, as a StepMetrics of numbers."""
+        """Waits for a step; returns its metrics as a StepMetrics of numbers, without `rows`."""
         self._host_times.end_part("other")
         numbers = jax.tree.map(lambda value: np.asarray(value).item(), metrics._replace(rows=None))
         self._host_times.end_part("device")
@@ -161,7 +161,7 @@ class Report:
         self._done = time.monotonic()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Reports the results on tasks after `step` steps, by 'TASK/METRIC'; none: other hosts."""
+        """Reports the results on tasks after `step` steps, by 'TASK/METRIC'; {} on other hosts."""
         if self.log and metrics:
             self.log.write(step, {f"{EVALUATION}{name}": x for name, x in metrics.items()})
         self._done = time.monotonic()

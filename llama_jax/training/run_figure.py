@@ -23,7 +23,7 @@ _PANELS = (  # name in metrics.jsonl, label, scale
     ("goodput", "goodput", "linear"),
 )
 _LINE, _RESTART, _SKIPPED, _SPIKE, _REWIND = "#1f4e9c", "#b0532d", "#111111", "#c2185b", "#6a3d9a"
-_FEW = 200  # steps, of which each has a dot
+_FEW = 200  # steps; if a run has fewer, each has a dot
 
 
 def draw_run(folder: AnyPath, path: AnyPath) -> None:

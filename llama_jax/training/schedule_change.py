@@ -24,8 +24,8 @@ def describe_schedule_change(
     """Returns the text that `print_schedule_change` prints, or None if nothing has changed."""
     done, steps = max(saved_steps), config.training.steps
     new, old = config.optimizer, previous.optimizer
-    if (new.schedule, new.decay_steps, steps) == (
-        old.schedule, old.decay_steps, previous.training.steps,
+    if (new.schedule, new.decay_steps, new.final_lr_fraction, steps) == (
+        old.schedule, old.decay_steps, old.final_lr_fraction, previous.training.steps,
     ):  # fmt: skip
         return None
     decayed_after = previous.training.steps - old.decay_steps
@@ -45,6 +45,12 @@ def describe_schedule_change(
         return (
             f"step {done + 1} and later ones have the learning rate of the schedule {new.schedule};"
             f" the {done} steps done had that of {old.schedule}"
+        )
+    if new.schedule == "cosine" and steps == previous.training.steps:
+        return (
+            f"a cosine falls to final_lr_fraction of peak_lr, now {new.final_lr_fraction} instead"
+            f" of {old.final_lr_fraction}: the learning rate of step {done + 1} and later ones"
+            " changes"
         )
     if new.schedule == "cosine":
         return (

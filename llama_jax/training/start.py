@@ -36,6 +36,18 @@ from llama_jax.training.step import init_state
 from llama_jax.training.trainable import initial_key
 
 
+def make_run_mesh(config: Config) -> jax.sharding.Mesh:
+    """Returns the mesh of a run.
+
+    Raises:
+        InputError: it doesn't divide the devices, the model or the batch.
+    """
+    mesh = make_mesh(config.mesh)
+    rows = config.data.batch_size // config.training.micro_batches
+    check_divides(mesh, config.model, rows, config.data.seq_len)
+    return mesh
+
+
 def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
     """Checks the run folder and prepares the data, once for all hosts.
 
@@ -49,9 +61,8 @@ def prepare(config: Config, folder: AnyPath, saved_steps: list[int]) -> None:
     """
     if saved_steps:
         print_schedule_change(config, check_unchanged(config, folder), saved_steps)
-    else:
-        if (folder / "config.yaml").exists():
-            print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")
+    elif (folder / "config.yaml").exists():
+        print_status(f"{folder} has no checkpoint yet: the run starts from the beginning")
     if config.has_base or not saved_steps:
         init_from.check_shape(config)
     with stop_signal.raise_at_sigterm():
@@ -122,7 +133,7 @@ class TrainingState:
     Attributes:
         trained: all weights, or the pairs of a LoRA run.
         base: the frozen weights of a run of LoRA or DPO, otherwise None.
-        band: of the loss and the gradient norm.
+        band: limits of the loss and the gradient norm.
 
     Raises:
         InputError: the checkpoint was trained on other data, or beside other weights.
@@ -160,7 +171,7 @@ class TrainingState:
     ) -> Progress | None:
         """Restores the newest checkpoint, or initializes the state if there is none.
 
-        The arguments are those of the class. Returns the metadata of the checkpoint.
+        The arguments are those of the class. Returns the metadata of the checkpoint, if any.
         """
         self.trained = self.opt_state = None  # frees their memory
         like = eval_shape_on_mesh(partial(init_state, self._config), jax.random.key(0))
@@ -315,8 +326,7 @@ def _describe_parameters(config: Config) -> str:
     n_params = config.model.n_params
     if config.lora is None:
         return f"{n_params:,} parameters"
-    storage = config.model.param_dtype if config.model.quantized == "none" else "int8"
-    pairs = config.lora.n_params(config.model)
+    pairs, storage = config.lora.n_params(config.model), config.model.weight_dtype
     return f"{pairs:,} trained parameters ({pairs / n_params:.2%} of {n_params:,} in {storage})"
 
 

@@ -27,7 +27,7 @@ from llama_jax.training.trainable import complete_model, dropout_keys, init_trai
 class StepMetrics(NamedTuple):
     """Metrics of one step; scalars on the device."""
 
-    loss: jax.Array  # mean cross-entropy of the targets [nats per token]; of DPO [nats per pair]
+    loss: jax.Array  # mean cross-entropy of the targets [nats per token]; DPO [nats per preference]
     grad_norm: jax.Array  # global norm of the gradient before clipping
     learning_rate: jax.Array
     targets: jax.Array  # number of targets that the loss counts
@@ -179,7 +179,7 @@ def train_step(
 
 
 def _is_held(gate: Gate | None, loss: jax.Array, norm: jax.Array) -> jax.Array:
-    """Returns whether the gate holds a step; a loss or norm that is not finite is no exception."""
+    """Returns whether the gate holds a step, as it does if the loss or norm is not finite."""
     if gate is None:
         return jnp.zeros((), bool)
     limits = jnp.asarray(gate.limits)

@@ -1,7 +1,7 @@
 """The scalars of a run for TensorBoard.
 
-tensorboardX's SummaryWriter passes scalars to a thread through a bounded queue. A thread that a
-full disk ended would block the run at the eleventh scalar. Here a write that fails raises.
+tensorboardX's SummaryWriter passes scalars to a thread through a bounded queue. After a full disk
+has ended that thread, the eleventh scalar blocks the run. Here a write that fails raises.
 """
 
 import time

@@ -28,7 +28,7 @@ STALLED = 75  # exit code: EX_TEMPFAIL of sysexits.h, a failure that a restart m
 ASK_SECONDS, ANSWER_SECONDS = 30.0, 30.0
 STEP_SECONDS = 180.0  # no step counts as hung earlier: reads of a bucket are repeated for 120 s
 FIRST_STEP_SECONDS = 600.0  # before the median is known: the first steps connect the devices
-MEASURED_STEPS = 5  # from which on the median is known
+MEASURED_STEPS = 5  # after so many, the median is known
 WRITE_SECONDS = 20.0  # a run folder that can't be reached may be the cause
 STACK_BYTES = 1 << 18  # of one host; a message has at most `connection.MESSAGE_BYTES`
 STAGES = ("reads the batch of", "dispatches", "waits for its devices in")
@@ -47,7 +47,7 @@ class Watchdog:
     def __init__(self, folder: AnyPath, ledger: Ledger, factor: float, step: int):
         self._folder, self._ledger, self._factor = folder, ledger, factor
         self._step, self._stage, self._marks = step, 0, 0
-        self._ended, self._durations = time.monotonic(), deque[float](maxlen=100)
+        self._durations = deque[float](maxlen=100)
         self._closed = threading.Event()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")

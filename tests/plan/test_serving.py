@@ -85,6 +85,20 @@ def test_prefill_counts_two_flops_per_weight_and_half_of_attention():
     assert serving.prefill_flops(config, 1024) == pytest.approx(expected)
 
 
+def test_the_flops_of_prefill_are_those_of_the_model_without_copies_of_its_key_value_heads(
+    monkeypatch,
+):
+    def reject(*_):
+        raise DoesNotFit(None)
+
+    for name in ("compile_prefill", "compile_decode_loop"):
+        monkeypatch.setattr(serving_program, name, reject)
+    monkeypatch.setattr(serving_program, "slice_mesh", lambda *_: mesh_of((1, 1, 4)))
+    plan = serving.plan_inference(model(), topology.parse("v5e:2x2"), 256, 1, lambda _: None)
+    assert plan.config.n_kv_heads == 4 > model().n_kv_heads
+    assert plan.prefill_flops == serving.prefill_flops(model(), 256)
+
+
 def test_the_largest_batch_fits_and_one_more_does_not():
     """A row takes more than its cache; two compiled batches show how much."""
     plan = plan_of("llama2-70b", prefill_bytes=GIB)

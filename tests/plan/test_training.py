@@ -145,6 +145,23 @@ def test_the_search_corrects_its_memory_estimate_by_a_plan_that_does_not_fit(mon
     assert [plan.fits for plan in found] == [True, True, False]
 
 
+def test_the_search_continues_after_a_program_that_is_rejected_without_a_number(monkeypatch):
+    tried = []
+
+    def plan_training(config, pod, log):
+        tried.append(config)
+        if len(tried) == 1:
+            return TrainingPlan(config=config, pod=pod, memory={"all": math.inf}, rejected=True)
+        return TrainingPlan(config=config, pod=pod, memory={"all": 2.0**30}, compiler_seconds=1.0)
+
+    monkeypatch.setattr(search, "plan_training", plan_training)
+    lines: list[str] = []
+    config, pod = run_of("llama-7b", 256, 2048), topology.parse(TOPOLOGY)
+    found = search.find_fastest(config, pod, 2, lines.append)
+    assert [plan.fits for plan in found] == [True, True, False]
+    assert "    does not fit: ? of 95 GiB" in lines
+
+
 @pytest.fixture(scope="module")
 def tiny_plan():
     peer("libtpu")
@@ -264,6 +281,21 @@ def test_a_rejected_program_does_not_fit_even_if_it_needs_less_than_the_chip_has
     plan = training.plan_training(tiny_config(), topology.parse("v6e:16x16"), lambda _: None)
     assert not plan.fits
     assert plan.needed_bytes < 32 * 2**30
+
+
+def test_the_memory_of_a_program_that_is_rejected_without_a_number_is_unknown(
+    no_compiler, monkeypatch, capsys
+):
+    def reject(*_):
+        raise DoesNotFit(None)
+
+    monkeypatch.setattr(training_program, "compile_train_step", reject)
+    plan = training.plan_training(tiny_config(), topology.parse("v6e:16x16"), lambda _: None)
+    printed = json.loads(json.dumps(training_report.as_dict(plan), allow_nan=False))
+    assert printed["memory"] == {"hbm": 32 * 2**30, "needed": None, "all": None}
+    training_report.show(plan)
+    training_report.show_ranking([plan])
+    assert "inf" not in capsys.readouterr().out
 
 
 def test_a_failure_of_the_compiler_is_reported_in_one_sentence():

@@ -49,6 +49,9 @@ def test_a_path_in_a_bucket_does_what_a_local_path_does(folder):
         "sub/*": ["deep"],
         "[ab].*": ["a.json", "b.txt"],
         "?.txt": ["b.txt"],
+        "sub?deep": [],  # no wildcard matches a slash
+        "sub[!x]deep": [],
+        "[!a].t?t": ["b.txt"],
     }.items():
         assert sorted(path.name for path in folder.glob(pattern)) == names, pattern
     path = folder / "sub" / "deep" / "c.json"

@@ -87,8 +87,8 @@ def test_a_clock_that_was_set_back_gives_no_negative_time_and_is_reported(
         clock.add(5)
         current.write()
     assert sum_sessions(read_sessions(tmp_path / "new"))["starting"] == 25
-    sentence = "the clock of this machine was set {} by {} s: so is time in metrics.jsonl, but not"
-    sentence += " the seconds of ledger.jsonl\n"
+    sentence = "the clock of this machine was set {} by {} s: the times in metrics.jsonl follow it,"
+    sentence += " the seconds in ledger.jsonl do not\n"
     assert capsys.readouterr().err == sentence.format("back", 3600) + sentence.format(
         "forward", 3600
     )

@@ -122,7 +122,7 @@ def test_an_interrupted_run_resumes_with_the_same_losses_and_pairs(
         loop.run(settings)
     monkeypatch.undo()
     if mesh == (1, 1, 1):
-        monkeypatch.setattr(loop, "make_mesh", lambda _: mesh_of(mesh))
+        monkeypatch.setattr(start, "make_mesh", lambda _: mesh_of(mesh))
     resumed = replace(settings, mesh=MeshConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2]))
     assert loop.run(resumed).finished
     same = mesh == (2, 2, 2)

@@ -20,7 +20,7 @@ from llama_jax.training import loop
 from llama_jax.training.layer_norms import by_layer, compute_norms, to_numbers
 from llama_jax.training.metrics import read_metrics
 from llama_jax.training.replay import replay
-from llama_jax.training.start import initial_state
+from llama_jax.training.start import initial_state, make_run_mesh
 from llama_jax.training.step import gradients
 
 STEPS, EVERY, KILLED_AT = 20, 4, (11,)
@@ -142,7 +142,7 @@ def test_steps_of_a_fine_tuning_run_are_equal_bit_for_bit(
 
 def test_the_norms_are_those_of_each_layer(token_folder, tmp_path):
     config = config_of(tmp_path, token_folder)
-    with jax.set_mesh(loop.make_mesh(config.mesh)):
+    with jax.set_mesh(make_run_mesh(config)):
         trained, _ = initial_state(config)
         batch = loop.Batches(config.data, 2).train(0)
         norms = to_numbers(compute_norms(config, trained, batch, np.int32(0), None))

@@ -90,12 +90,14 @@ def test_a_wsd_run_that_is_extended_twice_equals_one_long_run_bit_for_bit(
     assert f"{decayed}: the learning rate decays after step 7, until step 10" in status
 
 
-def config_of(schedule, steps, decay_steps=0):
-    config = tiny_config(steps=steps)
-    return replace(
-        config,
-        optimizer=OptimizerConfig(schedule=schedule, decay_steps=decay_steps, warmup_steps=2),
+def config_of(schedule, steps, decay_steps=0, final_lr_fraction=0.1):
+    optimizer = OptimizerConfig(
+        schedule=schedule,
+        decay_steps=decay_steps,
+        warmup_steps=2,
+        final_lr_fraction=final_lr_fraction,
     )
+    return replace(tiny_config(steps=steps), optimizer=optimizer)
 
 
 DECAYED = (
@@ -117,6 +119,20 @@ DECAYED = (
             [100],
             "a cosine extends over all training.steps, now 200 instead of 100: the learning rate of"
             " step 101 and later ones changes",
+        ),
+        (
+            ("cosine", 100),
+            ("cosine", 100, 0, 0.2),
+            [50],
+            "a cosine falls to final_lr_fraction of peak_lr, now 0.2 instead of 0.1: the learning"
+            " rate of step 51 and later ones changes",
+        ),
+        (("wsd", 100), ("wsd", 100, 0, 0.2), [50], None),
+        (
+            ("wsd", 100, 20),
+            ("wsd", 100, 20, 0.2),
+            [70],
+            "the learning rate decays after step 80, until step 100",
         ),
         (
             ("cosine", 100),
