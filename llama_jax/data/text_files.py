@@ -30,7 +30,7 @@ _PART_CHARACTERS = 1 << 18  # one part that is read from a file
 PARQUET = ".parquet"
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _UNPACK: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open, ".tgz": gzip.open,
     ".bz2": bz2.open, ".tbz2": bz2.open,
@@ -45,8 +45,8 @@ def find_files(sources: Sequence[str]) -> list[AnyPath]:
 
     Args:
         sources: files, folders (searched for .txt .md .py .rst .jsonl .ndjson .parquet, and .json
-            files that contain texts; also with .gz or .zst), globs, or `python-stdlib` for the
-            sources of Python's standard library without its tests.
+            files that contain texts; also compressed: `COMPRESSED`), globs, or `python-stdlib` for
+            the sources of Python's standard library without its tests.
 
     Raises:
         InputError: a source matches no file.
