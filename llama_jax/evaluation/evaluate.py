@@ -14,13 +14,13 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError, missing_extra
 from llama_jax.evaluation.answers import Answers
 from llama_jax.evaluation.jobs import Evaluated, end_jobs, follow_jobs
+from llama_jax.evaluation.tasks import FEWSHOT_SEED
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import context_shards
 from llama_jax.runtime import hosts
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-# The seeds of lm-eval's command line: they draw the examples of few-shot prompts.
-_SEED, _FEWSHOT_SEED = 0, 1234
+_SEED = 0  # of Python's `random`, as in lm-eval's command line, where NumPy has FEWSHOT_SEED
 _BOOTSTRAP = 1000  # samples for the standard error of a metric that has no formula
 
 
@@ -113,9 +113,9 @@ def evaluate(
     from llama_jax.evaluation.harness import HarnessModel
 
     random.seed(_SEED)
-    np.random.seed(_FEWSHOT_SEED)
+    np.random.seed(FEWSHOT_SEED)
     for task in tasks["tasks"].values():
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        task.set_fewshot_seed(FEWSHOT_SEED)
     found: Any = evaluator.evaluate(
         lm=HarnessModel(evaluated, answers or Answers(), shown),
         task_dict=dict(tasks),
