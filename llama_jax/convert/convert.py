@@ -94,7 +94,7 @@ def convert(
             `dtype`; norms stay as they are. For Orbax folders only.
         lora: LoRA run or PEFT folder whose low-rank pairs are merged into the weights, in float32;
             default: none, or those of `path` if it is a LoRA run.
-        verify_later: leaves out the proof, which reads the output back: call `verify` for it.
+        verify_later: skips the verification, which reads the output back: call `verify` later.
         progress: whether to show progress bars on standard error.
 
     Raises:

@@ -187,7 +187,8 @@ def _check_source(
         record: the weight's record in the receipt.
         weight: the weight.
         output: the output.
-        written: the output's tensors, which a second conversion must give; None: not compared.
+        written: the output's tensors, which a second conversion must reproduce; None: not
+            compared.
 
     Raises:
         InputError: a tensor differs.

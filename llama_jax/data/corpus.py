@@ -46,7 +46,11 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of a file: bytes, or row groups of Parquet. Its borders are at or after its ends."""
+    """A range of a file: bytes, or row groups of Parquet.
+
+    Each end of a range of bytes moves to the first border at or after it: to the start of a record,
+    or to where a text can be split.
+    """
 
     path: AnyPath
     kind: FileKind
@@ -208,7 +212,7 @@ class _Record(NamedTuple):
 
 
 def _separator(part: FileRange, settings: CorpusSettings) -> tuple[re.Pattern[bytes], int]:
-    """Returns the pattern between two records, and how many bytes of it are no match yet."""
+    """Returns the pattern between two records, and the length of its longest incomplete match."""
     if part.kind == "jsonl" or settings.documents == "line":
         return re.compile(rb"\n"), 0
     if settings.documents == "paragraph":

@@ -26,7 +26,7 @@ else:
     from backports import zstd
 
 SPLITS = ("train", "validation")
-_PART_CHARACTERS = 1 << 18  # one part that is read from a file
+_PART_CHARACTERS = 1 << 18  # that are read from a file at once
 PARQUET = ".parquet"
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -127,7 +127,7 @@ def is_json_lines(path: AnyPath, text_field: str = "text") -> bool:
 
 
 def find_field(record: Any, name: str) -> Any:
-    """Returns a field of a JSON object; 'a.b' also names the field b of the object a; None: none.
+    """Returns a field of a JSON object, or None; 'a.b' also names the field b of the object a.
 
     >>> find_field({"content": {"text": "once"}}, "content.text")
     'once'
@@ -172,7 +172,7 @@ def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
     except _DAMAGE as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
-        if error.errno is None:  # bz2 reports damage so
+        if error.errno is None:  # bz2 reports damage by such an error
             raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
 

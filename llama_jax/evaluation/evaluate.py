@@ -57,7 +57,8 @@ def check_tasks(config: ModelConfig, tasks: Mapping[str, Any]) -> None:
         tasks: of `load_tasks`.
 
     Raises:
-        InputError: lm-eval is missing, or a task needs another kind of generation or more room.
+        InputError: lm-eval is missing, or a task needs a kind of generation that is not supported,
+            or more tokens than the model's context has.
     """
     check_installed()
     os.environ.setdefault("TQDM_DISABLE", "1")  # `HarnessModel` shows the progress
@@ -91,7 +92,7 @@ def evaluate(
         model: weights of that config, on a mesh that does not split sequences.
         tokenizer: the model's tokenizer.
         tasks: of `load_tasks`; only those of host 0 are used.
-        limit: the first so many items of each task; None: all.
+        limit: number of items of each task, the first ones; None: all.
         answers: those of an earlier call that was killed; new ones are added.
         chat: whether prompts are messages in the model's chat format.
         shown: whether to show progress.
@@ -164,7 +165,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _items(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the items of a task; lm-eval has a sample of each for each filter."""
+    """Returns the items of a task; lm-eval has one sample per item and filter."""
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
         item = {"id": sample["doc_id"], "doc": sample["doc"], "target": sample["target"]}
@@ -181,7 +182,7 @@ def _label(metric: str, filter_: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as plain JSON: what JSON has no type for becomes its text."""
+    """Returns a value as plain JSON; a value of a type that JSON lacks becomes its text."""
     return json.loads(json.dumps(value, default=_to_json))
 
 

@@ -14,8 +14,8 @@ _MIN_LETTERS = 40
 _CERTAIN = 0.5  # probability from which a paragraph counts
 _LABELS = 8  # that can matter: the variants of a language, and one other
 _LETTER = re.compile(r"[^\W\d_]")
-# Labels that the classifier gives to texts of another label, as well: Serbo-Croatian and its
-# standards, and the standards of Norwegian.
+# Groups of labels that the classifier confuses: Serbo-Croatian and its standards, and the standards
+# of Norwegian.
 _VARIANTS = ({"hr", "sr", "bs", "sh"}, {"no", "nn"})
 
 

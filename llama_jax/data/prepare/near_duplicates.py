@@ -4,7 +4,7 @@ Four stages of tasks, each of bounded memory:
 
 1. `Signatures` of each file of documents: the set of its word sequences, and its hashes of bands.
 2. `Candidates` of each partition of the hashes: pairs of documents with an equal hash.
-3. `SimilarPairs`: the candidates whose sets are similar indeed.
+3. `SimilarPairs`: the candidates whose sets are similar enough.
 4. `Duplicates`: connected documents form a group, of which all but the first are duplicates.
 
 What remains depends on the documents and on their order only, not on how tasks are run. A document
