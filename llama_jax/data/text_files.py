@@ -163,12 +163,22 @@ def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
     Raises:
         InputError: the file can't be read, or is truncated or damaged.
     """
+    with name_read_errors(path), contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(open_file(path))
+        if unpack := _UNPACK.get(path.suffix):
+            file = stack.enter_context(unpack(file))
+        yield file
+
+
+@contextlib.contextmanager
+def name_read_errors(path: AnyPath) -> Iterator[None]:
+    """Names a file in the errors of reading and decompressing it.
+
+    Raises:
+        InputError: the file can't be read, or is truncated or damaged.
+    """
     try:
-        with contextlib.ExitStack() as stack:
-            file: Any = stack.enter_context(open_file(path))
-            if unpack := _UNPACK.get(path.suffix):
-                file = stack.enter_context(unpack(file))
-            yield file
+        yield
     except _DAMAGE as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
