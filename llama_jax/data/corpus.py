@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from llama_jax.data import parquet_files
 from llama_jax.data.bad_records import EMPTY, BadRecords
-from llama_jax.data.text_files import COMPRESSED, SPLITS, find_field, open_plain
+from llama_jax.data.text_files import COMPRESSED, SPLITS, find_field, name_read_errors, open_plain
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.split_points import SafeSplit
 
@@ -168,10 +168,13 @@ def _decode(
 ) -> Iterator[str]:
     """Yields the text of a range of bytes. A block that is not UTF-8 is one bad record."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    file.seek(start)
+    with name_read_errors(path):
+        file.seek(start)
     position, damaged = start, False
     while position < stop:
-        block = file.read(min(_BLOCK, stop - position))
+        # The reader of the parts is outside the block in which `open_plain` names errors.
+        with name_read_errors(path):
+            block = file.read(min(_BLOCK, stop - position))
         if damaged:
             block = block.lstrip(bytes(range(0x80, 0xC0)))
         damaged = False

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 from dataclasses import replace
 
 import pytest
@@ -92,6 +93,13 @@ def test_a_compressed_text_is_read_to_its_end(tmp_path, module):
     text = "the same words, " * 10_000  # a thousand times as long as its file
     (tmp_path / f"x.txt{suffix}").write_bytes(module.compress(text.encode()))
     assert read(list_ranges([tmp_path / f"x.txt{suffix}"], FILES)) == [text]
+
+
+def test_a_long_text_whose_file_is_truncated_is_named(tmp_path):
+    text = random.Random(0).randbytes(3 << 20).hex()  # several blocks
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(text.encode(), 1)[: 2 << 20])
+    with pytest.raises(InputError, match=r"x\.txt\.gz is damaged or truncated"):
+        read(list_ranges([tmp_path / "x.txt.gz"], FILES))
 
 
 def test_a_text_is_divided_where_the_tokenizer_allows_it(tmp_path, monkeypatch):
