@@ -47,7 +47,8 @@ class ConversionResult:
     notes: tuple[str, ...]  # warnings about the checkpoint
     bytes_written: int
     peak: int  # peak resident memory [bytes]
-    identical: int = 0  # weights from which the source's bits were restored; 0 if not verified yet
+    # Weights (peft: matrices) from which the source's bits were restored; 0 if not verified yet.
+    identical: int = 0
     converted: int = 0  # weights that equal the source's after a change of type (int8 included)
     merged: int = 0  # weights that equal the source's with their low-rank pairs merged
 

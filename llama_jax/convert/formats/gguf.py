@@ -94,7 +94,7 @@ def read(path: AnyPath) -> Source:
         ),
         rope_theta=_shortest(theta),
         tied_head=NAMES["output"] not in tensors,
-        **config_dtypes((tensors,)),
+        **config_dtypes(tensors),
     )
     if factors:
         config = _with_rope_scaling(config, factors, path)

@@ -44,7 +44,7 @@ def load_fasttext(path: str | None) -> Any:
 
 
 def classify(text: str, classifier: Any, n_labels: int = -1) -> dict[str, float]:
-    """Returns the probabilities of the most probable labels of a text; -1: of all."""
+    """Returns the probabilities of the `n_labels` most probable labels of a text; -1: of all."""
     # fastText takes one line, and no half of a surrogate pair.
     line = " ".join(text.split()).encode(errors="replace").decode()
     return {found["lang"]: found["score"] for found in classifier.detect(line, k=n_labels)}
