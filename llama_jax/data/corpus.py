@@ -38,19 +38,13 @@ class CorpusSettings:
     documents: str = "file"  # of a plain text: file, paragraph, line, or the text between two
     text_field: str = "text"  # of JSON lines and Parquet; 'a.b' is the field b of the object a
     id_field: str = "id"  # named in the report of bad records, if a record has it
-    # A document is held out if the hash of its start is below this number.
-    hash_limit: int = 0
-    # Instead, this share of each text is held out at its end.
-    end_share: float = 0.0
+    hash_limit: int = 0  # a document is held out if the hash of its start is below this number
+    end_share: float = 0.0  # instead, this share of each text is held out at its end
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of a file: bytes, or row groups of Parquet.
-
-    Each end of a range of bytes moves to the first border at or after it: to the start of a record,
-    or to where a text can be split.
-    """
+    """A range of a file: row groups of Parquet, or bytes; each end moves to the next border."""
 
     path: AnyPath
     kind: FileKind

@@ -155,7 +155,7 @@ class Signatures:
             yield np.cumsum(np.concatenate(sizes))
             hashes[:] = [_sorted_rows(np.concatenate(hashes))]
 
-        # `write_numbers` takes the sections in order: the sets are read before the hashes are sorted.
+        # `write_numbers` takes the sections in order: the hashes are sorted once all sets are read.
         write_numbers(
             self.output,
             read_sets(),
