@@ -11,7 +11,7 @@ Convert text files, JSON lines (one {"text": …} per line) or chats into a fold
 
 .jsonl and .ndjson files are JSON lines. A .txt, .md, .py or .rst file is plain text, whatever its
 content. For any other file, such as the .json.gz files of C4, the first line decides. .parquet
-files need the extra `parquet`. Text and JSON lines may be compressed (.gz, .zst).
+files need the extra `parquet`. Text and JSON lines may be compressed (.gz, .bz2, .xz, .zst).
 
 --vocab-size trains a tokenizer as LLaMA's was trained (BPE, digits split, bytes for unknown
 characters, no normalization); --tokenizer uses an existing one. A plain text is one document, or

@@ -47,7 +47,8 @@ class ConversionResult:
     notes: tuple[str, ...]  # warnings about the checkpoint
     bytes_written: int
     peak: int  # peak resident memory [bytes]
-    identical: int = 0  # weights from which the source's bits were restored; 0 if not verified yet
+    # Weights (peft: matrices) from which the source's bits were restored; 0 if not verified yet.
+    identical: int = 0
     converted: int = 0  # weights that equal the source's after a change of type (int8 included)
     merged: int = 0  # weights that equal the source's with their low-rank pairs merged
 
@@ -94,7 +95,7 @@ def convert(
             `dtype`; norms stay as they are. For Orbax folders only.
         lora: LoRA run or PEFT folder whose low-rank pairs are merged into the weights, in float32;
             default: none, or those of `path` if it is a LoRA run.
-        verify_later: leaves out the proof, which reads the output back: call `verify` for it.
+        verify_later: skips the verification, which reads the output back: call `verify` later.
         progress: whether to show progress bars on standard error.
 
     Raises:

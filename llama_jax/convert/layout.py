@@ -258,7 +258,7 @@ def element_scales(weight: Weight, scale: np.ndarray) -> np.ndarray:
 def _quantize(w: np.ndarray, dims: str) -> list[np.ndarray]:
     """Returns `quantize_int8(w, dims)`, computed for a few output channels at a time.
 
-    So the temporary float32 arrays are small.
+    This keeps the temporary float32 arrays small.
     """
     from llama_jax.model.quantize import output_dims, quantize_int8
 

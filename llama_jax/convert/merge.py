@@ -9,10 +9,9 @@ from llama_jax.checkpoint.lora_pairs import Pair, StoredPairs
 from llama_jax.convert.layout import Weight
 from llama_jax.errors import InputError
 
-_AT_ONCE = (
-    1 << 20
-)  # elements of a weight; their products take float64 copies while they are verified
-_ROUNDED = 1 + 2**-7  # a bound from the exact value also holds for the rounded one
+# Elements of a weight that are merged or verified at once: verifying takes several float64 copies.
+_AT_ONCE = 1 << 20
+_ROUNDED = 1 + 2**-7  # margin of bounds that are computed from exact values, not rounded ones
 
 
 def pair_of(pairs: StoredPairs | None, weight: Weight) -> Pair | None:

@@ -86,7 +86,7 @@ def verify_pairs(report: dict[str, Any], folder: AnyPath, run: AnyPath | None) -
         config = ModelConfig(**report["config"])
         records = report["weights"]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / receipt.FILE} is damaged: convert again") from error
+        raise receipt.damaged_receipt(folder) from error
     if _records(config, peft.read(folder, config)) != records:
         raise InputError(f"{folder}: the pairs are not those that were written: convert again")
     source = run and open_source(run)

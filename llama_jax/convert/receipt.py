@@ -38,6 +38,11 @@ def read_receipt(folder: AnyPath) -> dict[str, Any]:
     return read_json(folder / FILE)
 
 
+def damaged_receipt(folder: AnyPath) -> InputError:
+    """Returns the error about the receipt in a folder that lacks a field or has a wrong one."""
+    return InputError(f"{folder / FILE} is damaged: convert again")
+
+
 def tensor_hash(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in row-major order, in hexadecimal."""
     digest = hashlib.sha256()

@@ -24,7 +24,7 @@ def row_major(array: np.ndarray) -> np.ndarray:
 def row_major_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     """Yields an array's rows, block by block, in row-major order; a block is valid until the next.
 
-    So a transposed matrix is hashed without a copy of all of it.
+    This hashes a transposed matrix without a copy of the complete matrix.
     """
     if not _is_transposed(array):
         yield np.ascontiguousarray(array)

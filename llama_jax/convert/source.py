@@ -107,10 +107,10 @@ def _where(source: Source, shard: int) -> str:
     return f"{source.path}" + (f", shard {shard}" if len(source.shards) > 1 else "")
 
 
-def config_dtypes(shards: tuple[Mapping[str, StoredTensor], ...]) -> dict[str, str]:
+def config_dtypes(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """Returns `param_dtype`, the type of most of the stored bytes, and a `dtype` for computing."""
     counts = Counter[str]()
-    for tensor in shards[0].values():
+    for tensor in tensors.values():
         counts[tensor.dtype.name] += tensor.nbytes
     floats = [name for name in FLOATS if name in counts]
     stored = max(floats, key=counts.__getitem__, default="float32")

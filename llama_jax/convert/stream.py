@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from llama_jax.runtime.bucket_path import BucketPath
+from llama_jax.runtime.cpu import cpu_cores
 from llama_jax.runtime.storage import AnyPath, upload_file
 
 _SYNC_SECONDS = 0.5
@@ -35,7 +36,7 @@ def map_in_order(
             no other item is unfinished [bytes].
     """
     pending: deque[tuple[int, Future[Result]]] = deque()
-    workers = os.cpu_count() or 1
+    workers = cpu_cores()
     with ThreadPoolExecutor(workers) as pool:
         try:
             used = 0

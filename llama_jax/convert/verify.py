@@ -47,7 +47,7 @@ def verify(
     """
     report = receipt.read_receipt(folder)
     if not isinstance(report.get("files"), dict):
-        raise _damaged(folder)
+        raise receipt.damaged_receipt(folder)
     present = {path.name for path in folder.iterdir() if path.is_file()}
     for name, digest in report["files"].items():
         path = folder / name
@@ -95,7 +95,7 @@ def verify_output(
         layout = receipt.source_layout(report)
         records = {record["weight"]: record for record in report["weights"]}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(output.path) from error
+        raise receipt.damaged_receipt(output.path) from error
     # Meta's format doesn't store the context, and a tied head only as two equal matrices.
     unstored = {"context", "tied_head"} if output.kind == "meta" else set()
     different = [name for name in config.differences(output.config) if name not in unstored]
@@ -108,7 +108,7 @@ def verify_output(
             f"{output.path / receipt.FILE} lists other weights than the model's: convert again"
         )
     if not _is_complete(records, layout, output, order):
-        raise _damaged(output.path)
+        raise receipt.damaged_receipt(output.path)
 
     def check(weight: Weight) -> tuple[int, bool]:
         record = records[str(weight)]
@@ -135,10 +135,6 @@ def verify_output(
     merged = sum(map(receipt.is_merged, records.values()))
     counts = {"identical": identical, "converted": len(order) - identical - merged}
     return counts | ({"merged": merged} if merged else {})
-
-
-def _damaged(folder: AnyPath) -> InputError:
-    return InputError(f"{folder / receipt.FILE} is damaged: convert again")
 
 
 def _is_complete(
@@ -191,7 +187,8 @@ def _check_source(
         record: the weight's record in the receipt.
         weight: the weight.
         output: the output.
-        written: the output's tensors, which a second conversion must give; None: not compared.
+        written: the output's tensors, which a second conversion must reproduce; None: not
+            compared.
 
     Raises:
         InputError: a tensor differs.

@@ -18,8 +18,8 @@ from llama_jax.data.shards import TokenStream
 from llama_jax.data.windows import Batch, open_windows
 from llama_jax.errors import InputError
 
-# The part of a fingerprint that stands for `epoch_order` and `mixture`. It changes with the batches
-# of a seed: a run resumes only with the batches with which it began.
+# Identifies the algorithms of `epoch_order` and `mixture` in a fingerprint. Change it whenever a
+# seed gives other batches: a run resumes only with the batches with which it began.
 ORDER = "order 2"
 LEFT_OUT = "without batches"
 
@@ -30,7 +30,7 @@ class Batches:
     Args:
         config: the data.
         micro_batches: number of micro-batches in a batch.
-        steps: of the run; no later batch is read ahead. Default: without end.
+        steps: of the run; no later batch is read ahead. Default: no limit.
     """
 
     def __init__(self, config: DataConfig, micro_batches: int = 1, steps: int | None = None):

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from llama_jax.data import parquet_files
 from llama_jax.data.bad_records import EMPTY, BadRecords
-from llama_jax.data.text_files import COMPRESSED, SPLITS, find_field, open_plain
+from llama_jax.data.text_files import COMPRESSED, SPLITS, find_field, name_read_errors, open_plain
 from llama_jax.runtime.storage import AnyPath
 from llama_jax.tokenizer.split_points import SafeSplit
 
@@ -38,15 +38,13 @@ class CorpusSettings:
     documents: str = "file"  # of a plain text: file, paragraph, line, or the text between two
     text_field: str = "text"  # of JSON lines and Parquet; 'a.b' is the field b of the object a
     id_field: str = "id"  # named in the report of bad records, if a record has it
-    # A document is held out if the hash of its start is below this number.
-    hash_limit: int = 0
-    # Instead, this share of each text is held out at its end.
-    end_share: float = 0.0
+    hash_limit: int = 0  # a document is held out if the hash of its start is below this number
+    end_share: float = 0.0  # instead, this share of each text is held out at its end
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of a file: bytes, or row groups of Parquet. Its borders are at or after its ends."""
+    """A range of a file: row groups of Parquet, or bytes; each end moves to the next border."""
 
     path: AnyPath
     kind: FileKind
@@ -164,10 +162,13 @@ def _decode(
 ) -> Iterator[str]:
     """Yields the text of a range of bytes. A block that is not UTF-8 is one bad record."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    file.seek(start)
+    with name_read_errors(path):
+        file.seek(start)
     position, damaged = start, False
     while position < stop:
-        block = file.read(min(_BLOCK, stop - position))
+        # The reader of the parts is outside the block in which `open_plain` names errors.
+        with name_read_errors(path):
+            block = file.read(min(_BLOCK, stop - position))
         if damaged:
             block = block.lstrip(bytes(range(0x80, 0xC0)))
         damaged = False
@@ -208,7 +209,7 @@ class _Record(NamedTuple):
 
 
 def _separator(part: FileRange, settings: CorpusSettings) -> tuple[re.Pattern[bytes], int]:
-    """Returns the pattern between two records, and how many bytes of it are no match yet."""
+    """Returns the pattern between two records, and the length of its longest incomplete match."""
     if part.kind == "jsonl" or settings.documents == "line":
         return re.compile(rb"\n"), 0
     if settings.documents == "paragraph":

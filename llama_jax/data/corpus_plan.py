@@ -90,7 +90,7 @@ def _divide_files(
 def _divide_groups(
     file: FileRange, sizes: Sequence[int], step: int
 ) -> Iterator[tuple[FileRange, int]]:
-    """As `_divide_files`, for a file whose row groups have texts of these sizes."""
+    """Yields as `_divide_files` does, for a file whose row groups have texts of these sizes."""
     start, size = 0, 0
     for number, group_size in enumerate(sizes):
         if number > start and size + group_size > step:

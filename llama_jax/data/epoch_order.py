@@ -50,8 +50,8 @@ def permute(indices: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.nd
     """
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    key = _hash(np.array([seed & _MASK], np.uint64))
-    keys = _hash(key + epochs.astype(np.uint64) * np.uint64(_GOLDEN))
+    key = splitmix64(np.array([seed & _MASK], np.uint64))
+    keys = splitmix64(key + epochs.astype(np.uint64) * np.uint64(_GOLDEN))
     images = _encrypt(indices.astype(np.uint64), keys, a, b)
     while (outside := np.flatnonzero(images >= n)).size:
         images[outside] = _encrypt(images[outside], keys[outside], a, b)
@@ -63,7 +63,7 @@ def _encrypt(values: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray
     size, other_size = np.uint64(a), np.uint64(b)
     changed, other = np.divmod(values, other_size)
     for round_keys in keys + _INCREMENTS[:, None]:
-        x = _hash(round_keys + other)
+        x = splitmix64(round_keys + other)
         x >>= _32
         x *= size
         x >>= _32  # x · size / 2³²: no division, and no value is preferred by more than size / 2³²
@@ -75,8 +75,12 @@ def _encrypt(values: np.ndarray, keys: np.ndarray, a: int, b: int) -> np.ndarray
     return changed
 
 
-def _hash(x: np.ndarray) -> np.ndarray:
-    """Returns SplitMix64's hash of each number, uint64 (Steele, Lea and Flood, OOPSLA 2014)."""
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Returns SplitMix64's hash of each number, uint64: a bijection.
+
+    Every bit of a hash depends on all bits of the number. Source: the finalizer of Steele, Lea and
+    Flood, 'Fast splittable pseudorandom number generators', OOPSLA 2014.
+    """
     x = x ^ (x >> _30)
     x *= _FACTORS[0]
     x ^= x >> _27

@@ -145,7 +145,7 @@ class MixtureSchedule:
         return drawn
 
     def shares(self, n: int) -> dict[int, Fraction]:
-        """Returns the shares in the mixture of sample n, by source; 0: only earlier ones had it."""
+        """Returns each source's share in the mixture of sample n; 0: only an earlier one has it."""
         shares = dict[int, Fraction]()
         for phase in self._phases[: bisect.bisect_right(self._phases, n, key=_first)]:
             shares = dict.fromkeys([*shares, *phase.sources], Fraction(0))

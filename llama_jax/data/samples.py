@@ -36,7 +36,7 @@ class Samples:
 
     Args:
         config: the data.
-        steps: of the run; no later batch is read ahead. Default: without end.
+        steps: of the run; no later batch is read ahead. Default: no limit.
 
     Attributes:
         streams: the training tokens of each source.

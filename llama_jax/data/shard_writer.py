@@ -67,7 +67,7 @@ def unigram_entropy(counts_V: np.ndarray) -> float:
 def hash_shards(hashes: Sequence[str]) -> str:
     """Returns the hash of an array from the SHA-256 of the content of each of its files.
 
-    The `sha256` of an array that one process wrote is that of its content. It has no prefix.
+    An array that one process wrote has the SHA-256 of its content instead, without a prefix.
     """
     return BY_SHARD + hash_bytes("".join(hashes).encode())
 
@@ -112,7 +112,7 @@ class SplitWriter:
         return split_metadata(length, self.dtype, self._shard_tokens, chunk_tokens, packed)
 
     def append(self, span: EncodedSpan) -> None:
-        """Appends the tokens of a span; writes a shard after each SHARD_TOKENS tokens."""
+        """Appends the tokens of a span; writes a shard after each `shard_tokens` tokens."""
         self.bytes += span.n_bytes
         self.documents += span.last
         starts = np.zeros(len(span.ids), bool)
@@ -120,7 +120,7 @@ class SplitWriter:
         self._append(span.ids, starts)
 
     def append_window(self, window: PackedWindow) -> None:
-        """Appends a window; writes a shard after each SHARD_TOKENS tokens."""
+        """Appends a window; writes a shard after each `shard_tokens` tokens."""
         self.bytes += window.n_bytes
         self.documents += window.n_examples
         self.example_tokens += window.n_tokens
@@ -135,7 +135,7 @@ class SplitWriter:
             self._write(self._shard_tokens)
 
     def _write(self, n: int) -> None:
-        """Writes `n` pending tokens; waits for the shard before, so that one is in memory."""
+        """Writes `n` pending tokens; waits for the shard before, so that only one is in memory."""
         columns = [np.concatenate(parts) for parts in zip(*self._pending, strict=True)]
         tokens, *bits = (column[:n] for column in columns)
         # A begin token isn't counted: no position predicts it.

@@ -27,7 +27,7 @@ from llama_jax.runtime.console import TEXT_COLUMN, TaskProgress, print_status
 from llama_jax.runtime.cpu import cpu_cores
 from llama_jax.runtime.storage import AnyPath
 
-POLL_SECONDS = 1.0  # between two looks for the outputs of other processes, or longer
+POLL_SECONDS = 1.0  # at least, between two checks for the outputs of other processes
 _LISTED = 8  # with more outputs than this in a folder, one listing finds them
 
 
@@ -125,11 +125,11 @@ def run_tasks(
 
     Args:
         tasks: of one stage: none needs the output of another.
-        title: first word of the progress.
+        title: text of the progress bar.
         workers: number of processes; 1 runs the tasks in this process; default: one per core.
         part: run only this part, then wait for the outputs of the others.
         progress: whether to show the progress on standard error.
-        runner: runs the missing tasks elsewhere, such as `beam.run_in_beam`.
+        runner: runs the missing tasks elsewhere, such as `beam.beam_runner` returns.
         until: an output of a later stage. If it exists, all tasks of this stage were done, and
             their outputs may have been removed: the others' outputs are not waited for.
 
@@ -172,8 +172,8 @@ def _run(tasks: Sequence[Task], workers: int) -> Generator[None, None, None]:
                     yield
             except BrokenProcessPool as error:
                 raise Fault(
-                    "the system ended a worker process, perhaps for want of memory: run the same"
-                    " command again, with fewer --workers; finished tasks are not repeated"
+                    "the system ended a worker process, perhaps because memory ran out: run the"
+                    " same command again, with fewer --workers; finished tasks are not repeated"
                 ) from error
 
 

@@ -26,11 +26,11 @@ else:
     from backports import zstd
 
 SPLITS = ("train", "validation")
-_PART_CHARACTERS = 1 << 18  # one part that is read from a file
+_PART_CHARACTERS = 1 << 18  # that are read from a file at once
 PARQUET = ".parquet"
 _TEXT = {".txt", ".md", ".py", ".rst"}
 _JSON_LINES = {".jsonl", ".ndjson"}
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _UNPACK: dict[str, Callable[[Any], Any]] = {
     ".gz": gzip.open, ".tgz": gzip.open,
     ".bz2": bz2.open, ".tbz2": bz2.open,
@@ -45,8 +45,8 @@ def find_files(sources: Sequence[str]) -> list[AnyPath]:
 
     Args:
         sources: files, folders (searched for .txt .md .py .rst .jsonl .ndjson .parquet, and .json
-            files that contain texts; also with .gz or .zst), globs, or `python-stdlib` for the
-            sources of Python's standard library without its tests.
+            files that contain texts; also compressed: `COMPRESSED`), globs, or `python-stdlib` for
+            the sources of Python's standard library without its tests.
 
     Raises:
         InputError: a source matches no file.
@@ -127,7 +127,7 @@ def is_json_lines(path: AnyPath, text_field: str = "text") -> bool:
 
 
 def find_field(record: Any, name: str) -> Any:
-    """Returns a field of a JSON object; 'a.b' also names the field b of the object a; None: none.
+    """Returns a field of a JSON object, or None; 'a.b' also names the field b of the object a.
 
     >>> find_field({"content": {"text": "once"}}, "content.text")
     'once'
@@ -163,16 +163,26 @@ def open_plain(path: AnyPath) -> Iterator[IO[bytes]]:
     Raises:
         InputError: the file can't be read, or is truncated or damaged.
     """
+    with name_read_errors(path), contextlib.ExitStack() as stack:
+        file: Any = stack.enter_context(open_file(path))
+        if unpack := _UNPACK.get(path.suffix):
+            file = stack.enter_context(unpack(file))
+        yield file
+
+
+@contextlib.contextmanager
+def name_read_errors(path: AnyPath) -> Iterator[None]:
+    """Names a file in the errors of reading and decompressing it.
+
+    Raises:
+        InputError: the file can't be read, or is truncated or damaged.
+    """
     try:
-        with contextlib.ExitStack() as stack:
-            file: Any = stack.enter_context(open_file(path))
-            if unpack := _UNPACK.get(path.suffix):
-                file = stack.enter_context(unpack(file))
-            yield file
+        yield
     except _DAMAGE as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
-        if error.errno is None:  # bz2 reports damage so
+        if error.errno is None:  # bz2 reports damage by such an error
             raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
         raise InputError(f"can't read {path}: {error.strerror or error}") from error
 

@@ -38,7 +38,7 @@ from llama_jax.tokenizer.tokenizer import Tokenizer, file_hash, load_tokenizer
 Runner = Callable[[Sequence[Task]], None]
 
 _PLAN = "plan"  # names all parts, in the folder of the intermediate files
-_SMALL_TOKENS = 1 << 24  # so few are assembled sooner than a process starts
+_SMALL_TOKENS = 1 << 24  # so few are assembled in less time than a process takes to start
 
 
 def tokenize_corpus(
@@ -76,7 +76,7 @@ def tokenize_corpus(
         max_bad: how many records may be bad; these are left out. Default: none.
         workers: number of processes; default: one per core.
         part: this process runs this part of the tasks, and others run the rest.
-        runner: runs the tasks elsewhere, such as `beam.run_in_beam`.
+        runner: runs the tasks elsewhere, such as `beam.beam_runner` returns.
         progress: whether to show the progress on standard error.
 
     Raises:
@@ -140,7 +140,10 @@ def _is_published(out: AnyPath) -> bool:
 
 
 def _discard_if_nothing_is_done(folder: Unfinished, part: Part | None) -> None:
-    """Removes the intermediate files after an error, unless a part is finished or shared."""
+    """Removes the intermediate files after an error, if no part is finished and `part` is None.
+
+    Otherwise another process, or the next call, can use them.
+    """
     if part is not None or is_written(folder.path):
         return
     records = folder.done / "records"

@@ -6,7 +6,6 @@ each chat turn by turn, never from searching in its text.
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +26,7 @@ from llama_jax.data.worker_pool import map_in_order
 from llama_jax.errors import InputError
 from llama_jax.runtime.atomic_write import check_absent, new_folder
 from llama_jax.runtime.console import byte_progress
+from llama_jax.runtime.cpu import cpu_cores
 from llama_jax.runtime.storage import AnyPath, file_size, write_many
 from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,7 +82,7 @@ def tokenize_chats(
     check_absent(out)
     files = find_files(sources)
     size = sum(file_size(file) for file in files)
-    workers = workers or max(1, min(os.cpu_count() or 1, size // _TASK_CHARACTERS))
+    workers = workers or max(1, min(cpu_cores(), size // _TASK_CHARACTERS))
     kind = _first_kind(files)
     if kind == "preferences" and train_on == "everything":
         raise InputError(

@@ -16,7 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-# Of a worker: whether it runs a task. It is changed, and read before an exit, under the lock.
+# Whether this worker runs a task. It is cleared, and read before an exit, under the lock.
 _running = threading.Event()
 _state_lock = threading.Lock()
 

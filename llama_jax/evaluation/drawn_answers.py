@@ -17,7 +17,9 @@ TEMPERATURE = 0.8  # of the paper, for k above 1
 
 
 def pass_at(k: int, n: int, n_right: int) -> float:
-    """Returns the probability that one of `k` of `n` programs, drawn without replacement, is right.
+    """Returns the probability that at least one of `k` programs is right.
+
+    They are drawn from `n` programs without replacement.
 
     Args:
         k: at most `n`.

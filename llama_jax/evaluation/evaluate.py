@@ -14,13 +14,13 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError, missing_extra
 from llama_jax.evaluation.answers import Answers
 from llama_jax.evaluation.jobs import Evaluated, end_jobs, follow_jobs
+from llama_jax.evaluation.tasks import FEWSHOT_SEED
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import context_shards
 from llama_jax.runtime import hosts
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-# The seeds of lm-eval's command line: they draw the examples of few-shot prompts.
-_SEED, _FEWSHOT_SEED = 0, 1234
+_SEED = 0  # of Python's `random`, as in lm-eval's command line, where NumPy has FEWSHOT_SEED
 _BOOTSTRAP = 1000  # samples for the standard error of a metric that has no formula
 
 
@@ -57,7 +57,8 @@ def check_tasks(config: ModelConfig, tasks: Mapping[str, Any]) -> None:
         tasks: of `load_tasks`.
 
     Raises:
-        InputError: lm-eval is missing, or a task needs another kind of generation or more room.
+        InputError: lm-eval is missing, or a task needs a kind of generation that is not supported,
+            or more tokens than the model's context has.
     """
     check_installed()
     os.environ.setdefault("TQDM_DISABLE", "1")  # `HarnessModel` shows the progress
@@ -113,9 +114,9 @@ def evaluate(
     from llama_jax.evaluation.harness import HarnessModel
 
     random.seed(_SEED)
-    np.random.seed(_FEWSHOT_SEED)
+    np.random.seed(FEWSHOT_SEED)
     for task in tasks["tasks"].values():
-        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+        task.set_fewshot_seed(FEWSHOT_SEED)
     found: Any = evaluator.evaluate(
         lm=HarnessModel(evaluated, answers or Answers(), shown),
         task_dict=dict(tasks),
@@ -164,7 +165,7 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _items(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the items of a task; lm-eval has a sample of each for each filter."""
+    """Returns the items of a task; lm-eval has one sample per item and filter."""
     items: dict[int, dict[str, Any]] = {}
     for sample in samples:
         item = {"id": sample["doc_id"], "doc": sample["doc"], "target": sample["target"]}
@@ -181,7 +182,7 @@ def _label(metric: str, filter_: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value as plain JSON: what JSON has no type for becomes its text."""
+    """Returns a value as plain JSON; a value of a type that JSON lacks becomes its text."""
     return json.loads(json.dumps(value, default=_to_json))
 
 

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness over our own model: the LM that its tasks ask.
+"""lm-evaluation-harness over our own model: the `LM` to which its tasks send their requests.
 
-Texts are encoded, and contexts truncated, as lm-eval's `hf` model does, so that each answer is that
-of transformers on the same weights. This module needs the extra `eval`: import it in functions,
-after `check_installed`.
+Texts are encoded, and contexts truncated, as lm-eval's `hf` model does, so that each answer equals
+that of transformers on the same weights. This module needs the extra `eval`: import it in
+functions, after `check_installed`.
 """
 
 import time
@@ -156,7 +156,7 @@ class HarnessModel(LM):
         return prompt_ids(self._tokenizer, text, parse_special=True)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Returns the ids of a context and of its continuation; spaces between them go to it."""
+        """Returns the ids of a context, and of its continuation with the spaces between them."""
         if not context:
             ids, prefix = self._tokenizer.parse(continuation), self._tokenizer.bos_id
             return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)

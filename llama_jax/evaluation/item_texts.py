@@ -111,12 +111,13 @@ def read_item_texts(path: AnyPath, fields: tuple[str, ...]) -> Iterator[list[str
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yields the strings in a value of JSON."""
+    """Yields the strings in a JSON value, in their order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key in value.keys() - _NOT_SEARCHED:
-            yield from _strings(value[key])
+        for key, inner in value.items():  # in the order of the file, which the hash depends on
+            if key not in _NOT_SEARCHED:
+                yield from _strings(inner)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)

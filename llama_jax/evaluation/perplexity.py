@@ -33,5 +33,5 @@ def nats_per_token(
         raise InputError("the text is shorter than two tokens: give a longer one")
     window, n_predicted = min(window, config.context), len(tokens) - 1
     windows = (tuple(tokens[i : i + window + 1]) for i in range(0, n_predicted, window))
-    scores = score(config, model, [ScoreRequest(window, n_context=1) for window in windows])
+    scores = score(config, model, [ScoreRequest(ids, n_context=1) for ids in windows])
     return -sum(window_score.total for _, window_score in scores) / n_predicted

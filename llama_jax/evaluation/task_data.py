@@ -73,7 +73,7 @@ def read_splits(
 
 
 def find_file(folder: AnyPath, name: str) -> AnyPath | None:
-    """Returns the file of this name with any of the supported suffixes; None: there is none."""
+    """Returns the file of this name with any of the supported suffixes, or None."""
     paths = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
     return next((path for path in paths if path.exists()), None)
 
@@ -91,7 +91,7 @@ def _checked_rows(path: AnyPath, fields: tuple[tuple[str, Any], ...], source: st
     """Returns the rows of a file, only with these fields: others may have no type in Arrow.
 
     Raises:
-        InputError: a row has not the fields of the data set.
+        InputError: a row lacks a field of the data set, or has a wrong value in it.
     """
     rows = []
     for number, row in enumerate(read_rows(path), 1):

@@ -28,7 +28,7 @@ from llama_jax.runtime.storage import AnyPath
 
 _FILES = Path(__file__).with_name("task_files")
 _PAPER = "paper:"
-_FEWSHOT_SEED = 1234  # lm-eval's default
+FEWSHOT_SEED = 1234  # lm-eval's default: it draws the examples of few-shot prompts
 _MATH = {
     "algebra": ("algebra", "Algebra"),
     "counting_and_prob": ("counting_and_probability", "Counting & Probability"),
@@ -178,7 +178,7 @@ def _configure(name: str, task: Any, data: AnyPath | None, shots: int | None) ->
         task.set_config("num_fewshot", shots)
     elif own is None:
         task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(_FEWSHOT_SEED)
+    task.set_fewshot_seed(FEWSHOT_SEED)
     needed, found = task.config.num_fewshot, len(getattr(getattr(task, "sampler", None), "df", []))
     if needed > found:
         kwargs = task.config.dataset_kwargs or {}

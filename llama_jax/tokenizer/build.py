@@ -103,7 +103,8 @@ def check_unique_pieces(pieces: Sequence[str], path: AnyPath) -> None:
 def byte_alphabet() -> list[str]:
     """Returns, for each byte, the character that a byte-level tokenizer.json writes for it.
 
-    Printable Latin-1 characters represent themselves; the other bytes use U+0100 and following.
+    Printable Latin-1 characters represent themselves; the other bytes use U+0100 and following
+    (GPT-2's encoder.py, `bytes_to_unicode`).
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))

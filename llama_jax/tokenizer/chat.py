@@ -162,7 +162,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         InputError: there is no message, a message has no valid role or no text, or the last message
             is neither the user's nor a tool's.
     """
-    _check_each(messages, ROLES + TOOL_ROLES, "system, user, assistant or tool")
+    _check_each(messages, "system, user, assistant or tool")
     if messages[-1]["role"] not in ("user", *TOOL_ROLES):
         raise InputError(
             f"the chat ends with a message of the {messages[-1]['role']}: end it with a message of"
@@ -177,7 +177,7 @@ def check_example(messages: Sequence[Message]) -> None:
         InputError: there is no message, a message has no valid role or no text, or the last message
             is not the assistant's.
     """
-    _check_each(messages, ROLES + TOOL_ROLES, "system, user, assistant, tool or ipython")
+    _check_each(messages, "system, user, assistant, tool or ipython")
     if messages[-1]["role"] != "assistant":
         raise InputError(
             f"the chat ends with a message of the {messages[-1]['role']}: end it with an answer of"
@@ -185,12 +185,12 @@ def check_example(messages: Sequence[Message]) -> None:
         )
 
 
-def _check_each(messages: Sequence[Message], roles: Sequence[str], listed: str) -> None:
+def _check_each(messages: Sequence[Message], listed: str) -> None:
     if not messages:
         raise InputError("the chat is empty: give at least one message of the user")
     for number, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
-        if role not in roles:
+        if role not in ROLES + TOOL_ROLES:
             raise InputError(f"message {number} of the chat has the role {role!r}: use {listed}")
         if not isinstance(content, str):
             raise InputError(f"message {number} of the chat has no text: give content as a string")

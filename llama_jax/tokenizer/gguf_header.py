@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.errors import InputError
+from llama_jax.runtime.bucket_path import BucketPath
 from llama_jax.runtime.storage import AnyPath, open_file
 
 MAGIC = b"GGUF"
@@ -56,6 +57,8 @@ def read_header(path: AnyPath, wanted: str | tuple[str, ...]) -> GGUFHeader:
     """
     try:
         with open_file(path) as file:
+            if isinstance(path, BucketPath):  # one request instead of one for each value
+                return _parse_header(path, _ValueReader(file.read(_MAX_BYTES)), wanted)
             size = min(os.fstat(file.fileno()).st_size, _MAX_BYTES)
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
                 return _parse_header(path, _ValueReader(data), wanted)
@@ -99,7 +102,7 @@ def _parse_tensor_info(values: "_ValueReader") -> TensorInfo:
 class _ValueReader:
     """Reads the values of a header in order."""
 
-    def __init__(self, data: mmap.mmap):
+    def __init__(self, data: mmap.mmap | bytes):
         self.data, self.position = data, 0
 
     def read_bytes(self, size: int) -> bytes:

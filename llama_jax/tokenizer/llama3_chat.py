@@ -31,8 +31,8 @@ class Llama3Chats(NamedTuple):
 
     Each message is stripped. An answer ends with <|eot_id|>; one that calls tools, or is followed
     by the result of a tool, with <|eom_id|> if the model has it. Calls are written as JSON after
-    <|python_tag|>. The tools stand in the first message of the user, after
-    instructions (Meta's llama-models, llama3_1/prompt_format.md).
+    <|python_tag|>. The tools stand in the first message of the user, after instructions (Meta's
+    llama-models, llama3_1/prompt_format.md).
 
     Attributes:
         encode: returns the ids of plain text.

@@ -23,9 +23,8 @@ from llama_jax.tokenizer.split_points import ESCAPED, SafeSplit, never_split, sa
 # SHA-256 of the charsmap of `train_tokenizer`, which replaces only U+2581 and U+FDD0.
 _ESCAPING_CHARSMAP = "95a5358aa29b833dc99be672ba76631392d46f7db36301c145ab8b0f557cd39a"
 
-_LLAMA2C_START = (
-    b"\x00\x00\x00\x00\x05\x00\x00\x00<unk>"  # score, length and text of the first piece
-)
+# Score, length and text of the first piece.
+_LLAMA2C_START = b"\x00\x00\x00\x00\x05\x00\x00\x00<unk>"
 
 
 class SentencePiece(chat.ChatTokenizer):

@@ -1,4 +1,4 @@
-"""The texts of special tokens inside of other text: found, split at, encoded as the tokens."""
+"""Finds, splits around and encodes the texts of special tokens in other text."""
 
 import functools
 import re

@@ -7,6 +7,7 @@ from typing import Any
 import tokenizers
 
 from llama_jax.errors import InputError
+from llama_jax.tokenizer.build import byte_alphabet
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -25,7 +26,7 @@ def json_token_bytes(
     """
     decoders = {part["type"]: part for part in _parts(content.get("decoder") or {})}
     if "ByteLevel" in decoders:
-        alphabet = _byte_alphabet()
+        alphabet = {character: byte for byte, character in enumerate(byte_alphabet())}
 
         def piece_bytes(piece: str) -> bytes | None:
             known = all(character in alphabet for character in piece)
@@ -62,15 +63,3 @@ def _parts(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(part)
     elif decoder:
         yield decoder
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Returns the byte of each character of a byte-level vocabulary.
-
-    Printable bytes are their own character in Latin-1; the others follow from U+0100 on (GPT-2's
-    encoder.py, `bytes_to_unicode`).
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}

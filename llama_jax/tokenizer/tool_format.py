@@ -26,7 +26,7 @@ _QUESTION = {"role": "user", "content": "question"}
 class ToolFormat(NamedTuple):
     """The text of an answer that calls tools: each call is a JSON object with name and arguments.
 
-    The texts contain those of special tokens.
+    These texts include the texts of special tokens.
 
     Attributes:
         opening: text before the first object.

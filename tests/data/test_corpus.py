@@ -1,7 +1,10 @@
 """What the documents of a corpus file are, however the file is divided into ranges."""
 
+import bz2
 import gzip
 import json
+import lzma
+import random
 from dataclasses import replace
 
 import pytest
@@ -78,10 +81,25 @@ def test_ranges_of_any_size_have_each_document_once(
             for i in starts
         ]
         assert read(ranges, settings) == expected, step
-    for suffix, compress in ((".gz", gzip.compress), (".zst", zstd.compress)):
+    for suffix, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma), (".zst", zstd)):
         path = tmp_path / (name + suffix)
-        path.write_bytes(compress(data))
+        path.write_bytes(module.compress(data))
         assert read(list_ranges([path], settings), settings) == expected
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma, zstd])
+def test_a_compressed_text_is_read_to_its_end(tmp_path, module):
+    suffix = {gzip: ".gz", bz2: ".bz2", lzma: ".xz", zstd: ".zst"}[module]
+    text = "the same words, " * 10_000  # a thousand times as long as its file
+    (tmp_path / f"x.txt{suffix}").write_bytes(module.compress(text.encode()))
+    assert read(list_ranges([tmp_path / f"x.txt{suffix}"], FILES)) == [text]
+
+
+def test_a_long_text_whose_file_is_truncated_is_named(tmp_path):
+    text = random.Random(0).randbytes(3 << 20).hex()  # several blocks
+    (tmp_path / "x.txt.gz").write_bytes(gzip.compress(text.encode(), 1)[: 2 << 20])
+    with pytest.raises(InputError, match=r"x\.txt\.gz is damaged or truncated"):
+        read(list_ranges([tmp_path / "x.txt.gz"], FILES))
 
 
 def test_a_text_is_divided_where_the_tokenizer_allows_it(tmp_path, monkeypatch):

@@ -42,6 +42,17 @@ def test_questions_and_answers_of_evaluated_splits_are_read_without_passages(tmp
     assert write_ngrams(tmp_path, tmp_path / "out") != folder
 
 
+def test_the_texts_of_an_item_have_the_order_of_the_file_in_every_process(tmp_path):
+    # Their hash is in the folder's name, which a run that continues must find again.
+    answer = {f"{name}s": [name] for name in ("value", "alias", "entity", "name", "spelling")}
+    row = {"question": "Who?", "answer": answer}
+    (tmp_path / "triviaqa_validation.jsonl").write_text(json.dumps(row) + "\n")
+    [source] = find_evaluation_sets(tmp_path).values()
+    assert [*read_item_texts(*source)] == [
+        ["Who?", "value", "alias", "entity", "name", "spelling"],
+    ]
+
+
 def test_a_folder_without_evaluation_sets_or_with_other_rows_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no evaluation set: save files there"):
         find_evaluation_sets(tmp_path)

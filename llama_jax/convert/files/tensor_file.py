@@ -23,11 +23,12 @@ class StoredTensor:
     Attributes:
         shape: the shape.
         dtype: the type; bfloat16 is `ml_dtypes.bfloat16`.
-        read: returns it as a read-only array on a memory map of its bytes alone. Each call creates
-            a new map, so the pages leave the memory when the array is garbage-collected. Raises
-            InputError if the file has changed since it was opened.
+        read: returns the array. A tensor that a local file stores as it is becomes a read-only
+            memory map of its bytes alone. Each call creates a new map, so the pages leave the
+            memory when the array is garbage-collected. Raises InputError if the file has changed
+            since it was opened.
         exact: whether `read` returns the numbers stored in the file. False if it computes them from
-            quantized blocks, which can't be restored from the numbers.
+            quantized blocks: the blocks can't be restored from the numbers.
     """
 
     shape: tuple[int, ...]

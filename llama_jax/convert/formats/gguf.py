@@ -94,7 +94,7 @@ def read(path: AnyPath) -> Source:
         ),
         rope_theta=_shortest(theta),
         tied_head=NAMES["output"] not in tensors,
-        **config_dtypes((tensors,)),
+        **config_dtypes(tensors),
     )
     if factors:
         config = _with_rope_scaling(config, factors, path)
@@ -125,7 +125,8 @@ def _tensors(path: AnyPath, header: GGUFHeader) -> dict[str, StoredTensor]:
         )
     tensors = dict[str, StoredTensor]()
     with open_file(path) as file:
-        end = begin = _align(path, file, header.nbytes, unit)
+        size = file.seek(0, os.SEEK_END)
+        end = begin = _align(path, file, size, header.nbytes, unit)
         for info in header.tensors:
             if begin + info.offset != end:
                 raise InputError(
@@ -133,8 +134,7 @@ def _tensors(path: AnyPath, header: GGUFHeader) -> dict[str, StoredTensor]:
                     " again"
                 )
             tensors[info.name], nbytes = _tensor(path, info, end)
-            end = _align(path, file, end + nbytes, unit)
-        size = os.fstat(file.fileno()).st_size
+            end = _align(path, file, size, end + nbytes, unit)
     if size != end:
         raise InputError(
             f"{path} is {'cut short' if size < end else 'damaged'}: it has {size:,} bytes, but its"
@@ -143,14 +143,14 @@ def _tensors(path: AnyPath, header: GGUFHeader) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _align(path: AnyPath, file: IO[bytes], end: int, unit: int) -> int:
+def _align(path: AnyPath, file: IO[bytes], size: int, end: int, unit: int) -> int:
     """Returns the next multiple of `unit`, after checking that the file is zero up to there.
 
     Raises:
         InputError: a byte of the padding isn't zero.
     """
     padding = -end % unit
-    if end < os.fstat(file.fileno()).st_size:  # the caller reports a file that is too short
+    if end < size:  # the caller reports a file that is too short
         file.seek(end)
         if any(file.read(padding)):
             raise InputError(

@@ -49,7 +49,7 @@ def read(folder: AnyPath) -> Source:
         InputError: a file is missing or damaged, or the model is not a LLaMA.
     """
     tensors = _read_weights(folder)
-    config = read_config(folder / "config.json", **config_dtypes((tensors,)))
+    config = read_config(folder / "config.json", **config_dtypes(tensors))
     stores_tied_head = config.tied_head and NAMES["output"] in tensors
     return Source(
         "huggingface", folder, config, Layout(NAMES, stores_tied_head=stores_tied_head), (tensors,)

@@ -60,7 +60,6 @@ def read(folder: AnyPath) -> Source:
         rows if params.get("vocab_size", -1) == -1 else positive_int(params, "vocab_size", path)
     )
     multiplier, kv = params.get("ffn_dim_multiplier"), params.get("n_kv_heads")
-    dtype = config_dtypes(shards)
     config = model_config(
         path,
         dim=dim,
@@ -76,7 +75,7 @@ def read(folder: AnyPath) -> Source:
         vocab_size=vocab_size,
         norm_eps=positive_float(params, "norm_eps", 1e-5, path),
         rope_theta=positive_float(params, "rope_theta", 10_000.0, path),
-        **dtype,
+        **config_dtypes(shards[0]),
     )
     config = _with_context_and_rope(config, params, "rope.freqs" in shards[0], path)
     layout = Layout(

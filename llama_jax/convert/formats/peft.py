@@ -167,7 +167,7 @@ def _read_tensors(folder: AnyPath) -> tuple[AnyPath, dict[str, StoredTensor]]:
 
 
 def _check_settings(settings: dict[str, Any], path: AnyPath) -> None:
-    """Refuses what is not plain LoRA.
+    """Refuses settings that are not plain LoRA.
 
     Raises:
         InputError: a key asks for a feature that is not supported, or has a wrong type.
@@ -250,7 +250,7 @@ def _check_target_modules(
                 has = "has" if name in targets else "has no"
                 raise InputError(
                     f"{path} and the tensors next to it disagree: {full[1:]} {has} pair there, but"
-                    f" target_modules says otherwise: fetch both again"
+                    " target_modules says otherwise: fetch both again"
                 )
 
 

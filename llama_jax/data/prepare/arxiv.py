@@ -76,7 +76,7 @@ def rules(settings: ArxivEntry) -> list[Rule]:
 
 
 def _change(function: Callable[[str], str]) -> Callable[[Document], Document | None]:
-    """Returns a rule of a function of the text; a document without text is removed."""
+    """Returns a rule's function that changes the text; it removes a document without text."""
 
     def apply(document: Document) -> Document | None:
         text = function(document.text)
@@ -133,7 +133,7 @@ def _remove_between(border: re.Pattern[str], text: str) -> str:
 
 
 def _read_bulk(file: IO[bytes]) -> Iterator[Document]:
-    """Yields the submissions of a bulk file; one is in memory."""
+    """Yields the submissions of a bulk file; only one is in memory at a time."""
     with tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None

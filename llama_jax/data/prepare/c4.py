@@ -27,7 +27,7 @@ def rules(settings: C4Entry) -> list[Rule | Grouping]:
     """Returns C4's steps.
 
     Raises:
-        InputError: a package is missing, or the list of words.
+        InputError: a package or the list of words is missing.
     """
     check_html_packages()
     n = settings.min_sentences

@@ -1,6 +1,6 @@
 """The programming languages of files, by their names.
 
-The 32 languages and their suffixes are those of CodeParrot's github-code
+The 30 languages and their suffixes are those of CodeParrot's github-code
 (https://huggingface.co/datasets/codeparrot/github-code).
 """
 
@@ -42,7 +42,7 @@ _BY_NAME = {"Makefile": "Makefile", "Dockerfile": "Dockerfile", "CMakeLists.txt"
 
 
 def code_language(path: str) -> str:
-    """Returns the programming language of a file, "" if its name is none of a known language."""
+    """Returns the programming language of a file, "" if its name doesn't tell one of the 30."""
     name = path.rsplit("/", 1)[-1]
     suffix = "." + name.rsplit(".", 1)[1] if "." in name else ""
     return _BY_NAME.get(name) or _BY_SUFFIX.get(suffix) or _BY_SUFFIX.get(suffix.lower(), "")

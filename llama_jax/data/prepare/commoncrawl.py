@@ -37,14 +37,14 @@ def read(path: AnyPath) -> Iterator[Document]:
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     kinds = WarcRecordType.response | WarcRecordType.conversion
-    # fastwarc takes the end of a truncated gzip member for the end of the file: Python unpacks it.
+    # fastwarc treats the end of a truncated gzip member as the end of the file, so Python unpacks.
     with open_plain(path) as file:
         try:
             records = ArchiveIterator(
                 cast(BinaryIO, file),
                 record_types=kinds,
                 parse_http=True,
-                auto_decode="none",  # of a body that can't be decoded the rest could not be read
+                auto_decode="none",  # a body that fastwarc can't decode would be cut short
                 stream_detect=False,
             )
             for record in records:
@@ -59,17 +59,17 @@ def read(path: AnyPath) -> Iterator[Document]:
 
 
 def check_html_packages() -> None:
-    """Checks that the packages are installed which read WARC files and HTML pages.
+    """Checks that the packages that read WARC files and HTML pages are installed.
 
     Raises:
-        InputError: one isn't.
+        InputError: one is missing.
     """
     for module in ("fastwarc.warc", "resiliparse.extract.html2text"):
         check_package(module, "resiliparse, which reads web pages", "prepare")
 
 
 def _page_text(record: Any, path: AnyPath) -> str:
-    """Returns the text of a page; '' if a record is none, or can't be decoded."""
+    """Returns the text of a page; '' if the record is no page, or can't be decoded."""
     http, body = record.http_headers, record.reader.read()
     if len(body) < record.content_length:
         raise InputError(f"{path} is truncated: fetch it again")
@@ -122,7 +122,7 @@ def _join_chunks(body: bytes) -> bytes:
 def extract_text(body: bytes, charset: str | None) -> str:
     """Returns the main text of an HTML page, without navigation, headers and footers.
 
-    Of a page whose blocks are nested deeper than in any browser, all text is returned.
+    If the blocks of a page are nested deeper than any browser allows, all text is returned.
     """
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
@@ -135,7 +135,7 @@ def extract_text(body: bytes, charset: str | None) -> str:
     return extract_plain_text(html, main_content=main_content, alt_texts=False)
 
 
-_MAX_DEPTH = 512  # the one of browsers
+_MAX_DEPTH = 512  # the limit of browsers
 _NESTED = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
 
 
@@ -179,7 +179,7 @@ def long_enough(min_characters: int) -> Rule:
 def duplicate_lines(n_files: int | None) -> Grouping:
     """Returns the step that removes each line that an earlier line equals, in the same page too.
 
-    Lines are compared as `normalize_line` writes them. A page without lines is removed.
+    Lines are compared as `normalize_line` returns them. A page without lines is removed.
 
     Args:
         n_files: number of consecutive files whose lines are compared; None: all.

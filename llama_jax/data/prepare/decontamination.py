@@ -8,7 +8,6 @@ n-grams of evaluation sets, about 3 of the 6·10^12 n-grams of 10^12 words match
 """
 
 import functools
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 
 from llama_jax.data.prepare.document import Document
 from llama_jax.data.prepare.grouping import Grouping
+from llama_jax.data.prepare.minhash import MULTIPLIER, hash_word
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath, list_files, parse_path, read_file, write_file
 
@@ -29,7 +29,6 @@ _MAX_PIECES = 10
 _REFERENCE = "GPT-3 (arXiv 2005.14165), appendix C"
 _WORD = re.compile(r"[^\W_]+")
 _ROW = np.dtype([("hash", "<u8"), ("item", "<u4"), ("words", "u1")])
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd: n-grams collide only if their words' hashes do
 
 
 class NgramIndex(NamedTuple):
@@ -66,10 +65,7 @@ class Hits(NamedTuple):
     ends: np.ndarray
 
 
-@functools.lru_cache(maxsize=1 << 17)
-def _hash_word(word: str) -> int:
-    digest = hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+_hash_word = functools.lru_cache(maxsize=1 << 17)(hash_word)
 
 
 def _hash_words(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +80,8 @@ def _hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
     count = max(len(words) - n + 1, 0)
     hashes = np.full(count, n, np.uint64)
     for i in range(n):
-        hashes = hashes * np.uint64(_MULTIPLIER) + words[i : i + count]
-    # Mixes high bits into low ones (splitmix64), so that any bits of the hash are uniform.
+        hashes = hashes * np.uint64(MULTIPLIER) + words[i : i + count]
+    # Mixes high bits into low ones (the start of SplitMix64), so that any bits of it are uniform.
     hashes ^= hashes >> np.uint64(30)
     hashes *= np.uint64(0xBF58476D1CE4E5B9)
     return hashes ^ (hashes >> np.uint64(31))

@@ -30,7 +30,7 @@ class Document(NamedTuple):
 def write_lines(path: Path, documents: Iterable[Document]) -> None:
     """Writes documents as JSON lines with `id`, `text`, `metadata`, into a local file.
 
-    The file grows meanwhile. Equal documents give equal bytes.
+    The documents are written one by one. Equal documents give equal bytes.
     """
     with zstd.open(path, "wb") as file:
         file.write(b"")  # without documents the file has a frame, too

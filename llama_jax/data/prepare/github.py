@@ -48,8 +48,8 @@ def read(path: AnyPath) -> Iterator[Document]:
     """Yields every file of a repository, or the file of each JSON line or row.
 
     The metadata are `repository`, `path`, `license` (an SPDX expression; "" if unknown) and
-    `language`. Bytes that are not UTF-8 become U+FFFD. Of a file above the limit, the text is
-    the part that is one byte longer than the limit.
+    `language`. Bytes that are not UTF-8 become U+FFFD. A file above the limit is cut one
+    byte above it, so that the rule `size` removes it.
 
     Raises:
         InputError: the input can't be read, is damaged, or a line has no content or path.

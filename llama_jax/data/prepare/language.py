@@ -14,8 +14,8 @@ _MIN_LETTERS = 40
 _CERTAIN = 0.5  # probability from which a paragraph counts
 _LABELS = 8  # that can matter: the variants of a language, and one other
 _LETTER = re.compile(r"[^\W\d_]")
-# Labels that the classifier gives to texts of another label, as well: Serbo-Croatian and its
-# standards, and the standards of Norwegian.
+# Groups of labels that the classifier confuses: Serbo-Croatian and its standards, and the standards
+# of Norwegian.
 _VARIANTS = ({"hr", "sr", "bs", "sh"}, {"no", "nn"})
 
 
@@ -44,7 +44,7 @@ def load_fasttext(path: str | None) -> Any:
 
 
 def classify(text: str, classifier: Any, n_labels: int = -1) -> dict[str, float]:
-    """Returns the probabilities of the most probable labels of a text; -1: of all."""
+    """Returns the probabilities of the `n_labels` most probable labels of a text; -1: of all."""
     # fastText takes one line, and no half of a surrogate pair.
     line = " ".join(text.split()).encode(errors="replace").decode()
     return {found["lang"]: found["score"] for found in classifier.detect(line, k=n_labels)}

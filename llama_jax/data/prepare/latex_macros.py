@@ -68,7 +68,7 @@ class _Expander:
         self._remaining = limit  # characters
 
     def expand(self, text: str, depth: int = 0, active: frozenset[str] = frozenset()) -> str:
-        """Returns a text with its macros expanded, except the ones of which it is the body."""
+        """Returns a text with its macros expanded, except `active`: those in whose bodies it is."""
         output, position = list[str](), 0
         if "\\" not in text or depth > _MAX_DEPTH:
             return text
@@ -99,7 +99,7 @@ class _Expander:
             raise _TooLong
 
     def _define(self, text: str, start: int, ends: dict[int, int]) -> int | None:
-        """Notes a definition and returns its end; None: there is no definition that we expand."""
+        """Stores a definition and returns its end; None: there is no definition that we expand."""
         match = _DEFINITION.match(text, start)
         if not match or (end := ends.get(match.end())) is None:
             return None

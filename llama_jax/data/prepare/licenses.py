@@ -3,9 +3,6 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-# The paper's projects are "distributed under the Apache, BSD and MIT licenses" (section 2.1).
-ALLOWED = ("MIT", "BSD", "Apache")
-
 # The first sentence of each licence's own terms, or its title, in the form of `_words`. The licence
 # whose sentence comes first in a file is the file's licence: the GPL also mentions the LGPL.
 _FIRST_SENTENCES = {

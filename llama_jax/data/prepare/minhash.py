@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.epoch_order import splitmix64
 from llama_jax.errors import check_package
 
 BANDS, ROWS = 20, 6
 # A pair of sets with Jaccard similarity s shares a band with probability 1 - (1 - s^ROWS)^BANDS:
 # 0.998 at 0.8, 0.70 at 0.6, 0.08 at 0.4, 0.001 at 0.2.
 _SEED = 2302_13971
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
 
 
 def hash_shingles(text: str, n_words: int) -> np.ndarray:
@@ -27,30 +28,20 @@ def hash_shingles(text: str, n_words: int) -> np.ndarray:
     words = re.findall(r"\w+", text.lower())
     if not words:
         return np.empty(0, np.uint64)
-    hashes = {word: _hash_word(word) for word in set(words)}
+    hashes = {word: hash_word(word) for word in set(words)}
     hashes_of_words = np.array([hashes[word] for word in words], np.uint64)
     n_words = min(n_words, len(words))
     n = len(words) - n_words + 1
     sequences = np.zeros(n, np.uint64)
     for i in range(n_words):
-        sequences = sequences * np.uint64(_MULTIPLIER) + hashes_of_words[i : i + n]
-    return np.unique(mix(sequences))
+        sequences = sequences * np.uint64(MULTIPLIER) + hashes_of_words[i : i + n]
+    return np.unique(splitmix64(sequences))
 
 
-def _hash_word(word: str) -> int:
+def hash_word(word: str) -> int:
+    """Returns a hash of a word below 2^64, the same on all machines."""
     digest = hashlib.blake2b(word.encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Returns a bijection of uint64 whose every output bit depends on all input bits.
-
-    Source: the finalizer of SplitMix64 (Steele, Lea, Flood, 'Fast splittable pseudorandom number
-    generators', 2014).
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def check_minhash_package() -> None:
@@ -75,7 +66,7 @@ def hash_bands(shingles: list[np.ndarray]) -> np.ndarray:
     rows = np.array(signatures, np.uint64).reshape(len(shingles), BANDS, ROWS)
     bands = np.broadcast_to(np.arange(BANDS, dtype=np.uint64), rows.shape[:2])
     for i in range(ROWS):
-        bands = mix(bands * np.uint64(_MULTIPLIER) + rows[:, :, i])
+        bands = splitmix64(bands * np.uint64(MULTIPLIER) + rows[:, :, i])
     return bands
 
 

@@ -4,7 +4,7 @@ Four stages of tasks, each of bounded memory:
 
 1. `Signatures` of each file of documents: the set of its word sequences, and its hashes of bands.
 2. `Candidates` of each partition of the hashes: pairs of documents with an equal hash.
-3. `SimilarPairs`: the candidates whose sets are similar indeed.
+3. `SimilarPairs`: the candidates whose sets are similar enough.
 4. `Duplicates`: connected documents form a group, of which all but the first are duplicates.
 
 What remains depends on the documents and on their order only, not on how tasks are run. A document
@@ -30,8 +30,8 @@ from llama_jax.runtime.storage import AnyPath
 # The hashes of this many files of documents are sorted by one task: about 10 million hashes if a
 # file has 64 MB and a document 1 kB.
 FILES_PER_PARTITION = 8
-# Documents with an equal hash are compared with the first of them, not all with all: the number of
-# pairs grows linearly with the number of copies.
+# Documents with an equal hash are compared with the first 8 of them, not all with all: the number
+# of pairs grows linearly with the number of copies.
 _LEADERS = 8
 _BATCH = 1 << 22  # characters of the documents whose signatures are computed together
 
@@ -155,6 +155,7 @@ class Signatures:
             yield np.cumsum(np.concatenate(sizes))
             hashes[:] = [_sorted_rows(np.concatenate(hashes))]
 
+        # `write_numbers` takes the sections in order: the hashes are sorted once all sets are read.
         write_numbers(
             self.output,
             read_sets(),

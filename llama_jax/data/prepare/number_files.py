@@ -15,7 +15,7 @@ def write_numbers(path: AnyPath, *sections: Iterable[np.ndarray]) -> None:
 
     Args:
         path: of the file.
-        sections: the arrays of each section; they are taken in order, and written at once.
+        sections: the arrays of each section. Each array is written before the next one is taken.
 
     Raises:
         Fault: the system can't write it.

@@ -35,8 +35,9 @@ from llama_jax.runtime.storage import (
     write_file,
 )
 
-# Of raw files to a partition of their keys. The lines of a gigabyte of WARC files (20 % of it is
-# text) have some 100 MB of keys; those of a gigabyte of compressed text a few times as many.
+# Bytes of raw files for each partition of their keys. The lines of a gigabyte of WARC files (20 %
+# of it is text) have some 100 MB of keys; those of a gigabyte of compressed text a few times as
+# many.
 _PARTITION_BYTES = 1 << 28
 _MEASURED_FILES = 16  # whose mean size stands for all: in a bucket each size is a request
 
@@ -81,10 +82,10 @@ def prepare_sources(
             run_tasks(groups, title=f"preparing: duplicates before stage {stage}", **run)
         parts = [task for plan in unfinished for task in plan.part_tasks(stage)]
         run_tasks(parts, title=f"preparing: stage {stage}", **run)
-    # Each takes a moment: less than a process that would run it.
+    # Each takes less time than a process takes to start.
     finish = [plan.finish_task() for plan in unfinished]
     run_tasks(finish, title="preparing: funnels", workers=1, part=part, progress=progress)
-    # Other processes may still look for the files of a stage.
+    # With a part, other processes may still look for the files of a stage.
     if part is None:
         for plan in plans:
             remove_tree(plan.layout.work)

@@ -17,7 +17,7 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass
 class RuleCount:
-    """What a rule was given, and what it removed."""
+    """The documents that a rule received, removed and changed."""
 
     documents: int = 0
     characters: int = 0

@@ -4,18 +4,17 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from llama_jax.data.prepare.document import Document
-from llama_jax.data.text_files import is_json_lines, parse_json_line, read_lines
+from llama_jax.data.text_files import COMPRESSED, is_json_lines, parse_json_line, read_lines
 from llama_jax.errors import InputError
 from llama_jax.runtime.storage import AnyPath
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def inner_suffix(path: AnyPath) -> str:
     """Returns the suffix of a file without that of its compression, in lower case: `.xml`."""
     name = PurePosixPath(path.name.lower())
-    return PurePosixPath(name.stem).suffix if name.suffix in _COMPRESSED else name.suffix
+    return PurePosixPath(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def read_json_documents(path: AnyPath, *fields: str) -> Iterator[Document]:

@@ -61,8 +61,8 @@ _LANGUAGE = re.compile(r"([a-z]{2})(?:[-_@][a-zA-Z]+)*")  # de, pt_BR, sr@latin,
 def language_of_path(path: str) -> str:
     """Returns the language that a path names: the last of its parts that is a language's code.
 
-    A part is a folder, or of the file's name what is between dots: `help/de/index.html`,
-    `handbook/ro-RO/preface.html`, `preface.sv.html`. "" if there is none; two letters otherwise.
+    A part is a folder, or a piece of the file's name between two dots: `help/de/index.html`,
+    `handbook/ro-RO/preface.html`, `preface.sv.html`. The code has two letters; "" if there is none.
     """
     *folders, name = path.split("/")
     for part in [*reversed(name.split(".")[1:-1]), *reversed(folders)]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import peer, tiny_model
+from object_store import store_of_this_process
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.model_folders import load_model
@@ -26,6 +27,7 @@ from llama_jax.inference.stream import stream
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.transformer import forward
 from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.runtime.storage import parse_path
 from llama_jax.tokenizer.tokenizer import load_tokenizer
 
 CONFIG = tiny_model(dim=256, hidden_dim=512, n_heads=4, n_kv_heads=2, head_dim=64, context=512)
@@ -103,6 +105,24 @@ def test_every_type_is_read_as_by_the_package(tmp_path, kind):
     exact = norms if kind.startswith("Q") else len(numbers)
     counts = {"identical": exact, "converted": len(numbers) - exact}
     assert verify(folder, tmp_path / "m.gguf", progress=False) == counts
+
+
+def test_a_file_in_a_bucket_is_converted_as_a_local_one(tmp_path):
+    peer("moto")
+    peer("s3fs")
+    write(tmp_path / "model.gguf", CONFIG, "Q8_0")
+    with store_of_this_process("s3") as store:
+        path = parse_path(store.url("model.gguf"))
+        path.write_bytes((tmp_path / "model.gguf").read_bytes())
+        source = open_source(path)
+        local = open_source(tmp_path / "model.gguf")
+        assert source.config == local.config
+        for weight in weights(source.config):
+            ((ours,), (theirs,)) = (s.stored_tensors(weight) for s in (source, local))
+            np.testing.assert_array_equal(ours.read(), theirs.read())
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(InputError, match="is cut short: it has"):
+            open_source(path)
 
 
 def test_the_rope_scaling_of_llama31_is_recognized_by_its_factors(tmp_path):

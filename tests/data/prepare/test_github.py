@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 import zipfile
 
@@ -147,6 +148,25 @@ def test_a_bad_input_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}.*{message}"):
         [*github.read(tmp_path / name)]
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+def test_an_archive_with_a_damaged_file_is_named(name, tmp_path):
+    rng = random.Random(0)
+    files = {f"x/{i}.py": "".join(rng.choices("abcdefgh \n", k=30_000)) for i in range(9)}
+    path = tmp_path / name
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for inner, text in files.items():
+                archive.writestr(inner, text)
+    else:
+        write_tar(path, files, f"w:{path.suffix[1:]}")
+    assert len([*github.read(path)]) == 9
+    data = bytearray(path.read_bytes())
+    data[60_000:60_050] = bytes(50)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"{name} is damaged or truncated .*: fetch it again"):
+        [*github.read(path)]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from llama_jax.data.epoch_order import splitmix64
 from llama_jax.data.prepare.minhash import (
     BANDS,
     ROWS,
     hash_bands,
     hash_shingles,
     jaccard,
-    mix,
     overlap,
 )
 
@@ -47,7 +47,7 @@ def test_hashes_are_the_same_on_all_machines():
 def test_mixing_changes_half_of_the_bits():
     x = np.arange(2000, dtype=np.uint64)
     for bit in (0, 31, 63):
-        changed = np.bitwise_count(mix(x) ^ mix(x ^ np.uint64(1 << bit)))
+        changed = np.bitwise_count(splitmix64(x) ^ splitmix64(x ^ np.uint64(1 << bit)))
         assert abs(changed.mean() - 32) < 4 * 4 / 2000**0.5  # 4 is the standard deviation
 
 
