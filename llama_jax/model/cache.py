@@ -127,7 +127,7 @@ def _to_stored(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def from_stored(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns numbers of a cache in `dtype`, also if the cache contains the bits of bfloat16."""
+    """Returns numbers of a cache in `dtype`, even if the cache contains the bits of bfloat16."""
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     return x.astype(dtype)

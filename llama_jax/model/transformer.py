@@ -120,9 +120,9 @@ def measured_hidden_states(
     ends_BT: jax.Array | None,
     measure: Callable[[jax.Array], Any],
 ) -> tuple[jax.Array, Any]:
-    """Returns `hidden_states`, and what `measure` returns for the output [B, T, D] of each layer.
+    """Returns `hidden_states`, and the results of `measure` for the output [B, T, D] of each layer.
 
-    The latter has a leading axis L; it is None if the layers are not stacked.
+    These have a leading axis L; None if the layers are not stacked.
     """
     check_current_mesh(model.norm[...])
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
