@@ -135,8 +135,8 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
 
     @pl.when(i == 0)
     def _():
-        # After the row's last page the buffer of values has an earlier block, whose weights are 0.
-        # Its values must be finite, because 0 · NaN is NaN.
+        # After a row's last page the buffer still contains values of an earlier block. Their
+        # weights are 0, but they must be finite: 0 · NaN is NaN.
         buffers[1][...] = jnp.zeros_like(buffers[1])
         buffer_ref[0] = 0
         start(row, 0, 0)
