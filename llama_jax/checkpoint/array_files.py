@@ -94,7 +94,7 @@ def copy_shards(
 
     Args:
         items: nested dicts of arrays.
-        replicas: whether to copy each shard on this host, also if another host copies it.
+        replicas: whether to copy each shard on this host, even if another host copies it.
 
     Returns:
         The shards of each item.
@@ -122,7 +122,7 @@ def copy_shards(
 
 
 def sum_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> dict[str, int]:
-    """Returns what this host's shards add to the content sum of each array."""
+    """Returns the partial content sum of this host's shards of each array."""
     sums = dict.fromkeys(stores, 0)
     for name, index, values in shards:
         sums[name] += stored_sum(stores[name], [([part.start or 0 for part in index], values)])

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from llama_jax.checkpoint.array_files import dotted
 from llama_jax.checkpoint.content_sums import complete_sums, stored_sum
 from llama_jax.errors import InputError
-from llama_jax.model.summary import path_names
 from llama_jax.parallel.replicas import Position, position_of, spread_over_hosts
 from llama_jax.runtime import damage, hosts, zarr_arrays
 from llama_jax.runtime.damage import Damaged, classify_errors
@@ -45,8 +45,8 @@ def load_items(
         where: the folder of the checkpoint.
         names: the files in its manifest.
         wanted: for each item, a tree of abstract arrays.
-        sums: the content sums in its manifest, to be compared; all hosts then call this. None if
-            the caller compares fingerprints.
+        sums: the content sums in its manifest, with which those of the arrays are compared; all
+            hosts then call this. None if the caller compares fingerprints.
         aliased: whether arrays on a CPU may be the memory into which their files were read. This
             saves a copy of each, but JAX can't overwrite this memory: a program to which they are
             donated allocates its results anew.
@@ -61,13 +61,13 @@ def load_items(
         _check_shapes(where, item, stores[item], tree)
     parts = dict[str, int]()
     opened = [
-        (stores[item][_dotted(path)], like)
+        (stores[item][dotted(path)], like)
         for item, tree in wanted.items()
         for path, like in jax.tree.leaves_with_path(tree)
     ]
 
     def load(item: str, path: tuple[Any, ...], like: Any) -> jax.Array:
-        name, reads = _dotted(path), next(reads_ahead)
+        name, reads = dotted(path), next(reads_ahead)
         array = _make_array(reads, like)
         if sums is not None:
             parts[f"{item}/{name}"] = _sum_shards(stores[item][name], reads, like)
@@ -95,7 +95,7 @@ def _read_ahead(
     ahead, and more while all together have at most `_AHEAD_BYTES`.
 
     Args:
-        arrays: the stored array, and the abstract array that this host needs.
+        arrays: pairs of a stored array and the abstract array that it becomes.
         start_read: starts to read a part of a stored array; returns a future.
     """
     ahead, n_bytes = deque[tuple[dict[Position, Any], int]](), 0
@@ -149,7 +149,7 @@ def _make_array(reads: dict[Position, Any], like: Any) -> jax.Array:
 
 
 def _sum_shards(store: Any, reads: dict[Position, Any], like: Any) -> int:
-    """Returns what this host adds to the content sum: of several hosts, one adds each shard."""
+    """Returns this host's partial content sum: of the hosts that have a shard, one counts it."""
     (adds,) = spread_over_hosts([like])
     ours = [position for position in reads if adds[position] == jax.process_index()]
     return stored_sum(store, (([a or 0 for a, _ in p], reads[p].result()) for p in ours))
@@ -184,7 +184,7 @@ def _check_shapes(
         InputError: an array is missing, unknown or of another shape.
     """
     found = {name: tuple(store.shape) for name, store in stores.items()}
-    expected = {_dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(wanted)}
+    expected = {dotted(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(wanted)}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise InputError(
@@ -192,7 +192,3 @@ def _check_shapes(
                 f" {item}.{name} is {found.get(name, 'absent')} in the checkpoint, but"
                 f" {expected.get(name, 'absent')} in the configuration"
             )
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(path_names(path))

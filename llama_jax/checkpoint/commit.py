@@ -1,4 +1,4 @@
-"""Commits a checkpoint of several hosts: host 0 writes the manifest once all have stored theirs."""
+"""Commits a checkpoint: host 0 writes the manifest once all hosts have stored their shards."""
 
 import json
 import threading
@@ -9,7 +9,7 @@ from llama_jax.checkpoint.content_sums import complete_sums
 from llama_jax.runtime import hosts, manifest
 from llama_jax.runtime.storage import AnyPath, read_many, remove_tree, write_file
 
-_POLL_SECONDS = 0.1  # between two looks at what other hosts have written; at most 20 times as long
+_POLL_SECONDS = 0.1  # until the next look for files of other hosts; doubles up to 20 times as long
 
 
 def commit(
@@ -25,8 +25,8 @@ def commit(
     Args:
         folder: of the checkpoint.
         content: of the manifest, without the content sums.
-        sums: what this host's shards add to the content sum of each array.
-        attempt: names this start of the run: what an earlier one has reported doesn't count.
+        sums: partial content sum of this host's shards of each array.
+        attempt: identifies this start of the run, so that reports of an earlier start don't count.
         closing: set when the run ends, which ends the wait for the other hosts.
         check_owner: raises if another run has taken over the folder; called on host 0.
 

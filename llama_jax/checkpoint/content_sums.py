@@ -19,7 +19,7 @@ _MODULUS = 1 << 64
 
 
 def block_sum(values: np.ndarray, origin: Sequence[int], chunk: Sequence[int]) -> int:
-    """Returns what a block adds to the content sum of its array.
+    """Returns the partial content sum of one block of an array.
 
     Args:
         values: the elements, of 1, 2 or 4 bytes each.
@@ -58,13 +58,13 @@ def _factor(position: Sequence[int]) -> int:
 
 
 def stored_sum(store: Any, blocks: Iterable[tuple[Sequence[int], np.ndarray]]) -> int:
-    """Returns what blocks, given with their origins, add to the content sum of a stored array."""
+    """Returns the partial content sum of blocks of a stored array, given with their origins."""
     chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
     return sum(block_sum(values, origin, chunk) for origin, values in blocks) % _MODULUS
 
 
 def complete_sums(parts: Iterable[Mapping[str, int]]) -> dict[str, str]:
-    """Returns content sums from the parts of all hosts, in 16 hexadecimal digits each."""
+    """Returns content sums from partial ones, in 16 hexadecimal digits each."""
     total = Counter[str]()
     for part in parts:
         total.update(part)

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.checkpoint.array_files import dotted
 from llama_jax.checkpoint.tree import tree_to_dict
-from llama_jax.model.summary import path_names
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
@@ -29,7 +29,7 @@ def start_fingerprints(tree: Any) -> Any:
 def to_text(computed: Any) -> dict[str, str]:
     """Waits for `start_fingerprints` and returns the fingerprints by dotted name."""
     return {
-        ".".join(path_names(path)): "".join(f"{int(part):08x}" for part in leaf)
+        dotted(path): "".join(f"{int(part):08x}" for part in leaf)
         for path, leaf in jax.tree.leaves_with_path(jax.device_get(computed))
     }
 
@@ -64,6 +64,6 @@ def of_array(x: jax.Array) -> jax.Array:
 
 
 def _scramble(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits (two rounds of xor-shift and multiply, as in MurmurHash3)."""
+    """Returns a bijection of 32 bits (two rounds of xor-shift and multiply, as in MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     return (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -76,8 +76,8 @@ def read_model_config(folder: str | AnyPath) -> ModelConfig:
         return read_run_config(folder).model
     path = folder / "config.json"
     content = read_file(path) if path.is_file() else None
-    theirs = content and b'"model_type"' in content and not (folder / "weights").exists()
-    if content is None or theirs:
+    is_huggingface = content and b'"model_type"' in content and not (folder / "weights").exists()
+    if content is None or is_huggingface:
         raise _not_ours(folder)
     try:
         config = TypeAdapter(ModelConfig).validate_json(content)

@@ -1,8 +1,8 @@
 """Checkpoints on each host's own disk or RAM disk, more frequent than the shared ones.
 
-`<path>/<run>/<host>/<step>/` contains the shards of that host's devices, also those of which
-another host has a replica, and a manifest of its own. No host waits for another one while it saves:
-at the next start, the hosts compare which steps they have.
+`<path>/<run>/<host>/<step>/` contains all shards of that host's devices, including replicas of
+other hosts' shards, and a manifest. Hosts don't wait for each other while they save: at the next
+start, they compare which steps they have.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class LocalCheckpoints:
         steps: number of steps of the complete run.
 
     Attributes:
-        steps: the steps between both that the hosts may restore, ascending.
+        steps: the steps after `newest_shared` and before the end that can be restored, ascending.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class LocalCheckpoints:
         """
         self.wait()
         items = {"model": tree_to_dict(trained), "optimizer": tree_to_dict(opt_state)}
-        computed = fingerprint.start_fingerprints(items)  # by all hosts, also by one that failed
+        # All hosts must call this, even one that stores no more checkpoints.
+        computed = fingerprint.start_fingerprints(items)
         if self._failed:
             return
         specs = {item: array_files.array_specs(tree) for item, tree in items.items()}

@@ -76,7 +76,7 @@ def check_base(folder: AnyPath, base: AnyPath, expected: str | None) -> None:
     Args:
         folder: of the pairs.
         base: the model.
-        expected: hash in the manifest of the model of the training.
+        expected: hash in the manifest of the model beside which the pairs were trained.
 
     Raises:
         Damaged: the model is damaged.
@@ -92,7 +92,7 @@ def check_base(folder: AnyPath, base: AnyPath, expected: str | None) -> None:
 
 
 def stored_base(folder: AnyPath) -> str | None:
-    """Returns the hash of the base that the newest checkpoint of a run contains."""
+    """Returns the hash of the base's manifest, which the newest checkpoint of a run contains."""
     where, _ = weights_location(folder)
     return verified_manifest(where).get("base")
 

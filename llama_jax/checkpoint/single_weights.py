@@ -6,6 +6,7 @@ layer is in memory. Both read and write the same folders.
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -53,10 +54,8 @@ class WeightsReader:
         store = self._stores[name]
         with classify_errors(self.folder / name, FAULTS):
             array = (store if layer is None else store[layer]).read().result()
-        values = array if layer is None else array[None]
-        origin = [layer or 0, *[0] * (values.ndim - 1)]
         parts = self._parts[name]
-        parts[layer or 0] = stored_sum(store, [(origin, values)])
+        parts[layer or 0] = _sum_weight(store, layer, array)
         if layer is None or len(parts) == store.shape[0]:
             item = f"model/{name}"
             found = complete_sums({item: part} for part in parts.values())[item]
@@ -73,7 +72,7 @@ class WeightsWriter:
         arrays: each weight, by dotted name.
 
     Attributes:
-        sums: what the weights that were written add to the content sum of each array.
+        sums: partial content sum of each array, of the weights written so far.
     """
 
     def __init__(self, folder: AnyPath, arrays: Mapping[str, ArraySpec]):
@@ -87,7 +86,12 @@ class WeightsWriter:
         store = self._stores[name]
         target = store if layer is None else store[layer]
         writing = target.write(array, can_reference_source_data_indefinitely=True)
-        values = array if layer is None else array[None]
-        origin = [layer or 0, *[0] * (values.ndim - 1)]
-        self.sums[name] += stored_sum(store, [(origin, values)])
+        self.sums[name] += _sum_weight(store, layer, array)
         writing.result()
+
+
+def _sum_weight(store: Any, layer: int | None, array: np.ndarray) -> int:
+    """Returns the partial content sum of a weight, or of its slice for `layer`."""
+    values = array if layer is None else array[None]
+    origin = [layer or 0, *[0] * (values.ndim - 1)]
+    return stored_sum(store, [(origin, values)])

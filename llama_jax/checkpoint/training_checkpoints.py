@@ -43,8 +43,8 @@ class Progress(NamedTuple):
 
     @classmethod
     def of_manifest(cls, content: Mapping[str, Any]) -> "Progress":
-        """Returns the progress in the manifest of a checkpoint; one of version 0.1 has less."""
-        return cls(content["step"], content["data"], content.get("base"), content.get("recent"))
+        """Returns the progress in the manifest of a checkpoint."""
+        return cls(*(content[name] for name in cls._fields))
 
 
 class TrainingCheckpoints:
@@ -161,7 +161,7 @@ class TrainingCheckpoints:
             self._remove_superseded()
 
     def remove_leftovers(self) -> None:
-        """Removes what a killed run could not: old checkpoints, and incomplete ones.
+        """Removes the old and the incomplete checkpoints that a killed run has left.
 
         All hosts call this.
 

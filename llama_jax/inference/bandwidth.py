@@ -3,7 +3,6 @@
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -70,15 +69,11 @@ def copy_bandwidth() -> float:
 def _cpu_copy() -> float:
     cores = cpu_cores()
     source, target = (np.ones(_COPY_BYTES // 4, np.float32) for _ in range(2))
-    parts = list(zip(np.array_split(target, cores), np.array_split(source, cores), strict=True))
+    sources, targets = np.array_split(source, cores), np.array_split(target, cores)
     seconds = []
     with ThreadPoolExecutor(cores) as pool:
         for _ in range(6):
             start = time.perf_counter()
-            list(pool.map(partial(_copy), parts))
+            list(pool.map(np.copyto, targets, sources))
             seconds.append(time.perf_counter() - start)
     return 2 * _COPY_BYTES / statistics.median(seconds[1:])
-
-
-def _copy(part: tuple[np.ndarray, np.ndarray]) -> None:
-    np.copyto(*part)

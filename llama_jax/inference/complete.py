@@ -75,7 +75,7 @@ def prompt_ids(
     if not isinstance(prompt, str):
         return tokenizer.encode_chat(prompt)
     ids = tokenizer.parse(prompt) if parse_special else tokenizer.encode(prompt)
-    # An empty prompt gets the begin token always: the model needs at least one token.
+    # An empty prompt always gets the begin token: the model needs at least one token.
     bos = (tokenizer.add_bos or not prompt) and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id] * bos + ids
 

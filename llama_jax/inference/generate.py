@@ -152,7 +152,7 @@ def decode(
 
     The loop stops when all rows have ended. The result has `capacity` columns, of which at most `n`
     are used, so that one program serves any `n`. Each row needs one free slot more than it
-    generates tokens, because each step writes a slot of every row, also of those that have ended.
+    generates tokens, because each step writes a slot of every row, also of rows that have ended.
     Without `with_logprobs` all log-probabilities are 0 and the `top` alternatives are NO_TOKEN.
     `mask_BW` is that of `limit_logits`, for each of the `n` tokens.
     """

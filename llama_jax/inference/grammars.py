@@ -21,7 +21,7 @@ _LONGEST_REASON = 300  # characters of an error
 
 
 class GrammarConstraint:
-    """The tokens that one text allows next by a grammar; a `Constraint` of the engine.
+    """The tokens that a grammar allows next in one text; a `Constraint` of the engine.
 
     Attributes:
         mask_W: uint32 [W], bit i of word w allows token 32 · w + i.
@@ -34,7 +34,7 @@ class GrammarConstraint:
         self._update()
 
     def copy(self) -> "GrammarConstraint":
-        """Returns the constraint of another text, which has the same tokens so far."""
+        """Returns the constraint of another text that has the same tokens so far."""
         return GrammarConstraint(self._matcher.deep_copy())
 
     def advance(self, token: int) -> None:
@@ -139,10 +139,11 @@ def json_rule(schema: Mapping[str, Any] | bool) -> str:
 
 
 def _close_objects(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a schema whose objects have only the properties that it lists, where it is silent.
+    """Forbids properties that a schema doesn't list, in objects for which it doesn't decide this.
 
-    Its documents are valid by `schema` too. Without it a model invents properties without end. A
-    schema that combines objects is unchanged, because a property may be listed elsewhere.
+    Documents of the result are valid by `schema` too. With `schema` itself a model invents
+    properties without end. A schema that combines objects is unchanged, because a property may be
+    listed elsewhere.
     """
 
     def combines(part: Any) -> bool:

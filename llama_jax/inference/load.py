@@ -41,9 +41,9 @@ def load(
     >>> len(model.layers), model.tok_embeddings.shape  # V, D
     (2, (320, 32))
 
-    If no mesh is set, `load` sets one of all local devices that divide the model. The next model
-    that is loaded this way sets its own mesh; use the first one under `jax.set_mesh(its mesh)` from
-    then on. For another mesh, call `jax.set_mesh` before `load`.
+    If no mesh is set, `load` sets one of as many local devices as divide the model. The next model
+    that is loaded this way sets its own mesh; use the first model under `jax.set_mesh(its mesh)`
+    from then on. For another mesh, call `jax.set_mesh` before `load`.
 
     If the mesh has more devices than the model has key/value heads, each device has a copy of the
     head that its query heads read. The returned config counts these copies as separate heads; the
@@ -86,7 +86,7 @@ def load(
     set_default_mesh(partial(tensor_mesh, config))
     copies = max(1, head_shards() // config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
-    # Copies of the key/value heads divide by the shards if the shards divide by the heads.
+    # If the number of shards is a multiple of the heads, each shard gets a copy of one head.
     can_copy = head_shards() % config.n_kv_heads == 0
     check_divides(jax.sharding.get_mesh(), all_heads if can_copy else config)
     if copies == 1:

@@ -1,4 +1,4 @@
-"""Packs token sequences into rows that are prefix trees: common beginnings stand once.
+"""Packs token sequences into rows that are prefix trees: a common prefix is stored once.
 
 A row is the depth-first order of a tree whose paths are the sequences. Each token has its depth as
 its position, and attends to its ancestors (`attention`, `ends_BT`).
@@ -7,8 +7,9 @@ its position, and attends to its ancestors (`attention`, `ends_BT`).
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# A sequence joins its predecessor in sorted order if they share this part of it. Otherwise either
-# fills a gap in any row: there it still shares what the sequences of that row have in common.
+# In sorted order, a sequence joins the group of its predecessor if their common prefix is at least
+# this share of the sequence. Otherwise it starts a new group, which fills a gap in any row: a
+# prefix in common with the sequences of that row is still stored once.
 _SHARED_PART = 1 / 4
 
 
@@ -74,7 +75,7 @@ def pack(requests: Sequence[ScoreRequest], members: Sequence[int], capacity: int
     """Returns rows of at most `capacity` tokens and pairs with some of the requests.
 
     Each of these requests, given by their indices, must fit a row by itself. Those with a long
-    common beginning are in one row if they fit; these groups fill the rows by best fit, the largest
+    common prefix are in one row if they fit; these groups fill the rows by best fit, the largest
     first.
     """
     groups = sorted(_groups(requests, members, capacity), key=lambda group: -group[1])
@@ -89,7 +90,7 @@ def pack(requests: Sequence[ScoreRequest], members: Sequence[int], capacity: int
 def _groups(
     requests: Sequence[ScoreRequest], members: Sequence[int], capacity: int
 ) -> list[tuple[list[int], int]]:
-    """Returns groups of requests with a common beginning, and an upper bound of each one's size."""
+    """Returns groups of requests with a common prefix, and an upper bound of each group's size."""
     groups: list[tuple[list[int], int]] = []
     group: list[int] = []
     n_tokens = n_scored = 0

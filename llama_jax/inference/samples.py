@@ -23,11 +23,10 @@ def continue_prompts(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
 ) -> list[str]:
-    """Returns the text that the model generates after each prompt, up to an end token.
+    """Returns the text that the model generates greedily after each prompt, up to an end token.
 
-    All hosts call it, with the same prompts. Row i is drawn with seed i.
+    All hosts call it, with the same prompts.
 
     Args:
         config: the model's config.
@@ -35,7 +34,6 @@ def continue_prompts(
         tokenizer: the model's tokenizer.
         prompts: token ids, at least one for each prompt; with the new tokens they fit the context.
         max_new_tokens: the most tokens that follow a prompt.
-        sampling: the sampling settings of all rows.
     """
     # The mesh splits a batch into shards of equal size: the last prompt fills the rest.
     rows = -(-len(prompts) // batch_shards()) * batch_shards()
@@ -49,8 +47,8 @@ def continue_prompts(
         model,
         shard_array(tokens, "BT"),
         shard_array(lengths, "B"),
-        sampling,
-        shard_array(np.arange(rows, dtype=np.uint32), "B"),
+        Sampling(),
+        shard_array(np.zeros(rows, np.uint32), "B"),  # greedy decoding uses no seeds
         max_new_tokens=max_new_tokens,
         end_ids=tuple(sorted(tokenizer.end_ids)),
     )

@@ -213,7 +213,8 @@ def _filter_logits(sampling: SamplingArrays, logits_BV: jax.Array) -> jax.Array:
     """Returns logits divided by temperature, their maximum shifted to 0, excluded tokens at -inf.
 
     Tokens that tie with the last included token are included as well (with top-p, transformers
-    excludes some of them, by the order of its sort). Rows with temperature 0 have no meaning.
+    excludes some of them, by the order of its sort). The results of rows with temperature 0 have no
+    meaning.
     """
     drawn_B = sampling.temperature_B > 0
     best_B = jnp.max(logits_BV, axis=-1)

@@ -1,4 +1,4 @@
-"""Scores token sequences: log-probabilities of given tokens; common beginnings are computed once.
+"""Scores token sequences: log-probabilities of given tokens; common prefixes are computed once.
 
 The sequences are packed as prefix trees (`prefix_trees`), which need no KV cache.
 """
@@ -33,7 +33,8 @@ class Score(NamedTuple):
 
     Attributes:
         logprobs: float32, one of each scored token [nats].
-        greedy: whether each scored token is the most likely one; of equal ones, the first.
+        greedy: whether each scored token is the most likely one; among equally likely tokens, the
+            one with the lowest id.
     """
 
     logprobs: np.ndarray
@@ -53,7 +54,7 @@ class Trees(NamedTuple):
     ends_BS: jax.Array
     queries_BS: jax.Array
     targets_BS: jax.Array
-    n_pairs: int | jax.Array  # of the row that has most
+    n_pairs: int | jax.Array  # of the row with the most pairs
 
 
 class PairLogprobs(NamedTuple):
@@ -135,7 +136,7 @@ def _batches(
     for index, request in enumerate(requests):
         members[row_length(len(request.tokens) - 1)].append(index)
     for length in sorted(members, reverse=True):
-        # Rows with as many pairs as their neighbours: a batch computes those of the row with most.
+        # Sorted, because each row of a batch costs as many pairs as the row with the most.
         rows = sorted(pack(requests, members[length], length), key=lambda row: len(row.queries))
         size = max(1, row_tokens // length) * batch_shards()
         for start in range(0, len(rows), size):

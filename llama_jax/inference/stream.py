@@ -86,10 +86,10 @@ def stream(
 def cache_slots(n_prompt: int, max_new_tokens: int) -> int:
     """Returns the slots of the KV cache with which `stream` continues a prompt.
 
-    They contain the padded prompt, or the prompt and its continuation if that is longer, and one
-    slot more, which `decode` needs.
+    They contain the prompt, its continuation, and one slot more, which `decode` needs. The padding
+    of the prompt fits too, and new tokens overwrite it.
     """
-    return _round_up(max(_round_up(n_prompt), n_prompt + max_new_tokens) + 1)
+    return _round_up(n_prompt + max_new_tokens + 1)
 
 
 def _round_up(number: int) -> int:

@@ -8,12 +8,11 @@ from llama_jax.model import attention_xla
 from llama_jax.model.cache import LayerCache, gather_pages, write_cache
 from llama_jax.model.remat import save_for_backward
 from llama_jax.parallel.collectives import gather_sequence
-from llama_jax.parallel.mesh import context_shards, platform
+from llama_jax.parallel.mesh import LANES, context_shards, platform
 from llama_jax.parallel.sharding import activation_spec
 
 # The modules of Pallas kernels are imported where they are used: Pallas takes 0.15 s.
 PLATFORM_KERNELS = {"tpu": "splash", "gpu": "cudnn"}
-_LANES = 128  # of a TPU's vector unit
 
 
 def attention(
@@ -122,7 +121,7 @@ def has_decode_kernel(kernel: str, H: int) -> bool:
         kernel: as in `attention`.
         H: the head size.
     """
-    return platform() == "tpu" and kernel != "xla" and H % _LANES == 0
+    return platform() == "tpu" and kernel != "xla" and H % LANES == 0
 
 
 def cached_attention(
@@ -134,17 +133,17 @@ def cached_attention(
 ) -> jax.Array:
     """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
-    A query attends to the slots 0 … its position, for its own key and value are in the slot of that
-    number. The caller divides q by √H.
+    A query attends to the slots 0 … its position, the last of which has its own key and value. The
+    caller divides q by √H.
 
     Args:
         kernel: as in `attention`. On a TPU, one query per row of slots uses `attention_decode`
-            unless this is 'xla' or the kernel doesn't support the shape; all else uses 'xla', which
-            copies the rows' pages, but reads them where they are on a CPU.
+            unless this is 'xla' or the kernel doesn't support the shape. All other cases use 'xla',
+            which copies the rows' pages first, except on a CPU: there it reads them in place.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
-    cache = jax.tree.map(lambda x: jax.reshard(x, activation_spec("BKSH"[: x.ndim])), cache)
+    cache = jax.tree.map(jax.reshard, cache, _cache_specs(cache))
     B, T, N, H = q_BTNH.shape
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
@@ -240,4 +239,5 @@ def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.A
 
 
 def _cache_specs(cache: LayerCache) -> LayerCache:
+    """Returns the sharding of each array of a layer's cache."""
     return jax.tree.map(lambda x: activation_spec("BKSH"[: x.ndim]), cache)

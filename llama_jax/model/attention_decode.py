@@ -13,11 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax.model.cache import LayerCache
-from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.mesh import LANES, platform
 
-_LANES = 128  # of a TPU's vector unit
-# Of the keys of a block, and of its values. On v5e, reading both takes 1,900 cycles; the kernel's
-# code for a block has 690 instructions, which run meanwhile.
+# Bytes of the keys in a block, and of the values. On v5e, reading both takes 1,900 cycles; the
+# kernel's code for a block has 690 instructions, which run meanwhile.
 BLOCK_BYTES = 1 << 19
 
 
@@ -68,8 +67,8 @@ def attention(q_BKGH: jax.Array, cache: LayerCache, position_B: jax.Array) -> ja
 
 
 def _block_size(S: int, slot_bytes: int) -> int:
-    """Returns the slots of a block: all S, or a power of 2 of at least `_LANES`."""
-    slots = max(_LANES, BLOCK_BYTES // slot_bytes)
+    """Returns the slots of a block: all S, or a power of 2 of at least `LANES`."""
+    slots = max(LANES, BLOCK_BYTES // slot_bytes)
     return min(S, 1 << slots.bit_length() - 1)
 
 
@@ -90,7 +89,7 @@ def _kernel(position_B, q_ref, k_ref, v_ref, *refs, size: int, S: int, is_int8: 
         K, dtype = q_ref.shape[1], q_ref.dtype
         for k in range(K):
             values_sH = v_ref[0, k].astype(dtype)
-            if S % size:  # the last block ends after the cache, and has anything there
+            if S % size:  # the last block ends after the cache: its values there are undefined
                 slots_s1 = block * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
                 values_sH = jnp.where(slots_s1 < S, values_sH, jnp.zeros_like(values_sH))
             scales = [x if x is None else x[0, k : k + 1] for x in (k_scale_ref, v_scale_ref)]
@@ -108,9 +107,9 @@ def add_slots(q_GH, keys_sH, values_sH, scales, position, softmax) -> None:
 
     Args:
         q_GH: queries.
-        keys_sH: keys of the slots.
-        values_sH: values of the slots, in the dtype of the queries as the keys.
-        scales: those of keys and of values, [1, s] each; None: there are none.
+        keys_sH: keys of the slots, in the dtype of the queries.
+        values_sH: values of the slots, in the same dtype.
+        scales: those of keys and of values, [1, s] each; None if there are none.
         position: the last slot that the queries attend to.
         softmax: references to the largest score [G, 1] so far, the sum of weights [G, 1], and the
             weighted sum of values [G, H].

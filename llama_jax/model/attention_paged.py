@@ -1,12 +1,13 @@
 """Attention of one new token per row over a KV cache in pages: a Pallas kernel for TPU.
 
 As in `attention_decode`, keys and values stream once through the matrix unit. The pages of a row
-are anywhere in the pool: each is copied on its own, while the block of pages before is computed.
-The first block of a row is copied during the last block of the row before.
+are anywhere in the pool: each is copied on its own, while the previous block of pages is computed.
+The first block of a row is copied while the last block of the previous row is computed.
 
 The kernel also writes the new token into the row's page, in place. So only the kernel accesses the
-pool, and XLA leaves it in the layout of the kernel: from a scatter of its own it would rearrange
-all scales of an int8 cache in each step. On other platforms the kernel is interpreted (slow).
+pool, and XLA leaves it in the layout of the kernel. If XLA wrote the token by a scatter, it would
+rearrange all scales of an int8 cache in each step. On other platforms the kernel is interpreted
+(slow).
 """
 
 from functools import partial
@@ -32,16 +33,16 @@ def attention(
 ) -> tuple[jax.Array, LayerCache]:
     """Returns softmax(q·k) v of this device's rows and heads, [B, K, G, H] in q's dtype.
 
-    For use in `jax.shard_map`. A query attends to the slots 0 … its position. A row without pages
-    gets anything finite.
+    For use in `jax.shard_map`. A query attends to the slots 0 … its position. The result of a row
+    without pages is finite and has no meaning.
 
     Args:
         q_BKGH: queries.
         k_BKH: keys of the new tokens.
         v_BKH: values of the new tokens.
         cache: the pool.
-        position_B: of the new tokens.
-        pages_BP: of each row; the page of its position belongs to no other row.
+        position_B: positions of the new tokens, which are also their slots.
+        pages_BP: pages of each row; the page of its position belongs to no other row.
 
     Returns:
         The attention output, and the pool with the new tokens.
@@ -94,7 +95,8 @@ def attention(
 def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
     """Computes the attention of one row, `n` pages at a time."""
     *refs, largest_ref, total_ref, sum_ref, semaphores, buffer_ref = refs
-    n_arrays = len(refs) // 3  # the pool before, which is the one after; that; buffers
+    # The pool as an input, the output, the pool as an output (the same memory), the buffers.
+    n_arrays = len(refs) // 3
     out_ref, pools = refs[n_arrays], refs[n_arrays + 1 : 2 * n_arrays + 1]
     buffers = refs[2 * n_arrays + 1 :]
     i, rows = pl.program_id(1), pl.num_programs(1)
@@ -133,7 +135,8 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
 
     @pl.when(i == 0)
     def _():
-        # The end of a block may be of an earlier one, with a weight of 0: it must be finite.
+        # After a row's last page the buffer still contains values of an earlier block. Their
+        # weights are 0, but they must be finite: 0 · NaN is NaN.
         buffers[1][...] = jnp.zeros_like(buffers[1])
         buffer_ref[0] = 0
         start(row, 0, 0)
@@ -185,7 +188,7 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
 def _encode(k_ref, v_ref, n_arrays: int) -> list[jax.Array]:
     """Returns the contents of a row's new slot in each array of the pool, [K, H] and [K, 1].
 
-    They are float32, which represents bfloat16 and int8 exactly: the kernel selects in it.
+    They are float32, in which `_set_slot` selects: it represents bfloat16 and int8 exactly.
     """
     new = [x[0].astype(jnp.float32) for x in (k_ref, v_ref)]
     if n_arrays == 2:
@@ -195,7 +198,7 @@ def _encode(k_ref, v_ref, n_arrays: int) -> list[jax.Array]:
 
 
 def _tile(page_KS_, slot: jax.Array) -> Any:
-    """Returns the slots of a page that the kernel writes for the sake of one: a tile of memory."""
+    """Returns the slots of the tile of memory with `slot`: the kernel writes complete tiles."""
     if len(page_KS_.shape) == 2:  # slots are lanes
         return pl.ds(0, PAGE)
     size = 32 // page_KS_.dtype.itemsize

@@ -7,13 +7,14 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from llama_jax.parallel.collectives import local_sequence_shard, to_balanced_order
-from llama_jax.parallel.mesh import context_shards, platform
-
-LANES = 128  # of a TPU's vector unit: the kernel needs key blocks of a multiple of this
+from llama_jax.parallel.mesh import LANES, context_shards, platform
 
 
 def unsupported_reason(q_BTNH: jax.Array, shards: int) -> str | None:
-    """Returns why the kernel can't process a sequence of this length on `shards`, or None."""
+    """Returns why the kernel can't process a sequence of this length on `shards`, or None.
+
+    Its blocks of keys must be multiples of LANES.
+    """
     T = q_BTNH.shape[1]
     if T % (LANES * 2 * shards) and (shards > 1 or T % LANES):
         in_chunks = f" in each of {2 * shards} chunks" if shards > 1 else ""

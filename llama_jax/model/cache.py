@@ -46,9 +46,8 @@ class KVCache(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     used_B: jax.Array  # int32: slots in use in each row [tokens]
-    pages_BP: jax.Array | None = (
-        None  # int32: pages of each row, then 0; None: rows own their slots
-    )
+    # int32: pages of each row, then 0; None: rows own their slots.
+    pages_BP: jax.Array | None = None
 
     @property
     def slots(self) -> int:
@@ -105,7 +104,8 @@ def write_cache(
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
     The row must have T free slots: otherwise XLA clamps the start and overwrites earlier slots.
-    In pages, several tokens start at a slot whose number T or `PAGE` divides, the smaller of them.
+    With pages and T > 1, `used_B` must be a multiple of min(T, PAGE): a write may not cross the end
+    of a page.
     """
     k_BKTH, v_BKTH = (
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
@@ -127,7 +127,7 @@ def _to_stored(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def from_stored(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns numbers of a cache in `dtype`, also if the cache contains the bits of bfloat16."""
+    """Returns numbers of a cache in `dtype`, even if the cache contains the bits of bfloat16."""
     if x.dtype == jnp.uint16:
         x = jax.lax.bitcast_convert_type(x, jnp.bfloat16)
     return x.astype(dtype)

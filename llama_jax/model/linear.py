@@ -170,7 +170,7 @@ def _int8_forward(equation: str, x: jax.Array, w: Int8Matrix):
 
 
 def _int8_backward(equation: str, w: Int8Matrix, dy: jax.Array):
-    """Returns the gradient of the activation: that of the matrix would be none."""
+    """Returns the gradient of the activation; an int8 matrix has none."""
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     values, scale, stored = _gather_int8(w, w_dims)
     dx = einsum_in_given_order(

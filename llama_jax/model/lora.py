@@ -39,7 +39,7 @@ class LayerPairs(WeightsModule):
 
 
 class Adapters(WeightsModule):
-    """The pairs of all layers, float32: what LoRA trains. `layers` is a `LayerPairs`, stacked.
+    """The pairs of all layers, float32, which LoRA trains. `layers` is a `LayerPairs`, stacked.
 
     B is zero. A is uniform in ±1/√in, as PEFT draws it (Kaiming's uniform with a = √5).
     """
@@ -73,7 +73,8 @@ def low_rank_dims(dims: str) -> tuple[str, str]:
     )
 
 
-# What a run trains, and has gradients, optimizer state and checkpoints: all weights, or the pairs.
+# The weights that a run trains, which have gradients, optimizer state and checkpoints: all weights
+# of the model, or the pairs.
 Trained = Llama | Adapters
 
 
@@ -94,7 +95,7 @@ class Adapted(WeightsModule):
     ):
         self.base, self.a, self.b = base, pair.a, pair.b
         self.scale, self.dropout = lora.scale, lora.dropout
-        self.key = nnx.data(dropout_key)  # nnx takes an array of keys for static
+        self.key = nnx.data(dropout_key)  # nnx would treat an array of keys as static
 
 
 def attach(

@@ -120,9 +120,9 @@ def measured_hidden_states(
     ends_BT: jax.Array | None,
     measure: Callable[[jax.Array], Any],
 ) -> tuple[jax.Array, Any]:
-    """Returns `hidden_states`, and what `measure` returns for the output [B, T, D] of each layer.
+    """Returns `hidden_states`, and the results of `measure` for the output [B, T, D] of each layer.
 
-    The results have a leading axis L, if the layers are stacked; otherwise there are none.
+    These have a leading axis L; None if the layers are not stacked.
     """
     check_current_mesh(model.norm[...])
     tokens_BT = jax.reshard(tokens_BT, activation_spec("BT"))
@@ -161,8 +161,8 @@ def forward_cached(
     Args:
         config: static under `jax.jit`.
         model: weights of that config.
-        cache: keys and values of the rows' earlier tokens; each row must have T free slots. In
-            pages, a row of length 0 writes none of its own.
+        cache: keys and values of the rows' earlier tokens; each row must have T free slots. With
+            pages, a row of length 0 writes to page 0, not to its own pages.
         tokens_BT: int32 token ids; those after a row's length are padding.
         lengths_B: int32 0 … T, number of tokens in each row; default: T.
     """
@@ -172,7 +172,7 @@ def forward_cached(
     positions_BT = cache.used_B[:, None] + jnp.arange(T)
     pages_BP = cache.pages_BP
     if lengths_B is not None:
-        # A row that is not active should not have its cache read.
+        # Position 0, so that attention doesn't read the cache of a row that is not active.
         positions_BT = jnp.where(lengths_B[:, None] > 0, positions_BT, 0)
         if pages_BP is not None:
             pages_BP = jnp.where(lengths_B[:, None] > 0, pages_BP, 0)
@@ -212,12 +212,15 @@ def _attention(
     k_BTKH = save_for_backward("key", apply_rope(k_BTKH, inputs.sin_cos))
     v_BTKH = save_for_backward("value", matmul(config, "BTD,DKH->BTKH", x_BTD, layer.wv))
     if cache is None:
-        texts = inputs.segments_BT, config.attention, inputs.ends_BT
-        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, *texts)
+        out_BTNH = attention(
+            q_BTNH, k_BTKH, v_BTKH, inputs.segments_BT, config.attention, inputs.ends_BT
+        )
     else:
         assert inputs.used_B is not None
-        where = inputs.used_B, inputs.positions_BT, config.attention, inputs.pages_BP
-        out_BTNH, cache = update_and_attend(q_BTNH, k_BTKH, v_BTKH, cache, *where)
+        out_BTNH, cache = update_and_attend(
+            q_BTNH, k_BTKH, v_BTKH, cache,
+            inputs.used_B, inputs.positions_BT, config.attention, inputs.pages_BP,
+        )  # fmt: skip
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 
 

@@ -104,7 +104,7 @@ def unstack_layers(model: Llama) -> UnstackedLlama:
         layers.append(jax.tree.map(lambda leaf: leaf, model.layers))
         for name, weights in unstacked.items():
             setattr(layers[-1], name, weights[i])
-    output = None if model.output is None else _transpose(model.output, "DV")
+    output = None if model.output is None else _to_decode_layout(model.output, "DV")
     return UnstackedLlama(model.tok_embeddings, tuple(layers), model.norm, output)
 
 
@@ -113,10 +113,10 @@ def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
 
     The layers keep their modules, so that each matrix is freed when it is replaced.
     """
-    return _map_matrices(model, _transpose)
+    return _map_matrices(model, _to_decode_layout)
 
 
-_transpose: Any = stored_jit(static_argnums=1)(transpose_weight)
+_to_decode_layout: Any = stored_jit(static_argnums=1)(transpose_weight)
 
 
 @stored_jit(static_argnums=1)

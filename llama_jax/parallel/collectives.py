@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.parallel.mesh import context_shards, divisors, platform, vocab_shards
+from llama_jax.parallel.mesh import LANES, context_shards, divisors, platform, vocab_shards
 from llama_jax.parallel.sharding import (
     ACTIVATION_AXES,
     BATCH_AXES,
@@ -117,11 +117,11 @@ def _scatter_groups(devices: int, size: int) -> list[list[list[int]] | None]:
     """Returns the `axis_index_groups` of each psum_scatter of an axis of `size` over `devices`.
 
     Normally one psum_scatter over all devices (None) is enough. On 64 TPU chips and more, if a
-    shard is not a multiple of 128 lanes, the compiler would all-reduce the complete array and then
+    shard is not a multiple of LANES, the compiler would all-reduce the complete array and then
     slice it. Two psum_scatters avoid that: over the columns of a square of chips, then over its
     rows. Each device gets the same shard as with one.
     """
-    if platform() != "tpu" or devices < 64 or size // devices % 128 == 0:
+    if platform() != "tpu" or devices < 64 or size // devices % LANES == 0:
         return [None]
     return square_groups(devices)
 

@@ -1,4 +1,4 @@
-"""Copies of key/value heads: there are more devices than heads, so several have the same one."""
+"""Copies of key/value heads: if a mesh has more devices than heads, several have the same head."""
 
 from typing import Any
 

@@ -15,6 +15,8 @@ from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import BATCH_AXES, MESH_AXES, WEIGHT_AXES, activation_spec
 
+LANES = 128  # of a TPU's vector unit
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns an Explicit mesh of `devices` (default: all) with the axes `MESH_AXES`.

@@ -1,7 +1,7 @@
 """Rows of a batch that is split over copies of the model: one row of each copy at a time.
 
-Each copy has as many consecutive rows. A program that takes a row from each of them and puts it
-back moves no data between the copies.
+All copies have equally many rows, which are consecutive. A program that takes a row from each copy
+and puts it back moves no data between the copies.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class RowNumbers(NamedTuple):
 
 
 def number_rows(numbers: Sequence[int], batch: int) -> RowNumbers:
-    """Returns the places of rows of a batch of `batch` rows, at most one of each copy."""
+    """Returns the given rows of a batch of `batch` rows, at most one of each copy."""
     per_copy = batch // batch_shards()
     within_C, active_C = np.zeros(batch_shards(), np.int32), np.zeros(batch_shards(), bool)
     for number in numbers:

@@ -208,7 +208,7 @@ class Endpoints:
             raise RequestError(404, message, param="model", code="model_not_found")
 
     async def _constraint(self, request: GenerationRequest) -> GrammarConstraint | None:
-        """Returns what the format of a request allows; compiling a grammar may take a second."""
+        """Returns the constraint of a request's output; compiling its grammar may take a second."""
         grammar = request.grammar
         if isinstance(request, ChatRequest) and request.choice.required:
             tokenizer = self._tokenizer

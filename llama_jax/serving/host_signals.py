@@ -1,4 +1,4 @@
-"""SIGTERM on several hosts: any of them ends the server, after the requests that are running."""
+"""SIGTERM on several hosts: on any of them it ends the server, after the running requests."""
 
 import itertools
 import os
@@ -14,10 +14,10 @@ _POLL_SECONDS = 0.2
 
 @contextmanager
 def share_sigterm() -> Iterator[None]:
-    """Makes SIGTERM on any host reach host 0, whose server then ends, in this block of all hosts.
+    """In this block, which all hosts enter, SIGTERM on any host ends the server of host 0.
 
-    A scheduler may send it to all hosts, or to one. If each ended at once, running requests would
-    not finish.
+    A scheduler may send the signal to all hosts, or to one. If each host ended at once, running
+    requests would not finish.
     """
     if not hosts.is_multi_host():
         yield
@@ -40,7 +40,7 @@ def share_sigterm() -> Iterator[None]:
 
 def _watch(ended: threading.Event) -> None:
     for step in itertools.count():
-        # More than once: the server may not handle the signal yet.
+        # Sent again at each poll: at first the server may not handle the signal yet.
         if hosts.stop_before(step, None):
             os.kill(os.getpid(), signal.SIGTERM)
         if ended.wait(_POLL_SECONDS):

@@ -31,7 +31,7 @@ function addCopyButton(parent, getText) {
 // Converts Markdown to elements. Their text is set as textContent, so that the output of a model is
 // never parsed as HTML. Supports code blocks, inline code, bold, italics, lists, headings, quotes,
 // rules and links; raw HTML, images and tables stay as text.
-// Below this depth Markdown stays text, so that deep nesting can't overflow the stack.
+// From this depth on Markdown stays text, so that deep nesting can't overflow the stack.
 const MAX_DEPTH = 12;
 const SPANS = new RegExp([
   /\\(?<escaped>[!-/:-@[-`{-~])/,

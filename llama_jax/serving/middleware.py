@@ -29,7 +29,7 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected
 
 
 class AllowedHosts(NamedTuple):
-    """The host names to which the server answers requests.
+    """The host names for which the server answers requests.
 
     evil.example can let its name resolve to this machine (DNS rebinding). A browser then treats the
     server as a part of that site, and only the header Host shows the difference. The attack doesn't
@@ -67,7 +67,7 @@ def parse_host_name(host: str) -> str | None:
 
 
 def allowed_hosts(host: str, names: Sequence[str], listening_on: str) -> AllowedHosts:
-    """Returns the host names to which the server answers requests.
+    """Returns the host names for which the server answers requests.
 
     Args:
         host: name or address in --host.

@@ -110,15 +110,17 @@ def _validate_stops(value: Any) -> list[str]:
 
 def _validate_logit_bias(value: Any) -> dict[int, float]:
     """Returns the biases by token; JSON has only strings as keys."""
-    biases: dict[str, Any] = value if isinstance(value, dict) else {"": None}
-    for token, bias in biases.items():
+
+    def is_valid(token: str, bias: Any) -> bool:
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not (token.isdecimal() and is_number and abs(bias) <= MAX_BIAS):
-            raise ValueError(
-                "logit_bias must be an object of token ids with numbers from"
-                f" -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
-            )
-    return {int(token): float(bias) for token, bias in biases.items()}
+        return token.isdecimal() and is_number and abs(bias) <= MAX_BIAS
+
+    if not isinstance(value, dict) or not all(map(is_valid, value.keys(), value.values())):
+        raise ValueError(
+            "logit_bias must be an object of token ids with numbers from"
+            f" -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}"
+        )
+    return {int(token): float(bias) for token, bias in value.items()}
 
 
 class _StreamOptions(BaseModel):

@@ -21,8 +21,8 @@ def stage_progress(doing: str, done: str) -> Iterator[Callable[[float, str], Non
     elapsed time, always appears.
 
     Args:
-        doing: 'compiling 12 programs'.
-        done: 'compiled 12 programs'.
+        doing: text while the stage runs, such as 'compiling 12 programs'.
+        done: text at its end, such as 'compiled 12 programs'.
 
     Yields:
         A function that shows the share that is done [0 … 1], and a text.

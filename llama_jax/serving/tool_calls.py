@@ -136,7 +136,10 @@ class ToolCallParser:
         return False  # complete, and no call
 
     def _release(self, n: int) -> str:
-        """Returns the next `n` characters as content; white space before a call is none."""
+        """Returns the next `n` characters as content; holds back white space at the start.
+
+        White space before a call is no content.
+        """
         if not self._has_content and self._held_back[:n].isspace() and n < _LONGEST_HEAD:
             return ""
         content, self._held_back = self._held_back[:n], self._held_back[n:]

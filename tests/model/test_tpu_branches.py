@@ -11,7 +11,16 @@ import pytest
 from conftest import mesh_of, tiny_model
 from flax import nnx
 
-from llama_jax.model import attention, cache, linear, linear_cpu, linear_transposed, remat, rope
+from llama_jax.model import (
+    attention,
+    attention_splash,
+    cache,
+    linear,
+    linear_cpu,
+    linear_transposed,
+    remat,
+    rope,
+)
 from llama_jax.model.cache import LayerCache, init_cache, write_cache
 from llama_jax.model.quantize import MATRIX_DIMS, Int8Matrix
 from llama_jax.model.transformer import forward, forward_cached, output_head
@@ -41,13 +50,13 @@ def test_loss_and_gradients_of_a_training_step(monkeypatch):
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 129))
     segments_BT = np.sort(np.random.default_rng(1).integers(1, 4, (2, 128)))
     calls = []
-    splash = attention.attention_splash.attention
+    splash = attention_splash.attention
 
     def recorded(*args):
         calls.append(len(args))
         return splash(*args)
 
-    monkeypatch.setattr(attention.attention_splash, "attention", recorded)
+    monkeypatch.setattr(attention_splash, "attention", recorded)
 
     def work():
         def loss(model, tokens_BT, targets_BT):
@@ -69,7 +78,7 @@ def test_loss_and_gradients_of_a_training_step(monkeypatch):
 def test_the_unfused_backward_pass_of_splash():
     """For more than two blocks of keys; here three blocks of 128."""
     B, T, H = 1, 384, 8
-    sizes = attention.attention_splash._block_sizes(T, T)
+    sizes = attention_splash._block_sizes(T, T)
     assert not sizes.use_fused_bwd_kernel
     segments_BT = np.sort(np.random.default_rng(1).integers(1, 4, (B, T)))
     q, k, v, weights = (random((B, T, 2, H), i) / np.sqrt(np.sqrt(H)) for i in range(4))

@@ -191,6 +191,25 @@ def test_a_message_can_be_edited_and_the_chat_exported(page, served):
     assert page.wait_for("window.saved") == markdown
 
 
+def test_a_chat_cleared_during_an_answer_starts_anew(page, served):
+    engine = served[0]
+    engine.seconds = 0.02
+    page.type_text("#prompt", "question 1")
+    page.click("#send")
+    page.wait_for(f"{ANSWER}.length > 3")
+    page.click("#clear")
+    page.wait_for("document.getElementById('stop').hidden")
+    engine.seconds = 0.001
+    assert page.evaluate("document.getElementById('texts').innerText") == "Write a prompt below."
+    assert page.evaluate("document.getElementById('export').hidden")
+    assert page.evaluate("document.getElementById('speed').textContent") == ""
+    page.type_text("#prompt", "question 2")
+    page.click("#send")
+    page.wait_for("document.querySelectorAll('.tools').length === 1")
+    question = {"role": "user", "content": "question 2"}
+    assert engine.requests[-1].prompt == tuple(engine.tokenizer.encode_chat([question]))
+
+
 MARKDOWN = """\
 # Two <b>ways</b>
 

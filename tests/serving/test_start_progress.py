@@ -52,6 +52,7 @@ def test_loading_counts_the_bytes_on_the_devices(capsys, monkeypatch):
     monkeypatch.setattr(
         TaskProgress, "update", lambda self, share, text, **_: shown.append((share, text))
     )
+    jnp.zeros((5_000_000,)).delete()  # compiled here: a busy machine takes seconds for it
     with loading_progress(40_000_000):
         half = jnp.zeros((5_000_000,))
         while not shown or shown[-1] != (0.5, "loading weights: 0.02 of 0.04 GB"):

@@ -62,7 +62,7 @@ class DeviceBatch:
         cache_tokens: of the KV cache, see `pool_pages`.
 
     Attributes:
-        copies: of the model; each has as many consecutive rows.
+        copies: of the model; they have equally many, consecutive rows.
         pages: of the pool of each copy of the model; None: rows own their slots.
 
     Raises:
@@ -118,26 +118,26 @@ class DeviceBatch:
 
     @_on_all_hosts
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
-        """Gives a row, which is not active, its pages in the pool of its copy of the model."""
-        cache = self._state.cache
-        assert cache.pages_BP is not None
+        """Sets the pages of a row that is not active, in the pool of its copy of the model."""
+        kv_cache = self._state.cache
+        assert kv_cache.pages_BP is not None
         self._pages_of_rows[row] = [*pages]
-        pages_BP = np.zeros(cache.pages_BP.shape, np.int32)
+        pages_BP = np.zeros(kv_cache.pages_BP.shape, np.int32)
         for row_pages, numbers in zip(pages_BP, self._pages_of_rows, strict=True):
             row_pages[: len(numbers)] = numbers
-        cache = cache._replace(pages_BP=shard_array(pages_BP, "BS"))
-        self._state = self._state._replace(cache=cache)
+        kv_cache = kv_cache._replace(pages_BP=shard_array(pages_BP, "BS"))
+        self._state = self._state._replace(cache=kv_cache)
 
     @_on_all_hosts
     def prefill(
         self, chunks: Sequence[Chunk], size: int, slots: int | None, with_logprobs: bool
     ) -> list[list[np.ndarray]]:
-        """Prefills a chunk of the prompt of each row, and waits until they are computed.
+        """Prefills the chunks, and waits until they are computed.
 
         Args:
             chunks: at most one in each copy of the model.
-            size: tokens of the program, which are padded to it.
-            slots: to which the program attends, see `next_chunks`.
+            size: tokens of the program; the chunks are padded to this length.
+            slots: slots to which the program attends, see `next_chunks`.
             with_logprobs: whether to compute log-probabilities.
 
         Returns:
@@ -162,11 +162,11 @@ class DeviceBatch:
 
     @_on_all_hosts
     def start(self, row: int, request: dict[str, Any]) -> None:
-        """Makes a row generate tokens, whose prompt is prefilled.
+        """Makes a row whose prompt is prefilled generate tokens.
 
         Args:
             row: number of the row.
-            request: of `request_to_json`.
+            request: result of `request_to_json`.
         """
         settings = row_programs.init_row(self._config, request_from_json(request))
         number = number_rows([row], self._rows)
@@ -192,7 +192,7 @@ class DeviceBatch:
         """Starts to decode one token in each row that generates.
 
         Args:
-            masks: of `mask_to_text`, one for each row; '' allows all tokens.
+            masks: results of `mask_to_text`, one for each row; '' allows all tokens.
             with_logprobs: whether to compute log-probabilities.
 
         Returns:

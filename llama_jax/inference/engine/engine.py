@@ -78,11 +78,14 @@ class Engine:
         context = config.context if context is None else context
         if not 1 <= context <= config.context:
             raise InputError(
-                f"a context of {context} tokens is outside of 1 … {config.context}, the model's:"
-                " ask for one within"
+                f"a context of {context} tokens is outside of the model's 1 … {config.context}:"
+                " ask for one in this range"
             )
         if rows < 1 or queue < 0:
-            raise InputError(f"{rows} rows and a queue of {queue}: at least 1 and 0 are needed")
+            raise InputError(
+                f"{rows} rows and a queue of {queue}: ask for at least 1 row, and for a queue of at"
+                " least 0"
+            )
         self.rows, self.context = rows, context
         self._config, self._queue = config, queue
         self._mesh = jax.sharding.get_mesh()
@@ -239,7 +242,7 @@ class Engine:
                 ticket = next(generating, None)
             if ticket is None:
                 return
-            # Prompt log-probabilities exist only for tokens that are prefilled: reuse none then.
+            # Only prefilled tokens get prompt log-probabilities: if requested, nothing is reused.
             request = ticket.request
             reusable = () if request.prompt_logprobs else request.prompt
             place = self._storage.find(reusable, request)

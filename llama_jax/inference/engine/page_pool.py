@@ -26,12 +26,13 @@ def pool_pages(
         config: the model's config.
         rows: of the batch.
         context: longest prompt with its continuation [tokens].
-        cache_tokens: for which the pools together have room. None: where attention has a kernel
-            that reads pages (TPU, heads of a multiple of 128), rows × context; elsewhere the rows
-            own their slots, because on a GPU XLA copies the pages of all rows in each step.
+        cache_tokens: tokens for which the pools together have room. None: rows × context, where
+            attention has a kernel that reads pages (TPU, a head size that is a multiple of 128).
+            Elsewhere the rows own their slots, because on a GPU XLA copies the pages of all rows in
+            each step.
 
     Raises:
-        InputError: the cache has no room for the longest text, or the kernel none for the table
+        InputError: the cache has no room for the longest text, or the kernel has none for the table
             of pages.
     """
     copies, row_pages = batch_shards(), -(-context // PAGE)
@@ -59,11 +60,12 @@ def pool_pages(
 
 
 class Pool:
-    """The pages of one copy of the model: free, held by rows, or of use to later prompts.
+    """The pages of one copy of the model: free, held by rows, or retained for later prompts.
 
-    A complete page may have a name, which tells all tokens up to its end. Rows that begin with
-    these tokens hold it together. After the last of them it stays, until its place is needed: the
-    page that was released longest ago goes first, of one row its last page.
+    A complete page may have a name, which identifies all tokens up to the page's end. Rows that
+    begin with these tokens hold the page together. When no row holds it any more, it is retained
+    until a row needs memory: the page that was released longest ago is reused first. Rows release
+    their last page first.
     """
 
     def __init__(self, pages: int):
@@ -103,7 +105,7 @@ class Pool:
             self._pages[name], self._names[page] = page, name
 
     def release(self, page: int) -> None:
-        """Removes a holder; without another one a page with a name stays, another is free."""
+        """Removes a holder. A page without holders is retained if it has a name, otherwise free."""
         self._holders[page] -= 1
         if self._holders[page]:
             return

@@ -1,8 +1,8 @@
-"""Rows that share a pool of pages: which pages a row gets, and which prefixes it has in common.
+"""Rows that share a pool of pages: which pages a row gets, and which of them it shares.
 
-A request gets all pages that its prompt and its longest continuation need before it starts. So no
-row is interrupted while it generates: the tokens of a row that is recomputed later, by programs of
-other shapes, could differ by their roundings.
+Before a request starts, it gets all pages that its prompt and its longest continuation need. So no
+row is interrupted while it generates. An interrupted row would be recomputed by programs of other
+shapes, whose roundings could change its tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class PagedRows:
         return best and best[1]
 
     def assign(self, place: Place, request: Request) -> int:
-        """Gives a row, which has its request, its pages; returns the tokens of shared ones."""
+        """Gives pages to a row that has its request; returns the tokens in the shared pages."""
         row, pool = place.row, self._pool(place.row)
         for _, page in place.shared:
             pool.hold(page)
@@ -55,7 +55,10 @@ class PagedRows:
         return len(row.tokens)
 
     def share(self, row: Row) -> int:
-        """Replaces pages that another row has prefilled meanwhile; returns their tokens."""
+        """Replaces the row's next pages by those that another row has prefilled meanwhile.
+
+        Returns the tokens in these pages.
+        """
         first, ticket = len(row.page_names), row.ticket
         if ticket is None or row.ready or ticket.request.prompt_logprobs:
             return 0

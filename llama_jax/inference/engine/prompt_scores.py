@@ -1,7 +1,7 @@
 """Scores prompts: many requests for log-probabilities together, as prefix trees.
 
 Evaluation harnesses ask for the log-probabilities of a prompt and at most one new token, the most
-likely one. Such requests need no row of the batch, and their common beginnings are computed once.
+likely one. Such requests need no row of the batch, and their common prefixes are computed once.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,10 @@ class Tree(NamedTuple):
 
 
 def is_score(request: Request) -> bool:
-    """Returns whether a request asks only for what `score_tree` returns.
+    """Returns whether a request asks only for results of `score_trees`.
 
-    Its one new token is the most likely one. Other settings change only draws, or count generated
-    tokens, of which there are none before.
+    Its one new token is then the most likely one. All other sampling settings change only draws, or
+    depend on generated tokens, of which there are none yet.
     """
     sampling = request.sampling
     is_greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1
@@ -54,7 +54,8 @@ def pack_trees(tickets: Sequence[Ticket]) -> list[Tree]:
     """Returns prefix trees with the prompts of all requests."""
     if not tickets:
         return []
-    # Each token is scored. The last one's target is only there for its alternatives.
+    # Each token of a prompt has a pair. The target of the last one, 0, is a placeholder: only its
+    # alternatives are used.
     scored = [ScoreRequest((*ticket.request.prompt, 0), 1) for ticket in tickets]
     length = row_length(max(len(ticket.request.prompt) for ticket in tickets))
     rows = pack(scored, range(len(scored)), length)
@@ -83,13 +84,13 @@ def score_trees(
     trees: Sequence[Sequence[Sequence[int]]],
     length: int,
 ) -> list[tuple[np.ndarray, ...]]:
-    """Returns for each tree the log-probability of each pair, and the most likely tokens.
+    """Computes the log-probability of each pair of each tree, and the most likely tokens.
 
     Args:
         config: the model's config.
         model: weights of that config, on the current mesh.
         trees: the first five fields of a `TreeRow`; at most one for each copy of the model.
-        length: tokens of the program.
+        length: of the rows that the program computes [tokens].
 
     Returns:
         Of each tree the log-probabilities [S], and those [S, A] and the ids [S, A] of the most

@@ -64,7 +64,7 @@ class Request(NamedTuple):
 def request_to_json(request: Request) -> dict[str, Any]:
     """Returns a request as plain JSON, without its constraint.
 
-    Of its prompt there are only the different ids, for penalties.
+    The prompt becomes the sorted set of its ids, which is enough for penalties.
     """
     ids, ends = sorted({*request.prompt}), sorted(request.end_ids)
     return request._asdict() | {

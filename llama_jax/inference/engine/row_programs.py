@@ -1,6 +1,6 @@
 """The programs that an engine runs on single rows of its batch: prefill a chunk, start, stop.
 
-C copies of the model each have as many rows; a chunk of one row of each is prefilled at a time.
+C copies of the model have equally many rows. A prefill computes a chunk of one row of each copy.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def init_state(config: ModelConfig, rows: int, slots: int, pages: int | None = N
     Args:
         config: the model's config.
         rows: of the batch.
-        slots: of each row; in pages, of the longest one.
+        slots: slots of each row; with pages, of the longest row.
         pages: of the pool of each copy of the model; None: rows own their slots.
     """
     ends, V = [[NO_TOKEN] * MAX_END_IDS] * rows, config.vocab_size

@@ -22,12 +22,12 @@ class Row:
 
     @property
     def constraint(self) -> Constraint | None:
-        """What limits the tokens of the row, if it decodes and its request has a constraint."""
+        """The constraint of the row's request; None if there is none or the row doesn't decode."""
         return self.ticket.request.constraint if self.ready and self.ticket else None
 
 
 class Place(NamedTuple):
-    """A free row for a request, and where it finds the beginning of the request's prompt.
+    """A free row for a request, and the cached prefix of the request's prompt.
 
     Attributes:
         row: the free row.
@@ -63,12 +63,12 @@ def next_chunks(
 ) -> tuple[list[Chunk], int, int | None]:
     """Returns the chunk of the oldest prompt, at most one in each other copy, and their program.
 
-    The program depends on a prompt alone: a request gets the same bits whatever is prefilled
-    beside.
+    The program for a prompt depends on that prompt alone: a request gets the same bits whatever is
+    prefilled in the same dispatch.
 
     Args:
         rows: of the batch; one or more have a prompt to prefill.
-        copies: of the model; each has as many consecutive rows.
+        copies: of the model; they have equally many, consecutive rows.
         sizes: numbers of slots to which a program may attend, ascending.
 
     Returns:
@@ -93,10 +93,9 @@ def next_chunks(
 def _chunk_size(n_tokens: int) -> int:
     """Returns the tokens of the next chunk's program, when `n_tokens` of a prompt remain.
 
-    An accelerator reads the weights for a chunk of 32 tokens in the time that it computes many
-    more, so that fewer chunks are faster. A CPU is limited by the products already, and computes
-    the padding of a chunk at the price of tokens: SmolLM2-135M takes 1.9 ms a token in chunks of
-    32, and 1.5 in chunks of 256.
+    While an accelerator reads the weights, it can compute many more than 32 tokens, so fewer chunks
+    are faster. A CPU is limited by the products, and padding costs as much as tokens: SmolLM2-135M
+    takes 1.9 ms a token in chunks of 32, and 1.5 in chunks of 256.
     """
     if platform() == "cpu":
         return next((size for size in CHUNK_SIZES[::-1] if size <= n_tokens), CHUNK_SIZES[0])

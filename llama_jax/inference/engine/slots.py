@@ -12,7 +12,7 @@ from llama_jax.parallel.mesh import platform
 
 
 class RowSlots:
-    """Assigns rows that own their slots. Each has as many as the largest request needs.
+    """Assigns rows that own their slots. All have as many slots as the largest request needs.
 
     The keys and values of a row stay when its request ends. A prompt with a common prefix continues
     that row, or gets a copy of its slots.
@@ -35,7 +35,7 @@ class RowSlots:
         return Place(*choose_row(self._rows, prompt, self._batch.copies))
 
     def assign(self, place: Place, request: Request) -> int:
-        """Gives a row, which has its request, the common prefix; returns the prefix's tokens."""
+        """Copies the common prefix to a row that has its request; returns its length [tokens]."""
         row, source, common, _ = place
         if source is not row:
             self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
@@ -53,7 +53,7 @@ class RowSlots:
         return 0
 
     def record(self, row: Row) -> None:
-        """Does nothing: the tokens of a row tell its prefix."""
+        """Does nothing: `find` compares the tokens of the rows."""
 
     def release(self, row: Row) -> None:
         """Does nothing: keys and values stay in the row."""
@@ -75,7 +75,7 @@ def choose_row(rows: Sequence[Row], prompt: Sequence[int], copies: int = 1) -> t
     Args:
         rows: of the batch; one or more are free.
         prompt: of the request.
-        copies: of the model; each has as many consecutive rows.
+        copies: of the model; they have equally many, consecutive rows.
     """
     common = {row: common_prefix_length(row.tokens, prompt[:-1]) for row in rows}
     size = len(rows) // copies

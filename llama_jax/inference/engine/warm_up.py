@@ -39,10 +39,11 @@ def warm_up(
 ) -> DecodeState:
     """Compiles every program of the engine; returns an empty state of the smallest size.
 
-    It runs each program once. In a block of `stored_programs` it reads or compiles only those of
-    the smallest size, and a thread those of the others while the engine serves. On a GPU or TPU it
-    also runs those of the smallest size, so that too little memory ends the start. A cache in pages
-    has one size; prefill has a program for each number of slots that it may attend to.
+    Runs each program once. In a block of `stored_programs` it only reads or compiles the programs
+    of the smallest size, and a thread does so for the other sizes while the engine serves. On a GPU
+    or TPU it also runs the programs of the smallest size, so that too little memory ends the start.
+    A cache in pages has one size; prefill has a program for each number of slots to which it may
+    attend.
 
     Args:
         config: the model's config.
@@ -103,7 +104,7 @@ def warm_up(
             # A cache that doesn't fit the memory must end the start, not a later request.
             jax.block_until_ready(init(sizes[-1]))
             state = run_size(sizes[0])
-        else:  # to run them would take longer than to read them
+        else:  # running the programs would take longer than reading them
             state = init(sizes[0])
             if paged:
                 _prepare_prefill(config, model, state, sizes[0], sizes[0], report)
