@@ -148,7 +148,7 @@ def test_the_tokenizer_of_llama2c_is_loaded(shared_data, tmp_path):
 
 
 def test_invalid_tokenizers_and_texts_are_rejected(trained, tmp_path):
-    with pytest.raises(InputError, match="there is no tokenizer in .*: copy the model's"):
+    with pytest.raises(InputError, match=r"there is no tokenizer in .*: copy the model's"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path / "tokenizer.model")
