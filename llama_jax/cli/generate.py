@@ -1,6 +1,8 @@
 """`llama-jax generate`."""
 
 import argparse
+import contextlib
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from llama_jax.runtime.console import print_status
 
     start = time.monotonic()
-    with hosts.join(args.coordinator, args.processes, args.process), exit_all_at_sigterm():
+    joined = hosts.join(args.coordinator, args.processes, args.process)
+    with _no_garbage_collection(), joined, exit_all_at_sigterm():
         n_tokens = continue_text(
             parse_path(args.folder),
             args.prompt,
@@ -98,6 +101,16 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - start
         print_status(f"{n_tokens} tokens in {seconds:.1f} s, including loading and compilation")
     return 0
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Saves 0.15 s while JAX and Flax are imported. Reference counts free the arrays of a text."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def continue_text(
