@@ -23,7 +23,8 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from llama_jax.config.family import FAMILY
-from llama_jax.config.run import Config, DataConfig, MeshConfig, TrainingConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config, DataConfig, TrainingConfig
 from llama_jax.errors import InputError
 from llama_jax.plan import topology
 from llama_jax.plan.compiler import CompiledProgram, bytes_per_device, compile_program

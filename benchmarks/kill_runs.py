@@ -10,6 +10,7 @@ import numpy as np
 
 from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.config.lora import LoraConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import (
     CheckpointConfig,
@@ -17,7 +18,6 @@ from llama_jax.config.run import (
     DataConfig,
     LocalCheckpointConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

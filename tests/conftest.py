@@ -53,8 +53,9 @@ from chat_shards import write_packed_shards
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.model_folders import load_model, save_model
 from llama_jax.cli.main import main
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
-from llama_jax.config.run import Config, DataConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from llama_jax.config.run import Config, DataConfig, OptimizerConfig, TrainingConfig
 from llama_jax.convert.convert import convert
 from llama_jax.data import tokenize
 from llama_jax.model.weights import Llama

@@ -188,7 +188,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _make_mesh(mesh: str | None, config: "ModelConfig") -> Any:
     """Returns the mesh that the argument describes; default: of all devices of all hosts."""
-    from llama_jax.config.run import MeshConfig
+    from llama_jax.config.mesh import MeshConfig
     from llama_jax.convert.formats.model_folder import parse_mesh
     from llama_jax.parallel.mesh import inference_mesh, make_mesh
 

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from llama_jax.config.data import DataConfig, Fraction, StoragePath
 from llama_jax.config.evaluate import EvaluateConfig
 from llama_jax.config.lora import LoraConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import (
     STRICT,
     ModelConfig,
@@ -19,8 +20,6 @@ from llama_jax.config.model import (
 )
 from llama_jax.runtime.storage import parse_path
 
-AxisSize = Annotated[int, Field(ge=-1, strict=True)]
-
 
 def _check_local(path: str) -> str:
     if not isinstance(parse_path(path), Path):
@@ -29,24 +28,6 @@ def _check_local(path: str) -> str:
 
 
 LocalPath = Annotated[StoragePath, AfterValidator(_check_local)]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MeshConfig:
-    """Number of devices along each axis of the mesh; one axis may be -1: all other devices."""
-
-    data: AxisSize = Field(
-        default=1, description="number of replicas of the weights, across slices or nodes"
-    )
-    fsdp: AxisSize = Field(default=-1, description="number of shards of weights and batch")
-    context: AxisSize = Field(default=1, description="number of shards of each window")
-    tensor: AxisSize = Field(default=1, description="number of shards of heads, FFN and vocabulary")
-
-    @model_validator(mode="after")
-    def _check(self) -> "MeshConfig":
-        if 0 in (self.data, self.fsdp, self.context, self.tensor):
-            raise ValueError("the size of an axis is at least 1, or -1 for all other devices")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

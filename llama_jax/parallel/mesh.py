@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
-from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.parallel.sharding import BATCH_AXES, MESH_AXES, WEIGHT_AXES, activation_spec
 

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
-from llama_jax.config.run import Config, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config
 from llama_jax.errors import InputError
 from llama_jax.parallel.mesh import divisors
 from llama_jax.plan.topology import Pod, network_bandwidth

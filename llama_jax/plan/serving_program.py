@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
-from llama_jax.config.run import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.inference import generate
 from llama_jax.inference.engine.page_pool import pool_pages

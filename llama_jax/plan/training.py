@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from llama_jax.config.run import Config, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.plan import topology, training_program
 from llama_jax.plan.compiler import CompiledProgram, DoesNotFit

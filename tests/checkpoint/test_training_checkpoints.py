@@ -26,7 +26,7 @@ import jax
 from llama_jax.parallel import mesh
 from llama_jax.runtime import hosts
 from llama_jax.checkpoint.model_folders import load_model, save_model
-from llama_jax.config.run import MeshConfig
+from llama_jax.config.mesh import MeshConfig
 
 folder, target, _, coordinator, _, processes, _, process = sys.argv[1:]
 with hosts.join(coordinator, int(processes), int(process)):

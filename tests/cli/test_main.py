@@ -11,7 +11,8 @@ from conftest import ROOT, run, tiny_model
 
 from llama_jax.cli.main import COMMANDS, main
 from llama_jax.config import yaml_file
-from llama_jax.config.run import Config, DataConfig, LoggingConfig, MeshConfig, TrainingConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config, DataConfig, LoggingConfig, TrainingConfig
 from llama_jax.data import text_files
 
 

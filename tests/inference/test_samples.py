@@ -4,12 +4,12 @@ import pytest
 from conftest import run, tiny_model
 
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     TrainingConfig,
 )
 

@@ -18,7 +18,7 @@ PROGRAM = """
 import json, sys
 import jax
 from llama_jax.checkpoint.model_folders import load_model
-from llama_jax.config.run import MeshConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.inference.score import ScoreRequest, score
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.runtime import hosts

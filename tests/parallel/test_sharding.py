@@ -6,7 +6,7 @@ import pytest
 from conftest import mesh_of, tiny_model
 from jax.sharding import PartitionSpec as P
 
-from llama_jax.config.run import MeshConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.errors import InputError
 from llama_jax.parallel import collectives, sharding
 from llama_jax.parallel.collectives import sum_gradient

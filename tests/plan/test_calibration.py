@@ -5,7 +5,8 @@ import math
 import pytest
 
 from llama_jax.config.family import FAMILY
-from llama_jax.config.run import Config, DataConfig, MeshConfig, TrainingConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config, DataConfig, TrainingConfig
 from llama_jax.plan import calibration, serving_report, topology, training_report
 from llama_jax.plan.calibration import PublishedRun, calibration_of, published_runs
 from llama_jax.plan.program_time import ProgramTime

@@ -8,7 +8,8 @@ from conftest import mesh_of, peer, tiny_config, tiny_model
 
 from llama_jax.cli.main import main
 from llama_jax.config.family import FAMILY
-from llama_jax.config.run import Config, DataConfig, MeshConfig, TrainingConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import Config, DataConfig, TrainingConfig
 from llama_jax.errors import InputError
 from llama_jax.plan import (
     compiler,

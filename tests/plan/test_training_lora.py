@@ -6,7 +6,8 @@ import pytest
 from conftest import peer, tiny_config, tiny_model
 
 from llama_jax.config.lora import LoraConfig
-from llama_jax.config.run import DataConfig, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import DataConfig
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.plan import search, topology, training, training_program, training_report
 from llama_jax.plan.schedule import Collective

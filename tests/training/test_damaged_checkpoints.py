@@ -13,12 +13,12 @@ from conftest import tiny_model
 from llama_jax.checkpoint import training_checkpoints
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

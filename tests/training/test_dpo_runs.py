@@ -12,12 +12,12 @@ from conftest import tiny_model
 from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.cli.describe_folder import describe
 from llama_jax.config.lora import LoraConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

@@ -7,12 +7,12 @@ from conftest import peer, run, tiny_model
 from eval_data import write_task_data
 
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     TrainingConfig,
 )
 from llama_jax.errors import InputError

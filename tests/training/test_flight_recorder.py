@@ -14,12 +14,12 @@ from processes import Group
 from test_ledger import KilledError
 
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     DataConfig,
     LocalCheckpointConfig,
     LoggingConfig,
-    MeshConfig,
 )
 from llama_jax.data.batches import Batches
 from llama_jax.data.samples import Samples

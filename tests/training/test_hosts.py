@@ -11,12 +11,12 @@ from processes import Group
 
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

@@ -12,7 +12,8 @@ from processes import Group
 from test_hosts import STEPS, config, losses, write_config
 
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
-from llama_jax.config.run import CheckpointConfig, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import CheckpointConfig
 from llama_jax.runtime import bucket_path
 from llama_jax.runtime.storage import parse_path
 from llama_jax.training import loop

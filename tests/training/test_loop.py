@@ -19,13 +19,13 @@ from conftest import mesh_of, tiny_model
 from llama_jax.checkpoint import training_checkpoints
 from llama_jax.checkpoint.model_folders import manifest_of
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

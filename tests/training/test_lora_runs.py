@@ -19,12 +19,12 @@ from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.checkpoint.verify_folder import verify_folder
 from llama_jax.config import yaml_file
 from llama_jax.config.lora import LoraConfig
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

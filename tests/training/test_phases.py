@@ -9,11 +9,11 @@ import pytest
 from conftest import tiny_config
 
 from llama_jax.config.data import Source
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
 )
 from llama_jax.data import tokenize

@@ -14,7 +14,8 @@ from lora_runs import LORA, write_base
 from test_ledger import run_until_killed
 
 from llama_jax.config import yaml_file
-from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from llama_jax.runtime.storage import list_files
 from llama_jax.training import loop
 from llama_jax.training.layer_norms import by_layer, compute_norms, to_numbers

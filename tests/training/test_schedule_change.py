@@ -11,12 +11,12 @@ from conftest import tiny_config, tiny_model
 
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import (
     CheckpointConfig,
     Config,
     DataConfig,
     LoggingConfig,
-    MeshConfig,
     OptimizerConfig,
     TrainingConfig,
 )

@@ -13,7 +13,8 @@ from conftest import run, tiny_config
 
 from llama_jax.checkpoint.training_checkpoints import TrainingCheckpoints
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
-from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig, MeshConfig
+from llama_jax.config.mesh import MeshConfig
+from llama_jax.config.run import CheckpointConfig, DataConfig, LoggingConfig
 from llama_jax.data.batches import Batches
 from llama_jax.parallel.mesh import make_mesh
 from llama_jax.training import loop
