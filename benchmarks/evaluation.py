@@ -10,10 +10,13 @@ difference of a log-likelihood, and the number of items with another accuracy or
 text; in float32 the exit code is 1 if there are any. With --once each side answers once, and the
 rates contain the time to compile: this compares the answers of complete data sets. With --float64,
 `hf` also answers once in float64, and the output has the largest error of each side: PyTorch's
-`log_softmax` is less exact than the rest of a model with a large vocabulary.
+`log_softmax` is less exact than the rest of a model with a large vocabulary. With --quantize int8,
+llama_jax quantizes the weights, and `hf` does not. With --server, lm-eval's `local-completions`
+answers through `llama-jax serve` (pip install 'lm-eval[api]').
 """
 
 import argparse
+import atexit
 import itertools
 import json
 import os
@@ -31,6 +34,8 @@ from typing import Any, NamedTuple
 from alternate import time_alternately
 from decode import folders
 from result import Result, add_json_option, append_result
+from serve_load import unused_port
+from serve_peer import Server
 
 from llama_jax.runtime.cpu import cpu_cores
 
@@ -96,7 +101,7 @@ def scorer(
     return run_round
 
 
-def llama_jax(folder: str, dtype: str, *work: Any) -> Callable[[], Round]:
+def llama_jax(folder: str, dtype: str, quantize: str | None, *work: Any) -> Callable[[], Round]:
     """Returns a function that scores all requests on this machine's devices."""
     import jax
 
@@ -110,7 +115,7 @@ def llama_jax(folder: str, dtype: str, *work: Any) -> Callable[[], Round]:
 
     with jax.set_mesh(one_device_mesh()):
         config = replace(read_model_config(folder), dtype=dtype)
-        config, model = load(folder, config)
+        config, model = load(folder, config, quantize)
     evaluated = Evaluated(config, model, load_tokenizer(folder))
     score = scorer(lambda: HarnessModel(evaluated, Answers(), shown=False), *work)
 
@@ -119,6 +124,29 @@ def llama_jax(folder: str, dtype: str, *work: Any) -> Callable[[], Round]:
             return score()
 
     return run_round
+
+
+def served(folder: str, tokenizer: str, *work: Any) -> Callable[[], Round]:
+    """Returns a function that scores all requests through `llama-jax serve`.
+
+    Args:
+        folder: of the model.
+        tokenizer: Hugging Face folder of the same model.
+        work: arguments of `scorer`.
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    port = unused_port()
+    command = [sys.executable, "-m", "llama_jax", "serve", folder, "--port", str(port)]
+    server = Server(command, port)
+    atexit.register(server.process.terminate)
+    server.wait()
+    client: Any = LocalCompletionsAPI  # its decorator hides its arguments
+    model = client(
+        model=Path(folder).name, base_url=f"{server.url}/v1/completions", tokenizer=tokenizer,
+        batch_size=128,
+    )  # fmt: skip
+    return scorer(lambda: model, *work)
 
 
 def hf(folder: str, dtype: str, batch: int, *work: Any) -> Callable[[], Round]:
@@ -145,6 +173,8 @@ def main() -> None:
     parser.add_argument("--float64", action="store_true", help="compare both sides with float64")
     parser.add_argument("--batch", type=int, default=8, help="batch of transformers (8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--quantize", choices=["int8"], help="weights of llama_jax")
+    parser.add_argument("--server", action="store_true", help="score through `llama-jax serve`")
     add_json_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as into:
@@ -157,7 +187,9 @@ def main() -> None:
             write_items(Path(into), args.limit)
         work = args.tasks.split(","), args.data or into, args.limit
         sides: dict[str, Any] = {
-            "llama_jax": partial(llama_jax, ours, args.dtype, *work),
+            "llama_jax": partial(served, ours, theirs, *work)
+            if args.server
+            else partial(llama_jax, ours, args.dtype, args.quantize, *work),
             "hf": partial(hf, theirs, args.dtype, args.batch, *work),
         }
         n_rounds, warm_up = (1, 0) if args.once else (args.rounds, 2)
@@ -182,12 +214,13 @@ def main() -> None:
             error = max(abs(x - y) for x, y in zip(side.logprobs, exact.logprobs, strict=True))
             print(f"{name}: largest error {error:.1e} nats, by hf in float64")
     result = Result(
-        name=f"scoring {args.tasks}{'' if args.data else '-like items'}, {args.dtype}",
+        name=f"scoring {args.tasks}{'' if args.data else '-like items'}"
+        f"{' through the server' if args.server else ''}, {args.quantize or args.dtype}",
         unit="items/s", ours=rates[0], peer=f"lm-eval's hf, batch {args.batch}", theirs=rates[1],
         ratio=ratio, note=f"largest difference {largest:.1e} nats, {different} of {n} items differ",
     )  # fmt: skip
     append_result(args.json, result)
-    if (different or other_texts) and args.dtype == "float32":
+    if (different or other_texts) and args.dtype == "float32" and not args.quantize:
         sys.exit(1)
 
 
