@@ -1,4 +1,4 @@
-"""Draws the paper's tables with one's own results: a panel for each table."""
+"""Draws the paper's tables with the measured results: a panel for each table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from llama_jax.runtime.atomic_write import replace_file
 
 _LLAMA = ("#c6d4ea", "#9db4d6", "#5b86c4", "#1f4e9c")  # 7B, 13B, 33B, 65B
 _OWN, _OTHERS = "#b0532d", "#7a7a7a"
-# Within the unit of a column: the dots, the bars of LLaMA, a gap, one's own bar.
+# Within the unit of a column: the dots, the bars of LLaMA, a gap, the measured bar.
 _DOTS, _PLACES, _WIDTH = -0.42, (-0.31, -0.17, -0.03, 0.11, 0.29), 0.14
 
 
@@ -34,12 +34,12 @@ def check_columns(names: Sequence[str]) -> None:
 def draw_tables(path: Path, results: Metrics, model: str) -> None:
     """Draws each table of which a column was measured; the suffix of `path` selects the format.
 
-    Bars are LLaMA 7B to 65B and one's own model, dots the other models in the table.
+    Bars are LLaMA 7B to 65B and the measured model, dots the other models in the table.
 
     Args:
         path: a .png or .svg file.
         results: of `metrics_of`.
-        model: label of one's own bars.
+        model: label of the measured bars.
     """
     import matplotlib as mpl
 

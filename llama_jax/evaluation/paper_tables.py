@@ -1,4 +1,4 @@
-"""The result tables of the LLaMA paper (arXiv 2302.13971, section 3) beside one's own results.
+"""The result tables of the LLaMA paper (arXiv 2302.13971, section 3) beside the measured results.
 
     results = metrics_of(evaluation.results)
     for name in tables_of(results):
@@ -210,7 +210,7 @@ TABLES: dict[str, Table] = {
 
 
 def own_row(table: Table, results: Metrics) -> Row:
-    """Returns one's own values in the columns of a table [percent]; None: not measured."""
+    """Returns the measured values in the columns of a table [percent]; None: not measured."""
     values = (results.get(c.task, {}).get(c.metric) for c in table.columns)
     return tuple(None if value is None else 100 * value for value in values)
 
@@ -229,12 +229,12 @@ def tables_of(results: Metrics) -> list[str]:
 
 
 def format_table(name: str, results: Metrics, model: str) -> str:
-    """Returns a table of the paper with one's own row below it, and the differences.
+    """Returns a table of the paper with the measured row below it, and the differences.
 
     Args:
         name: a key of `TABLES`.
         results: of `metrics_of`.
-        model: heading of one's own row.
+        model: heading of the measured row.
     """
     table = TABLES[name]
     rows = {**table.rows, model: own_row(table, results)}

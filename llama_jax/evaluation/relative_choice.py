@@ -14,7 +14,7 @@ def score_relative_to(task: Any, context: str) -> None:
     """Makes an lm-eval task of multiple choice score its choices relative to `context`.
 
     Each choice is a second request, after `context`. Equal requests of other items are computed
-    once, because their tokens have a common beginning.
+    once, because their tokens have a common prefix.
     """
     construct = task.construct_requests
 

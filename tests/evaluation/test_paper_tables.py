@@ -1,4 +1,4 @@
-"""The paper's tables beside one's own results, as text and as a picture."""
+"""The paper's tables beside the measured results, as text and as a picture."""
 
 import re
 
