@@ -24,7 +24,7 @@ the harness, and each answer equals that of its `hf` model on the same weights. 
 harness fetches the data sets; with it, each task reads a local file.
 
 --tasks paper:common-sense, paper:closed-book, paper:reading, paper:math, paper:code, paper:mmlu and
-paper:all run the tasks of the LLaMA paper's tables, and print the paper's rows above the measured ones.
+paper:all run the tasks of the LLaMA paper's tables, and print its rows above the measured ones.
 
 With --out, each answer is saved as soon as it is computed: a killed command continues when it is
 started again. results.json contains the metrics with standard errors, and what they depend on;

@@ -131,7 +131,7 @@ class FlightRecorder:
         """
         numbers = self._report.read(metrics)
         if not numbers.held:
-            self._state.band.add(step, numbers.loss, numbers.grad_norm)
+            self._state.spike_limits.add(step, numbers.loss, numbers.grad_norm)
             self._report.step(step, numbers, metrics.rows)
             return True
         found = [repr(numbers.loss), repr(numbers.grad_norm)]
@@ -158,7 +158,7 @@ class FlightRecorder:
                 self._rest_until = step + REST_STEPS
                 self._report.return_to(step - 1)
             case "skip":
-                self._state.band.add(step, numbers.loss, numbers.grad_norm)
+                self._state.spike_limits.add(step, numbers.loss, numbers.grad_norm)
                 self._report.step(step, numbers._replace(skipped=True), metrics.rows)
                 self._report.return_to(step)
                 self._state.step = step

@@ -98,7 +98,7 @@ def replay(config: Config, step: int) -> Replay:
                 Gate(limits, np.bool_(False)),
             )
             found = np.asarray(metrics.loss).item(), np.asarray(metrics.grad_norm).item()
-            state.band.add(number, *found)
+            state.spike_limits.add(number, *found)
             return metrics
 
         print_status(

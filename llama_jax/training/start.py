@@ -27,11 +27,11 @@ from llama_jax.runtime.atomic_write import is_written
 from llama_jax.runtime.console import print_status
 from llama_jax.runtime.storage import AnyPath, parse_path
 from llama_jax.training import init_from
-from llama_jax.training.band import Band
 from llama_jax.training.events import EVENTS
 from llama_jax.training.optimizer import adamw
 from llama_jax.training.run_folder import check_unchanged
 from llama_jax.training.schedule_change import print_schedule_change
+from llama_jax.training.spike_limits import SpikeLimits
 from llama_jax.training.step import init_state
 from llama_jax.training.trainable import initial_key
 
@@ -133,7 +133,7 @@ class TrainingState:
     Attributes:
         trained: all weights, or the pairs of a LoRA run.
         base: the frozen weights of a run of LoRA or DPO, otherwise None.
-        band: limits of the loss and the gradient norm.
+        spike_limits: limits of the loss and the gradient norm.
 
     Raises:
         InputError: the checkpoint was trained on other data, or beside other weights.
@@ -142,7 +142,7 @@ class TrainingState:
     step: int
     trained: Any
     opt_state: Any
-    band: Band
+    spike_limits: SpikeLimits
 
     def __init__(
         self,
@@ -184,20 +184,20 @@ class TrainingState:
         else:
             self.trained, self.opt_state = initial_state(self._config)
         self.step = progress.step if progress else 0
-        self.band = Band(
+        self.spike_limits = SpikeLimits(
             self._config.training.spike_threshold, progress.recent if progress else None
         )
         return progress
 
     def limits(self, step: int) -> np.ndarray:
         """Returns the limits of the loss and gradient norm of a step (1 is the first)."""
-        return self.band.limits(step, self._data.phase_start(step - 1) + 1)
+        return self.spike_limits.limits(step, self._data.phase_start(step - 1) + 1)
 
     @property
     def progress(self) -> Progress:
         """The metadata of a checkpoint of this state."""
         fingerprint = self._data.fingerprint(self.step)
-        return Progress(self.step, fingerprint, self._base_hash, self.band.recent)
+        return Progress(self.step, fingerprint, self._base_hash, self.spike_limits.recent)
 
 
 def _check_data(config: Config, progress: Progress, fingerprint: list[str]) -> None:

@@ -26,7 +26,7 @@ from llama_jax.data.samples import Samples
 from llama_jax.errors import InputError
 from llama_jax.runtime.manifest import read_manifest
 from llama_jax.runtime.storage import parse_path
-from llama_jax.training import band, flight_recorder, loop, replay
+from llama_jax.training import flight_recorder, loop, replay, spike_limits
 from llama_jax.training.events import read_events
 from llama_jax.training.flight_recorder import FlightRecorder
 from llama_jax.training.ledger import read_sessions
@@ -37,10 +37,10 @@ POISONED = """
 import sys
 from types import SimpleNamespace
 from llama_jax.cli.main import main
-from llama_jax.training import band, flight_recorder
+from llama_jax.training import spike_limits, flight_recorder
 from poison import poison
 
-band.MIN_STEPS, flight_recorder.LEFT_OUT_STEPS = 8, 4
+spike_limits.MIN_STEPS, flight_recorder.LEFT_OUT_STEPS = 8, 4
 poison(SimpleNamespace(setattr=setattr), {13})
 sys.exit(main(sys.argv[1:]))
 """
@@ -52,7 +52,7 @@ STEPS, EVERY, SPIKE = 20, 8, 14  # the batch of step 14 is poisoned; the last ch
 def small():
     """Spikes are found from step 10 on; all runs share one compiled step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(band, "MIN_STEPS", 8)
+        patch.setattr(spike_limits, "MIN_STEPS", 8)
         patch.setattr(flight_recorder, "LEFT_OUT_STEPS", 4)
         compile_step, compiled = loop.compile_step, {}
 

@@ -18,7 +18,7 @@ MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 LEAST_DEVIATION = 0.01
 
 
-class Band:
+class SpikeLimits:
     """The limits of the loss and the gradient norm of a step, given those of the steps before it.
 
     A limit is the median of the last `WINDOW` steps, plus `threshold` standard deviations. The

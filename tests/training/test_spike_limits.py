@@ -1,4 +1,4 @@
-"""The band of the loss and the gradient norm is a robust estimate of the steps before."""
+"""The limits of the loss and the gradient norm are robust estimates from the steps before."""
 
 import json
 import math
@@ -7,17 +7,17 @@ import statistics
 import numpy as np
 import pytest
 
-from llama_jax.training.band import LAG, MIN_STEPS, WINDOW, Band
+from llama_jax.training.spike_limits import LAG, MIN_STEPS, WINDOW, SpikeLimits
 
 RNG = np.random.default_rng(0)
 NUMBERS = [(2 + RNG.normal() / 50, 0.5 + RNG.exponential() / 10) for _ in range(300)]
 
 
-def band_of(numbers, threshold=7.0):
-    band = Band(threshold)
+def limits_of(numbers, threshold=7.0):
+    spike_limits = SpikeLimits(threshold)
     for step, (loss, norm) in enumerate(numbers, 1):
-        band.add(step, loss, norm)
-    return band
+        spike_limits.add(step, loss, norm)
+    return spike_limits
 
 
 def limit_of(values, threshold=7.0):
@@ -27,26 +27,28 @@ def limit_of(values, threshold=7.0):
 
 
 def test_the_limits_are_those_of_the_last_128_steps_that_the_host_can_know():
-    band = band_of(NUMBERS)
+    spike_limits = limits_of(NUMBERS)
     known = NUMBERS[300 - LAG + 1 - WINDOW : 300 - LAG + 1]  # until step 299
     expected = [limit_of(values) for values in zip(*known, strict=True)]
-    np.testing.assert_allclose(band.limits(301), expected, rtol=1e-7)
+    np.testing.assert_allclose(spike_limits.limits(301), expected, rtol=1e-7)
     # Whether the step before is known already makes no difference.
-    assert band.limits(301).tolist() == band_of(NUMBERS[:299]).limits(301).tolist()
+    assert spike_limits.limits(301).tolist() == limits_of(NUMBERS[:299]).limits(301).tolist()
 
 
 def test_the_band_of_a_resumed_run_is_the_same():
-    band = band_of(NUMBERS[:200])
-    resumed = Band(7.0, json.loads(json.dumps(band.recent)))
+    spike_limits = limits_of(NUMBERS[:200])
+    resumed = SpikeLimits(7.0, json.loads(json.dumps(spike_limits.recent)))
     for step, (loss, norm) in enumerate(NUMBERS[200:], 201):
-        assert resumed.limits(step).tolist() == band.limits(step).tolist()
-        for one in (band, resumed):
+        assert resumed.limits(step).tolist() == spike_limits.limits(step).tolist()
+        for one in (spike_limits, resumed):
             one.add(step, loss, norm)
 
 
 def test_outliers_hardly_move_the_band():
     spoiled = [*NUMBERS[:280], *[(100.0, 1e6)] * 10, *NUMBERS[290:]]
-    np.testing.assert_allclose(band_of(spoiled).limits(301), band_of(NUMBERS).limits(301), rtol=0.1)
+    np.testing.assert_allclose(
+        limits_of(spoiled).limits(301), limits_of(NUMBERS).limits(301), rtol=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,9 @@ def test_outliers_hardly_move_the_band():
     ],
 )
 def test_there_are_no_limits(numbers, threshold, first, expected):
-    limits = band_of(numbers, threshold).limits(len(numbers) + 1, first)
+    limits = limits_of(numbers, threshold).limits(len(numbers) + 1, first)
     np.testing.assert_array_equal(limits, np.float32([expected] * 2))
 
 
 def test_a_constant_loss_has_a_band():
-    assert band_of([(2.0, 1.0)] * 100).limits(101).tolist() == pytest.approx([2.14, 1.07])
+    assert limits_of([(2.0, 1.0)] * 100).limits(101).tolist() == pytest.approx([2.14, 1.07])
