@@ -101,8 +101,8 @@ def _scheduled_part() -> tuple[Part, str] | None:
         if not int(index) < int(count):
             raise InputError(f"JOB_COMPLETION_INDEX is {index}, but JOB_COMPLETIONS is {count}")
         return Part(int(index), int(count)), "JOB_COMPLETION_INDEX"
-    if place := hosts.find_place():
-        return Part(*place), "the hosts of this cluster"
+    if process := hosts.process_in_cluster():
+        return Part(*process), "the hosts of this cluster"
     if index is not None:
         raise InputError(
             f"JOB_COMPLETION_INDEX is {index}, and the number of pods is unknown: set"

@@ -241,7 +241,7 @@ def _split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def find_place() -> tuple[int, int] | None:
+def process_in_cluster() -> tuple[int, int] | None:
     """Returns the number of this process in its cluster, from 0, and the number of processes.
 
     It joins none of them. None: the environment describes no cluster, or only one process.

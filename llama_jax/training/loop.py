@@ -196,7 +196,7 @@ def _train(
     recorder = FlightRecorder(config, folder, data, checkpoints, local, state, report, ledger)
     pending: tuple[int, StepMetrics] | None = None  # of the step that the device computes
     dispatched = first  # with those that are dispatched again after a spike
-    with contextlib.closing(report), report.watchdog.waiting_for_a_name():
+    with contextlib.closing(report), report.watchdog.delaying_gloo_errors():
         while state.step < steps:
             ledger.enter_step(state.step + 1)
             checkpoints.check()

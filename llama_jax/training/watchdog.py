@@ -74,8 +74,8 @@ class Watchdog:
         self._marks += 1
 
     @contextlib.contextmanager
-    def waiting_for_a_name(self) -> Iterator[None]:
-        """Lets the watchdog name a host before an error of a collective in the block is raised.
+    def delaying_gloo_errors(self) -> Iterator[None]:
+        """Delays errors of Gloo in the block, so that the watchdog names the host first.
 
         Collectives of CPUs (Gloo) may fail after 30 s, before a host that is stopped is named.
         Those of other devices wait.

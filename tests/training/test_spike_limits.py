@@ -65,5 +65,5 @@ def test_there_are_no_limits(numbers, threshold, first, expected):
     np.testing.assert_array_equal(limits, np.float32([expected] * 2))
 
 
-def test_a_constant_loss_has_a_band():
+def test_a_constant_loss_has_limits_above_it():
     assert limits_of([(2.0, 1.0)] * 100).limits(101).tolist() == pytest.approx([2.14, 1.07])

@@ -245,10 +245,10 @@ class Engine:
             # Only prefilled tokens get prompt log-probabilities: if requested, nothing is reused.
             request = ticket.request
             reusable = () if request.prompt_logprobs else request.prompt
-            place = self._storage.find(reusable, request)
-            if place is None:
+            free_row = self._storage.find(reusable, request)
+            if free_row is None:
                 return
-            row = place.row
+            row = free_row.row
             with self._changed:
                 if ticket.cancelled:  # it has already left the queue
                     continue
@@ -256,7 +256,7 @@ class Engine:
                 self._waiting.remove(ticket)
                 row.ticket, row.ready, row.assigned_at = ticket, False, time.monotonic()
             row.prompt_logprobs = []
-            self._count(reused_tokens=self._storage.assign(place, request))
+            self._count(reused_tokens=self._storage.assign(free_row, request))
 
     def _prefill_next_chunks(self) -> None:
         """Prefills a chunk of the oldest prompt, and of one in each other copy of the model."""

@@ -14,7 +14,7 @@ from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.page_pool import Pool
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import cache_sizes
-from llama_jax.inference.engine.rows import Place, Row
+from llama_jax.inference.engine.rows import FreeRow, Row
 from llama_jax.model.cache import PAGE
 
 
@@ -26,11 +26,11 @@ class PagedRows:
         self._batch, self._rows, self.prefill_slots = batch, rows, cache_sizes(context)
         self._pools = [Pool(batch.pages) for _ in range(batch.copies)]
 
-    def find(self, prompt: Sequence[int], request: Request) -> Place | None:
+    def find(self, prompt: Sequence[int], request: Request) -> FreeRow | None:
         """Returns a free row whose copy has the pages for a request; None while there is none."""
         size = len(self._rows) // len(self._pools)
         n_pages = pages_needed(request)
-        best: tuple[tuple[int, int], Place] | None = None
+        best: tuple[tuple[int, int], FreeRow] | None = None
         for number, pool in enumerate(self._pools):
             free = [r for r in self._rows[number * size : (number + 1) * size] if r.ticket is None]
             shared = list(_find_prefix(pool, prompt))
@@ -39,18 +39,18 @@ class PagedRows:
                 oldest = min(free, key=lambda row: row.assigned_at)
                 preference = len(shared), len(free)
                 if best is None or preference > best[0]:
-                    best = preference, Place(oldest, oldest, len(shared) * PAGE, shared)
+                    best = preference, FreeRow(oldest, oldest, len(shared) * PAGE, shared)
         return best and best[1]
 
-    def assign(self, place: Place, request: Request) -> int:
+    def assign(self, free_row: FreeRow, request: Request) -> int:
         """Gives pages to a row that has its request; returns the tokens in the shared pages."""
-        row, pool = place.row, self._pool(place.row)
-        for _, page in place.shared:
+        row, pool = free_row.row, self._pool(free_row.row)
+        for _, page in free_row.shared:
             pool.hold(page)
-        n_new = pages_needed(request) - len(place.shared)
-        row.pages = [page for _, page in place.shared] + [pool.take() for _ in range(n_new)]
-        row.page_names = [name for name, _ in place.shared]
-        row.tokens = list(request.prompt[: len(place.shared) * PAGE])
+        n_new = pages_needed(request) - len(free_row.shared)
+        row.pages = [page for _, page in free_row.shared] + [pool.take() for _ in range(n_new)]
+        row.page_names = [name for name, _ in free_row.shared]
+        row.tokens = list(request.prompt[: len(free_row.shared) * PAGE])
         self._batch.set_pages(self._rows.index(row), row.pages)
         return len(row.tokens)
 

@@ -26,7 +26,7 @@ class Row:
         return self.ticket.request.constraint if self.ready and self.ticket else None
 
 
-class Place(NamedTuple):
+class FreeRow(NamedTuple):
     """A free row for a request, and the cached prefix of the request's prompt.
 
     Attributes:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from llama_jax.inference.engine.device_batch import DeviceBatch
 from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.engine.row_programs import CHUNK_SIZES, cache_sizes
-from llama_jax.inference.engine.rows import Place, Row
+from llama_jax.inference.engine.rows import FreeRow, Row
 from llama_jax.inference.prefix_trees import common_prefix_length
 from llama_jax.model.cache import PAGE
 from llama_jax.parallel.mesh import platform
@@ -23,7 +23,7 @@ class RowSlots:
     def __init__(self, batch: DeviceBatch, rows: Sequence[Row], context: int):
         self._batch, self._rows, self._sizes = batch, rows, cache_sizes(context)
 
-    def find(self, prompt: Sequence[int], request: Request) -> Place | None:
+    def find(self, prompt: Sequence[int], request: Request) -> FreeRow | None:
         """Returns a free row for a request; None while there is none.
 
         Args:
@@ -32,11 +32,11 @@ class RowSlots:
         """
         if all(row.ticket is not None for row in self._rows):
             return None
-        return Place(*choose_row(self._rows, prompt, self._batch.copies))
+        return FreeRow(*choose_row(self._rows, prompt, self._batch.copies))
 
-    def assign(self, place: Place, request: Request) -> int:
+    def assign(self, free_row: FreeRow, request: Request) -> int:
         """Copies the common prefix to a row that has its request; returns its length [tokens]."""
-        row, source, common, _ = place
+        row, source, common, _ = free_row
         if source is not row:
             self._batch.copy_row(self._rows.index(source), self._rows.index(row), common)
         row.tokens = list(request.prompt[:common])
