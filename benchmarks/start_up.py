@@ -30,7 +30,7 @@ PROMPT = "Once upon a time"
 
 
 class Start(NamedTuple):
-    """Seconds until the first token (`serve`), or until the end (`generate`)."""
+    """Seconds until the first token; CPU seconds until then (`serve`), or in all (`generate`)."""
 
     seconds: float
     cpu_seconds: float
@@ -42,12 +42,16 @@ def start_generate(model: Path, environment: dict[str, str]) -> Start:
     start = time.monotonic()
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "8"], env=environment, cwd=environment["HOME"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(len(PROMPT) + 1)  # the prompt comes first
+    seconds = time.monotonic() - start
+    process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"generate ended with {os.waitstatus_to_exitcode(status)}")
-    return Start(time.monotonic() - start, usage.ru_utime + usage.ru_stime)
+    return Start(seconds, usage.ru_utime + usage.ru_stime)
 
 
 def start_serve(model: Path, environment: dict[str, str]) -> Start:
