@@ -318,3 +318,13 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.endswith("set()\n"), done.stderr
+
+
+def test_inference_on_a_cpu_starts_without_pallas():
+    program = """
+import sys
+import llama_jax.inference.engine.engine, llama_jax.inference.load, llama_jax.inference.stream
+print("jax.experimental.pallas" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
