@@ -12,7 +12,8 @@ rates contain the time to compile: this compares the answers of complete data se
 `hf` also answers once in float64, and the output has the largest error of each side: PyTorch's
 `log_softmax` is less exact than the rest of a model with a large vocabulary. With --quantize int8,
 llama_jax quantizes the weights, and `hf` does not. With --server, lm-eval's `local-completions`
-answers through `llama-jax serve` (pip install 'lm-eval[api]').
+answers through `llama-jax serve` (pip install 'lm-eval[api]'). With --chat each side renders the
+prompts in the model's chat format, from the template of its own folder.
 """
 
 import argparse
@@ -68,14 +69,25 @@ def write_items(folder: Path, n: int) -> None:
 
 
 def scorer(
-    model: Callable[[], Any], names: list[str], data: str, limit: int
+    model: Callable[[], Any], names: list[str], data: str, limit: int, chat: bool
 ) -> Callable[[], Round]:
-    """Returns a function that answers all requests of tasks with a new `model()` of lm-eval."""
+    """Returns a function that answers all requests of tasks with a new `model()` of lm-eval.
+
+    Args:
+        model: returns the model. One that it returned before renders the prompts of chats.
+        names: of the tasks.
+        data: folder of the data sets.
+        limit: items of each task.
+        chat: whether the prompts are messages in the model's chat format.
+    """
     from llama_jax.evaluation.tasks import load_tasks
 
     tasks = load_tasks(names, Path(data))["tasks"]
+    render = model().apply_chat_template if chat else None
     for task in tasks.values():
-        task.build_all_requests(limit=limit)
+        task.build_all_requests(
+            limit=limit, apply_chat_template=chat, fewshot_as_multiturn=chat, chat_template=render
+        )
     requests = [(task, request) for task in tasks.values() for request in task.instances]
 
     def run_round() -> Round:
@@ -174,6 +186,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="batch of transformers (8)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quantize", choices=["int8"], help="weights of llama_jax")
+    parser.add_argument("--chat", action="store_true", help="each side renders prompts as chats")
     parser.add_argument("--server", action="store_true", help="score through `llama-jax serve`")
     add_json_option(parser)
     args = parser.parse_args()
@@ -185,7 +198,7 @@ def main() -> None:
             convert(ours, theirs, to="hf")
         if args.data is None:
             write_items(Path(into), args.limit)
-        work = args.tasks.split(","), args.data or into, args.limit
+        work = args.tasks.split(","), args.data or into, args.limit, args.chat
         sides: dict[str, Any] = {
             "llama_jax": partial(served, ours, theirs, *work)
             if args.server
@@ -213,9 +226,10 @@ def main() -> None:
         for name, side in (("llama_jax", a), ("hf", b)):
             error = max(abs(x - y) for x, y in zip(side.logprobs, exact.logprobs, strict=True))
             print(f"{name}: largest error {error:.1e} nats, by hf in float64")
+    options = [" as chats"] * args.chat + [" through the server"] * args.server
     result = Result(
         name=f"scoring {args.tasks}{'' if args.data else '-like items'}"
-        f"{' through the server' if args.server else ''}, {args.quantize or args.dtype}",
+        f"{''.join(options)}, {args.quantize or args.dtype}",
         unit="items/s", ours=rates[0], peer=f"lm-eval's hf, batch {args.batch}", theirs=rates[1],
         ratio=ratio, note=f"largest difference {largest:.1e} nats, {different} of {n} items differ",
     )  # fmt: skip
