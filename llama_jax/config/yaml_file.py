@@ -226,6 +226,8 @@ class _Document:
             known = KEYS.get(problem.key)
             what = known.description if known else "a section" if len(problem.path) == 1 else None
             return f"{sentence} ({what}); add it" if what else f"{sentence}: add it"
+        if problem.value is None and any(":" in part for part in problem.path):
+            return f"{sentence}; write a space after the colon of {{PATH: 1}}"
         return sentence
 
 

@@ -127,6 +127,11 @@ BAD_OVERRIDES = [
     ("logging.progress=1", "logging.progress must be a valid boolean, not 1"),
     ("data.corpus=books", "data.corpus must be a list, not 'books'"),
     ("data.mixture={a: heavy}", "data.mixture.a.weight must be a valid number, not 'heavy'"),
+    (
+        "data.mixture={gs://b/a:1}",
+        "data.mixture.gs://b/a:1.weight must be a valid number, not None; write a space after the"
+        " colon of {PATH: 1}",
+    ),
     ("mesh=3", "mesh must be a section of keys, not 3"),
     ("mesh.fsdp=0", "mesh: the size of an axis is at least 1, or -1 for all other devices"),
     ("model.family=llama-9b", "model.family: 'llama-9b' is not a member; did you mean llama-7b?"),
