@@ -237,6 +237,7 @@ def _measure_perplexity(args: argparse.Namespace) -> int:
     from llama_jax.inference.load import choose_compute_dtype, load
     from llama_jax.model.weights import check_not_quantized
     from llama_jax.runtime import hosts
+    from llama_jax.runtime.compile_cache import enable_compile_cache
     from llama_jax.tokenizer.tokenizer import load_tokenizer
 
     if hosts.is_multi_host():
@@ -247,6 +248,7 @@ def _measure_perplexity(args: argparse.Namespace) -> int:
     if args.quantize:
         check_not_quantized(stored)
     ids = tokenizer.encode(_read_text(args.text), bos=tokenizer.add_bos)
+    enable_compile_cache()
 
     def measure(quantize: str | None) -> float:
         config, model = load(

@@ -28,7 +28,7 @@ from llama_jax.convert.merge import merge_pair, pair_of
 from llama_jax.convert.peft_export import export_peft
 from llama_jax.convert.row_major import row_major
 from llama_jax.convert.sanity_checks import sanity_warnings
-from llama_jax.convert.stream import local_files, map_in_order, sync_in_background
+from llama_jax.convert.stream import local_files, map_within_budget, sync_in_background
 from llama_jax.convert.tokenizer_files import collect_tokenizer_files
 from llama_jax.convert.verify import verify_output
 from llama_jax.errors import InputError
@@ -187,7 +187,7 @@ def _stream_weights(
     work = partial(_convert_weight, plan)
     cost = partial(conversion_bytes, plan.source, plan.dtypes)
     with byte_progress("converting", plan.output_bytes(), progress) as advance:
-        for converted in map_in_order(plan.dtypes, work, cost, plan.memory_budget):
+        for converted in map_within_budget(plan.dtypes, work, cost, plan.memory_budget):
             writer.write(converted.tensors)
             records.append(converted.record)
             notes += [converted.note] if converted.note else []

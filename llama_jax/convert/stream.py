@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_order(
+def map_within_budget(
     items: Iterable[Item],
     work: Callable[[Item], Result],
     cost: Callable[[Item], int],

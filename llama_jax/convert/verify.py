@@ -16,7 +16,7 @@ from llama_jax.convert.layout import Layout, Weight, element_scales, same_bits, 
 from llama_jax.convert.merge import check_merged, pair_of
 from llama_jax.convert.peft_export import verify_pairs
 from llama_jax.convert.source import Source
-from llama_jax.convert.stream import map_in_order
+from llama_jax.convert.stream import map_within_budget
 from llama_jax.errors import InputError
 from llama_jax.runtime.console import byte_progress
 from llama_jax.runtime.manifest import hash_bytes
@@ -129,7 +129,7 @@ def verify_output(
     identical = 0
     total = sum(output.nbytes(weight) for weight in order)
     with byte_progress("verifying ", total, progress) as advance:
-        for nbytes, is_identical in map_in_order(order, check, cost, budget):
+        for nbytes, is_identical in map_within_budget(order, check, cost, budget):
             identical += is_identical
             advance(nbytes)
     merged = sum(map(receipt.is_merged, records.values()))

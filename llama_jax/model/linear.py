@@ -89,9 +89,9 @@ def matmul(
     """
     if isinstance(w, Adapted):
         return matmul(config, equation, x, w.base) + _low_rank_product(config, equation, x, w)
-    if isinstance(w, Int8Matrix) and platform() == "cpu":
-        return _int8_product(equation, x, w)
-    if x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16 and platform() != "gpu":
+    is_one_row = x.shape[0] * x.shape[1] == 1 and x.dtype == jnp.bfloat16
+    in_digits = platform() == "cpu" and isinstance(w, Int8Matrix)  # has a row for each digit
+    if is_one_row and platform() != "gpu" and not in_digits:
         # XLA computes a product with one row on the vector unit, with two on the matrix unit.
         return matmul(config, equation, jnp.concatenate([x, x]), w)[:1]
     if isinstance(w, Int8Matrix):
