@@ -74,7 +74,7 @@ def scorer(
     """Returns a function that answers all requests of tasks with a new `model()` of lm-eval.
 
     Args:
-        model: returns the model. One that it returned before renders the prompts of chats.
+        model: returns the model; with `chat` a first one renders the prompts.
         names: of the tasks.
         data: folder of the data sets.
         limit: items of each task.

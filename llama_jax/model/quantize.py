@@ -1,7 +1,8 @@
 """Matrices as int8 with a float32 scale for each output channel, for inference.
 
 Symmetric, weight-only quantization: a channel's scale is its largest magnitude over 127, and the
-activations are not quantized. The error of an element is at most half its channel's scale.
+activations are not quantized (`linear_cpu.einsum_int8` writes them in digits of their precision).
+The error of a weight is at most half its channel's scale.
 """
 
 # Why not qwix (0.1.8, tried; its only dependencies are flax, opt_einsum and absl-py): it quantizes

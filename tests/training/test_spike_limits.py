@@ -35,7 +35,7 @@ def test_the_limits_are_those_of_the_last_128_steps_that_the_host_can_know():
     assert spike_limits.limits(301).tolist() == limits_of(NUMBERS[:299]).limits(301).tolist()
 
 
-def test_the_limits_of_a_resumed_run_is_the_same():
+def test_the_limits_of_a_resumed_run_are_the_same():
     spike_limits = limits_of(NUMBERS[:200])
     resumed = SpikeLimits(7.0, json.loads(json.dumps(spike_limits.recent)))
     for step, (loss, norm) in enumerate(NUMBERS[200:], 201):
