@@ -126,8 +126,8 @@ def _random_mask(key: jax.Array, p: float, shape: tuple[int, ...], x_dims: str) 
 def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
     """Returns the einsum with the int8 values, multiplied by the scale of each output channel.
 
-    The values are gathered as int8. Every compute dtype represents them exactly: they are cast to it
-    in the product. With few rows on a CPU the activations become int8 digits instead.
+    The values are gathered as int8 and cast to the compute dtype in the product, which represents
+    them exactly. With few rows on a CPU the activations become int8 digits instead.
     """
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     values, scale, dims = _gather_int8(w, w_dims)
