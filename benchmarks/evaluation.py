@@ -35,8 +35,6 @@ from typing import Any, NamedTuple
 from alternate import time_alternately
 from decode import folders
 from result import Result, add_json_option, append_result
-from serve_load import unused_port
-from serve_peer import Server
 
 from llama_jax.runtime.cpu import cpu_cores
 
@@ -147,6 +145,8 @@ def served(folder: str, tokenizer: str, *work: Any) -> Callable[[], Round]:
         work: arguments of `scorer`.
     """
     from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from serve_load import unused_port  # imports httpx, which the other comparisons do not need
+    from serve_peer import Server
 
     port = unused_port()
     command = [sys.executable, "-m", "llama_jax", "serve", folder, "--port", str(port)]
