@@ -262,6 +262,24 @@ class Config:
         return self.lora is not None or self.training.objective == "dpo"
 
     @property
+    def program(self) -> "Config":
+        """This configuration with only what the compiled programs of a run depend on.
+
+        All other fields have fixed values. JAX compiles a program once for each configuration, so
+        the runs of one process share their programs though their folders or their data differ.
+        """
+        names = "steps", "micro_batches", "objective", "dpo_beta", "dpo_sft_weight", "z_loss"
+        training = {name: getattr(self.training, name) for name in names}
+        sizes = {name: getattr(self.data, name) for name in ("batch_size", "seq_len")}
+        return Config(
+            model=self.model,
+            data=DataConfig(mixture={"any": 1.0}, **sizes),
+            optimizer=self.optimizer,
+            lora=self.lora,
+            training=TrainingConfig(out="any", init_from="any", **training),
+        )
+
+    @property
     def flops_per_token(self) -> float:
         """Model FLOPs of training on one token (`ModelConfig.flops_per_token`), of pairs too.
 

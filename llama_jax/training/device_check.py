@@ -69,7 +69,7 @@ def check_devices(
         return
     devices = batch_shard_devices()
     if config.training.objective != "dpo":  # which has no losses of rows
-        _, rows = _gradient(config, trained, batch, base, -1)
+        _, rows = _gradient(config.program, trained, batch, base, -1)
         losses = np.asarray(rows).reshape(len(devices), -1)
         if differing := _outliers([loss.tobytes() for loss in losses]):
             which = [d for i in differing for d in devices[i]]
@@ -78,7 +78,7 @@ def check_devices(
     shards = [(first + i) % len(devices) for i in range(min(PLACEMENTS, len(devices)))]
     bits = []
     for shard in shards:
-        computed, _ = _gradient(config, trained, batch, base, shard)
+        computed, _ = _gradient(config.program, trained, batch, base, shard)
         bits.append(str(fingerprint.to_text(computed)).encode())
     if differing := _outliers(bits):
         which = [d for i in differing for d in devices[shards[i]]]

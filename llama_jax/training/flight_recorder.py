@@ -203,7 +203,8 @@ class FlightRecorder:
         state, number = self._state, np.int32(step - 1)
         batch = self._data.train(step - 1)
         try:
-            norms: Any = compute_norms(self._config, state.trained, batch, number, state.base)
+            program = self._config.program
+            norms: Any = compute_norms(program, state.trained, batch, number, state.base)
             return to_numbers(norms)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

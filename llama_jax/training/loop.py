@@ -167,7 +167,7 @@ def compile_step(config: Config, data: Batches, state: TrainingState) -> Any:
     example = (state.trained, state.opt_state, batch, step, state.base, gate)
     chip = chip_of(jax.devices()[0].device_kind)
     options: Any = {**chip.compiler_options} if chip else {}
-    step_function = train_step.lower(config, *example).compile(compiler_options=options)
+    step_function = train_step.lower(config.program, *example).compile(compiler_options=options)
     print_status(f"compiled in {format_duration(time.monotonic() - start)}")
     return step_function
 

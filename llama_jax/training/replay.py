@@ -108,7 +108,7 @@ def replay(config: Config, step: int) -> Replay:
             compute(done + 1, data.train(done))
         number, batch = np.int32(step - 1), data.train(step - 1)
         # The step donates the weights, so their norms are computed before it.
-        norms: Any = compute_norms(config, state.trained, batch, number, state.base)
+        norms: Any = compute_norms(config.program, state.trained, batch, number, state.base)
         norms = to_numbers(norms)
         metrics = compute(step, batch)
         recorded = losses.get(step)

@@ -73,9 +73,9 @@ def _evaluate(
     batches = data.count_validation_batches(source, limit)
     if not batches:
         return {}
-    sums = []
+    sums, program = [], config.program
     for i in range(batches):
-        of_batch: Any = eval_step(config, trained, data.validation(source, i, batches), base)
+        of_batch: Any = eval_step(program, trained, data.validation(source, i, batches), base)
         sums.append(jax.tree.map(lambda x: np.asarray(x).item(), of_batch))
     totals = jax.tree.map(lambda *numbers: sum(numbers), *sums)
     if isinstance(totals, PreferenceSums):

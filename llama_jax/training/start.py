@@ -86,7 +86,7 @@ def initial_state(config: Config) -> tuple[Trained, optax.OptState]:
     _set_mesh(config)
     source = config.training.init_from
     if source is None or config.lora:
-        return jax.jit(partial(init_state, config))(initial_key(config))
+        return init_state(config.program, initial_key(config))
     print_status(f"starts from the weights in {source}")
     _, model = model_folders.load_model(source, config.model)
     return model, jax.jit(adamw(config.optimizer).init)(model)
@@ -174,7 +174,7 @@ class TrainingState:
         The arguments are those of the class. Returns the metadata of the checkpoint, if any.
         """
         self.trained = self.opt_state = None  # frees their memory
-        like = eval_shape_on_mesh(partial(init_state, self._config), jax.random.key(0))
+        like = eval_shape_on_mesh(partial(init_state, self._config.program), jax.random.key(0))
         restored = local.restore_newest(*like) if local else None
         if restored is None and checkpoints.steps:
             restored = checkpoints.restore_newest(*like)

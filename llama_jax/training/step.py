@@ -58,6 +58,7 @@ class Gradients(NamedTuple):
     rows: RowSums | None
 
 
+@partial(jax.jit, static_argnums=0)
 def init_state(config: Config, key: jax.Array) -> tuple[Trained, optax.OptState]:
     """Returns what the run trains, initialized, and its optimizer state, on the current mesh.
 

@@ -18,7 +18,12 @@ from llama_jax.runtime import handshake
 from llama_jax.training.metrics import read_metrics
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["llama_jax.cli.train", "llama_jax.training.loop", __name__])
+_context.set_forkserver_preload(
+    [
+        *("llama_jax.cli.train", "llama_jax.training.loop", "llama_jax.training.tensorboard"),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg", __name__),
+    ]
+)
 
 
 def connect_threads(processes, **changes):
@@ -49,17 +54,43 @@ def _run(program, argv, environment, n_devices, out, err):
     """Runs a program in this process, as `python *program *argv` does."""
     import jax
 
+    from llama_jax.runtime import folder_lock
+
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     jax.config.update("jax_num_cpu_devices", n_devices)  # JAX has read its variables
+    _store_programs_of_each_process()
+    # The next run takes over from a killed one after 2 s without a heartbeat, rather than 20 s.
+    folder_lock.BEAT_SECONDS, folder_lock.WATCH_SECONDS = 0.5, 2.0
     option, source = program
     sys.argv = [option, *argv]
     if option == "-m":
         runpy.run_module(source, run_name="__main__", alter_sys=True)
     else:
         exec(compile(source, "program", "exec"), {"__name__": "__main__"})
+
+
+def _store_programs_of_each_process():
+    """Lets all processes write to the compilation cache, of which JAX lets only the first.
+
+    On accelerators all processes have the same programs. On a CPU each has its own, with keys of
+    its own, and compiles them anew in each run.
+    """
+    from jax._src import compiler, distributed
+
+    write = compiler._cache_write
+
+    def write_as_the_first(*args):
+        number = distributed.global_state.process_id
+        distributed.global_state.process_id = 0
+        try:
+            write(*args)
+        finally:
+            distributed.global_state.process_id = number
+
+    compiler._cache_write = write_as_the_first
 
 
 class Group:

@@ -1,5 +1,7 @@
 """The training step: equal on each mesh and in any number of chunks, and safe from NaN."""
 
+import copy
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,10 +11,12 @@ import optax
 import pytest
 from conftest import MESHES, mesh_of, tiny_config, tiny_model
 
-from llama_jax.checkpoint.tree import eval_shape_on_mesh
+from llama_jax.checkpoint.tree import abstract_model, eval_shape_on_mesh
+from llama_jax.config.lora import LoraConfig
 from llama_jax.data.windows import Batch
 from llama_jax.model.transformer import forward
 from llama_jax.parallel.mesh import one_device_mesh, shard_array
+from llama_jax.training import layer_norms
 from llama_jax.training import loss as loss_module
 from llama_jax.training.step import StepMetrics, eval_step, gradients, init_state, train_step
 
@@ -238,3 +242,39 @@ def test_optimizer_state_inherits_the_shardings_of_its_weights(remat):
         assert [leaf.sharding.spec for leaf in jax.tree.leaves(moments)] == specs
     assert StepMetrics._fields[0] == "loss"
     assert isinstance(opt_state[0], optax.ScaleByAdamState)
+
+
+class Section:
+    """A section of a configuration of which only some fields may be read."""
+
+    def __init__(self, section, *names):
+        vars(self).update({name: getattr(section, name) for name in names})
+
+    def __getattr__(self, name):
+        raise AssertionError(f"a compiled program reads the field {name}")
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0, dropout=0.1)])
+@pytest.mark.parametrize("objective", ["next_token", "dpo"])
+def test_compiled_programs_read_only_the_fields_that_their_configuration_retains(objective, lora):
+    config = tiny_config(objective=objective, init_from="model", micro_batches=2)
+    config = dataclasses.replace(config, lora=lora)
+    others = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, mixture={"elsewhere": 1.0}, seed=1),
+        training=dataclasses.replace(config.training, out="elsewhere", seed=1, eval_every=7),
+    )
+    assert config != others
+    assert config.program == others.program
+    guarded = copy.copy(config.program)
+    for name in ("mesh", "data", "checkpoint", "logging"):
+        object.__setattr__(guarded, name, Section(None))
+    names = "steps", "micro_batches", "objective", "dpo_beta", "dpo_sft_weight", "z_loss"
+    object.__setattr__(guarded, "training", Section(config.program.training, *names))
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        trained, opt_state = eval_shape_on_mesh(partial(init_state, guarded), jax.random.key(0))
+        batch = shard_batch(2)
+        base = abstract_model(config.model) if config.has_base else None
+        train_step.trace(guarded, trained, opt_state, batch, jnp.int32(0), base)
+        eval_step.trace(guarded, trained, batch, base)
+        layer_norms.compute_norms.trace(guarded, trained, batch, jnp.int32(0), base)
