@@ -35,7 +35,8 @@ from llama_jax.plan.training import TrainingPlan, estimate_step
 # Groups of XLA options of MaxText's benchmarks/xla_flags_library.py, of its tag tpu-recipes-v0.1.4.
 GATHER_FUSION = {
     "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    # The recipes request this too, but libtpu 0.0.52 refuses it, except on v5e.
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
@@ -106,17 +107,19 @@ class Recipe(NamedTuple):
 
 OFFLOAD_8B = offloaded("decoder_layer_input", "out_proj", "query_proj", "key_proj", "value_proj")
 OFFLOAD_70B = offloaded("decoder_layer_input", "query_proj", "key_proj", "value_proj")
-# libtpu 0.0.52 refuses to fuse all-gathers into products on v6e, as the recipes of v6e request.
 V6E = LARGE_VMEM | SCATTER_LAYOUT | DATA_PARALLEL | GATHER_FUSION | HOST_OFFLOAD
-V6E["xla_tpu_enable_async_collective_fusion_fuse_all_gather"] = "false"
 V5P = DATA_PARALLEL | GATHER_FUSION
 RECIPES = {
     "llama3.1-8b-v6e-256": Recipe(
         "v6e:16x16", "v6e-256", "llama3.1-8b", 4, 8192,
         OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
     ),
-    "llama3.1-8b-v6e-8": Recipe(
-        "v6e:2x4", "v6e-8", "llama3.1-8b", 3, 8192,
+    "llama3.1-8b-v6e-16": Recipe(
+        "v6e:4x4", "v6e-16", "llama3.1-8b", 3, 8192,
+        OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
+    ),
+    "llama3.1-8b-v6e-128": Recipe(
+        "v6e:8x16", "v6e-128", "llama3.1-8b", 4, 8192,
         OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
     ),
     "llama3.1-70b-v6e-256": Recipe(

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import gzip
 import importlib
 import itertools
@@ -33,6 +34,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
     prefix="llama_jax-compiled-", dir=os.environ["TMPDIR"]
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Otherwise the key of a program contains the path of the cache.
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
 # 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module per program takes less
@@ -49,6 +52,7 @@ import jax
 import numpy as np
 import pytest
 from chat_shards import write_packed_shards
+from compiled_programs import link_stored, store_new
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.model_folders import load_model, save_model
@@ -64,7 +68,10 @@ from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 tempfile.tempdir = os.environ["TMPDIR"]  # pytest has already asked for a temporary file
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+link_stored(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+atexit.register(store_new, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+# A trace creates many objects, few of them in cycles. The search for those took 5 % of the time.
+gc.set_threshold(100_000, 50, 1000)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

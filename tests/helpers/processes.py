@@ -4,6 +4,7 @@ They are forked from a process that has imported JAX and llama_jax, which takes 
 started no threads.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -24,6 +25,7 @@ _context.set_forkserver_preload(
         *("matplotlib.figure", "matplotlib.backends.backend_agg", __name__),
     ]
 )
+gc.set_threshold(100_000, 50, 1000)  # as in conftest.py
 
 
 def connect_threads(processes, **changes):
