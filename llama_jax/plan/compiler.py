@@ -1,11 +1,14 @@
 """Compiles a lowered program for a chip that need not be there; reads memory, cost, schedule."""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from llama_jax.errors import InputError
 from llama_jax.plan.schedule import Event, parse_events
@@ -61,7 +64,8 @@ def compile_program(
         InputError: the compiler fails for another reason.
     """
     try:
-        executable = lowered.compile(compiler_options={**options})
+        with _without_compilation_cache():
+            executable = lowered.compile(compiler_options={**options})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).lower():
             raise DoesNotFit(_parse_needed_bytes(str(error))) from error
@@ -80,6 +84,22 @@ def compile_program(
         flops=cost["flops"],
         events=parse_events(executable.as_text() or ""),
     )
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """Disables JAX's compilation cache, which can't read the program of a chip that is not there.
+
+    It would write programs of many megabytes, and warn of each that it finds.
+    """
+    enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX reads the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def bytes_per_device(arrays: Any) -> int:

@@ -5,6 +5,7 @@ import math
 import jax
 import pytest
 from conftest import mesh_of, peer, tiny_config, tiny_model
+from program_folder import program_folder
 
 from llama_jax.cli.main import main
 from llama_jax.config.family import FAMILY
@@ -308,6 +309,22 @@ def test_a_failure_of_the_compiler_is_reported_in_one_sentence():
         InputError, match=r"itself failed on this step \(INTERNAL: RET_CHECK failure\)"
     ):
         compiler.compile_program(Lowered(), topology.parse(TOPOLOGY).chip, {}, "model.remat")
+
+
+@pytest.mark.slow
+def test_a_program_of_another_chip_is_not_read_from_the_compilation_cache(tmp_path):
+    peer("libtpu")
+    pod = topology.parse("v5e:2x2")
+    mesh = jax.sharding.Mesh(topology.devices(pod), ("x",))
+    sharding = jax.NamedSharding(mesh, jax.P("x"))
+    x = jax.ShapeDtypeStruct((256, 256), jax.numpy.bfloat16, sharding=sharding)
+    with program_folder(tmp_path):
+        jax.config.update("jax_enable_compilation_cache", True)
+        for _ in range(2):  # a program that was found would be a warning, which is an error here
+            program = compiler.compile_program(jax.jit(lambda x: x @ x).lower(x), pod.chip, {}, "")
+            assert program.flops == 2 * 256**3 / 4
+        assert jax.config.jax_enable_compilation_cache
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_dpo_has_a_frozen_copy_of_the_weights_and_a_forward_pass_more():
