@@ -76,9 +76,14 @@ def _train(args: argparse.Namespace) -> int:
         return show_replay(config, args.replay, 4 if args.rows is None else args.rows, args.json)
     from llama_jax.inference.sampling import Sampling
     from llama_jax.runtime import hosts
+    from llama_jax.runtime.compile_cache import enable_compile_cache
     from llama_jax.runtime.console import print_status
     from llama_jax.training import loop
 
+    # Only host 0 writes JAX's cache. On GPUs hosts that compile wait for one that found its
+    # programs, so several hosts need a folder that they share.
+    if not hosts.is_multi_host():
+        enable_compile_cache()
     sample_chats, evaluate = _chat_samples(config), None
     if config.training.evaluate:
         from llama_jax.evaluation.in_training import evaluator

@@ -14,6 +14,7 @@ from llama_jax.config import yaml_file
 from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import Config, DataConfig, LoggingConfig, TrainingConfig
 from llama_jax.data import text_files
+from llama_jax.runtime import compile_cache
 
 
 @pytest.mark.slow
@@ -26,8 +27,10 @@ def test_the_quickstart_trains_resumes_and_generates(capsys, tmp_path, monkeypat
     command = ["train", "configs/quickstart.yaml", "mesh.fsdp=1", "mesh.data=8"]
     command += ["training.eval_every=2", "training.eval_batches=2", "data.seq_len=64"]
     command += ["model.n_layers=1"]  # each layer is compiled: four take four times as long
+    cached = []
+    monkeypatch.setattr(compile_cache, "enable_compile_cache", lambda: cached.append(True))
     code, out, err = run(capsys, *command, "training.steps=2")
-    assert code == 0
+    assert (code, cached) == (0, [True])
     assert "data/quickstart does not exist yet: tokenizing python-stdlib" in err
     assert re.search(r"step 2/2  loss .*  data wait \d+\.\d%", err)
     assert "validation loss" in out
