@@ -40,19 +40,20 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
 # 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module per program takes less
 # time than 32.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_cpu_parallel_codegen_split_count=1",
-        *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
-    ]
-)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has the flags of the process that started it
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_cpu_parallel_codegen_split_count=1",
+            *["--xla_cpu_use_fusion_emitters=false"] * version("jaxlib").startswith("0.10."),
+        ]
+    )
 
 import jax
 import numpy as np
 import pytest
 from chat_shards import write_packed_shards
-from compiled_programs import link_stored, store_new
+from compiled_programs import copy_stored, store_new
 
 from llama_jax.checkpoint.folders import read_model_config
 from llama_jax.checkpoint.model_folders import load_model, save_model
@@ -68,7 +69,6 @@ from llama_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
 tempfile.tempdir = os.environ["TMPDIR"]  # pytest has already asked for a temporary file
-link_stored(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 atexit.register(store_new, Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 # A trace creates many objects, few of them in cycles. The search for those took 5 % of the time.
 gc.set_threshold(100_000, 50, 1000)
@@ -87,6 +87,12 @@ REFERENCES = [
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
 # Meshes (data, fsdp, tensor, context), for training.
 CONTEXT_MESHES = [(1, 1, 1, 8), (1, 2, 1, 4), (2, 1, 2, 2)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Copies the compiled programs of earlier runs into the processes that run tests."""
+    if not config.getoption("numprocesses", None):  # else this process only starts others
+        copy_stored(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -88,9 +88,8 @@ def initial_state(config: Config) -> tuple[Trained, optax.OptState]:
     if source is None or config.lora:
         # The program runs once, and LLVM's full optimization takes longer than that: 4.8 and 0.1 s
         # for the quickstart. Level 1 takes 1.5 s, and computed the same bits.
-        on_cpu = jax.default_backend() == "cpu"
+        key, on_cpu = initial_key(config), jax.default_backend() == "cpu"
         options: Any = {"xla_backend_optimization_level": 1} if on_cpu else {}
-        key = initial_key(config)
         return init_state.lower(config.program, key).compile(options)(key)
     print_status(f"starts from the weights in {source}")
     _, model = model_folders.load_model(source, config.model)

@@ -1,6 +1,6 @@
 """Compiled programs that one run of the tests leaves for the next: compiling takes a third of it.
 
-Each process of a run has a folder of its own, JAX's compilation cache, with links to what earlier
+Each process of a run has a folder of its own, JAX's compilation cache, with copies of what earlier
 runs stored. JAX writes an entry in place, so a process that is killed leaves a part of one: only
 complete entries are stored, when a process ends. `pytest --cache-clear` removes them.
 """
@@ -13,22 +13,22 @@ STORED = Path(__file__).parents[2] / ".pytest_cache" / "d" / "compiled"
 MAX_BYTES = 2 << 30  # entries of earlier versions of the code also count; then all are removed
 
 
-def link_stored(folder: Path) -> None:
-    """Links the entries of earlier runs into an empty folder."""
-    STORED.mkdir(parents=True, exist_ok=True)
+def copy_stored(folder: Path) -> None:
+    """Copies the entries of earlier runs into an empty folder."""
+    if sum(path.stat().st_size for path in STORED.glob("*-cache")) > MAX_BYTES:
+        shutil.rmtree(STORED, ignore_errors=True)
     for path in STORED.glob("*-cache"):
-        (folder / path.name).symlink_to(path)
+        shutil.copyfile(path, folder / path.name)
 
 
 def store_new(folder: Path) -> None:
     """Stores the complete entries of a process for later runs, and removes its folder."""
     from jax._src.compilation_cache import decompress_executable
 
-    if sum(path.stat().st_size for path in STORED.glob("*-cache")) > MAX_BYTES:
-        shutil.rmtree(STORED)
-        STORED.mkdir()
+    STORED.mkdir(parents=True, exist_ok=True)
+    stored = {path.name for path in STORED.iterdir()}
     for path in folder.glob("*-cache"):
-        if path.is_symlink():
+        if path.name in stored:
             continue
         try:
             decompress_executable(path.read_bytes())
