@@ -9,6 +9,7 @@ from conftest import mesh_of, tiny_model
 
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
+from llama_jax.inference import generate_batches as batches_module
 from llama_jax.inference.generate_batches import GenerateRequest, _round_up, generate_batches
 from llama_jax.inference.sampling import Sampling
 from llama_jax.inference.stream import stream
@@ -56,6 +57,32 @@ def test_prompts_in_batches_get_the_tokens_that_they_get_alone(model):
             sharded = jax.device_put(model, like)
             found = dict(generate_batches(CONFIG, sharded, LetterTokenizer([end]), requests))
         assert [found[i] for i in range(len(found))] == ended
+
+
+@pytest.mark.parametrize(("shape", "rows_of_a_shard"), [((1, 1, 1), 4), ((2, 1, 4), 2)])
+def test_requests_take_the_place_of_rows_that_have_ended(
+    model, shape, rows_of_a_shard, monkeypatch
+):
+    requests = [
+        GenerateRequest(PROMPTS[i % 5], 1 + 11 * i % 48, sampling=Sampling(temperature=1.0), seed=i)
+        for i in range(20)
+    ]
+    with jax.set_mesh(one_device_mesh()):
+        expected = [alone(model, request) for request in requests]
+    filled, fill = [], batches_module._fill_rows
+
+    def record(config, model, state, tokens, lengths, rows):
+        filled.append(np.asarray(lengths).tolist())
+        return fill(config, model, state, tokens, lengths, rows)
+
+    monkeypatch.setattr(batches_module, "_MAX_ROWS", rows_of_a_shard)
+    monkeypatch.setattr(batches_module, "_fill_rows", record)
+    with jax.set_mesh(mesh_of(shape)):
+        like = jax.tree.map(lambda leaf: leaf.sharding, abstract_model(CONFIG))
+        sharded = jax.device_put(model, like)
+        found = dict(generate_batches(CONFIG, sharded, LetterTokenizer(), requests))
+    assert [found[i] for i in range(20)] == expected
+    assert any(0 in lengths for lengths in filled)  # while other rows ran
 
 
 def test_a_row_ends_within_a_block_of_its_stop_string(model):
