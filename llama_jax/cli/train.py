@@ -80,8 +80,7 @@ def _train(args: argparse.Namespace) -> int:
     from llama_jax.runtime.console import print_status
     from llama_jax.training import loop
 
-    # Only host 0 writes JAX's cache. On GPUs hosts that compile wait for one that found its
-    # programs, so several hosts need a folder that they share.
+    # Only host 0 writes JAX's cache: several hosts need a folder that they share.
     if not hosts.is_multi_host():
         enable_compile_cache()
     sample_chats, evaluate = _chat_samples(config), None
