@@ -75,6 +75,14 @@ class TrainingPlan:
         """Tokens of a global batch."""
         return self.config.data.batch_size * self.config.data.seq_len
 
+    def tokens_per_second_per_chip(self, step_seconds: float) -> float:
+        """Returns the rate of a chip, for a step of `step_seconds`."""
+        return self.tokens_per_step / step_seconds / self.pod.n_chips
+
+    def chip_hours(self, step_seconds: float) -> float:
+        """Returns the cost of the complete run, for a step of `step_seconds`."""
+        return step_seconds * self.config.training.steps * self.pod.n_chips / 3600
+
     def mfu(self, seconds: float, *, causal: bool = True) -> float:
         """Returns the model's FLOPs as a share of the peak, for a step of `seconds`.
 

@@ -35,9 +35,9 @@ def as_dict(plan: TrainingPlan) -> dict[str, Any]:
             "network": plan.exposed_seconds,
             "all": plan.step_seconds,
         },
-        "tokens_per_second_per_chip": plan.tokens_per_step / plan.step_seconds / plan.pod.n_chips,
+        "tokens_per_second_per_chip": plan.tokens_per_second_per_chip(plan.step_seconds),
         "run_days": run_seconds / 86_400,
-        "run_chip_hours": run_seconds * plan.pod.n_chips / 3600,
+        "run_chip_hours": plan.chip_hours(plan.step_seconds),
         "mfu_causal": plan.mfu(plan.step_seconds),
         "mfu_full": plan.mfu(plan.step_seconds, causal=False),
         "mfu_causal_compiler_alone": plan.mfu(plan.compiler_seconds),
@@ -66,9 +66,9 @@ def show(plan: TrainingPlan) -> None:
     console.print(_network_table(plan))
     run_seconds = plan.step_seconds * plan.config.training.steps
     console.print(
-        f"{plan.tokens_per_step / plan.step_seconds / plan.pod.n_chips:,.0f} tokens/s/chip;"
+        f"{plan.tokens_per_second_per_chip(plan.step_seconds):,.0f} tokens/s/chip;"
         f" {plan.config.training.steps:,} steps: {run_seconds / 86_400:.1f} days,"
-        f" {run_seconds * plan.pod.n_chips / 3600:,.0f} chip-hours (compiled in"
+        f" {plan.chip_hours(plan.step_seconds):,.0f} chip-hours (compiled in"
         f" {plan.compile_seconds:.0f} s)"
     )
     calibration = _calibration(plan)
@@ -157,13 +157,12 @@ def _corrected_table(plan: TrainingPlan, calibration: Calibration) -> Table:
     if len(calibration.compared) > 1:
         rows |= {"the fastest": corrected.fastest, "the slowest": corrected.slowest}
     for name, seconds in rows.items():
-        chip_hours = seconds * plan.config.training.steps * plan.pod.n_chips / 3600
         table.add_row(
             name,
             f"{seconds:,.2f}",
             f"{plan.mfu(seconds):.0%}",
-            f"{plan.tokens_per_step / seconds / plan.pod.n_chips:,.0f}",
-            f"{chip_hours:,.0f}",
+            f"{plan.tokens_per_second_per_chip(seconds):,.0f}",
+            f"{plan.chip_hours(seconds):,.0f}",
         )
     return table
 

@@ -35,7 +35,7 @@ UNPROVEN_LINE_BYTES = 1024  # longest line before the proof
 # Connections without a proof that may be open at the same time, in addition to one for each host.
 # When there are more, host 0 closes the oldest; if it was a host's, that host connects again.
 SPARE_CANDIDATES = 64
-RETRY_SECONDS = 0.2  # between two attempts to connect
+RETRY_SECONDS = 0.1  # between two attempts to connect
 
 
 def connect_hosts(
@@ -64,6 +64,15 @@ def connect_hosts(
     for connection in acceptor.joined.values():
         connection.send("start", [names, jax_port])
     return ControlChannel(process, names, acceptor.joined), jax_port
+
+
+def wait_until_reachable(host: str, port: int) -> None:
+    """Waits until host 0 listens for JAX's clients, which retry only once a second.
+
+    Raises:
+        InputError: `JOIN_SECONDS` have passed.
+    """
+    _connect(host, port, time.monotonic() + JOIN_SECONDS).socket.close()
 
 
 def _proof(token: bytes, *content: Any) -> str:

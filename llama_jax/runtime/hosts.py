@@ -322,6 +322,8 @@ def _join_jax(address: str, processes: int, process: int, detected: bool) -> Non
     # JAX's preemption service would handle SIGTERM instead of the training loop, which saves and
     # stops (see `stop_before`).
     jax.config.update("jax_enable_preemption_service", False)
+    if process:
+        handshake.wait_until_reachable(*_split_address(address))
     jax.distributed.initialize(
         address,
         processes,

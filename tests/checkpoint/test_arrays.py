@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "c"
     with jax.set_mesh(mesh_of((2, 2, 2))):
         saved = TrainingCheckpoints(folder, CheckpointConfig())
-        saved.save(Progress(7, ["a"]), *jax.jit(partial(init_state, CONFIG))(KEY))
+        saved.save(Progress(7, ["a"]), *init_state(CONFIG, KEY))
         saved.close()
     return folder
 

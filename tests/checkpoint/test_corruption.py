@@ -68,7 +68,7 @@ def originals(model_folder, token_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with jax.set_mesh(mesh_of((1, 1, 1))):
         saved = TrainingCheckpoints(folder, CheckpointConfig())
-        saved.save(Progress(STEP, ["a"]), *jax.jit(partial(init_state, CONFIG))(jax.random.key(0)))
+        saved.save(Progress(STEP, ["a"]), *init_state(CONFIG, jax.random.key(0)))
         saved.close()
     return {"checkpoint": folder / str(STEP), "model": model_folder, "tokens": token_folder}
 

@@ -24,7 +24,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def state():
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        return jax.jit(partial(init_state, tiny_config()))(KEY)
+        return init_state(tiny_config(), KEY)
 
 
 def open_checkpoints(tmp_path, newest_shared=0):
@@ -109,7 +109,7 @@ def test_checkpoints_of_another_mesh_are_ignored_and_replaced(tmp_path, state):
         checkpoints = open_checkpoints(tmp_path)
         assert checkpoints.steps == []
         assert saved_steps(checkpoints) == [1, 2]
-        state = jax.jit(partial(init_state, tiny_config()))(KEY)
+        state = init_state(tiny_config(), KEY)
         checkpoints.save(Progress(1, ["a"]), *state)
         checkpoints.close()
         assert saved_steps(checkpoints) == [1]

@@ -51,7 +51,7 @@ def equal(a, b):
 @pytest.fixture(scope="module")
 def state():
     with jax.set_mesh(mesh_of((2, 2, 2))):
-        return jax.jit(partial(init_state, CONFIG))(KEY)
+        return init_state(CONFIG, KEY)
 
 
 @pytest.fixture(scope="module")

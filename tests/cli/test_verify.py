@@ -5,7 +5,6 @@ import random
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import pytest
@@ -26,7 +25,7 @@ def original_run(token_folder, tmp_path_factory):
     """A run folder with checkpoints of steps 1, 2 and 3."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with jax.set_mesh(mesh_of((1, 1, 1))):
-        state = jax.jit(partial(init_state, CONFIG))(jax.random.key(0))
+        state = init_state(CONFIG, jax.random.key(0))
         checkpoints = TrainingCheckpoints(folder / "checkpoints", CheckpointConfig())
         for step in (1, 2, 3):
             checkpoints.save(Progress(step, ["a"]), *state)

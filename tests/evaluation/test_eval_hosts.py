@@ -25,11 +25,12 @@ def test_two_processes_have_the_results_of_one(capsys, shared_data, tmp_path):
     convert(shared_data / "stories260K/meta", model)
     command = ["eval", model, "--data", data, "--limit", 4, "--tasks"]
     generates = "arc_easy,nq_open"
-    runs = {"arc_easy": [], generates: ["--mesh", "data=2,fsdp=2,tensor=2"]}
+    runs = {"arc_easy": [], generates: ["--mesh", "data=2,tensor=2"]}
     results = []
     for i, (tasks, mesh) in enumerate(runs.items()):
         out = tmp_path / f"two{i}"
-        group = Group(tmp_path / f"group{i}", 2, *command, tasks, *mesh, "--out", out)
+        argv = *command, tasks, *mesh, "--out", out
+        group = Group(tmp_path / f"group{i}", 2, *argv, devices=4)
         assert group.wait() == [0, 0], group.outputs("err")
         # Gloo prints on the standard output of each process, and host 0 the results.
         assert ["arc_easy" in output for output in group.outputs("out")] == [True, False]
@@ -44,6 +45,6 @@ def test_two_processes_have_the_results_of_one(capsys, shared_data, tmp_path):
     assert len(tokens) == 4
     assert generated(tmp_path / "two1") == tokens
     assert [found["mesh"] for found in results] == [
-        {"data": 1, "fsdp": 2, "context": 1, "tensor": 4},
-        {"data": 2, "fsdp": 2, "context": 1, "tensor": 2},
+        {"data": 1, "fsdp": 2, "context": 1, "tensor": 2},
+        {"data": 2, "fsdp": 1, "context": 1, "tensor": 2},
     ]

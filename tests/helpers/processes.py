@@ -96,7 +96,7 @@ def _store_programs_of_each_process():
 
 
 class Group:
-    """Processes of one run, each with an equal share of 8 simulated devices.
+    """Processes of one run, each with an equal share of the simulated devices.
 
     Args:
         folder: for their outputs.
@@ -104,9 +104,19 @@ class Group:
         argv: arguments of all.
         program: arguments of Python that name the program.
         own_arguments: further arguments, one list for each process.
+        devices: how many. Collectives are sent over the loopback interface, also those between
+            devices of one process: a step takes 0.15 s on 8 devices, and 0.02 s on 2.
     """
 
-    def __init__(self, folder, processes, *argv, program=("-m", "llama_jax"), own_arguments=()):
+    def __init__(
+        self,
+        folder,
+        processes,
+        *argv,
+        program=("-m", "llama_jax"),
+        own_arguments=(),
+        devices=8,
+    ):
         folder.mkdir()
         self.folder = folder
         self.processes = []
@@ -120,7 +130,8 @@ class Group:
             for path in outputs:
                 path.touch()
             process = _context.Process(
-                target=_run, args=(program, arguments, {**os.environ}, 8 // processes, *outputs)
+                target=_run,
+                args=(program, arguments, {**os.environ}, devices // processes, *outputs),
             )
             process.start()
             self.processes.append(process)

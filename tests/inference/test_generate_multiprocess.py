@@ -51,10 +51,10 @@ def command(folder, *more):
 def test_two_processes_generate_the_text_of_one_and_read_half_of_the_weights(
     capsys, token_folder, tmp_path
 ):
-    # Two devices have a copy of each of the four key/value heads.
-    config = save(tmp_path / "model", token_folder, n_kv_heads=4)
+    # Two devices have a copy of each of the two key/value heads.
+    config = save(tmp_path / "model", token_folder, n_kv_heads=2)
     argv = command(tmp_path / "model", *DRAWN)
-    group = Group(tmp_path / "group", 2, *argv, program=("-c", REPORTING))
+    group = Group(tmp_path / "group", 2, *argv, program=("-c", REPORTING), devices=4)
     code, expected, _ = run(capsys, *argv)
     assert code == 0
     assert group.wait() == [0, 0], group.outputs("err")
@@ -73,13 +73,13 @@ def test_two_processes_generate_the_text_of_one_and_read_half_of_the_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "more"),
-    [((8, 4), ()), ((8, 4), DRAWN), ((4, 2), DRAWN)],
+    [((8, 2), ()), ((8, 4), DRAWN), ((2, 1), DRAWN)],
     ids=["greedy, two devices to a key/value head", "drawn", "drawn, two copies of the model"],
 )
 def test_four_processes_generate_the_text_of_one(capsys, token_folder, tmp_path, heads, more):
     save(tmp_path / "model", token_folder, n_heads=heads[0], n_kv_heads=heads[1])
     argv = command(tmp_path / "model", *more)
-    group = Group(tmp_path / "group", 4, *argv)
+    group = Group(tmp_path / "group", 4, *argv, devices=4)
     expected = run(capsys, *argv)[1]
     assert group.wait() == [0] * 4, group.outputs("err")
     continuation = expected.removeprefix("aeiou")
@@ -91,7 +91,8 @@ def test_four_processes_generate_the_text_of_one(capsys, token_folder, tmp_path,
 def test_hosts_end_together_with_one_sentence(token_folder, tmp_path):
     save(tmp_path / "model", token_folder)
     seeds = [["--seed", "1"], ["--seed", "2"]]
-    group = Group(tmp_path / "seeds", 2, *command(tmp_path / "model"), own_arguments=seeds)
+    argv = command(tmp_path / "model")
+    group = Group(tmp_path / "seeds", 2, *argv, own_arguments=seeds, devices=2)
     assert group.wait() == [2, 2]
     for err in group.outputs("err"):
         assert err.startswith("llama-jax: host 0 (")
@@ -115,7 +116,8 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_all_hosts_end_when_the_reader_of_the_text_exits(token_folder, tmp_path):
     save(tmp_path / "model", token_folder)
-    group = Group(tmp_path / "head", 2, *command(tmp_path / "model"), program=("-c", CLOSED))
+    argv = command(tmp_path / "model")
+    group = Group(tmp_path / "head", 2, *argv, program=("-c", CLOSED), devices=2)
     assert group.wait() == [0, 0], group.outputs("err")
     for err in group.outputs("err"):
         assert err.startswith("llama-jax: host 0 (")

@@ -50,7 +50,7 @@ def start(folder, processes, model_folder, *flags):
     """Starts a server on several processes; returns them and its URL."""
     port = free_port()
     argv = "serve", model_folder, "--port", port, "--rows", 3, "--context", 128, *flags
-    group = Group(folder, processes, *argv)
+    group = Group(folder, processes, *argv, devices=processes)
     group.wait_until(lambda: "is served at" in group.outputs("err")[0], 300)
     return group, f"http://127.0.0.1:{port}/v1/completions"
 

@@ -13,6 +13,7 @@ from conftest import ROOT, mesh_of, peer, run, tiny_config, tiny_model
 from object_store import store_of_this_process
 
 from llama_jax.config import yaml_file
+from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.run import DataConfig
 from llama_jax.data import shards
 from llama_jax.data.batches import Batches
@@ -150,6 +151,8 @@ def test_a_bucket_contains_everything_from_texts_to_a_converted_model(
 
     def train(out, data, *options):
         config = tiny_config(out=str(out), steps=6, eval_every=0, eval_batches=1)
+        # Few objects: each array is in at most four shards.
+        config = replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
         (tmp_path / "run.yaml").write_text(yaml_file.dump(config).replace("nowhere:", f"{data}:"))
         overrides = ["checkpoint.every=2", "logging.progress=false", "logging.tensorboard=false"]
         code, text, err = run(capsys, "train", tmp_path / "run.yaml", *overrides, *options)

@@ -207,8 +207,9 @@ def test_a_run_that_is_killed_at_or_after_a_rewind_resumes_bit_for_bit(
 @pytest.mark.slow
 def test_two_processes_rewind_together(runs, token_folder, tmp_path):
     config = config_of(tmp_path / "run", token_folder, "rewind")
-    (tmp_path / "run.yaml").write_text(yaml_file.dump(config))
-    group = Group(tmp_path / "output", 2, "train", tmp_path / "run.yaml", program=("-c", POISONED))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml_file.dump(replace(config, mesh=MeshConfig(fsdp=2))))
+    group = Group(tmp_path / "output", 2, "train", path, program=("-c", POISONED), devices=2)
     assert group.wait() == [0, 0], group.outputs("err")
     ours, alone = metrics_of(tmp_path / "run"), metrics_of(runs / "rewind")
     np.testing.assert_allclose(ours, alone, rtol=1e-4)  # sums of the hosts in another order

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from processes import Group
-from test_hosts import config, write_config
+from test_hosts import TWO_DEVICES, config, write_config
 
 from llama_jax.training import host_times
 from llama_jax.training.host_times import GATHER_STEPS, HostTimes
@@ -79,8 +79,9 @@ def test_a_host_that_does_not_wait_for_its_devices_delays_the_others(gathered):
 @pytest.mark.slow
 def test_a_host_that_sleeps_a_second_each_step_is_named(tmp_path, token_folder, other_token_folder):
     run = tmp_path / "run"
-    path = write_config(tmp_path / "run.yaml", config(run, token_folder, steps=GATHER_STEPS + 2))
-    group = Group(tmp_path / "output", 2, "train", path, program=("-c", ASLEEP))
+    settings = config(run, token_folder, TWO_DEVICES, steps=GATHER_STEPS + 2)
+    path = write_config(tmp_path / "run.yaml", settings)
+    group = Group(tmp_path / "output", 2, "train", path, program=("-c", ASLEEP), devices=2)
     assert group.wait() == [0, 0], group.outputs("err")
     (event,) = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     assert (event["event"], event["host"]) == ("slow host", 1)

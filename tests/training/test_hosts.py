@@ -24,6 +24,7 @@ from llama_jax.training import loop
 from llama_jax.training.metrics import read_metrics
 
 STEPS, ROWS = 12, 8
+EIGHT_DEVICES, TWO_DEVICES = MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2)
 
 # The command line, which also prints the training windows that this process reads.
 RECORDING = """
@@ -80,11 +81,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def config(folder, data, **training):
+def config(folder, data, mesh=EIGHT_DEVICES, **training):
     values = {"out": str(folder), "steps": STEPS, "eval_every": 0, "eval_batches": 2}
     return Config(
         model=tiny_model(),
-        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        mesh=mesh,
         data=DataConfig(
             mixture={str(data): 0.5, str(data.with_name("other")): 0.5}, batch_size=ROWS, seq_len=16
         ),
@@ -208,8 +209,8 @@ def test_two_processes_resume_a_checkpoint_of_four_also_after_a_kill(
 ):
     run = runs / "killed"
     shutil.copytree(runs / "four", run)
-    path = write_config(runs / "killed.yaml", config(run, token_folder))
-    group = Group(runs / "killed-output", 2, "train", path)
+    path = write_config(runs / "killed.yaml", config(run, token_folder, TWO_DEVICES))
+    group = Group(runs / "killed-output", 2, "train", path, devices=2)
     group.wait_for_step(run, STEPS - 3)
     group.send_signal(1, signal.SIGKILL)
     start = time.monotonic()
@@ -219,7 +220,7 @@ def test_two_processes_resume_a_checkpoint_of_four_also_after_a_kill(
     assert last.startswith("llama-jax: host 1 (")
     assert "has died or can't be reached" in last
     before_kill = losses(run)
-    again = Group(runs / "again-output", 2, "train", path)
+    again = Group(runs / "again-output", 2, "train", path, devices=2)
     assert again.wait() == [0, 0], again.outputs("err")
     resumed = losses(run)
     np.testing.assert_array_equal(resumed[: len(before_kill)], before_kill)  # bit for bit
@@ -228,8 +229,8 @@ def test_two_processes_resume_a_checkpoint_of_four_also_after_a_kill(
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
-    path = write_config(runs / "early.yaml", config(runs / "early", token_folder))
-    group = Group(runs / "early-output", 2, "train", path, program=("-c", COMPILING))
+    path = write_config(runs / "early.yaml", config(runs / "early", token_folder, TWO_DEVICES))
+    group = Group(runs / "early-output", 2, "train", path, program=("-c", COMPILING), devices=2)
     group.wait_until(lambda: "compiles" in group.outputs("out")[1])
     group.send_signal(1, signal.SIGTERM)
     assert group.wait(60) == [0, 0], group.outputs("err")
@@ -244,8 +245,8 @@ def test_sigterm_before_the_first_step_ends_all_with_0(runs, token_folder):
 @pytest.mark.slow
 def test_a_failed_save_on_one_host_ends_all_with_its_message(alone, runs, token_folder):
     run = runs / "full"
-    path = write_config(runs / "full.yaml", config(run, token_folder))
-    group = Group(runs / "full-output", 2, "train", path, program=("-c", FULL))
+    path = write_config(runs / "full.yaml", config(run, token_folder, TWO_DEVICES))
+    group = Group(runs / "full-output", 2, "train", path, program=("-c", FULL), devices=2)
     assert group.wait(120) == [1, 1], group.outputs("err")
     for err in group.outputs("err"):
         last = [line for line in err.splitlines() if line.startswith("llama-jax: ")][-1]
@@ -253,7 +254,7 @@ def test_a_failed_save_on_one_host_ends_all_with_its_message(alone, runs, token_
         assert f"can't save step 8 in {run / 'checkpoints'} (" in last
         assert "File too large): the checkpoints of steps 4 are unchanged; fix the cause" in last
         assert "Traceback" not in err
-    again = Group(runs / "full-again-output", 2, "train", path)
+    again = Group(runs / "full-again-output", 2, "train", path, devices=2)
     assert again.wait() == [0, 0], again.outputs("err")
     assert "resumes after step 4 of 12" in again.outputs("err")[0]
     np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)

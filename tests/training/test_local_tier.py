@@ -49,7 +49,12 @@ LocalCheckpoints.save = save_and_die
 sys.exit(cli.main(sys.argv[1:]))
 """
 
-REPLICATED, SPLIT = MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=4, tensor=2)
+# A device on each of two or four hosts. With `data` each shard is on two hosts.
+REPLICATED, SPLIT, REPLICATED_ON_FOUR = (
+    MeshConfig(data=2),
+    MeshConfig(fsdp=2),
+    MeshConfig(data=2, fsdp=2),
+)
 
 
 def settings(folder, tokens, disk, mesh=REPLICATED):
@@ -82,7 +87,8 @@ def killed(tmp_path_factory, token_folder, other_token_folder):
         out = out or folder / "run"
         run = settings(out, token_folder, folder / "disk", mesh)
         path = write_config(folder / "run.yaml", run)
-        group = Group(folder / "died", processes, "train", path, program=("-c", DIES))
+        program, devices = ("-c", DIES), processes
+        group = Group(folder / "died", processes, "train", path, program=program, devices=devices)
         codes = [1] * processes
         codes[1] = -signal.SIGKILL
         assert group.wait() == codes, group.outputs("err")
@@ -103,7 +109,7 @@ def undisturbed(tmp_path_factory, token_folder, other_token_folder):
 
 def resume(folder, path, processes=2):
     """Resumes the run; returns the standard error of host 0."""
-    group = Group(folder / "resumed", processes, "train", path)
+    group = Group(folder / "resumed", processes, "train", path, devices=processes)
     assert group.wait() == [0] * processes, group.outputs("err")
     assert group.outputs("err")[1:] == [""] * (processes - 1)
     assert not list((folder / "disk").iterdir())  # a finished run needs no local checkpoints
@@ -154,7 +160,7 @@ def test_of_four_hosts_of_a_run_in_a_bucket_one_is_filled_from_its_replica(
             monkeypatch.setenv(name, value)
         bucket_path.open_bucket.cache_clear()
         out = parse_path(store.url("run"))
-        folder, path = killed(REPLICATED, processes=4, out=out)
+        folder, path = killed(REPLICATED_ON_FOUR, processes=4, out=out)
         shutil.rmtree(host_folders(folder / "disk")[2])
         err = resume(folder, path, processes=4)
         assert "; replicas filled host 2\n" in err

@@ -45,7 +45,7 @@ def lora_config(model=None, lora=LORA, **training):
 
 def trained_pairs(config):
     """Returns pairs on the current mesh in which b is not zero."""
-    adapters, _ = jax.jit(functools.partial(init_state, config))(jax.random.key(3))
+    adapters, _ = init_state(config, jax.random.key(3))
     rng = np.random.default_rng(2)
     for name in config.lora.targets:
         b = getattr(adapters.layers, name).b
@@ -118,11 +118,9 @@ CASES = [
 ]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def pair_gradients(config, adapters, batch, base, step=None):
-    program = jax.jit(
-        lambda adapters, batch, base, step: gradients(config, adapters, batch, base, step)[:3]
-    )
-    return program(adapters, batch, base, step)
+    return gradients(config, adapters, batch, base, step)[:3]
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -144,7 +142,7 @@ def test_the_first_step_has_the_loss_of_the_base_bit_for_bit(mesh, quantized):
     config = lora_config(small_model(quantized=quantized), micro_batches=2)
     with jax.set_mesh(mesh_of(mesh)):
         base = base_model(config)
-        adapters, opt_state = jax.jit(functools.partial(init_state, config))(jax.random.key(3))
+        adapters, opt_state = init_state(config, jax.random.key(3))
         batch = shard_batch(random_batch(True), 2, packed=True)
         expected = eval_step(config, base, batch)
         assert eval_step(config, adapters, batch, base) == expected

@@ -151,8 +151,9 @@ def test_a_killed_process_resumes_with_the_same_losses(
 def test_two_processes_have_the_losses_of_one(full_run, token_folder, model_folder, tmp_path):
     """Also the same masks of dropout."""
     path = tmp_path / "two.yaml"
-    path.write_text(yaml_file.dump(config(tmp_path / "run", token_folder, model_folder)))
-    group = Group(tmp_path / "output", 2, "train", path)
+    settings = config(tmp_path / "run", token_folder, model_folder, mesh=(1, 2, 1))
+    path.write_text(yaml_file.dump(settings))
+    group = Group(tmp_path / "output", 2, "train", path, devices=2)
     assert group.wait() == [0, 0], group.outputs("err")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(full_run), rtol=1e-5)
 

@@ -49,7 +49,7 @@ def shard_batch(micro_batches=1):
 def one_device_result():
     """Weights and optimizer state, and the gradients of the batch on one device."""
     with jax.set_mesh(one_device_mesh()):
-        state = jax.jit(partial(init_state, CONFIG))(jax.random.key(1))
+        state = init_state(CONFIG, jax.random.key(1))
         return state, gradients(CONFIG, state[0], shard_batch())
 
 

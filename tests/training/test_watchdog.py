@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from processes import Group
-from test_hosts import config, write_config
+from test_hosts import TWO_DEVICES, config, write_config
 
 from llama_jax.training import watchdog
 from llama_jax.training.watchdog import STALLED
@@ -34,10 +34,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def start(tmp_path, data, step_seconds, hangs=None):
-    settings = config(tmp_path / "run", data, steps=100_000, watchdog=10.0)
+    settings = config(tmp_path / "run", data, TWO_DEVICES, steps=100_000, watchdog=10.0)
     path = write_config(tmp_path / "run.yaml", settings)
     program = PROGRAM.format(step_seconds=step_seconds, hangs=hangs)
-    return Group(tmp_path / "output", 2, "train", path, program=("-c", program))
+    return Group(tmp_path / "output", 2, "train", path, program=("-c", program), devices=2)
 
 
 def events(run):

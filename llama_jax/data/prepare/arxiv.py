@@ -25,7 +25,7 @@ from llama_jax.runtime.storage import AnyPath, open_file
 SUFFIXES = (".tar", ".gz", ".tgz", ".tex", ".ltx", ".Rnw", ".Rtex")
 _TEX = tuple(suffix.lower() for suffix in SUFFIXES[3:])
 _PAPER = "arXiv 2302.13971, section 2.1, ArXiv"
-_MAX_SUBMISSION = 1 << 28  # bytes of an unpacked submission: figures make few larger
+_MAX_SUBMISSION = 1 << 28  # bytes, packed and unpacked: figures make few larger
 _MAX_INPUT_DEPTH = 8  # of \input in \input
 _INPUT = re.compile(
     r"\\(?:input|include|subfile)\s{0,9}\{([^{}\s]{1,200})\}|\\input\s{1,9}([\w./-]+)"
@@ -45,7 +45,7 @@ _COMMENT_ENVIRONMENT = re.compile(r"\\(begin|end)\{comment\}")
 def read(path: AnyPath) -> Iterator[Document]:
     """Yields the documents of a raw file: submissions of a .tar, one submission, or a .tex file.
 
-    Submissions without LaTeX (a PDF alone) yield nothing.
+    Submissions without LaTeX (a PDF alone) and those above 256 MiB yield nothing.
 
     Raises:
         InputError: the file can't be read, or is damaged.
@@ -57,7 +57,7 @@ def read(path: AnyPath) -> Iterator[Document]:
             else:
                 name = PurePosixPath(path.name)
                 identifier = name.stem if name.suffix == ".gz" else str(name)
-                yield from _read_submission(path.name, identifier, file.read(_MAX_SUBMISSION))
+                yield from _read_submission(path.name, identifier, file.read(_MAX_SUBMISSION + 1))
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged or truncated ({error}): fetch it again") from error
     except OSError as error:
@@ -150,7 +150,9 @@ def _read_submission(name: str, identifier: str, data: bytes) -> Iterator[Docume
     """Yields the main files of a submission, each with the files that it inputs."""
     if name.endswith((".gz", ".tgz")):
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            data = stream.read(_MAX_SUBMISSION)
+            data = stream.read(_MAX_SUBMISSION + 1)
+    if len(data) > _MAX_SUBMISSION:
+        return
     if not _is_tar(data):
         if b"\0" not in data[:4096] and not data.startswith((b"%PDF", b"%!PS")):
             yield Document(identifier, _decode(data), {})

@@ -104,7 +104,7 @@ _DIGIT = re.compile(r"\d")
 # Punctuation for which texts use several characters.
 _PUNCTUATION = str.maketrans(
     {
-        **dict.fromkeys("“”„«»″", '"'), **dict.fromkeys("’‘‚′`´", "'"),
+        **dict.fromkeys("“”„«»″", '"'), **dict.fromkeys("’‘‚′´", "'"),
         **dict.fromkeys("‐‑‒–—―−", "-"), "…": "...", "，": ",", "。": ".", "、": ",", "！": "!",
         "？": "?", "：": ":", "；": ";", "（": "(", "）": ")", "【": "[", "】": "]",
     }

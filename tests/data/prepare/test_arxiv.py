@@ -1,6 +1,7 @@
 import gzip
 import io
 import itertools
+import random
 import tarfile
 
 import pytest
@@ -146,3 +147,19 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"x" * 1024)
     with pytest.raises(InputError, match=r"b\.tar is damaged or truncated"):
         next(arxiv.read(tmp_path / "b.tar"))
+
+
+def test_a_submission_above_the_limit_yields_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(arxiv, "_MAX_SUBMISSION", 2000)
+    noise = random.Random(0).randbytes(3000).hex().encode()
+    contents = {
+        "long.gz": gzip.compress(noise),  # packed, and so also unpacked
+        "unpacked.gz": gzip.compress(b"x" * 2001),
+        "text.tex": b"x" * 2001,
+        "fits.gz": gzip.compress(b"x" * 2000),
+    }
+    (tmp_path / "bulk.tar").write_bytes(pack(contents))
+    assert [document.id for document in arxiv.read(tmp_path / "bulk.tar")] == ["fits"]
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert len([*arxiv.read(tmp_path / name)]) == (name == "fits.gz"), name
