@@ -120,8 +120,8 @@ def tmp_path(tmp_path: Path) -> Path:
 def forget_compiled_programs():
     """Frees the compiled programs after each test file.
 
-    Those of all files take 6 GB and 40,000 memory mappings, and Linux allows a process 65,530. Files
-    also trace the same function as for another platform.
+    Those of all files take 6 GB and 40,000 memory mappings, and Linux allows a process 65,530. Some
+    files also trace the same functions as for another platform.
     """
     yield
     jax.clear_caches()
