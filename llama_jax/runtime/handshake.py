@@ -72,7 +72,8 @@ def wait_until_reachable(host: str, port: int) -> None:
     Raises:
         InputError: `JOIN_SECONDS` have passed.
     """
-    _connect(host, port, time.monotonic() + JOIN_SECONDS).socket.close()
+    advice = "the network must let the hosts reach all ports of host 0"
+    _connect(host, port, time.monotonic() + JOIN_SECONDS, advice).socket.close()
 
 
 def _proof(token: bytes, *content: Any) -> str:
@@ -153,7 +154,9 @@ def _wait_for_start(
     raise InputError(f"{coordinator} exited before all hosts had joined: see its output")
 
 
-def _connect(host: str, port: int, deadline: float) -> Connection:
+def _connect(
+    host: str, port: int, deadline: float, advice: str = "start it, or correct the address"
+) -> Connection:
     while True:
         try:
             return Connection(socket.create_connection((host, port), timeout=10))
@@ -161,7 +164,7 @@ def _connect(host: str, port: int, deadline: float) -> Connection:
             if time.monotonic() > deadline:
                 raise InputError(
                     f"can't reach host 0 at {host}:{port} within {JOIN_SECONDS:.0f} s"
-                    f" ({error.strerror or error}): start it, or correct the address"
+                    f" ({error.strerror or error}): {advice}"
                 ) from error
         time.sleep(RETRY_SECONDS)
 

@@ -39,6 +39,19 @@ def test_no_host_waits_forever(monkeypatch, capsys):
         assert f"llama-jax train: {message}" in capsys.readouterr().err
 
 
+def test_hosts_wait_until_jax_listens_on_host_0(monkeypatch):
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(handshake.wait_until_reachable, "127.0.0.1", port)
+        time.sleep(0.3)
+        assert not waiting.done()
+        with socket.create_server(("127.0.0.1", port)):
+            waiting.result(10)
+    monkeypatch.setattr(handshake, "JOIN_SECONDS", 0.2)
+    with pytest.raises(InputError, match=rf"can't reach host 0 at 127.0.0.1:{port} .*all ports"):
+        handshake.wait_until_reachable("127.0.0.1", port)
+
+
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b'["challenge",[1]]\n', b"["])
 def test_another_program_on_the_port_is_not_mistaken_for_host_0(monkeypatch, answer):
     monkeypatch.setattr(handshake, "JOIN_SECONDS", 1.0)
