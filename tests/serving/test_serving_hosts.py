@@ -46,11 +46,11 @@ def expected(model_folder):
         ]  # fmt: skip
 
 
-def start(folder, processes, model_folder, *flags):
-    """Starts a server on several processes; returns them and its URL."""
+def start(folder, processes, devices, model_folder, *flags):
+    """Starts a server on several processes with `devices` in all; returns them and its URL."""
     port = free_port()
     argv = "serve", model_folder, "--port", port, "--rows", 3, "--context", 128, *flags
-    group = Group(folder, processes, *argv, devices=processes)
+    group = Group(folder, processes, *argv, devices=devices)
     group.wait_until(lambda: "is served at" in group.outputs("err")[0], 300)
     return group, f"http://127.0.0.1:{port}/v1/completions"
 
@@ -75,11 +75,11 @@ def scores(url):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--cache-tokens", 256)])
+@pytest.mark.parametrize(("devices", "flags"), [(4, ()), (2, ("--cache-tokens", 256))])
 def test_two_hosts_answer_as_one_and_end_after_the_running_request(
-    expected, model_folder, tmp_path, flags
+    expected, model_folder, tmp_path, devices, flags
 ):
-    group, url = start(tmp_path / "two", 2, model_folder, *flags)
+    group, url = start(tmp_path / "two", 2, devices, model_folder, *flags)
     assert answers(url) == expected
     assert answers(url) == expected  # from the KV cache of the first ones
     assert all(logprob < 0 for logprob in scores(url)[1:])
@@ -104,7 +104,7 @@ def test_two_copies_on_two_hosts_each_end_with_a_sentence_when_one_host_is_kille
     expected, model_folder, tmp_path
 ):
     copies = "--replicas", 2, "--rows", 4
-    group, url = start(tmp_path / "four", 4, model_folder, *copies)
+    group, url = start(tmp_path / "four", 4, 4, model_folder, *copies)
     assert answers(url) == expected
     stopped = threading.Event()
 
