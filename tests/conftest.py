@@ -37,6 +37,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Otherwise the key of a program contains the path of the cache.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Threads of XLA:CPU. It has one for each device by default, and independent collectives of a stored
+# program that hold all of them wait for each other for ever.
+os.environ["NPROC"] = "32"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
 # 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module per program takes less
 # time than 32.
