@@ -37,8 +37,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Otherwise the key of a program contains the path of the cache.
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-# Threads of XLA:CPU. It has one for each device by default, and independent collectives of a stored
-# program that hold all of them wait for each other for ever.
+# Threads of XLA:CPU. By default it has one for each device. Independent collectives of a stored
+# program can hold all of them and wait for each other, until XLA aborts.
 os.environ["NPROC"] = "32"
 # XLA:CPU's older code generator compiles a gradient four times as fast as its fusion emitters. JAX
 # 0.12 no longer has it, and XLA aborts at an unknown flag. One LLVM module per program takes less
