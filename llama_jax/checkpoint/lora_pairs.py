@@ -16,6 +16,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.model.lora import Adapters
 from llama_jax.model.summary import path_names
+from llama_jax.parallel.head_copies import with_copies
 from llama_jax.runtime.manifest import verified_manifest
 from llama_jax.runtime.storage import AnyPath, parse_path
 
@@ -139,7 +140,7 @@ def read_lora_run(folder: AnyPath, config: ModelConfig) -> StoredPairs:
 def load_adapters(config: ModelConfig, pairs: StoredPairs) -> Adapters:
     """Returns the pairs on the current mesh, layers stacked.
 
-    If `config` has more key/value heads than the pairs, each head is repeated, as in `load`.
+    If several devices have a copy of each key/value head, the head is repeated, as in `load`.
     """
 
     def leaf(path: tuple[Any, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -150,5 +151,6 @@ def load_adapters(config: ModelConfig, pairs: StoredPairs) -> Adapters:
             array_L = np.repeat(array_L, like.size // array_L.size, axis=-2)
         return jax.make_array_from_callback(like.shape, like.sharding, array_L.__getitem__)
 
-    like = eval_shape_on_mesh(partial(Adapters, config, pairs.lora), jax.random.key(0))
+    init = partial(Adapters, with_copies(config), pairs.lora)
+    like = eval_shape_on_mesh(init, jax.random.key(0))
     return jax.tree.map_with_path(leaf, like)

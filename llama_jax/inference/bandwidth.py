@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.model.weights import Llama, UnstackedLlama
+from llama_jax.parallel.head_copies import head_copies
 from llama_jax.parallel.mesh import platform
 from llama_jax.runtime.cpu import cpu_cores
 from llama_jax.runtime.program_store import stored_number
@@ -18,16 +19,25 @@ from llama_jax.runtime.program_store import stored_number
 _COPY_BYTES = 1 << 28  # far larger than any processor cache
 
 
-def step_bytes(config: ModelConfig, model: Llama | UnstackedLlama, batch: int, slots: int) -> int:
+def step_bytes(
+    config: ModelConfig,
+    model: Llama | UnstackedLlama,
+    batch: int,
+    slots: int,
+    *,
+    paged: bool = False,
+) -> int:
     """Returns the bytes that all devices together read to generate one token in each row.
 
     A step reads all weights once (of the embedding only the rows of the tokens, unless it is also
-    the output head), and all slots of a KV cache of `batch` rows.
+    the output head), and all slots of a KV cache of `batch` rows: in pages once, otherwise on each
+    device that has a copy of a key/value head.
     """
     head_bytes = config.head_dim * jnp.dtype(config.dtype).itemsize
     if config.cache_dtype == "int8":
         head_bytes = config.head_dim + 4  # and a float32 scale
-    cache_bytes = 2 * config.n_layers * batch * config.n_kv_heads * slots * head_bytes
+    copies = 1 if paged else head_copies(config.n_kv_heads)
+    cache_bytes = 2 * config.n_layers * batch * config.n_kv_heads * copies * slots * head_bytes
     total = _bytes(model) + cache_bytes
     if not config.tied_head:
         table = _bytes(model.tok_embeddings)

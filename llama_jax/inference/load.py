@@ -19,7 +19,12 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.model.lora import attach, merge
 from llama_jax.model.weights import Llama, UnstackedLlama, quantize_model, unstack_layers
-from llama_jax.parallel.head_copies import as_copied_heads, stored_heads
+from llama_jax.parallel.head_copies import (
+    as_copied_heads,
+    head_copies,
+    stored_heads,
+    with_copies,
+)
 from llama_jax.parallel.mesh import check_divides, head_shards, set_default_mesh, tensor_mesh
 from llama_jax.runtime.cpu import cpu_has_bfloat16
 from llama_jax.runtime.storage import AnyPath, parse_path
@@ -84,7 +89,7 @@ def load(
             f"{folder} has no low-rank pairs that could stay apart: give a LoRA run, or add --lora"
         )
     set_default_mesh(partial(tensor_mesh, config))
-    copies = max(1, head_shards() // config.n_kv_heads)
+    copies = head_copies(config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
     # If the number of shards is a multiple of the heads, each shard gets a copy of one head.
     can_copy = head_shards() % config.n_kv_heads == 0
@@ -92,7 +97,7 @@ def load(
     if copies == 1:
         config, model = model_folders.load_model(folder, config, aliased=True)
     else:
-        config, model = _load_with_copies(folder, config, copies)
+        model = _load_with_copies(folder, config, copies)
     adapters = load_adapters(config, pairs) if pairs else None
     apart = unmerged or trained_as != "none"
     if pairs and adapters and not apart:
@@ -104,12 +109,9 @@ def load(
     return config, unstacked
 
 
-def _load_with_copies(
-    folder: AnyPath, config: ModelConfig, copies: int
-) -> tuple[ModelConfig, Llama]:
-    """Loads a model with `copies` of each key/value head, which its config counts as heads."""
-    expanded = replace(config, n_kv_heads=copies * config.n_kv_heads)
-    like, wanted = abstract_model(expanded), abstract_model(expanded)
+def _load_with_copies(folder: AnyPath, config: ModelConfig, copies: int) -> Llama:
+    """Loads a model with `copies` of each key/value head, which its matrices have as heads."""
+    like, wanted = (abstract_model(with_copies(config)) for _ in range(2))
     for name in ("wk", "wv"):
         leaves = jax.tree.map(partial(stored_heads, copies), getattr(like.layers, name))
         setattr(wanted.layers, name, leaves)
@@ -117,7 +119,7 @@ def _load_with_copies(
     for name in ("wk", "wv"):
         leaves = getattr(like.layers, name), getattr(model.layers, name)
         setattr(model.layers, name, jax.tree.map(as_copied_heads, *leaves))
-    return expanded, model
+    return model
 
 
 def choose_compute_dtype(config: ModelConfig) -> ModelConfig:

@@ -130,6 +130,7 @@ def cached_attention(
     positions_BT: jax.Array,
     kernel: str = "auto",
     pages_BP: jax.Array | None = None,
+    copies: int = 1,
 ) -> jax.Array:
     """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
@@ -139,8 +140,10 @@ def cached_attention(
     Args:
         kernel: as in `attention`. On a TPU, one query per row of slots uses `attention_decode`
             unless this is 'xla' or the kernel doesn't support the shape. All other cases use 'xla',
-            which copies the rows' pages first, except on a CPU: there it reads them in place.
+            which copies the rows' pages first, except on a CPU: there it reads them in place if
+            they are not split.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
+        copies: of each key/value head, between which pages are split (`head_copies`).
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
     cache = jax.tree.map(jax.reshard, cache, _cache_specs(cache))
@@ -155,11 +158,11 @@ def cached_attention(
             # unit.
             q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
     q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    if pages_BP is not None and (copies > 1 or platform() != "cpu"):
+        cache, pages_BP = gather_pages(cache, pages_BP, copies), None
     if platform() == "cpu":
         out_BKGTH = _attend_blocks(q_BKGTH, cache, positions_BT, pages_BP)
     else:
-        if pages_BP is not None:
-            cache = gather_pages(cache, pages_BP)
         out_BKGTH = attention_xla.attend_cached(q_BKGTH, cache, positions_BT)
     out_BTKGH = out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :, :, : N // K]
     return out_BTKGH.reshape(B, T, N, H, out_sharding=activation_spec("BTNH"))
@@ -174,6 +177,7 @@ def update_and_attend(
     positions_BT: jax.Array,
     kernel: str = "auto",
     pages_BP: jax.Array | None = None,
+    copies: int = 1,
 ) -> tuple[jax.Array, LayerCache]:
     """Returns `cached_attention` and the cache after `write_cache` of the tokens' keys and values.
 
@@ -181,22 +185,22 @@ def update_and_attend(
     or the kernel doesn't support the shape.
 
     Args:
-        q_BTNH, k_BTKH, v_BTKH, cache, kernel, pages_BP: as in `cached_attention`.
+        q_BTNH, k_BTKH, v_BTKH, cache, kernel, pages_BP, copies: as in `cached_attention`.
         used_B: slot of each row's first token, where it is written.
         positions_BT: slots of the tokens, to which their queries attend; 0 in rows that are not
             active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     if pages_BP is None or T > 1 or not has_decode_kernel(kernel, H):
-        cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP)
-        return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP), cache
+        cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP, copies)
+        return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP, copies), cache
 
     from llama_jax.model import attention_paged
 
     def local(q_B1NH, k_B1KH, v_B1KH, cache, positions_B1, pages_BP):
         q_BKGH = q_B1NH.reshape(len(q_B1NH), cache.k_BKSH.shape[1], -1, q_B1NH.shape[-1])
         out_BKGH, cache = attention_paged.attention(
-            q_BKGH, k_B1KH[:, 0], v_B1KH[:, 0], cache, positions_B1[:, 0], pages_BP
+            q_BKGH, k_B1KH[:, 0], v_B1KH[:, 0], cache, positions_B1[:, 0], pages_BP, copies
         )
         return out_BKGH.reshape(q_B1NH.shape), cache
 

@@ -20,7 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llama_jax.model.attention_decode import BLOCK_BYTES, add_slots
 from llama_jax.model.cache import PAGE, LayerCache, quantize
-from llama_jax.parallel.mesh import platform
+from llama_jax.parallel.head_copies import (
+    copy_number,
+    exchange_with_copies,
+    gather_from_copies,
+)
+from llama_jax.parallel.mesh import LANES, platform
 
 
 def attention(
@@ -30,11 +35,15 @@ def attention(
     cache: LayerCache,
     position_B: jax.Array,
     pages_BP: jax.Array,
+    copies: int = 1,
 ) -> tuple[jax.Array, LayerCache]:
     """Returns softmax(q·k) v of this device's rows and heads, [B, K, G, H] in q's dtype.
 
     For use in `jax.shard_map`. A query attends to the slots 0 … its position. The result of a row
     without pages is finite and has no meaning.
+
+    If several devices have a copy of the same key/value head, each has a part of each page. It
+    computes all queries of the head over its own slots, and the devices add up their results.
 
     Args:
         q_BKGH: queries.
@@ -43,35 +52,42 @@ def attention(
         cache: the pool.
         position_B: positions of the new tokens, which are also their slots.
         pages_BP: pages of each row; the page of its position belongs to no other row.
+        copies: devices that have a copy of the same head.
 
     Returns:
         The attention output, and the pool with the new tokens.
     """
+    q_BKGH = gather_from_copies(q_BKGH, copies, axis=2)
     B, K, G, H = q_BKGH.shape
     pools, P = jax.tree.leaves(cache), pages_BP.shape[1]
     n = min(P, max(1, BLOCK_BYTES // (K * PAGE * H * cache.k_BKSH.dtype.itemsize)))
     cores = 2 if B % 2 == 0 else 1  # of a v4 or v5p chip; one core runs both halves elsewhere
     position_B = jnp.where(pages_BP[:, 0] > 0, position_B, 0)
+    last_B, is_new_B = _own_slots(position_B, copies)
 
-    def row(core, i, pages, position_B):
+    def row(core, i, *scalars):
         return core * (B // cores) + i, 0, 0, 0
 
-    def new_row(core, i, pages, position_B):
-        return row(core, i, pages, position_B)[:3]
+    def new_row(core, i, *scalars):
+        return row(core, i)[:3]
 
     in_hbm = [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)
-    out_BKGH, *pools = pl.pallas_call(
-        partial(_kernel, n=n, P=P),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BKGH, *pools)],
+    # The attention output; of a part of the slots its sums, `_write_sums`.
+    results = [jax.ShapeDtypeStruct(q_BKGH.shape, q_BKGH.dtype)]
+    if copies > 1:
+        results = [jax.ShapeDtypeStruct((B, K, G, width), jnp.float32) for width in (H, LANES)]
+    out = pl.pallas_call(
+        partial(_kernel, n=n, P=P, n_pools=len(pools)),
+        out_shape=[*results, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(cores, B // cores),
             in_specs=[
                 pl.BlockSpec((1, K, G, H), row),
                 *[pl.BlockSpec((1, K, H), new_row)] * 2,
                 *in_hbm,
             ],
-            out_specs=[pl.BlockSpec((1, K, G, H), row), *in_hbm],
+            out_specs=[*(pl.BlockSpec((1, *x.shape[1:]), row) for x in results), *in_hbm],
             scratch_shapes=[
                 *(pltpu.VMEM((2, n, *pool.shape[1:]), pool.dtype) for pool in pools),
                 *(pltpu.VMEM((K, G, width), jnp.float32) for width in (1, 1, H)),
@@ -85,23 +101,56 @@ def attention(
             bytes_accessed=B * P * sum(pool.nbytes // len(pool) for pool in pools),
             transcendentals=B * K * G * P * PAGE,
         ),
-        input_output_aliases={5 + i: 1 + i for i in range(len(pools))},
+        input_output_aliases={6 + i: len(results) + i for i in range(len(pools))},
         interpret=platform() != "tpu",
         name="paged_attention",
-    )(pages_BP.reshape(-1), position_B, q_BKGH, k_BKH, v_BKH, *pools)
-    return out_BKGH, LayerCache(*pools)
+    )(pages_BP.reshape(-1), last_B, is_new_B, q_BKGH, k_BKH, v_BKH, *pools)
+    cache = LayerCache(*out[len(results) :])
+    if copies == 1:
+        return out[0], cache
+    return _add_up(out[0], out[1], copies).astype(q_BKGH.dtype), cache
 
 
-def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
+def _own_slots(position_B: jax.Array, copies: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the last slot of each row on this device, and whether it is that of the new token.
+
+    Slots are numbered from 0 on each device; -1: the device has no slot of the row yet.
+    """
+    if copies == 1:
+        return position_B, jnp.ones_like(position_B)
+    page_B, slot_B = position_B // (copies * PAGE), position_B % (copies * PAGE)
+    slot_B -= copy_number(copies) * PAGE
+    is_new_B = (slot_B >= 0) & (slot_B < PAGE)
+    return page_B * PAGE + jnp.clip(slot_B, -1, PAGE - 1), is_new_B.astype(jnp.int32)
+
+
+def _add_up(sum_BKGH: jax.Array, softmax_BKG_: jax.Array, copies: int) -> jax.Array:
+    """Returns the attention output of this device's queries, in float32.
+
+    Each device has the sums of all queries of its head over its own slots. They exchange them, so
+    that each has those of its own queries over all slots.
+    """
+    sums = jnp.concatenate([sum_BKGH, softmax_BKG_[..., :2]], axis=-1)
+    sums = exchange_with_copies(sums, copies, axis=2)
+    largest, total = sums[..., -2:-1], sums[..., -1:]
+    weight = jnp.exp(largest - jnp.max(largest, axis=0))
+    return jnp.sum(weight * sums[..., :-2], axis=0) / jnp.sum(weight * total, axis=0)
+
+
+def _kernel(pages, last_B, is_new_B, q_ref, k_ref, v_ref, *refs, n: int, P: int, n_pools: int):
     """Computes the attention of one row, `n` pages at a time."""
     *refs, largest_ref, total_ref, sum_ref, semaphores, buffer_ref = refs
-    # The pool as an input, the output, the pool as an output (the same memory), the buffers.
-    n_arrays = len(refs) // 3
-    out_ref, pools = refs[n_arrays], refs[n_arrays + 1 : 2 * n_arrays + 1]
-    buffers = refs[2 * n_arrays + 1 :]
+    # The pool as an input, the results, the pool as an output (the same memory), the buffers.
+    results, refs = refs[n_pools : -2 * n_pools], refs[-2 * n_pools :]
+    pools, buffers = refs[:n_pools], refs[n_pools:]
     i, rows = pl.program_id(1), pl.num_programs(1)
     row = pl.program_id(0) * rows + i
-    position = position_B[row]
+
+    def last_read(row):
+        """Returns the last slot whose page is read, also if the device has none of the row."""
+        return jnp.maximum(last_B[row], 0)
+
+    position = last_read(row)
 
     def for_each_copy(act, row, block, buffer) -> None:
         """Calls `act` with each copy of a block of pages, those up to the row's own slot."""
@@ -116,14 +165,14 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
                 )
             return carry
 
-        n_pages = jnp.minimum(n, position_B[row] // PAGE + 1 - block * n)
+        n_pages = jnp.minimum(n, last_read(row) // PAGE + 1 - block * n)
         jax.lax.fori_loop(0, n_pages, copy_page, 0)
 
     def for_each_write(act, buffer) -> None:
         """Calls `act` with the copies that write the new token's tile into its page."""
         page = pages[row * P + position // PAGE]
 
-        @pl.when(page > 0)
+        @pl.when((is_new_B[row] > 0) & (page > 0))
         def _():
             for pool, source in zip(pools, buffers, strict=True):
                 source, target = source.at[buffer, position // PAGE % n], pool.at[page]
@@ -141,7 +190,8 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
         buffer_ref[0] = 0
         start(row, 0, 0)
 
-    largest_ref[...] = jnp.full_like(largest_ref, -jnp.inf)
+    # Finite, so that a block without any slot adds 0, not exp(-inf + inf).
+    largest_ref[...] = jnp.full_like(largest_ref, jnp.finfo(jnp.float32).min)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     (K, _, H), dtype = q_ref.shape[1:], q_ref.dtype
@@ -160,7 +210,7 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
 
         wait(row, block, buffer)
 
-        @pl.when(block + 1 == n_blocks)
+        @pl.when((block + 1 == n_blocks) & (is_new_B[row] > 0))
         def _():
             for new, target in zip(_encode(k_ref, v_ref, len(buffers)), buffers, strict=True):
                 _set_slot(target.at[buffer, position // PAGE % n], new, position % PAGE)
@@ -175,14 +225,24 @@ def _kernel(pages, position_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
                 for x in buffers[2:]
             ] or [None, None]
             softmax = [x.at[k] for x in (largest_ref, total_ref, sum_ref)]
-            last = position - block * n * PAGE
+            last = last_B[row] - block * n * PAGE
             add_slots(q_ref[0, k], keys_sH, values_sH, scales, last, softmax)
         buffer_ref[0] = 1 - buffer
         return carry
 
     jax.lax.fori_loop(0, n_blocks, add_block, 0)
-    out_ref[0] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
+    if len(results) == 1:
+        results[0][0] = (sum_ref[...] / total_ref[...]).astype(results[0].dtype)
+    else:
+        _write_sums(results, largest_ref, total_ref, sum_ref)
     for_each_write(lambda copy: copy.wait(), 1 - buffer_ref[0])
+
+
+def _write_sums(results, largest_ref, total_ref, sum_ref) -> None:
+    """Writes the weighted sum of values, and lanes: the largest score, the sum of weights, …"""
+    results[0][0] = sum_ref[...]
+    lane = jax.lax.broadcasted_iota(jnp.int32, results[1].shape[1:], 2)
+    results[1][0] = jnp.where(lane == 0, largest_ref[...], total_ref[...])
 
 
 def _encode(k_ref, v_ref, n_arrays: int) -> list[jax.Array]:

@@ -10,12 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config.model import ModelConfig
+from llama_jax.parallel.head_copies import (
+    copy_number,
+    gather_from_copies,
+    head_copies,
+    with_copies,
+)
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.rows import RowNumbers, put_rows, take_rows
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.runtime.program_store import stored_jit
 
-PAGE = 128  # slots of a page: the scales of an int8 page fill the lanes of a TPU's vector unit
+# Slots of a page on one device: the scales of an int8 page fill the lanes of a TPU's vector unit.
+PAGE = 128
 
 
 class LayerCache(NamedTuple):
@@ -39,9 +46,13 @@ class KVCache(NamedTuple):
     contain anything: a query attends only to the slots up to its own. The layers are separate
     arrays, because XLA:CPU copies a layer that it slices from a stack.
 
-    With pages, slot s of a row is slot s % PAGE of the page `pages_BP[row, s // PAGE]`. Each copy
-    of the model has a pool, whose pages it numbers from 0. Page 0 belongs to no row: rows that are
-    not active write there. A page that rows share is complete, so that no row writes it.
+    With pages, slot s of a row is slot s % n of the page `pages_BP[row, s // n]`, which has n
+    slots (`page_slots`). Each copy of the model has a pool, whose pages it numbers from 0. Page 0
+    belongs to no row: rows that are not active write there. A page that rows share is complete, so
+    that no row writes it.
+
+    If several devices have a copy of the same key/value head, each stores a part of each page:
+    PAGE consecutive slots. Slots that rows own are on all of these devices.
     """
 
     layers: tuple[LayerCache, ...]
@@ -51,14 +62,18 @@ class KVCache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Largest number of slots of a row [tokens]."""
-        pages = 1 if self.pages_BP is None else self.pages_BP.shape[1]
-        return pages * self.layers[0].k_BKSH.shape[2]
+        """Number of slots that each row owns [tokens]."""
+        return self.layers[0].k_BKSH.shape[2]
+
+
+def page_slots(config: ModelConfig) -> int:
+    """Returns the slots of a page on the current mesh, all of its parts."""
+    return PAGE * head_copies(config.n_kv_heads)
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """Returns an empty cache for `batch` rows of at most `slots` tokens each."""
-    dims = (batch, config.n_kv_heads, slots, config.head_dim)
+    dims = (batch, *with_copies(config).shape("K"), slots, config.head_dim)
 
     def empty() -> LayerCache:
         def zeros(dtype: str, shape: tuple[int, ...], letters: str) -> jax.Array:
@@ -100,12 +115,14 @@ def write_cache(
     v_BTKH: jax.Array,
     used_B: jax.Array,
     pages_BP: jax.Array | None = None,
+    copies: int = 1,
 ) -> LayerCache:
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
     The row must have T free slots: otherwise XLA clamps the start and overwrites earlier slots.
     With pages and T > 1, `used_B` must be a multiple of min(T, PAGE): a write may not cross the end
-    of a page.
+    of a page. `copies` are those of each key/value head (`head_copies`), between which pages are
+    split.
     """
     k_BKTH, v_BKTH = (
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
@@ -117,7 +134,7 @@ def write_cache(
         new = LayerCache(k.astype(jnp.int8), v.astype(jnp.int8), k_scale[..., 0], v_scale[..., 0])
     if pages_BP is None:
         return jax.tree.map(lambda x, new: _write_slots(x, new, used_B), cache, new)
-    return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP), cache, new)
+    return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP, copies), cache, new)
 
 
 def _to_stored(x: jax.Array, dtype: Any) -> jax.Array:
@@ -134,23 +151,34 @@ def from_stored(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _write_pages(
-    pool_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array, pages_BP: jax.Array
+    pool_BKS_: jax.Array,
+    new_BKT_: jax.Array,
+    used_B: jax.Array,
+    pages_BP: jax.Array,
+    copies: int,
 ) -> jax.Array:
     """Writes T slots of each row into its pages; one token by a scatter, as `_write_one_slot`."""
+
+    def own(page: jax.Array, slot: jax.Array) -> jax.Array:
+        """Returns the page, or page 0 if another device stores its part with the slot."""
+        if copies == 1:
+            return page
+        return jnp.where(slot // PAGE % copies == copy_number(copies), page, 0)
 
     def local(
         pool_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array, pages_BP: jax.Array
     ) -> jax.Array:
         B, K, T = new_BKT_.shape[:3]
         if T == 1:
-            number_B1 = used_B[:, None] // PAGE
+            slot_B1 = used_B[:, None]
+            number_B1 = slot_B1 // PAGE // copies
             page_B1 = jnp.take_along_axis(pages_BP, number_B1, axis=1, mode="clip")
-            index = page_B1, jnp.arange(K), used_B[:, None] % PAGE
+            index = own(page_B1, slot_B1), jnp.arange(K), slot_B1 % PAGE
             return pool_BKS_.at[index].set(new_BKT_[:, :, 0], mode="clip")
         for row in range(B):
             for start in range(0, T, PAGE):
                 slot, part = used_B[row] + start, new_BKT_[row, None, :, start : start + PAGE]
-                page = pages_BP[row, slot // PAGE]
+                page = own(pages_BP[row, slot // PAGE // copies], slot)
                 index = page, 0, slot % PAGE, *(0 for _ in part.shape[3:])
                 pool_BKS_ = jax.lax.dynamic_update_slice(pool_BKS_, part, index)
         return pool_BKS_
@@ -162,14 +190,18 @@ def _write_pages(
     return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
-def gather_pages(cache: LayerCache, pages_BP: jax.Array) -> LayerCache:
-    """Returns a layer's cache with the slots of each row next to each other, copied from pages."""
+def gather_pages(cache: LayerCache, pages_BP: jax.Array, copies: int = 1) -> LayerCache:
+    """Returns a layer's cache with the slots of each row next to each other, copied from pages.
+
+    `copies` as in `write_cache`: devices with the same head gather the parts of each page.
+    """
     pages_spec = activation_spec("BS")
 
     def gather(pool_BKS_: jax.Array) -> jax.Array:
         def local(pool_BKS_: jax.Array, pages_BP: jax.Array) -> jax.Array:
             B, K = len(pages_BP), pool_BKS_.shape[1]
-            return pool_BKS_[pages_BP].swapaxes(1, 2).reshape(B, K, -1, *pool_BKS_.shape[3:])
+            pages_BPKS_ = gather_from_copies(pool_BKS_[pages_BP], copies, axis=3)
+            return pages_BPKS_.swapaxes(1, 2).reshape(B, K, -1, *pool_BKS_.shape[3:])
 
         spec = activation_spec("BKSH"[: pool_BKS_.ndim])
         mapped = jax.shard_map(local, in_specs=(spec, pages_spec), out_specs=spec, check_vma=False)

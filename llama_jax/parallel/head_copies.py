@@ -1,12 +1,60 @@
 """Copies of key/value heads: if a mesh has more devices than heads, several have the same head."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.config.model import ModelConfig
+from llama_jax.parallel.mesh import head_shards
 from llama_jax.parallel.sharding import WEIGHT_AXES
+
+
+def head_copies(K: int) -> int:
+    """Returns the number of devices on the current mesh that have a copy of each of K heads."""
+    return max(1, head_shards() // K)
+
+
+def with_copies(config: ModelConfig) -> ModelConfig:
+    """Returns the config whose shapes the matrices have on the current mesh, copies included."""
+    return replace(config, n_kv_heads=config.n_kv_heads * head_copies(config.n_kv_heads))
+
+
+def copy_number(copies: int) -> Any:
+    """Returns which copy of its head this device has. For use in `jax.shard_map`."""
+    return jax.lax.axis_index(WEIGHT_AXES["K"]) % copies
+
+
+def gather_from_copies(x: jax.Array, copies: int, axis: int) -> jax.Array:
+    """Returns x of all devices that have a copy of this device's head, concatenated along `axis`.
+
+    For use in `jax.shard_map`.
+    """
+    if copies == 1:
+        return x
+    groups = _groups(copies)
+    return jax.lax.all_gather(x, WEIGHT_AXES["K"], axis=axis, tiled=True, axis_index_groups=groups)
+
+
+def exchange_with_copies(x: jax.Array, copies: int, axis: int) -> jax.Array:
+    """Sends part i of `axis` to the device with copy i of this device's head, a part to each.
+
+    For use in `jax.shard_map`.
+
+    Returns:
+        The parts that this device receives, on a new first axis.
+    """
+    shape = *x.shape[:axis], copies, x.shape[axis] // copies, *x.shape[axis + 1 :]
+    groups = _groups(copies)
+    return jax.lax.all_to_all(x.reshape(shape), WEIGHT_AXES["K"], axis, 0, axis_index_groups=groups)
+
+
+def _groups(copies: int) -> list[list[int]]:
+    """Returns the numbers of the devices that share each head."""
+    return np.arange(head_shards()).reshape(-1, copies).tolist()
 
 
 def stored_heads(copies: int, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

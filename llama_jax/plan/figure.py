@@ -52,7 +52,9 @@ def chart_training(plan: TrainingPlan) -> Chart:
 
 def chart_inference(plan: InferencePlan) -> Chart:
     """Returns the memory of a chip, and the times of a decode step at each batch and of prefill."""
-    title = f"{plan.n_params / 1e9:.1f}B on {plan.pod}, {plan.batch} row(s) of {plan.context:,}"
+    title = (
+        f"{plan.config.n_params / 1e9:.1f}B on {plan.pod}, {plan.batch} row(s) of {plan.context:,}"
+    )
     weights, cache = sum(plan.weights) / GIB, plan.cache_bytes / GIB
     memory = {"weights": weights, "KV cache": cache}
     # Decoding and prefill alternate: the chart shows the one that needs more memory.

@@ -92,7 +92,9 @@ def collective_seconds(collective: Collective, pod: Pod) -> float:
     """Returns the time of a collective: its bytes over the links, plus the latency of its hops.
 
     An all-reduce crosses the slice twice, to the farthest chip and back; other collectives once.
+    The chips of a smaller group are assumed to be neighbors, as on the meshes that JAX constructs.
     """
     crossings = 2 if collective.kind == "all-reduce" else 1
+    hops = min(pod.hops, collective.devices - 1)
     transfer = collective.bytes / (network_bandwidth(pod, collective.devices) * 1e9)
-    return transfer + crossings * pod.hops * _HOP_SECONDS
+    return transfer + crossings * hops * _HOP_SECONDS

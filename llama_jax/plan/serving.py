@@ -37,8 +37,7 @@ class InferencePlan:
     """Memory and speed of serving a model. Bytes are of one chip, rows of one slice.
 
     Attributes:
-        config: of the model, with at least one key/value head per chip.
-        n_params: parameters of the model without the copies of key/value heads.
+        config: of the model.
         context: slots of a row [tokens].
         batch: requested rows.
         cache_bytes_per_row: KV cache of a row.
@@ -53,11 +52,9 @@ class InferencePlan:
         largest_context: slots that decoding has memory for at batch 1, by arithmetic.
         decode_times: time of a decode step by batch, for the batches that fit.
         prefill_time: time to prefill `context` tokens.
-        prefill_flops: the model's FLOPs in that prefill, without the copies of key/value heads.
     """
 
     config: ModelConfig
-    n_params: int
     pod: Pod
     context: int
     batch: int
@@ -71,7 +68,6 @@ class InferencePlan:
     largest_context: int = 0
     decode_times: dict[int, ProgramTime] = field(default_factory=dict)
     prefill_time: ProgramTime | None = None
-    prefill_flops: float = 0.0
 
     @property
     def usable_bytes(self) -> float:
@@ -120,7 +116,7 @@ class InferencePlan:
         """The model's FLOPs as a share of the peak, in the prefill of one prompt."""
         assert self.prefill_time is not None
         peak = self.pod.devices_per_slice * self.pod.chip.bf16_tflops * 1e12
-        return self.prefill_flops / self.prefill_time.estimate / peak
+        return prefill_flops(self.config, self.context) / self.prefill_time.estimate / peak
 
 
 def plan_inference(
@@ -140,12 +136,10 @@ def plan_inference(
     """
     check_context_and_batch(config, context, batch)
     mesh = programs.slice_mesh(config, pod)
-    n_params, flops = config.n_params, prefill_flops(config, context)
-    config = programs.with_kv_head_per_device(config, mesh)
     weights, cache_bytes_per_row = weight_and_cache_bytes(config, mesh, context)
     plan = InferencePlan(
-        config=config, n_params=n_params, pod=pod, context=context, batch=batch, weights=weights,
-        cache_bytes_per_row=cache_bytes_per_row, prefill_flops=flops,
+        config=config, pod=pod, context=context, batch=batch, weights=weights,
+        cache_bytes_per_row=cache_bytes_per_row,
     )  # fmt: skip
     log("compiling the prefill of two layers and of three …")
     prefill = _compile_two_depths(
@@ -198,7 +192,7 @@ def weight_and_cache_bytes(
         layers=bytes_per_device(model.layers),
         head=bytes_per_device((model.norm, model.output)),
     )
-    return weights, bytes_per_device(programs.abstract_cache(config, mesh, 1, context).layers)
+    return weights, bytes_per_device(programs.abstract_row_cache(config, mesh, context).layers)
 
 
 def decode_step_bytes(plan: InferencePlan, batch: int) -> int:

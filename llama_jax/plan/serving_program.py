@@ -1,6 +1,5 @@
 """Lowers prefill and decode for a pod that need not be there, and compiles them."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,8 +13,9 @@ from llama_jax.inference import generate
 from llama_jax.inference.engine.page_pool import pool_pages
 from llama_jax.inference.generate import NO_TOKEN, DecodeState, Rows
 from llama_jax.inference.sampling import Sampling, SamplingArrays, TokenCounts, stack_sampling
-from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
+from llama_jax.model.cache import KVCache, init_cache, init_paged_cache, page_slots
 from llama_jax.model.weights import Llama, UnstackedLlama, decode_layout, layer_weights
+from llama_jax.parallel.head_copies import head_copies, with_copies
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan import topology
@@ -45,16 +45,11 @@ def slice_mesh(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=1, tensor=size), devices)
 
 
-def with_kv_head_per_device(config: ModelConfig, mesh: jax.sharding.Mesh) -> ModelConfig:
-    """Returns the model with at least one key/value head per device, as `inference.load` does."""
-    return replace(config, n_kv_heads=max(config.n_kv_heads, mesh.size))
-
-
 def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedLlama:
     """Returns the abstract weights of a model, as `inference.load` lays them out."""
 
     def init() -> UnstackedLlama:
-        model = Llama(config, jax.random.key(0))
+        model = Llama(with_copies(config), jax.random.key(0))
         layers = tuple(layer_weights(model, number) for number in range(config.n_layers))
         unstacked = UnstackedLlama(model.tok_embeddings, layers, model.norm, model.output)
         return decode_layout(unstacked)
@@ -63,10 +58,12 @@ def abstract_weights(config: ModelConfig, mesh: jax.sharding.Mesh) -> UnstackedL
         return eval_shape_on_mesh(init)
 
 
-def abstract_cache(config: ModelConfig, mesh: jax.sharding.Mesh, batch: int, slots: int) -> KVCache:
-    """Returns the abstract KV cache of a batch whose rows own their slots."""
+def abstract_row_cache(config: ModelConfig, mesh: jax.sharding.Mesh, slots: int) -> KVCache:
+    """Returns the abstract KV cache of a row, with the slots that a device has of it."""
     with jax.set_mesh(mesh):
-        return eval_shape_on_mesh(partial(init_cache, config, batch, slots))
+        if pool_pages(config, 1, slots, None) is not None:
+            slots = -(-slots // head_copies(config.n_kv_heads))
+        return eval_shape_on_mesh(partial(init_cache, config, 1, slots))
 
 
 def compile_decode_step(
@@ -151,4 +148,4 @@ def _init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     pages = pool_pages(config, batch, slots, None)
     if pages is None:
         return init_cache(config, batch, slots)
-    return init_paged_cache(config, batch, pages, -(-slots // PAGE))
+    return init_paged_cache(config, batch, pages, -(-slots // page_slots(config)))

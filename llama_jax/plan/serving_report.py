@@ -27,7 +27,7 @@ def as_dict(plan: InferencePlan) -> dict[str, Any]:
     return {
         "topology": str(plan.pod),
         "chips": chips,
-        "parameters": plan.n_params,
+        "parameters": plan.config.n_params,
         "context": plan.context,
         "batch": plan.batch,
         "fits": plan.fits,
@@ -100,7 +100,7 @@ def _headline(plan: InferencePlan) -> str:
     chips += f", in each of {n_slices} slices" if n_slices > 1 else ""
     cache = config.dtype if config.cache_dtype == "same" else config.cache_dtype
     return (
-        f"{plan.pod}: {plan.n_params:,} parameters in {config.weight_dtype}, each layer split"
+        f"{plan.pod}: {config.n_params:,} parameters in {config.weight_dtype}, each layer split"
         f" over {chips}; {plan.batch} row(s) of {plan.context:,} tokens, cache in {cache}"
     )
 

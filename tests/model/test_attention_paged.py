@@ -1,5 +1,6 @@
 """A cache in pages: writes, and attention by XLA and by the kernel, equal those of slots."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -25,23 +26,26 @@ from llama_jax.parallel.sharding import activation_spec
 H = 128
 
 
-def inputs(B, K, G, P, cache_dtype, copies=1):
+def inputs(B, K, G, P, cache_dtype, pools=1, copies=1):
     """Returns queries, keys and values of new tokens, a pool, positions, and each row's pages.
 
-    Where a row has several pages, two rows share their first one.
+    Where a row has several pages, two rows share their first one. There are `copies` of each of
+    the K key/value heads, each of which has G queries of its own and a part of each page.
     """
     rng = np.random.default_rng(0)
-    pool_pages, S = 1 + B * P // copies, P * PAGE
-    q, k, v = (rng.normal(size=(B, 1, n, H)).astype(np.float32) for n in (K * G, K, K))
-    first = [S - 1, PAGE if P > 1 else 5, 0]
+    pool_pages, page = 1 + B * P // pools, copies * PAGE
+    S, heads = P * page, K * copies
+    q, k, v = (rng.normal(size=(B, 1, n, H)).astype(np.float32) for n in (heads * G, K, K))
+    k, v = (np.repeat(x, copies, axis=2) for x in (k, v))
+    first = [S - 1, page if P > 1 else 5, 0]
     position_B1 = np.array([*first, *rng.integers(0, S, B)][:B], np.int32)[:, None]
     pages_BP = np.concatenate(
-        [1 + rng.permutation(pool_pages - 1).reshape(B // copies, P) for _ in range(copies)]
+        [1 + rng.permutation(pool_pages - 1).reshape(B // pools, P) for _ in range(pools)]
     )
     if P > 1:
         pages_BP[1, 0] = pages_BP[0, 0]
-    pages_BP = np.where(np.arange(P) * PAGE <= position_B1, pages_BP, 0).astype(np.int32)
-    shape = copies * pool_pages, K, PAGE
+    pages_BP = np.where(np.arange(P) * page <= position_B1, pages_BP, 0).astype(np.int32)
+    shape = pools * pool_pages, heads, PAGE
     if cache_dtype == "int8":
         values = (jnp.asarray(rng.integers(-127, 128, (*shape, H)), jnp.int8) for _ in "kv")
         scales = (jnp.asarray(rng.uniform(0, 2 / 127, shape), jnp.float32) for _ in "kv")
@@ -50,13 +54,13 @@ def inputs(B, K, G, P, cache_dtype, copies=1):
     return q / np.sqrt(H), k, v, LayerCache(*values), position_B1, pages_BP
 
 
-def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP):
+def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP, copies=1):
     """Returns the attention output, and the cache with the new tokens."""
     with monkeypatch.context() as patch:
         patch.setattr(attention, "platform", lambda: platform)
         work = jax.jit(
             lambda q, k, v, cache, position_B1, *pages: attention.update_and_attend(
-                q, k, v, cache, position_B1[:, 0], position_B1, "auto", *pages
+                q, k, v, cache, position_B1[:, 0], position_B1, "auto", *pages, copies=copies
             )
         )
         pages = [] if pages_BP is None else [pages_BP]
@@ -72,18 +76,24 @@ def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP):
         ((1, 1, 1), 2, 1, 8, 1, "float32"),  # one page
         ((1, 2, 4), 4, 4, 2, 3, "float32"),  # two pools, and heads on four devices
         ((1, 2, 4), 4, 4, 2, 3, "int8"),
+        ((1, 1, 4), 6, 2, 2, 3, "float32"),  # two devices with the same head
+        ((1, 2, 4), 4, 1, 2, 2, "int8"),  # four devices with the same head
     ],
 )
 def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dtype):
-    page_bytes = K // shape[2] * PAGE * H * jnp.dtype(cache_dtype).itemsize
-    monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 2 * (page_bytes or 1))  # two pages a block
+    copies = max(1, shape[2] // K)
+    page_bytes = max(1, K // shape[2]) * PAGE * H * jnp.dtype(cache_dtype).itemsize
+    monkeypatch.setattr(attention_paged, "BLOCK_BYTES", 2 * page_bytes)  # two pages a block
     with jax.set_mesh(mesh_of(shape)):
-        *new, pool, position_B1, pages_BP = inputs(B, K, G, P, cache_dtype, shape[1])
-        slots = jax.jit(gather_pages)(pool, pages_BP)
+        *new, pool, position_B1, pages_BP = inputs(B, K, G, P, cache_dtype, shape[1], copies)
+        slots = jax.jit(gather_pages, static_argnums=2)(pool, pages_BP, copies)
         expected, _ = attend(monkeypatch, "cpu", *new, slots, position_B1, None)
-        copied, after = attend(monkeypatch, "cpu", *new, pool, position_B1, pages_BP)
-        kernel, written = attend(monkeypatch, "tpu", *new, pool, position_B1, pages_BP)
+        copied, after = attend(monkeypatch, "cpu", *new, pool, position_B1, pages_BP, copies)
+        kernel, written = attend(monkeypatch, "tpu", *new, pool, position_B1, pages_BP, copies)
     np.testing.assert_array_equal(copied, expected)
+    # Only XLA writes to page 0, what another device stores.
+    is_owned = np.arange(len(pool.k_BKSH)) % (len(pool.k_BKSH) // shape[1]) > 0
+    written, after = (jax.tree.map(lambda x: x[is_owned], cache) for cache in (written, after))
     jax.tree.map(np.testing.assert_array_equal, written, after)
     # As in test_attention_decode.py: sums of at most 640 float32 terms, of size 1.
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
@@ -140,13 +150,20 @@ def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
 
 @pytest.mark.parametrize(
     ("shape", "cache_dtype"),
-    [((1, 1, 1), "same"), ((1, 1, 2), "same"), ((1, 2, 2), "int8"), ((1, 2, 4), "same")],
+    [
+        ((1, 1, 1), "same"),
+        ((1, 1, 2), "same"),
+        ((1, 2, 2), "int8"),
+        ((1, 2, 4), "same"),
+        ((1, 1, 8), "int8"),  # two devices with the same key/value head
+    ],
 )
 def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtype):
     """A prompt fills a page that both rows share; then the kernel decodes and writes."""
     config = tiny_model(n_layers=1, n_kv_heads=4, head_dim=H, cache_dtype=cache_dtype)
-    rng = np.random.default_rng(0)
-    pieces = [rng.integers(0, config.vocab_size, (2, n)) for n in (PAGE, 1, 1, 1)]
+    rng, copies = np.random.default_rng(0), max(1, shape[2] // 4)
+    page = copies * PAGE
+    pieces = [rng.integers(0, config.vocab_size, (2, n)) for n in (page, 1, 1, 1)]
     # Both rows have the same first page; on two pools each has its own copy of it.
     pieces[0][1] = pieces[0][0]
     pages_BP = np.array([[2, 1], [2, 3]], np.int32)
@@ -156,8 +173,14 @@ def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtyp
         return output_head(config, model, x_BTD), cache
 
     with jax.set_mesh(mesh_of(shape)):
-        model = unstack_layers(jax.jit(Llama, static_argnums=0)(config, jax.random.key(0)))
-        slots = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, 2, 2 * PAGE)
+        all_heads = replace(config, n_kv_heads=4 * copies)
+        model = jax.jit(Llama, static_argnums=0)(all_heads, jax.random.key(0))
+        for matrix in (model.layers.wk, model.layers.wv):
+            heads = np.asarray(matrix[...])[:, :, ::copies]
+            copied = np.repeat(heads, copies, axis=2)
+            matrix[...] = jax.device_put(copied, matrix[...].sharding)
+        model = unstack_layers(model)
+        slots = jax.jit(init_cache, static_argnums=(0, 1, 2))(config, 2, 2 * page)
         paged = jax.jit(init_paged_cache, static_argnums=(0, 1, 2, 3))(config, 2, 8, 2)
         paged = paged._replace(pages_BP=shard_array(pages_BP, "BS"))
         step, step_with_kernel = (jax.jit(partial(logits, model)) for _ in "12")

@@ -64,6 +64,7 @@ class DeviceBatch:
     Attributes:
         copies: of the model; they have equally many, consecutive rows.
         pages: of the pool of each copy of the model; None: rows own their slots.
+        page_slots: slots of a page.
 
     Raises:
         InputError: the rows can't be shared by the copies of the model, or the cache is too small.
@@ -81,6 +82,7 @@ class DeviceBatch:
         check_rows(rows)
         self.copies = batch_shards()
         self.pages = pool_pages(config, rows, context, cache_tokens)
+        self.page_slots = cache.page_slots(config)
         self._config, self._model, self._rows = config, model, rows
         self._full_mask_BW = full_mask(rows, config.vocab_size)
         self._state = warm_up(config, model, rows, context, progress, self.pages)
@@ -93,7 +95,8 @@ class DeviceBatch:
 
     def step_bytes(self, slots: int) -> int:
         """Returns the bytes that a decode step reads, with `slots` slots of each row."""
-        return step_bytes(self._config, self._model, self._rows, slots)
+        paged = self.pages is not None
+        return step_bytes(self._config, self._model, self._rows, slots, paged=paged)
 
     @_on_all_hosts
     def score(

@@ -7,7 +7,7 @@ from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.row_programs import cache_sizes
 from llama_jax.model.attention import has_decode_kernel
-from llama_jax.model.cache import PAGE
+from llama_jax.model.cache import page_slots
 from llama_jax.parallel.mesh import batch_shards
 
 # Entries of the table of pages: a TPU core has 1 MiB of scalar memory (measured: the compiler
@@ -35,11 +35,12 @@ def pool_pages(
         InputError: the cache has no room for the longest text, or the kernel has none for the table
             of pages.
     """
-    copies, row_pages = batch_shards(), -(-context // PAGE)
+    slots = page_slots(config)
+    copies, row_pages = batch_shards(), -(-context // slots)
     has_kernel = has_decode_kernel(config.attention, config.head_dim)
     if cache_tokens is None and not has_kernel:
         return None
-    table_pages = -(-cache_sizes(context)[-1] // PAGE)
+    table_pages = -(-cache_sizes(context)[-1] // slots)
     if has_kernel and rows // copies * table_pages > MAX_TABLE:
         raise InputError(
             f"the table of the pages of {rows} rows with a context of {context} tokens is too large"
@@ -48,9 +49,9 @@ def pool_pages(
         )
     if cache_tokens is None:
         return 1 + rows // copies * row_pages
-    pages = cache_tokens // PAGE // copies
+    pages = cache_tokens // slots // copies
     if pages < row_pages:
-        smallest = row_pages * PAGE * copies
+        smallest = row_pages * slots * copies
         in_copies = f" in each of {copies} copies of the model" if copies > 1 else ""
         raise InputError(
             f"a cache of {cache_tokens} tokens has no room for a text of {context}{in_copies}: ask"

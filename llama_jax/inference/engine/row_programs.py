@@ -29,7 +29,7 @@ from llama_jax.inference.generate import (
 from llama_jax.inference.logit_limits import init_bias, only_token
 from llama_jax.inference.logprobs import logprobs_from_hidden
 from llama_jax.inference.sampling import Sampling
-from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
+from llama_jax.model.cache import KVCache, init_cache, init_paged_cache, page_slots
 from llama_jax.model.transformer import forward_cached
 from llama_jax.model.weights import Llama, UnstackedLlama
 from llama_jax.parallel.mesh import batch_shards, shard_array
@@ -80,7 +80,7 @@ def init_state(config: ModelConfig, rows: int, slots: int, pages: int | None = N
     if pages is None:
         cache = _empty_cache(config, rows, slots)
     else:
-        sizes = rows, pages * batch_shards(), -(-slots // PAGE)
+        sizes = rows, pages * batch_shards(), -(-slots // page_slots(config))
         cache = _empty_pages(config, *sizes)
     return DecodeState(cache, shard_array(np.zeros((rows, V), np.float32), "BV"), empty_rows)
 
@@ -130,7 +130,8 @@ def prefill_chunk(
         Without `with_logprobs` ids and log-probabilities are 0.
     """
     cache, logits_BV, rows = state
-    row_cache = _take_cache(cache, numbers, slots)._replace(used_B=used_C)
+    row_pages = slots and -(-slots // page_slots(config))
+    row_cache = _take_cache(cache, numbers, row_pages)._replace(used_B=used_C)
     x_CTD, row_cache = forward_cached(config, model, row_cache, tokens_CT, lengths_C)
     logits_CV = last_logits(config, model, x_CTD, lengths_C)
 
@@ -161,11 +162,11 @@ def prefill_chunk(
     return DecodeState(cache, logits_BV, rows), (logprobs_CT, top_tokens_CTA, top_logprobs_CTA)
 
 
-def _take_cache(cache: KVCache, numbers: RowNumbers, slots: int | None) -> KVCache:
-    """Returns the cache of one row of each copy: its slots, or its pages and the pool."""
+def _take_cache(cache: KVCache, numbers: RowNumbers, row_pages: int | None) -> KVCache:
+    """Returns the cache of one row of each copy: its slots, or its first pages and the pool."""
     if cache.pages_BP is None:
         return jax.tree.map(lambda x_B_: take_rows(x_B_, numbers), cache)
-    pages_CP = take_rows(cache.pages_BP, numbers)[:, : slots and -(-slots // PAGE)]
+    pages_CP = take_rows(cache.pages_BP, numbers)[:, :row_pages]
     return KVCache(cache.layers, take_rows(cache.used_B, numbers), pages_CP)
 
 

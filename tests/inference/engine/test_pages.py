@@ -1,22 +1,25 @@
 """An engine whose rows share a pool of pages."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import jax
 import pytest
 from engine_requests import CONFIG, DRAWN, Response, random_prompt, submit, tokens_alone
 
+from llama_jax.checkpoint.model_folders import save_model
 from llama_jax.errors import InputError
 from llama_jax.inference.engine import page_pool
 from llama_jax.inference.engine.engine import Engine
 from llama_jax.inference.engine.page_pool import Pool, pool_pages
 from llama_jax.inference.engine.pages import pages_needed
 from llama_jax.inference.engine.requests import Request
+from llama_jax.inference.load import load
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model import attention as model_attention
 from llama_jax.model.cache import PAGE
 from llama_jax.model.weights import Llama, unstack_layers
-from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.parallel.mesh import one_device_mesh, tensor_mesh
 from llama_jax.runtime.compile_cache import compile_statistics
 
 POOL = 8  # pages: a text of the engine's context of 700 tokens needs six
@@ -60,7 +63,7 @@ def test_a_request_gets_the_same_tokens_alone_and_in_company(engine, model):
         Request(random_prompt(600), 9, DRAWN, seed=9),
         Request(random_prompt(120), 8),  # its page is full
     ]
-    assert sum(map(pages_needed, requests)) > POOL
+    assert sum(pages_needed(request, PAGE) for request in requests) > POOL
     expected = [tokens_alone(model, request) for request in requests]
     submit(engine, requests[0])[0].wait()
     before = compile_statistics().programs
@@ -117,6 +120,26 @@ def test_cancelled_requests_release_their_pages(engine, model):
     (response,) = submit(engine, Request(random_prompt(650), 50))
     assert response.wait().ids == tokens_alone(model, response.ticket.request)
     assert sum(pool_of(engine)._holders) == 0
+
+
+@pytest.mark.slow
+def test_devices_with_the_same_head_share_its_pages(model, tmp_path):
+    """Twice as many devices as key/value heads: each has a half of every page of 256 slots."""
+    with jax.set_mesh(one_device_mesh()):
+        stacked = jax.jit(Llama, static_argnums=0)(CONFIG, jax.random.key(0))
+        save_model(tmp_path / "model", CONFIG, stacked, tokenizer=None)
+    prefix = random_prompt(2 * PAGE + 9)
+    requests = [Request(prefix + random_prompt(n), 20) for n in (10, 120)]
+    requests.append(Request(random_prompt(PAGE - 5), 15, DRAWN))  # grows into the other half
+    with jax.set_mesh(tensor_mesh(CONFIG, jax.devices()[:8])):
+        config, copied = load(tmp_path / "model")
+        with closing(Engine(config, copied, rows=3, context=512, cache_tokens=9 * PAGE)) as engine:
+            assert pool_of(engine)._holders == [0] * 5
+            expected = [tokens_alone(model, request) for request in requests]
+            for _ in range(2):  # the second time with their prefixes
+                responses = submit(engine, *requests)
+                assert [response.wait().ids for response in responses] == expected
+            assert engine.statistics().reused_tokens >= 2 * 2 * PAGE
 
 
 def test_a_pool_retains_named_pages_until_it_needs_them():
