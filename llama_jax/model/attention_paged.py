@@ -10,7 +10,7 @@ rearrange all scales of an int8 cache in each step. On other platforms the kerne
 (slow).
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -72,13 +72,16 @@ def attention(
         return row(core, i)[:3]
 
     in_hbm = [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)
-    # The attention output; of a part of the slots its sums, `_write_sums`.
-    results = [jax.ShapeDtypeStruct(q_BKGH.shape, q_BKGH.dtype)]
-    if copies > 1:
-        results = [jax.ShapeDtypeStruct((B, K, G, width), jnp.float32) for width in (H, LANES)]
-    out = pl.pallas_call(
-        partial(_kernel, n=n, P=P, n_pools=len(pools)),
-        out_shape=[*results, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pools)],
+    result, result_spec = q_BKGH, pl.BlockSpec((1, K, G, H), row)
+    if (
+        copies > 1
+    ):  # the sums of a part of the slots, for each device with the same head its queries
+        shape = copies, B, K, G // copies, H + LANES
+        result = jax.ShapeDtypeStruct(shape, jnp.float32)
+        result_spec = pl.BlockSpec((copies, 1, *shape[2:]), lambda *args: (0, *row(*args)))
+    out, *pools = pl.pallas_call(
+        partial(_kernel, n=n, P=P),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (result, *pools)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(cores, B // cores),
@@ -87,7 +90,7 @@ def attention(
                 *[pl.BlockSpec((1, K, H), new_row)] * 2,
                 *in_hbm,
             ],
-            out_specs=[*(pl.BlockSpec((1, *x.shape[1:]), row) for x in results), *in_hbm],
+            out_specs=[result_spec, *in_hbm],
             scratch_shapes=[
                 *(pltpu.VMEM((2, n, *pool.shape[1:]), pool.dtype) for pool in pools),
                 *(pltpu.VMEM((K, G, width), jnp.float32) for width in (1, 1, H)),
@@ -101,14 +104,13 @@ def attention(
             bytes_accessed=B * P * sum(pool.nbytes // len(pool) for pool in pools),
             transcendentals=B * K * G * P * PAGE,
         ),
-        input_output_aliases={6 + i: len(results) + i for i in range(len(pools))},
+        input_output_aliases={6 + i: 1 + i for i in range(len(pools))},
         interpret=platform() != "tpu",
         name="paged_attention",
     )(pages_BP.reshape(-1), last_B, is_new_B, q_BKGH, k_BKH, v_BKH, *pools)
-    cache = LayerCache(*out[len(results) :])
-    if copies == 1:
-        return out[0], cache
-    return _add_up(out[0], out[1], copies).astype(q_BKGH.dtype), cache
+    if copies > 1:
+        out = _add_up(exchange_with_copies(out, copies)).astype(q_BKGH.dtype)
+    return out, LayerCache(*pools)
 
 
 def _own_slots(position_B: jax.Array, copies: int) -> tuple[jax.Array, jax.Array]:
@@ -124,25 +126,28 @@ def _own_slots(position_B: jax.Array, copies: int) -> tuple[jax.Array, jax.Array
     return page_B * PAGE + jnp.clip(slot_B, -1, PAGE - 1), is_new_B.astype(jnp.int32)
 
 
-def _add_up(sum_BKGH: jax.Array, softmax_BKG_: jax.Array, copies: int) -> jax.Array:
-    """Returns the attention output of this device's queries, in float32.
+def _add_up(sums: jax.Array) -> jax.Array:
+    """Returns the attention output [B, K, G, H], given the sums over each part of the slots.
 
-    Each device has the sums of all queries of its head over its own slots. They exchange them, so
-    that each has those of its own queries over all slots.
+    Args:
+        sums: float32 [parts, B, K, G, H + LANES], see `_write_sums`. A loop over the parts, and not
+            reductions, so that XLA fuses the operations into one.
     """
-    sums = jnp.concatenate([sum_BKGH, softmax_BKG_[..., :2]], axis=-1)
-    sums = exchange_with_copies(sums, copies, axis=2)
-    largest, total = sums[..., -2:-1], sums[..., -1:]
-    weight = jnp.exp(largest - jnp.max(largest, axis=0))
-    return jnp.sum(weight * sums[..., :-2], axis=0) / jnp.sum(weight * total, axis=0)
+    H = sums.shape[-1] - LANES
+    parts = [(x[..., :H], x[..., H : H + 1], x[..., H + 1 : H + 2]) for x in sums]
+    largest = reduce(jnp.maximum, (part[1] for part in parts))
+    weights = [jnp.exp(part[1] - largest) for part in parts]
+    total = sum(w * part[2] for w, part in zip(weights, parts, strict=True))
+    return sum(w * part[0] for w, part in zip(weights, parts, strict=True)) / total
 
 
-def _kernel(pages, last_B, is_new_B, q_ref, k_ref, v_ref, *refs, n: int, P: int, n_pools: int):
+def _kernel(pages, last_B, is_new_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
     """Computes the attention of one row, `n` pages at a time."""
     *refs, largest_ref, total_ref, sum_ref, semaphores, buffer_ref = refs
-    # The pool as an input, the results, the pool as an output (the same memory), the buffers.
-    results, refs = refs[n_pools : -2 * n_pools], refs[-2 * n_pools :]
-    pools, buffers = refs[:n_pools], refs[n_pools:]
+    # The pool as an input, the output, the pool as an output (the same memory), the buffers.
+    n_arrays = len(refs) // 3
+    out_ref, pools = refs[n_arrays], refs[n_arrays + 1 : 2 * n_arrays + 1]
+    buffers = refs[2 * n_arrays + 1 :]
     i, rows = pl.program_id(1), pl.num_programs(1)
     row = pl.program_id(0) * rows + i
 
@@ -231,18 +236,22 @@ def _kernel(pages, last_B, is_new_B, q_ref, k_ref, v_ref, *refs, n: int, P: int,
         return carry
 
     jax.lax.fori_loop(0, n_blocks, add_block, 0)
-    if len(results) == 1:
-        results[0][0] = (sum_ref[...] / total_ref[...]).astype(results[0].dtype)
+    if len(out_ref.shape) == 4:
+        out_ref[0] = (sum_ref[...] / total_ref[...]).astype(out_ref.dtype)
     else:
-        _write_sums(results, largest_ref, total_ref, sum_ref)
+        _write_sums(out_ref, largest_ref, total_ref, sum_ref)
     for_each_write(lambda copy: copy.wait(), 1 - buffer_ref[0])
 
 
-def _write_sums(results, largest_ref, total_ref, sum_ref) -> None:
-    """Writes the weighted sum of values, and lanes: the largest score, the sum of weights, …"""
-    results[0][0] = sum_ref[...]
-    lane = jax.lax.broadcasted_iota(jnp.int32, results[1].shape[1:], 2)
-    results[1][0] = jnp.where(lane == 0, largest_ref[...], total_ref[...])
+def _write_sums(out_ref, largest_ref, total_ref, sum_ref) -> None:
+    """Writes each device's queries: the weighted sum of values, the largest score, the total."""
+    G, H = out_ref.shape[3], sum_ref.shape[-1]
+    lane = jax.lax.broadcasted_iota(jnp.int32, (len(sum_ref), G, LANES), 2)
+    for i in range(len(out_ref)):
+        queries = slice(i * G, (i + 1) * G)
+        out_ref[i, 0, :, :, :H] = sum_ref[:, queries]
+        softmax = jnp.where(lane == 0, largest_ref[:, queries], total_ref[:, queries])
+        out_ref[i, 0, :, :, H:] = softmax
 
 
 def _encode(k_ref, v_ref, n_arrays: int) -> list[jax.Array]:

@@ -39,17 +39,13 @@ def gather_from_copies(x: jax.Array, copies: int, axis: int) -> jax.Array:
     return jax.lax.all_gather(x, WEIGHT_AXES["K"], axis=axis, tiled=True, axis_index_groups=groups)
 
 
-def exchange_with_copies(x: jax.Array, copies: int, axis: int) -> jax.Array:
-    """Sends part i of `axis` to the device with copy i of this device's head, a part to each.
+def exchange_with_copies(x: jax.Array, copies: int) -> jax.Array:
+    """Returns x[i] of each device that has a copy of this device's head, where this one is copy i.
 
-    For use in `jax.shard_map`.
-
-    Returns:
-        The parts that this device receives, on a new first axis.
+    For use in `jax.shard_map`. The first axis, of length `copies`, is that of the devices.
     """
-    shape = *x.shape[:axis], copies, x.shape[axis] // copies, *x.shape[axis + 1 :]
     groups = _groups(copies)
-    return jax.lax.all_to_all(x.reshape(shape), WEIGHT_AXES["K"], axis, 0, axis_index_groups=groups)
+    return jax.lax.all_to_all(x, WEIGHT_AXES["K"], 0, 0, tiled=True, axis_index_groups=groups)
 
 
 def _groups(copies: int) -> list[list[int]]:
