@@ -130,15 +130,15 @@ def _add_up(sums: jax.Array) -> jax.Array:
     """Returns the attention output [B, K, G, H], given the sums over each part of the slots.
 
     Args:
-        sums: float32 [parts, B, K, G, H + LANES], see `_write_sums`. A loop over the parts, and not
-            reductions, so that XLA fuses the operations into one.
+        sums: float32 [parts, B, K, G, H + LANES], see `_write_sums`.
     """
     H = sums.shape[-1] - LANES
-    parts = [(x[..., :H], x[..., H : H + 1], x[..., H + 1 : H + 2]) for x in sums]
-    largest = reduce(jnp.maximum, (part[1] for part in parts))
-    weights = [jnp.exp(part[1] - largest) for part in parts]
-    total = sum(w * part[2] for w, part in zip(weights, parts, strict=True))
-    return sum(w * part[0] for w, part in zip(weights, parts, strict=True)) / total
+    values, largest, total = sums[..., :H], sums[..., H : H + 1], sums[..., H + 1 : H + 2]
+    # A loop over the parts: a reduction would be an operation of its own on a TPU.
+    most = reduce(jnp.maximum, largest)
+    weights = [jnp.exp(x - most) for x in largest]
+    out = reduce(jnp.add, (w * x for w, x in zip(weights, values, strict=True)))
+    return out / reduce(jnp.add, (w * x for w, x in zip(weights, total, strict=True)))
 
 
 def _kernel(pages, last_B, is_new_B, q_ref, k_ref, v_ref, *refs, n: int, P: int):
