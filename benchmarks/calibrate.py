@@ -70,6 +70,7 @@ HOST_OFFLOAD = {
     "xla_tpu_scheduler_percent_shared_memory_limit": "100",
     "xla_latency_hiding_scheduler_rerun": "2",
 }
+NO_COLLECTIVE_MATMUL = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 LARGE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 # Settings of MaxText's benchmarks/maxtext_trillium_model_configs.py and …_v5p_model_configs.py.
@@ -109,18 +110,38 @@ OFFLOAD_8B = offloaded("decoder_layer_input", "out_proj", "query_proj", "key_pro
 OFFLOAD_70B = offloaded("decoder_layer_input", "query_proj", "key_proj", "value_proj")
 V6E = LARGE_VMEM | SCATTER_LAYOUT | DATA_PARALLEL | GATHER_FUSION | HOST_OFFLOAD
 V5P = DATA_PARALLEL | GATHER_FUSION
+V6E_8B = V6E | SPARSE_CORE_ALL_REDUCE
 RECIPES = {
-    "llama3.1-8b-v6e-256": Recipe(
-        "v6e:16x16", "v6e-256", "llama3.1-8b", 4, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
+    "llama3.1-8b-v6e-8": Recipe(
+        "v6e:2x4", "v6e-8", "llama3.1-8b", 3, 8192,
+        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
     ),
     "llama3.1-8b-v6e-16": Recipe(
         "v6e:4x4", "v6e-16", "llama3.1-8b", 3, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
+        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
+    ),
+    "llama3.1-8b-v6e-32": Recipe(
+        "v6e:4x8", "v6e-32", "llama3.1-8b", 3, 8192,
+        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
+    ),
+    "llama3.1-8b-v6e-64": Recipe(
+        "v6e:8x8", "v6e-64", "llama3.1-8b", 5, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
     ),
     "llama3.1-8b-v6e-128": Recipe(
-        "v6e:8x16", "v6e-128", "llama3.1-8b", 4, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E | SPARSE_CORE_ALL_REDUCE,
+        "v6e:8x16", "v6e-128", "llama3.1-8b", 4, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
+    ),
+    "llama3.1-8b-v6e-256": Recipe(
+        "v6e:16x16", "v6e-256", "llama3.1-8b", 4, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
+    ),
+    "llama3.1-70b-v6e-32": Recipe(
+        "v6e:4x8", "v6e-32", "llama3.1-70b", 2, 8192,
+        OFFLOAD_70B | LARGE_BLOCKS | {"weight_dtype": "bfloat16"}, V6E | NO_COLLECTIVE_MATMUL,
+    ),
+    "llama3.1-70b-v6e-64": Recipe(
+        "v6e:8x8", "v6e-64", "llama3.1-70b", 2, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E
+    ),
+    "llama3.1-70b-v6e-128": Recipe(
+        "v6e:8x16", "v6e-128", "llama3.1-70b", 4, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E
     ),
     "llama3.1-70b-v6e-256": Recipe(
         "v6e:16x16", "v6e-256", "llama3.1-70b", 5, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E

@@ -40,9 +40,9 @@ def gather_from_copies(x: jax.Array, copies: int, axis: int) -> jax.Array:
 
 
 def exchange_with_copies(x: jax.Array, copies: int) -> jax.Array:
-    """Returns x[i] of each device that has a copy of this device's head, where this one is copy i.
+    """Sends x[i] to the device with copy i of this device's head; returns the received [copies, …].
 
-    For use in `jax.shard_map`. The first axis, of length `copies`, is that of the devices.
+    For use in `jax.shard_map`. The first axis of x has length `copies`.
     """
     groups = _groups(copies)
     return jax.lax.all_to_all(x, WEIGHT_AXES["K"], 0, 0, tiled=True, axis_index_groups=groups)
