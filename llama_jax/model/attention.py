@@ -114,14 +114,15 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
     return save_for_backward("attention", out_BTNH)
 
 
-def has_decode_kernel(kernel: str, H: int) -> bool:
-    """Returns whether one query per row uses a TPU kernel, `attention_decode` or `attention_paged`.
+def has_cache_kernel(kernel: str, H: int) -> bool:
+    """Returns whether attention over a KV cache uses `attention_slots` or `attention_paged`.
 
     Args:
         kernel: as in `attention`.
         H: the head size.
     """
-    return platform() == "tpu" and kernel != "xla" and H % LANES == 0
+    supported = H % LANES == 0 and context_shards() == 1
+    return platform() == "tpu" and kernel != "xla" and supported
 
 
 def cached_attention(
@@ -138,10 +139,9 @@ def cached_attention(
     caller divides q by √H.
 
     Args:
-        kernel: as in `attention`. On a TPU, one query per row of slots uses `attention_decode`
-            unless this is 'xla' or the kernel doesn't support the shape. All other cases use 'xla',
-            which copies the rows' pages first, except on a CPU: there it reads them in place if
-            they are not split.
+        kernel: as in `attention`. On a TPU this is `attention_slots` unless 'xla' is named or the
+            kernel doesn't support the shape; on other platforms it is 'xla'. Both copy the rows'
+            pages first, except on a CPU: there 'xla' reads them in place if they are not split.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
         copies: of each key/value head, between which pages are split (`head_copies`).
     """
@@ -150,16 +150,14 @@ def cached_attention(
     B, T, N, H = q_BTNH.shape
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
-    if T == 1 and platform() == "tpu":
-        if pages_BP is None and has_decode_kernel(kernel, H):
-            return _decode_attention(q_BTKGH, cache, positions_BT)
-        if N == K:
-            # XLA computes a product with one query on the vector unit, with eight on the matrix
-            # unit.
-            q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
-    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     if pages_BP is not None and (copies > 1 or platform() != "cpu"):
         cache, pages_BP = gather_pages(cache, pages_BP, copies), None
+    if has_cache_kernel(kernel, H):
+        return _slots_attention(q_BTKGH, cache, positions_BT)
+    if T == 1 and N == K and platform() == "tpu":
+        # XLA computes a product with one query on the vector unit, with eight on the matrix unit.
+        q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     if platform() == "cpu":
         out_BKGTH = _attend_blocks(q_BKGTH, cache, positions_BT, pages_BP)
     else:
@@ -191,7 +189,7 @@ def update_and_attend(
             active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    if pages_BP is None or T > 1 or not has_decode_kernel(kernel, H):
+    if pages_BP is None or T > 1 or not has_cache_kernel(kernel, H):
         cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP, copies)
         return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP, copies), cache
 
@@ -227,19 +225,19 @@ def _attend_blocks(
     return mapped(*jax.tree.map(jax.reshard, operands, specs))
 
 
-def _decode_attention(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
-    """Returns the attention output [B, 1, N, H] of one query per row."""
-    from llama_jax.model import attention_decode
+def _slots_attention(q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+    """Returns the attention output [B, T, N, H] of tokens at consecutive positions."""
+    from llama_jax.model import attention_slots
 
-    def local(q_B1KGH: jax.Array, cache: LayerCache, positions_B1: jax.Array) -> jax.Array:
-        out_BKGH = attention_decode.attention(q_B1KGH[:, 0], cache, positions_B1[:, 0])
-        return out_BKGH.reshape(len(out_BKGH), 1, -1, out_BKGH.shape[-1])
+    def local(q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+        out_BTKGH = attention_slots.attention(q_BTKGH, cache, positions_BT[:, 0])
+        return out_BTKGH.reshape(*q_BTKGH.shape[:2], -1, q_BTKGH.shape[-1])
 
     specs = activation_spec("BTKGH"), _cache_specs(cache), activation_spec("BT")
     mapped = jax.shard_map(
         local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
     )
-    return mapped(q_B1KGH, cache, jax.reshard(positions_B1, specs[2]))
+    return mapped(q_BTKGH, cache, jax.reshard(positions_BT, specs[2]))
 
 
 def _cache_specs(cache: LayerCache) -> LayerCache:

@@ -1,6 +1,6 @@
 """Attention of one new token per row over a KV cache in pages: a Pallas kernel for TPU.
 
-As in `attention_decode`, keys and values stream once through the matrix unit. The pages of a row
+As in `attention_slots`, keys and values stream once through the matrix unit. The pages of a row
 are anywhere in the pool: each is copied on its own, while the previous block of pages is computed.
 The first block of a row is copied while the last block of the previous row is computed.
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from llama_jax.model.attention_decode import BLOCK_BYTES, add_slots
+from llama_jax.model.attention_slots import BLOCK_BYTES, add_slots
 from llama_jax.model.cache import PAGE, LayerCache, quantize
 from llama_jax.parallel.head_copies import (
     copy_number,

@@ -21,6 +21,13 @@ class Collective(NamedTuple):
     devices: int
 
 
+class KernelWork(NamedTuple):
+    """What a kernel does: FLOPs, and bytes that it accesses in HBM."""
+
+    flops: float
+    bytes: float
+
+
 class Event(NamedTuple):
     """One step of a device's schedule: it computes, starts a collective, or waits for one.
 
@@ -28,14 +35,14 @@ class Event(NamedTuple):
         cycles: cycles of computation.
         starts: the collective that starts; None if the device computes or waits.
         key: identifies the collective that starts, or that is awaited if `starts` is None.
-        kernel_bytes: bytes that a Pallas kernel accesses by its own cost estimate; the compiler has
-            no cycles for it.
+        kernel: by its own cost estimate the work of a Pallas kernel, for which the compiler has no
+            cycles; None for other operations.
     """
 
     cycles: float = 0.0
     starts: Collective | None = None
     key: str = ""
-    kernel_bytes: float = 0.0
+    kernel: KernelWork | None = None
 
 
 class Traffic(NamedTuple):
@@ -63,7 +70,9 @@ _BODY = re.compile(r"body=%([\w.-]+)")
 _CONDITION = re.compile(r"condition=%([\w.-]+)")
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
-_KERNEL_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
+_KERNEL = re.compile(
+    r'"cost_estimate":\{[^}]*"flops":"(?P<flops>\d+)"[^}]*"bytes_accessed":"(?P<bytes>\d+)"'
+)
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "s8": 1, "u8": 1, "pred": 1}
 
 
@@ -73,7 +82,7 @@ class _Instruction(NamedTuple):
     operand: str
     calls: str
     cycles: float
-    kernel_bytes: float
+    kernel: KernelWork | None
     collective: Collective | None
     channel: str
     body: str
@@ -105,13 +114,14 @@ def _parse_instruction(match: re.Match[str]) -> _Instruction:
     operands = rest[match.end("op") - match.start("rest") :]
     operand = re.match(r"\(%([\w.-]+)", operands)
     collective = _COLLECTIVE.match(rest) if re.match(_KINDS, op) else None
+    kernel = _KERNEL.search(rest) if op == "custom-call" else None
     return _Instruction(
         name=match["name"],
         op=op,
         operand=operand[1] if operand else "",
         calls=search(_CALLS),
         cycles=float(search(_CYCLES) or 0),
-        kernel_bytes=float(search(_KERNEL_BYTES) or 0) if op == "custom-call" else 0.0,
+        kernel=kernel and KernelWork(float(kernel["flops"]), float(kernel["bytes"])),
         collective=collective and _parse_collective(collective),
         channel=collective["channel"] if collective else "",
         body=search(_BODY),
@@ -158,7 +168,7 @@ def _walk(computations: dict[str, list[_Instruction]], name: str) -> Iterator[Ev
                 if step.channel not in started:
                     yield Event(starts=step.collective, key=step.channel)
                     started.add(step.channel)
-            yield Event(cycles=instruction.cycles, kernel_bytes=instruction.kernel_bytes)
+            yield Event(cycles=instruction.cycles, kernel=instruction.kernel)
             yield from (Event(key=s.channel) for s in steps if last_fusion[s.channel] == i)
 
 

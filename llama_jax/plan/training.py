@@ -10,14 +10,12 @@ from llama_jax.config.run import Config
 from llama_jax.parallel.mesh import check_divides, make_mesh
 from llama_jax.plan import topology, training_program
 from llama_jax.plan.compiler import CompiledProgram, DoesNotFit
+from llama_jax.plan.program_time import ATTENTION_EFFICIENCY
 from llama_jax.plan.schedule import Collective, Traffic, simulate_traffic
 from llama_jax.plan.topology import Pod, network_bandwidth
 from llama_jax.plan.training_program import CompiledTrainStep
 from llama_jax.runtime.chips import PlannableChip
 
-# The share of the peak that attention kernels reach with heads of 128: published measurements of
-# splash attention lie between 40 and 60 %.
-ATTENTION_EFFICIENCY = 0.5
 _RECOMPUTES_ATTENTION = ("full", "offload")
 
 

@@ -95,7 +95,7 @@ def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dt
     is_owned = np.arange(len(pool.k_BKSH)) % (len(pool.k_BKSH) // shape[1]) > 0
     written, after = (jax.tree.map(lambda x: x[is_owned], cache) for cache in (written, after))
     jax.tree.map(np.testing.assert_array_equal, written, after)
-    # As in test_attention_decode.py: sums of at most 640 float32 terms, of size 1.
+    # As in test_attention_slots.py: sums of at most 640 float32 terms, of size 1.
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
     assert np.std(expected) > 0.05
 

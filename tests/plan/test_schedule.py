@@ -1,7 +1,7 @@
 import pytest
 
 from llama_jax.plan import schedule
-from llama_jax.plan.schedule import Collective, Event, Traffic
+from llama_jax.plan.schedule import Collective, Event, KernelWork, Traffic
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_parse_events_repeats_loops_and_orders_overlapping_collectives():
     assert [event for event in schedule.parse_events(PROGRAM) if event != Event()] == [
         Event(starts=GATHER, key="7"), Event(cycles=5), Event(cycles=6), Event(cycles=7),
         Event(key="7"),
-        *iteration * 3, Event(kernel_bytes=70),
+        *iteration * 3, Event(kernel=KernelWork(9, 70)),
         Event(starts=SUM, key="sum"), Event(key="sum"),
     ]  # fmt: skip
 

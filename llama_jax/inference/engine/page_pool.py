@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.row_programs import cache_sizes
-from llama_jax.model.attention import has_decode_kernel
+from llama_jax.model.attention import has_cache_kernel
 from llama_jax.model.cache import page_slots
 from llama_jax.parallel.mesh import batch_shards
 
@@ -37,7 +37,7 @@ def pool_pages(
     """
     slots = page_slots(config)
     copies, row_pages = batch_shards(), -(-context // slots)
-    has_kernel = has_decode_kernel(config.attention, config.head_dim)
+    has_kernel = has_cache_kernel(config.attention, config.head_dim)
     if cache_tokens is None and not has_kernel:
         return None
     table_pages = -(-cache_sizes(context)[-1] // slots)

@@ -1,4 +1,4 @@
-"""The kernel for one query per row, interpreted, equals attention in plain JAX."""
+"""The kernel over the slots of a KV cache, interpreted, equals attention in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -6,31 +6,32 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from llama_jax.model import attention, attention_decode
-from llama_jax.model.attention_decode import _block_size
+from llama_jax.model import attention, attention_slots
+from llama_jax.model.attention_slots import _block_size
 from llama_jax.model.cache import LayerCache
 
 H = 128
 
 
-def inputs(B, K, G, S, cache_dtype, dtype="float32"):
-    """Returns queries, a cache, and positions: the first slot, the last, and some between."""
+def inputs(B, K, G, S, cache_dtype, dtype="float32", T=1):
+    """Returns queries, a cache, and positions: the first slots, the last, and some between."""
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(B, 1, K * G, H)) / np.sqrt(H), dtype)
-    position_B1 = jnp.asarray([0, S - 1, *rng.integers(0, S, B)][:B], jnp.int32)[:, None]
+    q = jnp.asarray(rng.normal(size=(B, T, K * G, H)) / np.sqrt(H), dtype)
+    first = [0, S - T, *rng.integers(0, S - T + 1, B)][:B]
+    position_BT = jnp.asarray(first, jnp.int32)[:, None] + jnp.arange(T)
     if cache_dtype == "int8":
         values = (jnp.asarray(rng.integers(-127, 128, (B, K, S, H)), jnp.int8) for _ in "kv")
         scales = (jnp.asarray(rng.uniform(0, 2 / 127, (B, K, S)), jnp.float32) for _ in "kv")
-        return q, LayerCache(*values, *scales), position_B1
+        return q, LayerCache(*values, *scales), position_BT
     values = (jnp.asarray(rng.normal(size=(B, K, S, H)), cache_dtype) for _ in "kv")
-    return q, LayerCache(*values), position_B1
+    return q, LayerCache(*values), position_BT
 
 
-def attend(monkeypatch, platform, q, cache, position_B1, kernel="auto"):
+def attend(monkeypatch, platform, q, cache, position_BT, kernel="auto"):
     with monkeypatch.context() as patch:
         patch.setattr(attention, "platform", lambda: platform)
         work = jax.jit(lambda *operands: attention.cached_attention(*operands, kernel))
-        return np.asarray(work(q, cache, position_B1), np.float32)
+        return np.asarray(work(q, cache, position_BT), np.float32)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def attend(monkeypatch, platform, q, cache, position_B1, kernel="auto"):
     ],
 )
 def test_values_equal_those_of_plain_jax(monkeypatch, shape, B, K, G, S, cache_dtype):
-    monkeypatch.setattr(attention_decode, "BLOCK_BYTES", 1)  # blocks of 128 slots
+    monkeypatch.setattr(attention_slots, "BLOCK_BYTES", 1)  # blocks of 128 slots
     with jax.set_mesh(mesh_of(shape)):
         operands = inputs(B, K, G, S, cache_dtype)
         kernel = attend(monkeypatch, "tpu", *operands)
@@ -55,6 +56,26 @@ def test_values_equal_those_of_plain_jax(monkeypatch, shape, B, K, G, S, cache_d
     # A weighted mean of values of standard deviation 1; scores and weights are sums of at most 256
     # float32 terms. Measured 5e-7.
     np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    assert np.std(expected) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("shape", "B", "T", "K", "G", "S", "cache_dtype"),
+    [
+        ((1, 1, 1), 2, 32, 2, 4, 256, "float32"),  # the chunk of a short prompt
+        ((1, 1, 1), 3, 70, 2, 2, 300, "int8"),  # five blocks of queries, of which one is padded
+        ((1, 1, 1), 1, 40, 1, 1, 40, "float32"),  # a complete prompt
+        ((1, 2, 4), 4, 32, 4, 2, 256, "int8"),  # rows and heads on eight devices
+    ],
+)
+def test_prefill_gives_the_values_of_plain_jax(monkeypatch, shape, B, T, K, G, S, cache_dtype):
+    monkeypatch.setattr(attention_slots, "QUERY_ROWS", 32)
+    monkeypatch.setattr(attention_slots, "SLOTS", 128)
+    with jax.set_mesh(mesh_of(shape)):
+        operands = inputs(B, K, G, S, cache_dtype, T=T)
+        kernel = attend(monkeypatch, "tpu", *operands)
+        expected = attend(monkeypatch, "cpu", *operands)
+    np.testing.assert_allclose(kernel, expected, atol=1e-5)  # as of one query per row
     assert np.std(expected) > 0.05
 
 
@@ -69,7 +90,7 @@ def test_bfloat16_differs_by_its_rounding(monkeypatch):
 
 
 def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch):
-    monkeypatch.setattr(attention_decode, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(attention_slots, "BLOCK_BYTES", 1)
     with jax.set_mesh(mesh_of((1, 1, 1))):
         q, cache, position_B1 = inputs(4, 2, 2, 256, "float32")
         together = attend(monkeypatch, "tpu", q, cache, position_B1)
@@ -87,13 +108,13 @@ def test_the_kernel_serves_heads_of_full_lanes_unless_the_model_names_xla(
     monkeypatch, head_dim, kernel, calls
 ):
     counted = []
-    kernel_attention = attention_decode.attention
+    kernel_attention = attention_slots.attention
 
     def count(*operands):
         counted.append(operands)
         return kernel_attention(*operands)
 
-    monkeypatch.setattr(attention_decode, "attention", count)
+    monkeypatch.setattr(attention_slots, "attention", count)
     with jax.set_mesh(mesh_of((1, 1, 1))):
         q, cache, position_B1 = inputs(1, 1, 2, 32, "float32")
         q, cache = q[..., :head_dim], jax.tree.map(lambda x: x[..., :head_dim], cache)
