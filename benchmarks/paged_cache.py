@@ -19,7 +19,7 @@ import numpy as np
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.generate import extend_cache
 from llama_jax.inference.load import load
-from llama_jax.model.cache import PAGE, KVCache, init_cache, init_paged_cache
+from llama_jax.model.cache import KVCache, init_cache, init_paged_cache, page_slots
 from llama_jax.parallel.mesh import shard_array
 
 
@@ -69,7 +69,7 @@ def init_slots(config: ModelConfig, batch: int, slots: int) -> KVCache:
 
 def init_pages(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """Returns a cache in pages, half of whose slots are in use."""
-    row_pages = slots // PAGE
+    row_pages = slots // page_slots(config)
     sizes = batch, 1 + batch * row_pages, row_pages
     cache = jax.jit(init_paged_cache, static_argnums=(0, 1, 2, 3))(config, *sizes)
     pages_BP = np.arange(1, 1 + batch * row_pages, dtype=np.int32).reshape(batch, row_pages)

@@ -229,7 +229,7 @@ def test_the_commands_of_plan_md_plan(at, monkeypatch, capsys):
         )
 
     monkeypatch.setattr(training_program, "compile_train_step", compile_train_step)
-    for name in ("compile_prefill", "compile_decode_loop", "compile_decode_step"):
+    for name in ("compile_prefill", "compile_decode_loop", "compile_step"):
         monkeypatch.setattr(serving_program, name, compile_serving_program)
     page = code_blocks(DOCS / "plan.md")
     run_page(page, PageRunner(at, page))

@@ -159,7 +159,7 @@ def plan_inference(
     for rows in sorted(n for n in {1, batch, plan.largest_batch} if 0 < n <= plan.largest_batch):
         log(f"compiling a decode step of {rows} row(s), with two layers and with three …")
         step = _compile_two_depths(
-            config, partial(programs.compile_decode_step, pod=pod, mesh=mesh, batch=rows,
+            config, partial(programs.compile_step, pod=pod, mesh=mesh, batch=rows,
                             slots=context),
         )  # fmt: skip
         if step is not None:

@@ -25,7 +25,7 @@ from llama_jax.plan.topology import Pod
 _BLOCK = 16  # tokens of one dispatch, as in `inference.stream.stream`
 _ALTERNATIVES = "--batch or --context"
 
-_decode_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)
+_step = jax.jit(generate.extend_cache, static_argnums=0, donate_argnums=2)
 
 
 def slice_mesh(config: ModelConfig, pod: Pod) -> jax.sharding.Mesh:
@@ -66,10 +66,12 @@ def abstract_row_cache(config: ModelConfig, mesh: jax.sharding.Mesh, slots: int)
         return eval_shape_on_mesh(partial(init_cache, config, 1, slots))
 
 
-def compile_decode_step(
-    config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int
+def compile_step(
+    config: ModelConfig, pod: Pod, mesh: jax.sharding.Mesh, batch: int, slots: int, T: int = 1
 ) -> CompiledProgram:
-    """Compiles one decode step: the forward pass of one token per row, without sampling.
+    """Compiles the forward pass of T tokens per row over the KV cache, without sampling.
+
+    This is a decode step, or with T > 1 the prefill of a chunk of a prompt.
 
     Raises:
         DoesNotFit, InputError: as `compile_program`.
@@ -77,8 +79,8 @@ def compile_decode_step(
     model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
         cache = eval_shape_on_mesh(partial(_init_cache, config, batch, slots))
-        tokens, lengths = _integers(mesh, "BT", batch, 1), _integers(mesh, "B", batch)
-        lowered = _decode_step.lower(config, model, cache, tokens, lengths)
+        tokens, lengths = _integers(mesh, "BT", batch, T), _integers(mesh, "B", batch)
+        lowered = _step.lower(config, model, cache, tokens, lengths)
     return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
 

@@ -127,7 +127,7 @@ def test_a_training_plan_on_uncalibrated_chips_says_so(known_runs, capsys):
 def test_a_serving_plan_corrects_its_decode_steps(known_runs, capsys):
     pod = topology.parse("v5e:4x4")
     plan = InferencePlan(
-        config=FAMILY["llama2-70b"], n_params=10, pod=pod, context=4096, batch=8,
+        config=FAMILY["llama2-70b"], pod=pod, context=4096, batch=8,
         weights=WeightBytes(1, 2, 3), cache_bytes_per_row=4, decode_peak_bytes=100.0,
         largest_batch=8,
     )  # fmt: skip
