@@ -48,7 +48,7 @@ def test_an_inference_chart_shows_the_needed_memory_and_the_time_of_each_program
     config = FAMILY["llama2-7b"]
     time = ProgramTime(memory=1.0, compute=0.5, network=0.25, cycles=2.0, compiler=9.0)
     plan = InferencePlan(
-        config=config, n_params=config.n_params, pod=topology.parse("v5e:2x4"), context=4096,
+        config=config, pod=topology.parse("v5e:2x4"), context=4096,
         batch=8, weights=WeightBytes(embedding=GIB, layers=4 * GIB, head=GIB),
         cache_bytes_per_row=GIB // 8, decode_peak_bytes=9 * GIB, prefill_bytes=GIB,
         decode_times={1: time, 8: time}, prefill_time=time,
