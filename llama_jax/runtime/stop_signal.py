@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -40,20 +41,32 @@ def exit_at_sigterm(message: str) -> Iterator[None]:
     exception in the middle of an import aborts some modules written in C++.
     """
 
+    handled = False
     raised = False  # by `handle`; when the watcher looks, the block of `_raises` may have ended
 
     def handle(*_: Any) -> None:
-        nonlocal raised
-        if _raises:
+        nonlocal handled, raised
+        handled = True
+        if _raises and not raised:  # a second signal does not interrupt the cleanup
             raised = True
             raise SigtermReceived(message)
 
-    block_ended = threading.Event()
+    block_ended, main_thread = threading.Event(), threading.get_ident()
+
+    def cleans_up() -> bool:
+        """Whether the block ends in time."""
+        end = time.monotonic() + CLEANUP_SECONDS
+        while not block_ended.wait(0.1):
+            if time.monotonic() > end:
+                return False
+            if not handled:  # it came just before a system call, which only a new signal interrupts
+                signal.pthread_kill(main_thread, signal.SIGTERM)
+        return True
 
     def watch() -> None:
         while number := os.read(read, 1):
             if number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handle:
-                if not ((_raises or raised) and block_ended.wait(CLEANUP_SECONDS)):
+                if not ((_raises or raised) and cleans_up()):
                     exit_run(message)
                 return
 

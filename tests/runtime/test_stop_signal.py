@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 
@@ -101,4 +102,28 @@ def test_a_watcher_that_looks_after_the_cleanup_does_not_end_the_process(monkeyp
         finally:
             time.sleep(1)  # such as the release of a lock
     assert ended == []
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_signal_just_before_a_system_call_interrupts_it(capsys):
+    """Such a signal, or one that the kernel gives to another thread, wakes no system call."""
+    with stop_signal.exit_at_sigterm("stopped"), stop_signal.raise_at_sigterm():
+        (watcher,) = (t for t in threading.enumerate() if t.name == "stop-signal")
+        threading.Timer(0.2, signal.pthread_kill, (watcher.ident, signal.SIGTERM)).start()
+        time.sleep(60)
+        pytest.fail("the system call was not interrupted")
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_a_second_signal_does_not_interrupt_the_cleanup(capsys):
+    cleaned_up = False
+    with stop_signal.exit_at_sigterm("stopped"), stop_signal.raise_at_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            cleaned_up = True
+    assert cleaned_up
     assert capsys.readouterr().err == "stopped\n"
