@@ -159,7 +159,7 @@ class RequestGuard:
                 f"the server does not answer to the host name {name!r}: use localhost or the"
                 f" server's address, or start the server with --allow-host {name} or with a key",
             )
-        if http.url.path in _PUBLIC_PATHS:
+        if http.scope["path"] in _PUBLIC_PATHS:  # the path that the router matches
             return None
         kind, _, key = http.headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key):
@@ -241,7 +241,7 @@ async def _respond_engine_stopped(http: Request, error: Exception) -> JSONRespon
 
 async def _respond_http_exception(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    path = http.url.path[:200]
+    path = http.scope["path"][:200]
     messages = {
         404: f"there is no route {path}: use /v1/models, /v1/completions or /v1/chat/completions",
         405: f"{path} does not support {http.method}",
