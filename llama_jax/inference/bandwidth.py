@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.model.weights import Llama, UnstackedLlama
-from llama_jax.parallel.head_copies import head_copies
+from llama_jax.parallel.head_copies import copies_of_head
 from llama_jax.parallel.mesh import platform
 from llama_jax.runtime.cpu import cpu_cores
 from llama_jax.runtime.program_store import stored_number
@@ -36,7 +36,7 @@ def step_bytes(
     head_bytes = config.head_dim * jnp.dtype(config.dtype).itemsize
     if config.cache_dtype == "int8":
         head_bytes = config.head_dim + 4  # and a float32 scale
-    copies = 1 if paged else head_copies(config.n_kv_heads)
+    copies = 1 if paged else copies_of_head(config.n_kv_heads)
     cache_bytes = 2 * config.n_layers * batch * config.n_kv_heads * copies * slots * head_bytes
     total = _bytes(model) + cache_bytes
     if not config.tied_head:

@@ -21,7 +21,7 @@ from llama_jax.model.lora import attach, merge
 from llama_jax.model.weights import Llama, UnstackedLlama, quantize_model, unstack_layers
 from llama_jax.parallel.head_copies import (
     as_copied_heads,
-    head_copies,
+    copies_of_head,
     stored_heads,
     with_copies,
 )
@@ -89,7 +89,7 @@ def load(
             f"{folder} has no low-rank pairs that could stay apart: give a LoRA run, or add --lora"
         )
     set_default_mesh(partial(tensor_mesh, config))
-    copies = head_copies(config.n_kv_heads)
+    copies = copies_of_head(config.n_kv_heads)
     all_heads = replace(config, n_kv_heads=config.n_heads)
     # If the number of shards is a multiple of the heads, each shard gets a copy of one head.
     can_copy = head_shards() % config.n_kv_heads == 0

@@ -131,7 +131,7 @@ def cached_attention(
     positions_BT: jax.Array,
     kernel: str = "auto",
     pages_BP: jax.Array | None = None,
-    copies: int = 1,
+    head_copies: int = 1,
 ) -> jax.Array:
     """Returns softmax(q·k) v over a layer's KV cache, [B, T, N, H] in q's dtype.
 
@@ -143,15 +143,15 @@ def cached_attention(
             kernel doesn't support the shape; on other platforms it is 'xla'. Both copy the rows'
             pages first, except on a CPU: there 'xla' reads them in place if they are not split.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
-        copies: of each key/value head, between which pages are split (`head_copies`).
+        head_copies: devices with the same key/value head, between which pages are split.
     """
     q_BTNH = jax.reshard(q_BTNH, activation_spec("BTNH"))
     cache = jax.tree.map(jax.reshard, cache, _cache_specs(cache))
     B, T, N, H = q_BTNH.shape
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
-    if pages_BP is not None and (copies > 1 or platform() != "cpu"):
-        cache, pages_BP = gather_pages(cache, pages_BP, copies), None
+    if pages_BP is not None and (head_copies > 1 or platform() != "cpu"):
+        cache, pages_BP = gather_pages(cache, pages_BP, head_copies), None
     if has_cache_kernel(kernel, H):
         return _slots_attention(q_BTKGH, cache, positions_BT)
     if T == 1 and N == K and platform() == "tpu":
@@ -175,7 +175,7 @@ def update_and_attend(
     positions_BT: jax.Array,
     kernel: str = "auto",
     pages_BP: jax.Array | None = None,
-    copies: int = 1,
+    head_copies: int = 1,
 ) -> tuple[jax.Array, LayerCache]:
     """Returns `cached_attention` and the cache after `write_cache` of the tokens' keys and values.
 
@@ -183,22 +183,22 @@ def update_and_attend(
     or the kernel doesn't support the shape.
 
     Args:
-        q_BTNH, k_BTKH, v_BTKH, cache, kernel, pages_BP, copies: as in `cached_attention`.
+        q_BTNH, k_BTKH, v_BTKH, cache, kernel, pages_BP, head_copies: as in `cached_attention`.
         used_B: slot of each row's first token, where it is written.
         positions_BT: slots of the tokens, to which their queries attend; 0 in rows that are not
             active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     if pages_BP is None or T > 1 or not has_cache_kernel(kernel, H):
-        cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP, copies)
-        return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP, copies), cache
+        cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP, head_copies)
+        return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP, head_copies), cache
 
     from llama_jax.model import attention_paged
 
     def local(q_B1NH, k_B1KH, v_B1KH, cache, positions_B1, pages_BP):
         q_BKGH = q_B1NH.reshape(len(q_B1NH), cache.k_BKSH.shape[1], -1, q_B1NH.shape[-1])
         out_BKGH, cache = attention_paged.attention(
-            q_BKGH, k_B1KH[:, 0], v_B1KH[:, 0], cache, positions_B1[:, 0], pages_BP, copies
+            q_BKGH, k_B1KH[:, 0], v_B1KH[:, 0], cache, positions_B1[:, 0], pages_BP, head_copies
         )
         return out_BKGH.reshape(q_B1NH.shape), cache
 

@@ -35,7 +35,7 @@ def attention(
     cache: LayerCache,
     position_B: jax.Array,
     pages_BP: jax.Array,
-    copies: int = 1,
+    head_copies: int = 1,
 ) -> tuple[jax.Array, LayerCache]:
     """Returns softmax(q·k) v of this device's rows and heads, [B, K, G, H] in q's dtype.
 
@@ -52,18 +52,18 @@ def attention(
         cache: the pool.
         position_B: positions of the new tokens, which are also their slots.
         pages_BP: pages of each row; the page of its position belongs to no other row.
-        copies: devices that have a copy of the same head.
+        head_copies: devices that have a copy of the same head.
 
     Returns:
         The attention output, and the pool with the new tokens.
     """
-    q_BKGH = gather_from_copies(q_BKGH, copies, axis=2)
+    q_BKGH = gather_from_copies(q_BKGH, head_copies, axis=2)
     B, K, G, H = q_BKGH.shape
     pools, P = jax.tree.leaves(cache), pages_BP.shape[1]
     n = min(P, max(1, BLOCK_BYTES // (K * PAGE * H * cache.k_BKSH.dtype.itemsize)))
     cores = 2 if B % 2 == 0 else 1  # of a v4 or v5p chip; one core runs both halves elsewhere
     position_B = jnp.where(pages_BP[:, 0] > 0, position_B, 0)
-    last_B, is_new_B = _own_slots(position_B, copies)
+    last_B, is_new_B = _own_slots(position_B, head_copies)
 
     def row(core, i, *scalars):
         return core * (B // cores) + i, 0, 0, 0
@@ -73,12 +73,11 @@ def attention(
 
     in_hbm = [pl.BlockSpec(memory_space=pl.ANY)] * len(pools)
     result, result_spec = q_BKGH, pl.BlockSpec((1, K, G, H), row)
-    if (
-        copies > 1
-    ):  # the sums of a part of the slots, for each device with the same head its queries
-        shape = copies, B, K, G // copies, H + LANES
+    if head_copies > 1:
+        # Sums over a part of the slots: for each device with the same head, those of its queries.
+        shape = head_copies, B, K, G // head_copies, H + LANES
         result = jax.ShapeDtypeStruct(shape, jnp.float32)
-        result_spec = pl.BlockSpec((copies, 1, *shape[2:]), lambda *args: (0, *row(*args)))
+        result_spec = pl.BlockSpec((head_copies, 1, *shape[2:]), lambda *args: (0, *row(*args)))
     out, *pools = pl.pallas_call(
         partial(_kernel, n=n, P=P),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (result, *pools)],
@@ -108,20 +107,20 @@ def attention(
         interpret=platform() != "tpu",
         name="paged_attention",
     )(pages_BP.reshape(-1), last_B, is_new_B, q_BKGH, k_BKH, v_BKH, *pools)
-    if copies > 1:
-        out = _add_up(exchange_with_copies(out, copies)).astype(q_BKGH.dtype)
+    if head_copies > 1:
+        out = _add_up(exchange_with_copies(out, head_copies)).astype(q_BKGH.dtype)
     return out, LayerCache(*pools)
 
 
-def _own_slots(position_B: jax.Array, copies: int) -> tuple[jax.Array, jax.Array]:
+def _own_slots(position_B: jax.Array, head_copies: int) -> tuple[jax.Array, jax.Array]:
     """Returns the last slot of each row on this device, and whether it is that of the new token.
 
     Slots are numbered from 0 on each device; -1: the device has no slot of the row yet.
     """
-    if copies == 1:
+    if head_copies == 1:
         return position_B, jnp.ones_like(position_B)
-    page_B, slot_B = position_B // (copies * PAGE), position_B % (copies * PAGE)
-    slot_B -= copy_number(copies) * PAGE
+    page_B, slot_B = position_B // (head_copies * PAGE), position_B % (head_copies * PAGE)
+    slot_B -= copy_number(head_copies) * PAGE
     is_new_B = (slot_B >= 0) & (slot_B < PAGE)
     return page_B * PAGE + jnp.clip(slot_B, -1, PAGE - 1), is_new_B.astype(jnp.int32)
 

@@ -4,6 +4,7 @@ The slots of a row are its own, or come in pages from a pool that all rows share
 batch by its tokens instead of rows × context, and rows with a common prefix share its pages.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 
 from llama_jax.config.model import ModelConfig
 from llama_jax.parallel.head_copies import (
+    copies_of_head,
     copy_number,
     gather_from_copies,
-    head_copies,
     with_copies,
 )
 from llama_jax.parallel.mesh import platform
@@ -68,7 +69,7 @@ class KVCache(NamedTuple):
 
 def page_slots(config: ModelConfig) -> int:
     """Returns the slots of a page on the current mesh, all of its parts."""
-    return PAGE * head_copies(config.n_kv_heads)
+    return PAGE * copies_of_head(config.n_kv_heads)
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -115,14 +116,13 @@ def write_cache(
     v_BTKH: jax.Array,
     used_B: jax.Array,
     pages_BP: jax.Array | None = None,
-    copies: int = 1,
+    head_copies: int = 1,
 ) -> LayerCache:
     """Returns a layer's cache with T more tokens in each row, from slot `used_B` on.
 
     The row must have T free slots: otherwise XLA clamps the start and overwrites earlier slots.
     With pages and T > 1, `used_B` must be a multiple of min(T, PAGE): a write may not cross the end
-    of a page. `copies` are those of each key/value head (`head_copies`), between which pages are
-    split.
+    of a page. `head_copies` devices have the same key/value head: pages are split between them.
     """
     k_BKTH, v_BKTH = (
         jax.reshard(x.swapaxes(1, 2), activation_spec("BKSH")) for x in (k_BTKH, v_BTKH)
@@ -134,7 +134,8 @@ def write_cache(
         new = LayerCache(k.astype(jnp.int8), v.astype(jnp.int8), k_scale[..., 0], v_scale[..., 0])
     if pages_BP is None:
         return jax.tree.map(lambda x, new: _write_slots(x, new, used_B), cache, new)
-    return jax.tree.map(lambda x, new: _write_pages(x, new, used_B, pages_BP, copies), cache, new)
+    write = partial(_write_pages, used_B=used_B, pages_BP=pages_BP, head_copies=head_copies)
+    return jax.tree.map(write, cache, new)
 
 
 def _to_stored(x: jax.Array, dtype: Any) -> jax.Array:
@@ -155,15 +156,15 @@ def _write_pages(
     new_BKT_: jax.Array,
     used_B: jax.Array,
     pages_BP: jax.Array,
-    copies: int,
+    head_copies: int,
 ) -> jax.Array:
     """Writes T slots of each row into its pages; one token by a scatter, as `_write_one_slot`."""
 
     def own(page: jax.Array, slot: jax.Array) -> jax.Array:
         """Returns the page, or page 0 if another device stores its part with the slot."""
-        if copies == 1:
+        if head_copies == 1:
             return page
-        return jnp.where(slot // PAGE % copies == copy_number(copies), page, 0)
+        return jnp.where(slot // PAGE % head_copies == copy_number(head_copies), page, 0)
 
     def local(
         pool_BKS_: jax.Array, new_BKT_: jax.Array, used_B: jax.Array, pages_BP: jax.Array
@@ -171,14 +172,14 @@ def _write_pages(
         B, K, T = new_BKT_.shape[:3]
         if T == 1:
             slot_B1 = used_B[:, None]
-            number_B1 = slot_B1 // PAGE // copies
+            number_B1 = slot_B1 // PAGE // head_copies
             page_B1 = jnp.take_along_axis(pages_BP, number_B1, axis=1, mode="clip")
             index = own(page_B1, slot_B1), jnp.arange(K), slot_B1 % PAGE
             return pool_BKS_.at[index].set(new_BKT_[:, :, 0], mode="clip")
         for row in range(B):
             for start in range(0, T, PAGE):
                 slot, part = used_B[row] + start, new_BKT_[row, None, :, start : start + PAGE]
-                page = own(pages_BP[row, slot // PAGE // copies], slot)
+                page = own(pages_BP[row, slot // PAGE // head_copies], slot)
                 index = page, 0, slot % PAGE, *(0 for _ in part.shape[3:])
                 pool_BKS_ = jax.lax.dynamic_update_slice(pool_BKS_, part, index)
         return pool_BKS_
@@ -190,17 +191,17 @@ def _write_pages(
     return mapped(*(jax.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
-def gather_pages(cache: LayerCache, pages_BP: jax.Array, copies: int = 1) -> LayerCache:
+def gather_pages(cache: LayerCache, pages_BP: jax.Array, head_copies: int = 1) -> LayerCache:
     """Returns a layer's cache with the slots of each row next to each other, copied from pages.
 
-    `copies` as in `write_cache`: devices with the same head gather the parts of each page.
+    `head_copies` as in `write_cache`: devices with the same head gather the parts of each page.
     """
     pages_spec = activation_spec("BS")
 
     def gather(pool_BKS_: jax.Array) -> jax.Array:
         def local(pool_BKS_: jax.Array, pages_BP: jax.Array) -> jax.Array:
             B, K = len(pages_BP), pool_BKS_.shape[1]
-            pages_BPKS_ = gather_from_copies(pool_BKS_[pages_BP], copies, axis=3)
+            pages_BPKS_ = gather_from_copies(pool_BKS_[pages_BP], head_copies, axis=3)
             return pages_BPKS_.swapaxes(1, 2).reshape(B, K, -1, *pool_BKS_.shape[3:])
 
         spec = activation_spec("BKSH"[: pool_BKS_.ndim])

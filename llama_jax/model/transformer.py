@@ -37,7 +37,7 @@ from llama_jax.model.remat import apply_remat, save_for_backward
 from llama_jax.model.rope import apply_rope, rope_sin_cos
 from llama_jax.model.weights import Block, Llama, UnstackedLlama, layer_weights
 from llama_jax.parallel.collectives import shard_sequence, to_balanced_order, to_text_order
-from llama_jax.parallel.head_copies import head_copies
+from llama_jax.parallel.head_copies import copies_of_head
 from llama_jax.parallel.mesh import check_current_mesh
 from llama_jax.parallel.sharding import activation_spec
 
@@ -221,7 +221,7 @@ def _attention(
         out_BTNH, cache = update_and_attend(
             q_BTNH, k_BTKH, v_BTKH, cache,
             inputs.used_B, inputs.positions_BT, config.attention, inputs.pages_BP,
-            head_copies(config.n_kv_heads),
+            copies_of_head(config.n_kv_heads),
         )  # fmt: skip
     return matmul(config, "BTNH,NHD->BTD", out_BTNH, layer.wo), cache
 

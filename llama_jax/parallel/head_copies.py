@@ -13,14 +13,14 @@ from llama_jax.parallel.mesh import head_shards
 from llama_jax.parallel.sharding import WEIGHT_AXES
 
 
-def head_copies(K: int) -> int:
+def copies_of_head(K: int) -> int:
     """Returns the number of devices on the current mesh that have a copy of each of K heads."""
     return max(1, head_shards() // K)
 
 
 def with_copies(config: ModelConfig) -> ModelConfig:
     """Returns the config whose shapes the matrices have on the current mesh, copies included."""
-    return replace(config, n_kv_heads=config.n_kv_heads * head_copies(config.n_kv_heads))
+    return replace(config, n_kv_heads=config.n_kv_heads * copies_of_head(config.n_kv_heads))
 
 
 def copy_number(copies: int) -> Any:

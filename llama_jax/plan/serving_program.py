@@ -15,7 +15,7 @@ from llama_jax.inference.generate import NO_TOKEN, DecodeState, Rows
 from llama_jax.inference.sampling import Sampling, SamplingArrays, TokenCounts, stack_sampling
 from llama_jax.model.cache import KVCache, init_cache, init_paged_cache, page_slots
 from llama_jax.model.weights import Llama, UnstackedLlama, decode_layout, layer_weights
-from llama_jax.parallel.head_copies import head_copies, with_copies
+from llama_jax.parallel.head_copies import copies_of_head, with_copies
 from llama_jax.parallel.mesh import make_mesh, tensor_sizes
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.plan import topology
@@ -62,7 +62,7 @@ def abstract_row_cache(config: ModelConfig, mesh: jax.sharding.Mesh, slots: int)
     """Returns the abstract KV cache of a row, with the slots that a device has of it."""
     with jax.set_mesh(mesh):
         if pool_pages(config, 1, slots, None) is not None:
-            slots = -(-slots // head_copies(config.n_kv_heads))
+            slots = -(-slots // copies_of_head(config.n_kv_heads))
         return eval_shape_on_mesh(partial(init_cache, config, 1, slots))
 
 

@@ -60,7 +60,7 @@ def attend(monkeypatch, platform, q, k, v, cache, position_B1, pages_BP, copies=
         patch.setattr(attention, "platform", lambda: platform)
         work = jax.jit(
             lambda q, k, v, cache, position_B1, *pages: attention.update_and_attend(
-                q, k, v, cache, position_B1[:, 0], position_B1, "auto", *pages, copies=copies
+                q, k, v, cache, position_B1[:, 0], position_B1, "auto", *pages, head_copies=copies
             )
         )
         pages = [] if pages_BP is None else [pages_BP]
