@@ -1,10 +1,9 @@
 """An engine with several copies of the model."""
 
 import jax
-import numpy as np
 import pytest
 from conftest import mesh_of
-from engine_requests import CONFIG, DRAWN, submit, tokens_alone
+from engine_requests import CONFIG, DRAWN, random_prompt, submit, tokens_alone
 
 from llama_jax.errors import InputError
 from llama_jax.inference.engine.device_batch import check_rows
@@ -13,12 +12,6 @@ from llama_jax.inference.engine.requests import Request
 from llama_jax.inference.sampling import Sampling
 from llama_jax.model.weights import Llama, unstack_layers
 from llama_jax.parallel.mesh import one_device_mesh
-
-RANDOM = np.random.default_rng(1)
-
-
-def prompt(n):
-    return tuple(RANDOM.integers(3, 320, n).tolist())
 
 
 def model_on(mesh):
@@ -31,13 +24,13 @@ def model_on(mesh):
 def test_copies_of_the_model_give_the_tokens_of_one_device(cache_tokens):
     alone, model = model_on(one_device_mesh()), model_on(mesh_of((2, 1, 2)))
     requests = [
-        Request(prompt(5), 20),
-        Request(prompt(300), 12, DRAWN, seed=7),
-        Request(prompt(40), 30, DRAWN, seed=8),
-        Request(prompt(1), 9),
-        Request(prompt(257), 5, Sampling(repetition_penalty=1.5)),
-        Request(prompt(600), 20, DRAWN, seed=9),
-        Request(prompt(9), 5, logit_bias=((7, 100.0),)),
+        Request(random_prompt(5), 20),
+        Request(random_prompt(300), 12, DRAWN, seed=7),
+        Request(random_prompt(40), 30, DRAWN, seed=8),
+        Request(random_prompt(1), 9),
+        Request(random_prompt(257), 5, Sampling(repetition_penalty=1.5)),
+        Request(random_prompt(600), 20, DRAWN, seed=9),
+        Request(random_prompt(9), 5, logit_bias=((7, 100.0),)),
     ]
     expected = [tokens_alone(alone, request) for request in requests[:-1]] + [[7] * 5]
     with jax.set_mesh(mesh_of((2, 1, 2))):
@@ -46,8 +39,8 @@ def test_copies_of_the_model_give_the_tokens_of_one_device(cache_tokens):
         responses = submit(engine, *requests, *requests)
         assert [response.wait().ids for response in responses] == expected * 2
     # Three prompts are scored as trees, two at a time; the last is prefilled.
-    scored = Request(prompt(200), 1, logprobs=True, prompt_logprobs=True)
-    others = [scored._replace(prompt=prompt(n)) for n in (9, 300)]
+    scored = Request(random_prompt(200), 1, logprobs=True, prompt_logprobs=True)
+    others = [scored._replace(prompt=random_prompt(n)) for n in (9, 300)]
     found = submit(engine, scored, *others, scored._replace(max_new_tokens=2))
     tree, *_, prefilled = (response.wait().prompt_done.prompt_logprobs for response in found)
     assert [token.id for token in tree] == [*scored.prompt[1:]]
