@@ -115,14 +115,17 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
 
 
 def has_cache_kernel(kernel: str, H: int) -> bool:
-    """Returns whether attention over a KV cache uses `attention_slots` or `attention_paged`.
+    """Returns whether a Pallas kernel computes attention over a KV cache: on TPUs and GPUs.
 
     Args:
         kernel: as in `attention`.
         H: the head size.
     """
-    supported = H % LANES == 0 and context_shards() == 1
-    return platform() == "tpu" and kernel != "xla" and supported
+    if kernel == "xla" or context_shards() > 1:
+        return False
+    # Triton's blocks have powers of 2, at least 16.
+    supported = {"tpu": H % LANES == 0, "gpu": H >= 16 and H & (H - 1) == 0}
+    return supported.get(platform(), False)
 
 
 def cached_attention(
@@ -139,9 +142,10 @@ def cached_attention(
     caller divides q by √H.
 
     Args:
-        kernel: as in `attention`. On a TPU this is `attention_slots` unless 'xla' is named or the
-            kernel doesn't support the shape; on other platforms it is 'xla'. Both copy the rows'
-            pages first, except on a CPU: there 'xla' reads them in place if they are not split.
+        kernel: as in `attention`. Unless 'xla' is named or the kernel doesn't support the shape,
+            this is `attention_slots` on a TPU and `attention_triton` on a GPU; else it is 'xla'.
+            `attention_triton`, and 'xla' on a CPU, read the rows' pages in place if they are not
+            split; the others copy them first.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
         head_copies: devices with the same key/value head, between which pages are split.
     """
@@ -150,10 +154,12 @@ def cached_attention(
     B, T, N, H = q_BTNH.shape
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
-    if pages_BP is not None and (head_copies > 1 or platform() != "cpu"):
+    has_kernel = has_cache_kernel(kernel, H)
+    reads_pages = platform() == "cpu" or (platform() == "gpu" and has_kernel)
+    if pages_BP is not None and (head_copies > 1 or not reads_pages):
         cache, pages_BP = gather_pages(cache, pages_BP, head_copies), None
-    if has_cache_kernel(kernel, H):
-        return _slots_attention(q_BTKGH, cache, positions_BT)
+    if has_kernel:
+        return _kernel_attention(q_BTKGH, cache, positions_BT, pages_BP)
     if T == 1 and N == K and platform() == "tpu":
         # XLA computes a product with one query on the vector unit, with eight on the matrix unit.
         q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
@@ -189,7 +195,8 @@ def update_and_attend(
             active, so that their caches are not read.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    if pages_BP is None or T > 1 or not has_cache_kernel(kernel, H):
+    in_place = platform() == "tpu" and has_cache_kernel(kernel, H)
+    if pages_BP is None or T > 1 or not in_place:
         cache = write_cache(cache, k_BTKH, v_BTKH, used_B, pages_BP, head_copies)
         return cached_attention(q_BTNH, cache, positions_BT, kernel, pages_BP, head_copies), cache
 
@@ -225,19 +232,27 @@ def _attend_blocks(
     return mapped(*jax.tree.map(jax.reshard, operands, specs))
 
 
-def _slots_attention(q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+def _kernel_attention(
+    q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages_BP: jax.Array | None
+) -> jax.Array:
     """Returns the attention output [B, T, N, H] of tokens at consecutive positions."""
-    from llama_jax.model import attention_slots
+    if platform() == "gpu":
+        from llama_jax.model.attention_triton import attention
+    else:
+        from llama_jax.model.attention_slots import attention
 
-    def local(q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
-        out_BTKGH = attention_slots.attention(q_BTKGH, cache, positions_BT[:, 0])
+    def local(q_BTKGH, cache, positions_BT, *pages) -> jax.Array:
+        out_BTKGH = attention(q_BTKGH, cache, positions_BT[:, 0], *pages)
         return out_BTKGH.reshape(*q_BTKGH.shape[:2], -1, q_BTKGH.shape[-1])
 
+    pages = () if pages_BP is None else (pages_BP,)
+    operands = q_BTKGH, cache, positions_BT, *pages
     specs = activation_spec("BTKGH"), _cache_specs(cache), activation_spec("BT")
+    specs += tuple(activation_spec("BS") for _ in pages)
     mapped = jax.shard_map(
         local, in_specs=specs, out_specs=activation_spec("BTNH"), check_vma=False
     )
-    return mapped(q_BTKGH, cache, jax.reshard(positions_BT, specs[2]))
+    return mapped(*jax.tree.map(jax.reshard, operands, specs))
 
 
 def _cache_specs(cache: LayerCache) -> LayerCache:

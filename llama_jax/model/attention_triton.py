@@ -1,0 +1,144 @@
+"""Attention of new tokens over a KV cache: a Pallas kernel for NVIDIA GPUs, compiled by Triton.
+
+A program computes a block of queries of one key/value head. It reads the slots up to the last that
+these attend to, in the row's pages or its own slots, and accumulates the softmax block by block
+(arXiv 2205.14135): no page is copied, and no scores are materialized. Few rows would give a decode
+step fewer programs than a GPU runs at once, so several programs share the slots of a row, and their
+results are added up. On other platforms the kernel is interpreted (slow).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llama_jax.model.cache import LayerCache
+from llama_jax.parallel.mesh import platform
+
+QUERIES, SLOTS = 64, 64  # of a block, at most; a product of Triton has at least 16 rows
+# Programs of a step, if it has few rows: two for each of the 132 multiprocessors of an H100.
+PROGRAMS = 264
+MOST_PARTS = 64
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    cache: LayerCache,
+    position_B: jax.Array,
+    pages_BP: jax.Array | None = None,
+) -> jax.Array:
+    """Returns softmax(q·k) v of this device's rows and heads, [B, T, K, G, H] in q's dtype.
+
+    For use in `jax.shard_map`. Query t of a row attends to the slots 0 … position + t.
+
+    Args:
+        q_BTKGH: queries; H is a power of 2, at least 16.
+        cache: slots of each row, or the pool of pages.
+        position_B: position of each row's first token.
+        pages_BP: pages of each row; None: rows own their slots.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    if pages_BP is None:
+        pages_BP = jnp.arange(B, dtype=jnp.int32)[:, None]
+    M = T * G
+    m = min(QUERIES, max(16, pl.next_power_of_2(M)))
+    blocks = pl.cdiv(M, m)
+    # Not by the number of slots: a row has the same bits in a larger cache.
+    parts = min(MOST_PARTS, pl.cdiv(PROGRAMS, B * K * blocks))
+    q_BKMH = q_BTKGH.transpose(0, 2, 1, 3, 4).reshape(B, K, M, H)
+    q_BKMH = jnp.pad(q_BKMH, [(0, 0), (0, 0), (0, blocks * m - M), (0, 0)])
+
+    def queries(b, k, part):
+        return b // blocks, k, b % blocks, 0
+
+    def results(b, k, part):
+        return part, *queries(b, k, part)
+
+    def complete(x):
+        return pl.BlockSpec(x.shape, lambda b, k, part: (0,) * x.ndim)
+
+    shape = parts, *q_BKMH.shape
+    arrays = jax.tree.leaves(cache)
+    out, log_total = pl.pallas_call(
+        partial(_kernel, T=T, G=G, blocks=blocks, parts=parts),
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, q_BKMH.dtype if parts == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
+        ],
+        grid=(B * blocks, K, parts),
+        in_specs=[
+            *map(complete, (position_B, pages_BP)),
+            pl.BlockSpec((None, None, m, H), queries),
+            *map(complete, arrays),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, None, None, m, H), results),
+            pl.BlockSpec((None, None, None, m), lambda *program: results(*program)[:-1]),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=platform() != "gpu",
+        name="cache_attention",
+    )(position_B, pages_BP, q_BKMH, *arrays)
+    if parts > 1:
+        weights = jax.nn.softmax(log_total, axis=0)[..., None]
+        out = jnp.sum(out * weights, axis=0, keepdims=True).astype(q_BKMH.dtype)
+    return out[0, :, :, :M].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
+
+
+def _kernel(
+    position_ref, pages_ref, q_ref, k_ref, v_ref, *refs, T: int, G: int, blocks: int, parts: int
+):
+    """Computes a block of queries over every `parts`-th block of slots."""
+    *scale_refs, out_ref, log_total_ref = refs
+    (m, H), dtype, S = q_ref.shape, q_ref.dtype, k_ref.shape[2]
+    row, k, part = pl.program_id(0) // blocks, pl.program_id(1), pl.program_id(2)
+    # A page has a multiple of `size` slots. The last block of a row's own slots may end after them:
+    # there it reads the last slot again.
+    size = min(SLOTS, pl.next_power_of_2(S))
+    per_page = pl.cdiv(S, size)
+
+    def position(query):
+        return position_ref[row] + jnp.minimum(query // G, T - 1)
+
+    first_query = pl.program_id(0) % blocks * m
+    last, last_m = position(first_query + m - 1), position(first_query + jnp.arange(m))
+    q_mH = q_ref[...]
+    dot = partial(
+        jax.lax.dot_general,
+        # Not in TF32.
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+    def add_block(i, softmax):
+        largest_m, total_m, sum_mH = softmax
+        block = part + i * parts
+        page, first = pages_ref[row, block // per_page], block % per_page * size
+        slot_s = first + jnp.arange(size)
+        index = page, k, slot_s if S % size == 0 else jnp.minimum(slot_s, S - 1)
+        keys_sH, values_sH = (x[index].astype(dtype) for x in (k_ref, v_ref))
+        scores_ms = dot(q_mH, keys_sH, (((1,), (1,)), ((), ())))
+        if scale_refs:
+            scores_ms *= scale_refs[0][index][None]
+        attended_ms = (block // per_page * S + slot_s)[None] <= last_m[:, None]
+        attended_ms &= (slot_s < S)[None]
+        scores_ms = jnp.where(attended_ms, scores_ms, -jnp.inf)
+        new_m = jnp.maximum(largest_m, jnp.max(scores_ms, axis=1))
+        weights_ms, shrink_m = jnp.exp(scores_ms - new_m[:, None]), jnp.exp(largest_m - new_m)
+        total_m = shrink_m * total_m + jnp.sum(weights_ms, axis=1)
+        if scale_refs:
+            weights_ms *= scale_refs[1][index][None]
+        new_mH = dot(weights_ms.astype(dtype), values_sH, (((1,), (0,)), ((), ())))
+        return new_m, total_m, shrink_m[:, None] * sum_mH + new_mH
+
+    # Finite, so that a block without an attended slot adds 0, not exp(-inf + inf).
+    largest_m = jnp.full((m,), jnp.finfo(jnp.float32).min)
+    softmax = largest_m, jnp.zeros((m,)), jnp.zeros((m, H))
+    n_blocks = last // S * per_page + last % S // size + 1
+    own = jnp.maximum(n_blocks - part + parts - 1, 0) // parts
+    largest_m, total_m, sum_mH = jax.lax.fori_loop(0, own, add_block, softmax)
+    # The largest score has the weight 1: the total is at least 1, or 0 without an attended slot.
+    out_ref[...] = (sum_mH / jnp.maximum(total_m, 1.0)[:, None]).astype(out_ref.dtype)
+    log_total_ref[...] = largest_m + jnp.log(total_m)
