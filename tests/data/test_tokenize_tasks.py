@@ -25,6 +25,15 @@ corpus_plan.MIN_PART_BYTES, corpus_plan._PARTS = 2000, 30
 shard_writer.SHARD_TOKENS, shard_writer.CHUNK_TOKENS = 4096, 1024
 tasks.POLL_SECONDS = 0.1
 """
+# Each part waits, so that a command does not finish before the test ends it.
+SLOW = """
+import time
+submit = tasks.submit
+def submit_later(*task):
+    time.sleep(0.1)
+    return submit(*task)
+tasks.submit = submit_later
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +82,9 @@ def tokenize(sources, out, **options):
     return tokenize_corpus([str(sources)], out, **options)
 
 
-def start(sources, out, *options):
+def start(sources, out, *options, code=""):
     """Starts the command in its own process group."""
-    run = f"{SMALL}\nimport sys; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    run = f"{SMALL}\n{code}\nimport sys; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", run, "tokenize", sources, "--out", out, "--vocab-size", 300]
     command += ["--validation-fraction", 0.1, *options]
     return subprocess.Popen(
@@ -136,7 +145,7 @@ def test_a_command_that_is_ended_twice_continues_with_the_missing_parts(
     """SIGTERM, then SIGKILL: no worker survives, and the parts that are done are not repeated."""
     before = []
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        process = start(sources, tmp_path / "out", "--workers", 2)
+        process = start(sources, tmp_path / "out", "--workers", 2, code=SLOW)
         deadline = time.monotonic() + 120
         while len(finished_parts(tmp_path)) < len(before) + 4:
             assert process.poll() is None, process.communicate()
