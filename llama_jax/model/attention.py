@@ -123,9 +123,11 @@ def has_cache_kernel(kernel: str, H: int) -> bool:
     """
     if kernel == "xla" or context_shards() > 1:
         return False
-    # Triton's blocks have powers of 2, at least 16.
-    supported = {"tpu": H % LANES == 0, "gpu": H >= 16 and H & (H - 1) == 0}
-    return supported.get(platform(), False)
+    if platform() == "gpu":
+        from llama_jax.model import attention_triton
+
+        return attention_triton.supports(H)
+    return platform() == "tpu" and H % LANES == 0
 
 
 def cached_attention(

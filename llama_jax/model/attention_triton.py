@@ -17,10 +17,29 @@ from jax.experimental.pallas import triton as plgpu
 from llama_jax.model.cache import LayerCache
 from llama_jax.parallel.mesh import platform
 
-QUERIES, SLOTS = 64, 64  # of a block, at most; a product of Triton has at least 16 rows
+# Bytes of a block of queries, of keys, and of values. Two blocks of keys and of values are in
+# shared memory at once: 80 KiB with the queries, where the smallest GPU since Ampere has 99.
+BLOCK_BYTES = 1 << 14
 # Programs of a step, if it has few rows: two for each of the 132 multiprocessors of an H100.
 PROGRAMS = 264
 MOST_PARTS = 64
+
+
+def supports(H: int) -> bool:
+    """Returns whether the kernel computes heads of size H on the GPUs of the current mesh.
+
+    Blocks of Triton have powers of 2. Since JAX 0.11, Pallas compiles only for GPUs that it knows
+    by name: many of data centers, few others.
+    """
+    if H < 16 or H & (H - 1):
+        return False
+    get_gpu_info = getattr(plgpu, "get_gpu_info", None)
+    if platform() == "gpu" and get_gpu_info:
+        try:
+            get_gpu_info()
+        except ValueError:
+            return False
+    return True
 
 
 def attention(
@@ -34,7 +53,7 @@ def attention(
     For use in `jax.shard_map`. Query t of a row attends to the slots 0 … position + t.
 
     Args:
-        q_BTKGH: queries; H is a power of 2, at least 16.
+        q_BTKGH: queries of heads that it `supports`.
         cache: slots of each row, or the pool of pages.
         position_B: position of each row's first token.
         pages_BP: pages of each row; None: rows own their slots.
@@ -42,8 +61,8 @@ def attention(
     B, T, K, G, H = q_BTKGH.shape
     if pages_BP is None:
         pages_BP = jnp.arange(B, dtype=jnp.int32)[:, None]
-    M = T * G
-    m = min(QUERIES, max(16, pl.next_power_of_2(M)))
+    M, block = T * G, _block_rows(H, q_BTKGH.dtype)
+    m = min(block, max(16, pl.next_power_of_2(M)))
     blocks = pl.cdiv(M, m)
     # Not by the number of slots: a row has the same bits in a larger cache.
     parts = min(MOST_PARTS, pl.cdiv(PROGRAMS, B * K * blocks))
@@ -62,7 +81,7 @@ def attention(
     shape = parts, *q_BKMH.shape
     arrays = jax.tree.leaves(cache)
     out, log_total = pl.pallas_call(
-        partial(_kernel, T=T, G=G, blocks=blocks, parts=parts),
+        partial(_kernel, T=T, G=G, blocks=blocks, parts=parts, slots=block),
         out_shape=[
             jax.ShapeDtypeStruct(shape, q_BKMH.dtype if parts == 1 else jnp.float32),
             jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
@@ -87,16 +106,22 @@ def attention(
     return out[0, :, :, :M].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
 
 
+def _block_rows(H: int, dtype: jnp.dtype) -> int:
+    """Returns the queries or slots of a block: 64 heads of 128 in bfloat16."""
+    return min(64, max(16, BLOCK_BYTES // (H * dtype.itemsize)))  # 16: of a product in Triton
+
+
 def _kernel(
-    position_ref, pages_ref, q_ref, k_ref, v_ref, *refs, T: int, G: int, blocks: int, parts: int
-):
+    position_ref, pages_ref, q_ref, k_ref, v_ref, *refs,
+    T: int, G: int, blocks: int, parts: int, slots: int,
+):  # fmt: skip
     """Computes a block of queries over every `parts`-th block of slots."""
     *scale_refs, out_ref, log_total_ref = refs
     (m, H), dtype, S = q_ref.shape, q_ref.dtype, k_ref.shape[2]
     row, k, part = pl.program_id(0) // blocks, pl.program_id(1), pl.program_id(2)
     # A page has a multiple of `size` slots. The last block of a row's own slots may end after them:
     # there it reads the last slot again.
-    size = min(SLOTS, pl.next_power_of_2(S))
+    size = min(slots, pl.next_power_of_2(S))
     per_page = pl.cdiv(S, size)
 
     def position(query):

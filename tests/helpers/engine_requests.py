@@ -63,12 +63,12 @@ class Response:
         return [token.id for token in self.tokens]
 
 
-def tokens_alone(model, request):
+def tokens_alone(model, request, config=CONFIG):
     """Returns the tokens of a request that runs alone, without the engine."""
     with jax.set_mesh(one_device_mesh()):
         return list(
             stream(
-                CONFIG, model, request.prompt, max_new_tokens=request.max_new_tokens,
+                config, model, request.prompt, max_new_tokens=request.max_new_tokens,
                 sampling=request.sampling, seed=request.seed, end_ids=request.end_ids,
             )
         )  # fmt: skip

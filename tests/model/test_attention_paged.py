@@ -89,14 +89,19 @@ def test_pages_give_the_values_of_slots(monkeypatch, shape, B, K, G, P, cache_dt
         slots = jax.jit(gather_pages, static_argnums=2)(pool, pages_BP, copies)
         expected, _ = attend(monkeypatch, "cpu", *new, slots, position_B1, None)
         copied, after = attend(monkeypatch, "cpu", *new, pool, position_B1, pages_BP, copies)
-        kernel, written = attend(monkeypatch, "tpu", *new, pool, position_B1, pages_BP, copies)
+        found = [
+            attend(monkeypatch, platform, *new, pool, position_B1, pages_BP, copies)
+            for platform in ("tpu", "gpu")
+        ]
     np.testing.assert_array_equal(copied, expected)
     # Only XLA writes to page 0, what another device stores.
     is_owned = np.arange(len(pool.k_BKSH)) % (len(pool.k_BKSH) // shape[1]) > 0
-    written, after = (jax.tree.map(lambda x: x[is_owned], cache) for cache in (written, after))
-    jax.tree.map(np.testing.assert_array_equal, written, after)
-    # As in test_attention_slots.py: sums of at most 640 float32 terms, of size 1.
-    np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    for kernel, written in found:
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(x[is_owned], y[is_owned]), written, after
+        )
+        # As in test_attention_slots.py: sums of at most 640 float32 terms, of size 1.
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)
     assert np.std(expected) > 0.05
 
 
@@ -149,16 +154,19 @@ def test_pages_receive_the_slots_that_rows_would(cache_dtype, used, T):
 
 
 @pytest.mark.parametrize(
-    ("shape", "cache_dtype"),
+    ("shape", "cache_dtype", "platform"),
     [
-        ((1, 1, 1), "same"),
-        ((1, 1, 2), "same"),
-        ((1, 2, 2), "int8"),
-        ((1, 2, 4), "same"),
-        ((1, 1, 8), "int8"),  # two devices with the same key/value head
+        ((1, 1, 1), "same", "tpu"),
+        ((1, 1, 2), "same", "tpu"),
+        ((1, 2, 2), "int8", "tpu"),
+        ((1, 2, 4), "same", "tpu"),
+        ((1, 1, 8), "int8", "tpu"),  # two devices with the same key/value head
+        ((1, 1, 1), "same", "gpu"),
+        ((1, 2, 2), "int8", "gpu"),
+        ((1, 1, 8), "same", "gpu"),
     ],
 )
-def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtype):
+def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtype, platform):
     """A prompt fills a page that both rows share; then the kernel decodes and writes."""
     config = tiny_model(n_layers=1, n_kv_heads=4, head_dim=H, cache_dtype=cache_dtype)
     rng, copies = np.random.default_rng(0), max(1, shape[2] // 4)
@@ -187,7 +195,7 @@ def test_logits_over_pages_equal_those_over_slots(monkeypatch, shape, cache_dtyp
         for tokens_BT in pieces:
             expected, slots = step(slots, tokens_BT)
             with monkeypatch.context() as patch:
-                patch.setattr(attention, "platform", lambda: "tpu")
+                patch.setattr(attention, "platform", lambda: platform)
                 found, paged = step_with_kernel(paged, tokens_BT)
             np.testing.assert_allclose(found, expected, atol=1e-5)
         assert np.std(expected) > 0.1

@@ -1,4 +1,4 @@
-"""The kernel over the slots of a KV cache, interpreted, equals attention in plain JAX."""
+"""The kernels over the slots of a KV cache, interpreted, equal attention in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
-from llama_jax.model import attention, attention_slots
+from llama_jax.model import attention, attention_slots, attention_triton
 from llama_jax.model.attention_slots import _block_size
 from llama_jax.model.cache import LayerCache
 
@@ -25,6 +25,9 @@ def inputs(B, K, G, S, cache_dtype, dtype="float32", T=1):
         return q, LayerCache(*values, *scales), position_BT
     values = (jnp.asarray(rng.normal(size=(B, K, S, H)), cache_dtype) for _ in "kv")
     return q, LayerCache(*values), position_BT
+
+
+KERNELS = ["tpu", "gpu"]  # the platform has a kernel of its own
 
 
 def attend(monkeypatch, platform, q, cache, position_BT, kernel="auto"):
@@ -51,11 +54,12 @@ def test_values_equal_those_of_plain_jax(monkeypatch, shape, B, K, G, S, cache_d
     monkeypatch.setattr(attention_slots, "BLOCK_BYTES", 1)  # blocks of 128 slots
     with jax.set_mesh(mesh_of(shape)):
         operands = inputs(B, K, G, S, cache_dtype)
-        kernel = attend(monkeypatch, "tpu", *operands)
+        kernels = [attend(monkeypatch, platform, *operands) for platform in KERNELS]
         expected = attend(monkeypatch, "cpu", *operands)
     # A weighted mean of values of standard deviation 1; scores and weights are sums of at most 256
     # float32 terms. Measured 5e-7.
-    np.testing.assert_allclose(kernel, expected, atol=1e-5)
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)
     assert np.std(expected) > 0.05
 
 
@@ -73,52 +77,66 @@ def test_prefill_gives_the_values_of_plain_jax(monkeypatch, shape, B, T, K, G, S
     monkeypatch.setattr(attention_slots, "SLOTS", 128)
     with jax.set_mesh(mesh_of(shape)):
         operands = inputs(B, K, G, S, cache_dtype, T=T)
-        kernel = attend(monkeypatch, "tpu", *operands)
+        kernels = [attend(monkeypatch, platform, *operands) for platform in KERNELS]
         expected = attend(monkeypatch, "cpu", *operands)
-    np.testing.assert_allclose(kernel, expected, atol=1e-5)  # as of one query per row
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, expected, atol=1e-5)  # as of one query per row
     assert np.std(expected) > 0.05
 
 
-def test_bfloat16_differs_by_its_rounding(monkeypatch):
+@pytest.mark.parametrize("platform", KERNELS)
+def test_bfloat16_differs_by_its_rounding(monkeypatch, platform):
     with jax.set_mesh(mesh_of((1, 1, 1))):
         operands = inputs(2, 2, 4, 256, "bfloat16", "bfloat16")
-        kernel = attend(monkeypatch, "tpu", *operands)
+        kernel = attend(monkeypatch, platform, *operands)
         exact = [jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in operands[:2]]
         expected = attend(monkeypatch, "cpu", *exact, operands[2])
     # Each weight and the result are rounded once to 2^-9 of their size; values are below 5.
     np.testing.assert_allclose(kernel, expected, atol=5 * 2 * 2**-9)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch):
+@pytest.mark.parametrize("platform", KERNELS)
+def test_a_row_has_the_same_bits_alone_and_in_company(monkeypatch, platform):
     monkeypatch.setattr(attention_slots, "BLOCK_BYTES", 1)
+    # The GPU's kernel divides a row by the number of rows, which an engine doesn't change.
+    monkeypatch.setattr(attention_triton, "PROGRAMS", 1)
     with jax.set_mesh(mesh_of((1, 1, 1))):
         q, cache, position_B1 = inputs(4, 2, 2, 256, "float32")
-        together = attend(monkeypatch, "tpu", q, cache, position_B1)
+        together = attend(monkeypatch, platform, q, cache, position_B1)
         for i in range(4):
             row = slice(i, i + 1)
             own = jax.tree.map(lambda x, row=row: x[row], cache)
-            alone = attend(monkeypatch, "tpu", q[row], own, position_B1[row])
+            alone = attend(monkeypatch, platform, q[row], own, position_B1[row])
             np.testing.assert_array_equal(together[row], alone)
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "kernel", "calls"), [(H, "auto", 1), (H, "xla", 0), (64, "auto", 0)]
+    ("platform", "head_dim", "kernel", "calls"),
+    [
+        ("tpu", H, "auto", 1),
+        ("tpu", H, "xla", 0),
+        ("tpu", 64, "auto", 0),  # lanes of a TPU's vector unit
+        ("gpu", 64, "auto", 1),
+        ("gpu", 96, "auto", 0),  # not a power of 2
+        ("gpu", H, "xla", 0),
+    ],
 )
-def test_the_kernel_serves_heads_of_full_lanes_unless_the_model_names_xla(
-    monkeypatch, head_dim, kernel, calls
+def test_the_kernel_serves_the_heads_that_it_supports_unless_the_model_names_xla(
+    monkeypatch, platform, head_dim, kernel, calls
 ):
     counted = []
-    kernel_attention = attention_slots.attention
+    module = {"tpu": attention_slots, "gpu": attention_triton}[platform]
+    kernel_attention = module.attention
 
     def count(*operands):
         counted.append(operands)
         return kernel_attention(*operands)
 
-    monkeypatch.setattr(attention_slots, "attention", count)
+    monkeypatch.setattr(module, "attention", count)
     with jax.set_mesh(mesh_of((1, 1, 1))):
         q, cache, position_B1 = inputs(1, 1, 2, 32, "float32")
         q, cache = q[..., :head_dim], jax.tree.map(lambda x: x[..., :head_dim], cache)
-        attend(monkeypatch, "tpu", q, cache, position_B1, kernel)
+        attend(monkeypatch, platform, q, cache, position_B1, kernel)
     assert len(counted) == calls
 
 

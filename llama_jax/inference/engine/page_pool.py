@@ -8,7 +8,7 @@ from llama_jax.errors import InputError
 from llama_jax.inference.engine.row_programs import cache_sizes
 from llama_jax.model.attention import has_cache_kernel
 from llama_jax.model.cache import page_slots
-from llama_jax.parallel.mesh import batch_shards
+from llama_jax.parallel.mesh import batch_shards, platform
 
 # Entries of the table of pages: a TPU core has 1 MiB of scalar memory (measured: the compiler
 # rejects 281,600 entries on v5e and accepts 230,400), of which positions and spills take some.
@@ -27,9 +27,8 @@ def pool_pages(
         rows: of the batch.
         context: longest prompt with its continuation [tokens].
         cache_tokens: tokens for which the pools together have room. None: rows × context, where
-            attention has a kernel that reads pages (TPU, a head size that is a multiple of 128).
-            Elsewhere the rows own their slots, because on a GPU XLA copies the pages of all rows in
-            each step.
+            attention has a kernel that reads pages (`has_cache_kernel`). Elsewhere the rows own
+            their slots, because without a kernel XLA copies the pages of all rows in each step.
 
     Raises:
         InputError: the cache has no room for the longest text, or the kernel has none for the table
@@ -41,7 +40,7 @@ def pool_pages(
     if cache_tokens is None and not has_kernel:
         return None
     table_pages = -(-cache_sizes(context)[-1] // slots)
-    if has_kernel and rows // copies * table_pages > MAX_TABLE:
+    if platform() == "tpu" and has_kernel and rows // copies * table_pages > MAX_TABLE:
         raise InputError(
             f"the table of the pages of {rows} rows with a context of {context} tokens is too large"
             " for the scalar memory of a TPU: ask for at most"

@@ -173,6 +173,8 @@ def test_a_pool_retains_named_pages_until_it_needs_them():
         ("cpu", "auto", None, None),
         ("tpu", "auto", None, 1 + 4 * 6),
         ("tpu", "xla", None, None),
+        ("gpu", "auto", None, 1 + 4 * 6),
+        ("gpu", "xla", None, None),
         ("cpu", "auto", 768, 1 + 6),
         ("cpu", "auto", 895, 1 + 6),
     ],
@@ -195,7 +197,8 @@ def test_the_pool_has_room_for_the_longest_text():
 
 @pytest.mark.usefixtures("one_device")
 def test_the_table_of_pages_fits_the_scalar_memory(monkeypatch):
-    monkeypatch.setattr(model_attention, "platform", lambda: "tpu")
+    for module in (model_attention, page_pool):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
     config = replace(CONFIG, head_dim=128)
     rows = (
         page_pool.MAX_TABLE // 8
@@ -203,3 +206,31 @@ def test_the_table_of_pages_fits_the_scalar_memory(monkeypatch):
     assert pool_pages(config, rows, 700, None) == 1 + rows * 6
     with pytest.raises(InputError, match=f"ask for at most {rows} rows, or for a shorter"):
         pool_pages(config, rows + 1, 700, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "cache_dtype"), [(1, "same"), (4, "int8"), (8, "same")])
+def test_the_kernel_of_gpus_gives_the_tokens_of_xla(monkeypatch, tmp_path, devices, cache_dtype):
+    """Alone and in company, in chunks, after a reused prefix; 8 devices have 4 heads."""
+    config = replace(CONFIG, head_dim=16, cache_dtype=cache_dtype)
+    with jax.set_mesh(one_device_mesh()):
+        stacked = jax.jit(Llama, static_argnums=0)(config, jax.random.key(0))
+        save_model(tmp_path / "model", config, stacked, tokenizer=None)
+        alone = unstack_layers(stacked)
+    prefix = random_prompt(260)
+    requests = [
+        Request(random_prompt(5), 20),
+        Request(prefix + random_prompt(30), 12, DRAWN, seed=7),
+        Request(prefix + random_prompt(9), 12),
+    ]
+    expected = [tokens_alone(alone, request, config) for request in requests]
+    with jax.set_mesh(tensor_mesh(config, jax.devices()[:devices])):
+        config, model = load(tmp_path / "model")
+        monkeypatch.setattr(model_attention, "platform", lambda: "gpu")
+        jax.clear_caches()  # the programs of the CPU
+        with closing(Engine(config, model, rows=3, context=512)) as engine:
+            assert submit(engine, requests[0])[0].wait().ids == expected[0]
+            for _ in range(2):  # the second time with their prefixes
+                responses = submit(engine, *requests)
+                assert [response.wait().ids for response in responses] == expected
+            assert engine.statistics().reused_tokens >= 2 * PAGE
