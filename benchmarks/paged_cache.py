@@ -4,7 +4,7 @@
 
 Prints the median time of a step in each layout, and the median ratios of the pairs: of the time,
 and of the process's CPU time, which depends less on other programs. On a TPU a kernel reads the
-pages, on a CPU a loop; on a GPU XLA copies the pages of all rows before it reads them.
+pages, on most GPUs too, on a CPU a loop.
 """
 
 import argparse

@@ -78,8 +78,9 @@ def compile_step(
     """
     model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
-        cache = eval_shape_on_mesh(partial(_init_cache, config, batch, slots))
-        tokens, lengths = _integers(mesh, "BT", batch, T), _integers(mesh, "B", batch)
+        cache = eval_shape_on_mesh(partial(init_engine_cache, config, batch, slots))
+        tokens = abstract_integers(mesh, "BT", batch, T)
+        lengths = abstract_integers(mesh, "B", batch)
         lowered = _step.lower(config, model, cache, tokens, lengths)
     return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
@@ -94,7 +95,7 @@ def compile_prefill(
     """
     model = abstract_weights(config, mesh)
     with jax.set_mesh(mesh):
-        tokens, lengths = _integers(mesh, "BT", 1, T), _integers(mesh, "B", 1)
+        tokens, lengths = abstract_integers(mesh, "BT", 1, T), abstract_integers(mesh, "B", 1)
         lowered = generate.prefill.lower(config, model, tokens, lengths, slots=T)
     return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
@@ -114,7 +115,8 @@ def compile_decode_loop(
     return compile_program(lowered, pod.chip, {}, _ALTERNATIVES)
 
 
-def _integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtypeStruct:
+def abstract_integers(mesh: jax.sharding.Mesh, dims: str, *shape: int) -> jax.ShapeDtypeStruct:
+    """Returns an abstract int32 array, sharded as an activation with these dimensions."""
     return jax.ShapeDtypeStruct(
         shape, jnp.int32, sharding=jax.NamedSharding(mesh, activation_spec(dims))
     )
@@ -141,11 +143,11 @@ def _init_state(config: ModelConfig, batch: int, slots: int) -> DecodeState:
         ),
     )
     logits_BV = full(0, "BV", V, dtype=jnp.float32)
-    cache = _init_cache(config, batch, slots)
+    cache = init_engine_cache(config, batch, slots)
     return DecodeState(cache=cache, logits_BV=logits_BV, rows=rows)
 
 
-def _init_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
+def init_engine_cache(config: ModelConfig, batch: int, slots: int) -> KVCache:
     """Returns an empty cache as the engine has it, with room for `batch` rows of `slots` tokens."""
     pages = pool_pages(config, batch, slots, None)
     if pages is None:

@@ -84,9 +84,9 @@ def tokenize(sources, out, **options):
 
 def start(sources, out, *options, code=""):
     """Starts the command in its own process group."""
-    run = f"{SMALL}\n{code}\nimport sys; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", run, "tokenize", sources, "--out", out, "--vocab-size", 300]
-    command += ["--validation-fraction", 0.1, *options]
+    run = "import sys; from llama_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", f"{SMALL}\n{code}\n{run}", "tokenize", sources, "--out", out]
+    command += ["--vocab-size", 300, "--validation-fraction", 0.1, *options]
     return subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
