@@ -3,15 +3,14 @@
     pip install -e '.[gpu]'    # its compiler needs no GPU
     python benchmarks/gpu_program.py llama3.1-8b --batch 8 --slots 2048
 
-XLA compiles the program for the H100 of `TARGET`: the Triton kernels too, down to machine code. A
-line for each attention has the memory for temporaries, and the bytes that the operations of a layer
-read and write, as a multiple of its weights and cache; the next lines name the largest operations.
-XLA chooses the kernels of matrix products without measuring any.
+XLA compiles the program, the Triton kernels too, down to machine code. A line for each attention
+has the memory for temporaries, and the bytes that the operations of a layer read and write, as a
+multiple of its weights and cache; the next lines name the largest operations. XLA chooses the
+kernels of matrix products without measuring any.
 """
 
 import argparse
 import math
-import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -21,28 +20,12 @@ import jax
 
 from llama_jax.checkpoint.tree import eval_shape_on_mesh
 from llama_jax.config.family import FAMILY
-from llama_jax.config.mesh import MeshConfig
 from llama_jax.config.model import ModelConfig
 from llama_jax.inference.generate import extend_cache
-from llama_jax.parallel.mesh import make_mesh
-from llama_jax.plan import serving_program
+from llama_jax.plan import serving_program, topology
 from llama_jax.plan.compiler import bytes_per_device
 from llama_jax.plan.program_time import DEPTHS
 
-# The properties of an H100 SXM, as XLA reads them from the driver of a real one.
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-"""
 _INSTRUCTION = re.compile(r"  (?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)")
 _MOVES_NOTHING = ("parameter", "constant", "bitcast", "get-tuple-element", "tuple")
 
@@ -64,7 +47,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=2048, help="of each row, all in use (2048)")
     parser.add_argument("--tokens", type=int, default=1, help="new ones of each row (1: decoding)")
     args = parser.parse_args()
-    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), h100())
+    mesh = serving_program.slice_mesh(FAMILY[args.model], topology.parse("h100:1"))
     for attention in ("auto", "xla"):
         config = replace(
             FAMILY[args.model], dtype="bfloat16", param_dtype="bfloat16", quantized=args.quantize,
@@ -88,16 +71,6 @@ def main() -> None:
         )
         for name in sorted(layer, key=lambda name: -layer[name])[:6]:
             print(f"    {layer[name] / 1e6:9.2f} MB  {name}")
-
-
-def h100() -> list[Any]:
-    """Returns one H100 as a compilation target."""
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of the driver, which is not here
-    jax.config.update("jax_platforms", "cpu,cuda")
-    from jax.experimental import topologies
-
-    target = {"target_config": TARGET, "topology": "1x1x1"}
-    return topologies.get_topology_desc(platform="cuda", **target).devices
 
 
 def compile_for(

@@ -9,7 +9,8 @@ from llama_jax.cli.arguments import add_config, parse_picture
 from llama_jax.errors import InputError, install_command
 
 MANUAL = f"""\
-Estimate the memory, step time and MFU of a training run on a TPU pod, without the pod.
+Estimate the memory, step time and MFU of a training run on a TPU pod, without the pod; or the
+memory of a run on GPUs, without the GPUs.
 
 XLA's TPU compiler, which needs no TPU, compiles the training step itself. Install it:
   {install_command("plan")}
@@ -48,6 +49,11 @@ its slice, and key/value heads are replicated if there are fewer of them. Estima
 The step is compiled with two layers and with three, and extrapolated. The decoding loop is compiled
 with all layers, for its memory. The estimates exclude sampling, and the wait for prefetched data.
 
+For GPUs (--topology h100:8, or 4*h100:8 for four nodes) the plan has the memory alone, and the time
+in which a decode step can read weights and cache: XLA compiles for GPUs that are not there, but has
+no estimates of time for them. This needs JAX 0.11 or later and its compiler for GPUs:
+  {install_command("gpu")}
+
 Steps of training and of decoding are also corrected: others measured runs on some of these chips,
 and the estimates of their programs by the same method show how far it is off. The last lines say
 from how many runs. docs/plan.md explains the tables.
@@ -57,6 +63,7 @@ example:
   llama-jax plan configs/llama-65b.yaml --topology v5p:8x8x16 --json
   llama-jax plan configs/llama3-8b.yaml --topology '2*v5e:16x16' --search
   llama-jax plan llama2-70b --inference --topology v5e:4x4 --context 4096 --batch 8
+  llama-jax plan configs/llama-7b.yaml --topology h100:8 mesh.fsdp=8 data.batch_size=32
 """
 
 _INFERENCE_FLAGS = ("context", "batch", "dtype", "cache", "quantize")
@@ -66,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_config(parser)
     parser.add_argument(
-        "--topology", required=True, metavar="POD", help="v5p:4x4x4, v6e:16x16, 2*v5e:16x16 …"
+        "--topology", required=True, metavar="POD", help="v5p:4x4x4, 2*v5e:16x16, h100:8 …"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, fractions")
     parser.add_argument(
@@ -119,6 +126,10 @@ def _plan_training(args: argparse.Namespace) -> int:
     picture = args.picture and parse_picture(args.picture)
     if args.compile < 1:
         raise InputError(f"--compile must be at least 1, not {args.compile}")
+    if args.search and pod.chip.gpu:
+        raise InputError(
+            f"--search ranks by estimates of time, which XLA has only for TPUs: omit it for {pod}"
+        )
     if args.search:
         plans = search.find_fastest(config, pod, args.compile, print_status)
     else:

@@ -46,7 +46,7 @@ def chart_training(plan: TrainingPlan) -> Chart:
         }
     memory = {kind: used / GIB for kind, used in plan.memory.items()}
     return Chart(
-        title=title, capacity=plan.pod.chip.hbm_gib, memory={"a chip": memory}, times=times
+        title=title, capacity=plan.capacity_bytes / GIB, memory={"a chip": memory}, times=times
     )
 
 

@@ -148,14 +148,17 @@ def plan_inference(
     if prefill is not None:
         extra = [program.peak_bytes - program.argument_bytes for program in prefill]
         plan.prefill_bytes = int(extrapolate(extra, config.n_layers))
-        bytes_read = sum(plan.weights) + plan.cache_bytes_per_row
-        plan.prefill_time = estimate_time(prefill, config.n_layers, bytes_read, pod)
+        if not pod.chip.gpu:
+            bytes_read = sum(plan.weights) + plan.cache_bytes_per_row
+            plan.prefill_time = estimate_time(prefill, config.n_layers, bytes_read, pod)
     log("compiling the complete decode loop, for its memory …")
     peak_bytes = _DecodePeaks(
         lambda rows: programs.compile_decode_loop(config, pod, mesh, rows, context), log
     )
     plan.decode_peak_bytes = peak_bytes(batch)
     _find_largest_batch(plan, peak_bytes)
+    if pod.chip.gpu:  # the compiler has no estimates of time
+        return plan
     for rows in sorted(n for n in {1, batch, plan.largest_batch} if 0 < n <= plan.largest_batch):
         log(f"compiling a decode step of {rows} row(s), with two layers and with three …")
         step = _compile_two_depths(

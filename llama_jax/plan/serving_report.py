@@ -8,8 +8,8 @@ from rich.table import Table
 
 from llama_jax.plan.calibration import Calibration, calibration_of
 from llama_jax.plan.program_time import ProgramTime
-from llama_jax.plan.serving import InferencePlan
-from llama_jax.plan.training_report import GIB, empty_table, finite, gib
+from llama_jax.plan.serving import InferencePlan, decode_step_bytes
+from llama_jax.plan.training_report import GIB, NOTE_ON_GPUS, empty_table, finite, gib
 
 
 def as_dict(plan: InferencePlan) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def show(plan: InferencePlan) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(_headline(plan))
     console.print(_memory_table(plan))
-    if plan.prefill_time is None:
+    if plan.prefill_bytes is None:
         console.print(f"no program fits that prefills {plan.context:,} tokens in one piece")
     if not plan.largest_batch:
         console.print(
@@ -73,6 +73,10 @@ def show(plan: InferencePlan) -> None:
         f" {plan.largest_batch_bytes / GIB:.2f} GiB; the longest row alone: about"
         f" {plan.largest_context:,} tokens, by arithmetic"
     )
+    if plan.pod.chip.gpu:
+        console.print(_least_times(plan))
+        console.print(NOTE_ON_GPUS)
+        return
     speeds = empty_table(
         "a step, ms", "estimate", "roofline", "bound by", "tokens/s", "a chip", "MFU"
     )
@@ -116,6 +120,16 @@ def _memory_table(plan: InferencePlan) -> Table:
     available = f"{verdict} {plan.pod.chip.usable_hbm_gib:g} for a program"
     memory.add_row("sum, with the larger of both", gib(plan.needed_bytes), available)
     return memory
+
+
+def _least_times(plan: InferencePlan) -> Table:
+    """Returns the time of decode steps that only read weights and cache, all slots in use."""
+    table = empty_table("a step takes at least", "ms", "tokens/s at most")
+    for batch in sorted({1, plan.batch, plan.largest_batch}):
+        seconds = decode_step_bytes(plan, batch) / (plan.pod.chip.hbm_gb_per_s * 1e9)
+        rate = batch * plan.pod.n_slices / seconds
+        table.add_row(f"decode, batch {batch}", _ms(seconds), f"{rate:,.0f}")
+    return table
 
 
 def _corrected_table(plan: InferencePlan, calibration: Calibration) -> Table:

@@ -1,4 +1,4 @@
-"""TPU pods by name: chips, network, and the devices that the TPU compiler can compile for."""
+"""TPU pods and GPU nodes by name: chips, network, and the devices that XLA can compile for."""
 
 import math
 import os
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import jax
 
 from llama_jax.errors import InputError, missing_extra
-from llama_jax.runtime.chips import PLANNABLE_CHIPS, PlannableChip
+from llama_jax.runtime.chips import PLANNABLE_CHIPS, GpuTarget, PlannableChip
 
 BETWEEN_SLICES = 6.25  # GB/s for each chip: a host's 200 Gbit/s, divided among its 4 chips
 
 
 class Pod(NamedTuple):
-    """One or several slices of TPU chips.
+    """One or several slices of TPU chips, or nodes of GPUs.
 
     Attributes:
         chip_name: key of `PLANNABLE_CHIPS`.
-        shape: chips of a slice along each dimension of its network.
-        n_slices: number of slices.
+        shape: chips of a slice along each dimension of its network; GPUs of a node.
+        n_slices: number of slices or nodes.
     """
 
     chip_name: str
@@ -54,6 +54,8 @@ class Pod(NamedTuple):
     @property
     def device_name(self) -> str:
         """A device in the words of a report."""
+        if self.chip.gpu:
+            return "GPU"
         per_chip = self.chip.devices_per_chip
         return "chip" if per_chip == 1 else f"device, {per_chip} in a chip"
 
@@ -79,7 +81,7 @@ class Pod(NamedTuple):
 
 
 def parse(topology: str) -> Pod:
-    """Returns the pod that 'v5p:4x4x4' names, or '2*v5p:4x4x4' for two slices.
+    """Returns the pod that 'v5p:4x4x4' names, '2*v5p:4x4x4' for two slices, 'h100:8' for a node.
 
     Raises:
         InputError: the kind of chip is unknown, or its network has other dimensions.
@@ -87,15 +89,15 @@ def parse(topology: str) -> Pod:
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", topology)
     if match is None or match[2] not in PLANNABLE_CHIPS:
         raise InputError(
-            f"--topology {topology}: write KIND:SHAPE as in v5p:4x4x4 or v6e:16x16, after 2* for"
-            f" two slices; kinds: {', '.join(PLANNABLE_CHIPS)}"
+            f"--topology {topology}: write KIND:SHAPE as in v5p:4x4x4, v6e:16x16 or h100:8, after"
+            f" 2* for two slices or nodes; kinds: {', '.join(PLANNABLE_CHIPS)}"
         )
     pod = Pod(match[2], tuple(map(int, match[3].split("x"))), int(match[1] or 1))
     if len(pod.shape) != pod.chip.ici_dimensions or 0 in pod.shape or pod.n_slices == 0:
-        example = {2: "16x16", 3: "4x4x8"}[pod.chip.ici_dimensions]
+        example = {1: "8", 2: "16x16", 3: "4x4x8"}[pod.chip.ici_dimensions]
         raise InputError(
             f"--topology {topology}: {pod.chip_name} has a network of {pod.chip.ici_dimensions}"
-            f" dimensions, as in {pod.chip_name}:{example}"
+            f" dimension(s), as in {pod.chip_name}:{example}"
         )
     return pod
 
@@ -123,15 +125,17 @@ def devices(pod: Pod) -> list[Any]:
     """Returns the devices of a pod as compilation targets; no such hardware is needed.
 
     Raises:
-        InputError: the TPU compiler is not installed, or does not know this pod.
+        InputError: the compiler is not installed, or does not know this pod.
     """
+    # Use none of this machine's accelerators: another process may have them locked.
+    jax.config.update("jax_platforms", "cpu")
+    if pod.chip.gpu:
+        return _gpus(pod, pod.chip.gpu)
     # libtpu reads these when it is loaded; without them it queries a cloud's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-128")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # run two plans at once
-    # Use none of this machine's accelerators: another process may have them locked.
-    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
@@ -150,3 +154,39 @@ def devices(pod: Pod) -> list[Any]:
         raise InputError(
             f"--topology {pod}: the TPU compiler does not know it ({reason})"
         ) from error
+
+
+def _gpus(pod: Pod, gpu: GpuTarget) -> list[Any]:
+    from jax.experimental import topologies
+
+    if jax.__version_info__ < (0, 11):
+        raise InputError(
+            f"--topology {pod}: plans for GPUs need JAX 0.11 or later (here {jax.__version__}),"
+            " which needs Python 3.12 or later"
+        )
+    # The compiler logs errors where a program takes more than 80 % of the memory; it compiles it.
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    chip, shared = pod.chip, gpu.shared_kib << 10
+    major, minor = gpu.capability
+    target = f"""
+        gpu_device_info {{
+            cuda_compute_capability {{ major: {major} minor: {minor} }}
+            core_count: {gpu.cores} fpus_per_core: {gpu.float32_lanes}
+            clock_rate_ghz: {chip.clock_ghz} l2_cache_size: {gpu.l2_mib << 20}
+            memory_bandwidth: {chip.hbm_gb_per_s * 10**9:.0f}
+            device_memory_size: {chip.hbm_gib * 2**30:.0f}
+            shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared - 1024}
+            shared_memory_per_block: 49152
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        }}
+        platform_name: "CUDA" device_description_str: "{gpu.name}"
+        dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }}
+    """
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=f"{pod.n_slices}x1x{pod.shape[0]}"
+        ).devices
+    except NotImplementedError as error:  # JAX has no plugin for CUDA
+        raise missing_extra("there is no compiler for GPUs here", "gpu") from error

@@ -54,9 +54,15 @@ class TrainingPlan:
     def fits(self) -> bool:
         """True if the compiler accepts the program and a device has the memory it needs.
 
-        The compiler reserves a little for itself, so it may reject a program that needs less.
+        The TPU compiler reserves a little for itself, so it may reject a program that needs less.
         """
-        return not self.rejected and self.needed_bytes <= self.pod.chip.hbm_gib * 2**30
+        return not self.rejected and self.needed_bytes <= self.capacity_bytes
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Memory of a device; of a GPU, what a program can have."""
+        chip = self.pod.chip
+        return (chip.usable_hbm_gib if chip.gpu else chip.hbm_gib) * 2**30
 
     @property
     def exposed_seconds(self) -> float:
@@ -101,11 +107,11 @@ class TrainingPlan:
 
 
 def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> TrainingPlan:
-    """Compiles the training step three times and returns the plan.
+    """Compiles the training step three times and returns the plan; for GPUs once, without times.
 
     The memory and the schedule come from the complete program. The compiler counts the body of a
     loop once, so the time comes from two programs with one and two unrolled layers: their
-    difference is the time of a layer.
+    difference is the time of a layer. XLA has no estimates of time for GPUs.
 
     Args:
         log: called with a line of progress before each compilation.
@@ -126,7 +132,9 @@ def plan_training(config: Config, pod: Pod, log: Callable[[str], None]) -> Train
         plan.rejected, plan.memory = True, {"all": float(error.needed_bytes or math.inf)}
         return plan
     plan.memory = _memory_by_kind(config, step)
-    elapsed = time.monotonic() - start
+    plan.compile_seconds = elapsed = time.monotonic() - start
+    if pod.chip.gpu:
+        return plan
     log(f"compiled in {elapsed:.0f} s; compiling one layer and two, for their time …")
     try:
         # One after the other: compiled in parallel, libtpu 0.0.42.1 aborts the process in two of

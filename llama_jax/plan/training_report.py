@@ -12,6 +12,10 @@ from llama_jax.plan.calibration import Calibration, calibration_of
 from llama_jax.plan.training import TrainingPlan
 
 GIB = 2**30
+NOTE_ON_GPUS = (
+    "JAX takes 75 % of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, of which this plan"
+    " assumes that a program can use all. XLA has no estimates of time for GPUs."
+)
 
 
 def as_dict(plan: TrainingPlan) -> dict[str, Any]:
@@ -57,10 +61,12 @@ def show(plan: TrainingPlan) -> None:
     for kind, used in plan.memory.items():
         memory.add_row(kind, gib(used), "")
     verdict = "fits in" if plan.fits else "does NOT fit in"
-    capacity = f"{verdict} {plan.pod.chip.hbm_gib:g} GiB"
+    capacity = f"{verdict} {plan.capacity_bytes / GIB:g} GiB"
     memory.add_row("all", gib(plan.needed_bytes), capacity)
     console.print(memory)
     if not plan.compiler_seconds:
+        if plan.pod.chip.gpu:
+            console.print(NOTE_ON_GPUS)
         return
     console.print(_step_table(plan))
     console.print(_network_table(plan))
