@@ -111,47 +111,48 @@ OFFLOAD_70B = offloaded("decoder_layer_input", "query_proj", "key_proj", "value_
 V6E = LARGE_VMEM | SCATTER_LAYOUT | DATA_PARALLEL | GATHER_FUSION | HOST_OFFLOAD
 V5P = DATA_PARALLEL | GATHER_FUSION
 V6E_8B = V6E | SPARSE_CORE_ALL_REDUCE
+
+
+def on_v6e(
+    model: str, shape: str, rows: int, settings: dict[str, Any], options: dict[str, str]
+) -> Recipe:
+    pod = topology.parse(f"v6e:{shape}")
+    accelerator = f"v6e-{pod.n_chips}"
+    return Recipe(str(pod), accelerator, model, rows, 8192, settings | LARGE_BLOCKS, options)
+
+
+def of_8b(shape: str, rows: int, options: dict[str, str] = V6E_8B) -> Recipe:
+    return on_v6e("llama3.1-8b", shape, rows, OFFLOAD_8B, options)
+
+
+def of_70b(shape: str, rows: int, options: dict[str, str] = V6E, **settings: Any) -> Recipe:
+    return on_v6e("llama3.1-70b", shape, rows, OFFLOAD_70B | settings, options)
+
+
 RECIPES = {
-    "llama3.1-8b-v6e-8": Recipe(
-        "v6e:2x4", "v6e-8", "llama3.1-8b", 3, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
-    ),
-    "llama3.1-8b-v6e-16": Recipe(
-        "v6e:4x4", "v6e-16", "llama3.1-8b", 3, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
-    ),
-    "llama3.1-8b-v6e-32": Recipe(
-        "v6e:4x8", "v6e-32", "llama3.1-8b", 3, 8192,
-        OFFLOAD_8B | LARGE_BLOCKS, V6E_8B | NO_COLLECTIVE_MATMUL,
-    ),
-    "llama3.1-8b-v6e-64": Recipe(
-        "v6e:8x8", "v6e-64", "llama3.1-8b", 5, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
-    ),
-    "llama3.1-8b-v6e-128": Recipe(
-        "v6e:8x16", "v6e-128", "llama3.1-8b", 4, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
-    ),
-    "llama3.1-8b-v6e-256": Recipe(
-        "v6e:16x16", "v6e-256", "llama3.1-8b", 4, 8192, OFFLOAD_8B | LARGE_BLOCKS, V6E_8B
-    ),
-    "llama3.1-70b-v6e-32": Recipe(
-        "v6e:4x8", "v6e-32", "llama3.1-70b", 2, 8192,
-        OFFLOAD_70B | LARGE_BLOCKS | {"weight_dtype": "bfloat16"}, V6E | NO_COLLECTIVE_MATMUL,
-    ),
-    "llama3.1-70b-v6e-64": Recipe(
-        "v6e:8x8", "v6e-64", "llama3.1-70b", 2, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E
-    ),
-    "llama3.1-70b-v6e-128": Recipe(
-        "v6e:8x16", "v6e-128", "llama3.1-70b", 4, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E
-    ),
-    "llama3.1-70b-v6e-256": Recipe(
-        "v6e:16x16", "v6e-256", "llama3.1-70b", 5, 8192, OFFLOAD_70B | LARGE_BLOCKS, V6E
-    ),
+    "llama3.1-8b-v6e-8": of_8b("2x4", 3, V6E_8B | NO_COLLECTIVE_MATMUL),
+    "llama3.1-8b-v6e-16": of_8b("4x4", 3, V6E_8B | NO_COLLECTIVE_MATMUL),
+    "llama3.1-8b-v6e-32": of_8b("4x8", 3, V6E_8B | NO_COLLECTIVE_MATMUL),
+    "llama3.1-8b-v6e-64": of_8b("8x8", 5),
+    "llama3.1-8b-v6e-128": of_8b("8x16", 4),
+    "llama3.1-8b-v6e-256": of_8b("16x16", 4),
+    "llama3.1-70b-v6e-32": of_70b("4x8", 2, V6E | NO_COLLECTIVE_MATMUL, weight_dtype="bfloat16"),
+    "llama3.1-70b-v6e-64": of_70b("8x8", 2),
+    "llama3.1-70b-v6e-128": of_70b("8x16", 4),
+    "llama3.1-70b-v6e-256": of_70b("16x16", 5),
     "llama2-7b-v5p-128": Recipe(
         "v5p:4x4x4", "v5p-128", "llama2-7b", 4, 4096, {"remat_policy": "minimal"}, V5P
     ),
     "llama2-70b-v5p-1024": Recipe(
         "v5p:8x8x8", "v5p-1024", "llama2-70b", 4, 4096,
         {"remat_policy": "save_dot_except_mlpwi"}, V5P,
+    ),
+    # Of MaxText's commit 3eb77db.
+    "llama3.1-405b-v5p-1024": Recipe(
+        "v5p:8x8x8", "v5p-1024", "llama3.1-405b", 2, 8192,
+        offloaded("context", "mlpwo") | LARGE_BLOCKS
+        | {"sa_use_fused_bwd_kernel": False, "num_vocab_tiling": 4},
+        LARGE_VMEM | GATHER_FUSION | HOST_OFFLOAD,
     ),
 }  # fmt: skip
 

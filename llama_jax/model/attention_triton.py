@@ -5,6 +5,9 @@ these attend to, in the row's pages or its own slots, and accumulates the softma
 (arXiv 2205.14135): no page is copied, and no scores are materialized. Few rows would give a decode
 step fewer programs than a GPU runs at once, so several programs share the slots of a row, and their
 results are added up. On other platforms the kernel is interpreted (slow).
+
+JAX 0.12 announces that a later version will have no Triton, but only its own Mosaic, which is for
+Hopper and later. Then attention is XLA's until the kernel is rewritten.
 """
 
 from functools import partial
