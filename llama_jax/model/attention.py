@@ -1,5 +1,7 @@
 """Causal grouped-query attention within segments; selects the platform's kernel."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -148,8 +150,8 @@ def cached_attention(
     Args:
         kernel: as in `attention`. Unless 'xla' is named or the kernel doesn't support the shape,
             this is `attention_slots` on a TPU and `attention_triton` on a GPU; else it is 'xla'.
-            `attention_triton`, and 'xla' on a CPU, read the rows' pages in place if they are not
-            split; the others copy them first.
+            `attention_triton` reads the rows' pages in place, and so does 'xla' on a CPU if they
+            are not split; the others copy them first.
         pages_BP: pages of each row, as in `KVCache`; None: rows own their slots.
         head_copies: devices with the same key/value head, between which pages are split.
     """
@@ -159,11 +161,11 @@ def cached_attention(
     K = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H, out_sharding=activation_spec("BTKGH"))
     has_kernel = has_cache_kernel(kernel, H)
-    reads_pages = platform() == "cpu" or (platform() == "gpu" and has_kernel)
-    if pages_BP is not None and (head_copies > 1 or not reads_pages):
+    reads_pages = head_copies == 1 if platform() == "cpu" else has_kernel and platform() == "gpu"
+    if pages_BP is not None and not reads_pages:
         cache, pages_BP = gather_pages(cache, pages_BP, head_copies), None
     if has_kernel:
-        return _kernel_attention(q_BTKGH, cache, positions_BT, pages_BP)
+        return _kernel_attention(q_BTKGH, cache, positions_BT, pages_BP, head_copies)
     if T == 1 and N == K and platform() == "tpu":
         # XLA computes a product with one query on the vector unit, with eight on the matrix unit.
         q_BTKGH = jnp.concatenate([q_BTKGH] * 8, axis=3)
@@ -237,16 +239,25 @@ def _attend_blocks(
 
 
 def _kernel_attention(
-    q_BTKGH: jax.Array, cache: LayerCache, positions_BT: jax.Array, pages_BP: jax.Array | None
+    q_BTKGH: jax.Array,
+    cache: LayerCache,
+    positions_BT: jax.Array,
+    pages_BP: jax.Array | None,
+    head_copies: int,
 ) -> jax.Array:
     """Returns the attention output [B, T, N, H] of tokens at consecutive positions."""
     if platform() == "gpu":
-        from llama_jax.model.attention_triton import attention
+        from llama_jax.model import attention_triton
+
+        copies = 1 if pages_BP is None else head_copies  # rows' own slots are on all devices
+        kernel = partial(attention_triton.attention, head_copies=copies)
     else:
-        from llama_jax.model.attention_slots import attention
+        from llama_jax.model import attention_slots
+
+        kernel = attention_slots.attention
 
     def local(q_BTKGH, cache, positions_BT, *pages) -> jax.Array:
-        out_BTKGH = attention(q_BTKGH, cache, positions_BT[:, 0], *pages)
+        out_BTKGH = kernel(q_BTKGH, cache, positions_BT[:, 0], *pages)
         return out_BTKGH.reshape(*q_BTKGH.shape[:2], -1, q_BTKGH.shape[-1])
 
     pages = () if pages_BP is None else (pages_BP,)

@@ -4,7 +4,8 @@ A program computes a block of queries of one key/value head. It reads the slots 
 these attend to, in the row's pages or its own slots, and accumulates the softmax block by block
 (arXiv 2205.14135): no page is copied, and no scores are materialized. Few rows would give a decode
 step fewer programs than a GPU runs at once, so several programs share the slots of a row, and their
-results are added up. On other platforms the kernel is interpreted (slow).
+results are added up; so do devices that have the same head and a part of each page. On other
+platforms the kernel is interpreted (slow).
 
 JAX 0.12 announces that a later version will have no Triton, but only its own Mosaic, which is for
 Hopper and later. Then attention is XLA's until the kernel is rewritten.
@@ -18,6 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.model.cache import LayerCache
+from llama_jax.parallel.head_copies import (
+    copy_number,
+    exchange_with_copies,
+    gather_from_copies,
+)
 from llama_jax.parallel.mesh import platform
 
 # Bytes of a block of queries, of keys, and of values. Two blocks of keys and of values are in
@@ -50,6 +56,7 @@ def attention(
     cache: LayerCache,
     position_B: jax.Array,
     pages_BP: jax.Array | None = None,
+    head_copies: int = 1,
 ) -> jax.Array:
     """Returns softmax(q·k) v of this device's rows and heads, [B, T, K, G, H] in q's dtype.
 
@@ -60,8 +67,12 @@ def attention(
         cache: slots of each row, or the pool of pages.
         position_B: position of each row's first token.
         pages_BP: pages of each row; None: rows own their slots.
+        head_copies: devices that have a copy of the same head, and each a part of each page.
     """
+    q_BTKGH = gather_from_copies(q_BTKGH, head_copies, axis=3)
     B, T, K, G, H = q_BTKGH.shape
+    own = copy_number(head_copies) if head_copies > 1 else 0
+    own_1 = jnp.full(1, own, jnp.int32)
     if pages_BP is None:
         pages_BP = jnp.arange(B, dtype=jnp.int32)[:, None]
     M, block = T * G, _block_rows(H, q_BTKGH.dtype)
@@ -84,14 +95,16 @@ def attention(
     shape = parts, *q_BKMH.shape
     arrays = jax.tree.leaves(cache)
     out, log_total = pl.pallas_call(
-        partial(_kernel, T=T, G=G, blocks=blocks, parts=parts, slots=block),
+        partial(
+            _kernel, T=T, G=G, blocks=blocks, parts=parts, slots=block, head_copies=head_copies
+        ),
         out_shape=[
-            jax.ShapeDtypeStruct(shape, q_BKMH.dtype if parts == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32 if parts * head_copies > 1 else q_BKMH.dtype),
             jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
         ],
         grid=(B * blocks, K, parts),
         in_specs=[
-            *map(complete, (position_B, pages_BP)),
+            *map(complete, (own_1, position_B, pages_BP)),
             pl.BlockSpec((None, None, m, H), queries),
             *map(complete, arrays),
         ],
@@ -102,11 +115,33 @@ def attention(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=platform() != "gpu",
         name="cache_attention",
-    )(position_B, pages_BP, q_BKMH, *arrays)
-    if parts > 1:
-        weights = jax.nn.softmax(log_total, axis=0)[..., None]
-        out = jnp.sum(out * weights, axis=0, keepdims=True).astype(q_BKMH.dtype)
-    return out[0, :, :, :M].reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4)
+    )(own_1, position_B, pages_BP, q_BKMH, *arrays)
+    out_BKMH, log_total_BKM = _add_up(out, log_total)
+    out_BKTGH = out_BKMH[:, :, :M].reshape(B, K, T, G, H)
+    if head_copies > 1:
+        log_total_BKTG1 = log_total_BKM[:, :, :M].reshape(B, K, T, G, 1)
+        sums = jnp.concatenate([out_BKTGH, log_total_BKTG1], axis=-1)
+        queries_of_each = jnp.stack(jnp.split(sums, head_copies, axis=3))
+        sums = exchange_with_copies(queries_of_each, head_copies)
+        out_BKTGH, _ = _add_up(sums[..., :H], sums[..., H])
+    return out_BKTGH.transpose(0, 2, 1, 3, 4).astype(q_BTKGH.dtype)
+
+
+def _add_up(out: jax.Array, log_total: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns attention over all slots, and the log of the softmax's sum, from those of each part.
+
+    Args:
+        out: [parts, …, H], float32 if there are several.
+        log_total: [parts, …]; -inf: the part has no attended slot.
+    """
+    if len(out) == 1:
+        return out[0], log_total[0]
+    # As in the kernel: finite, also if no part has an attended slot; then the total is 0.
+    largest = jnp.maximum(jnp.max(log_total, axis=0), jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(log_total - largest)
+    total = jnp.sum(weights, axis=0)
+    sums = jnp.sum(out * weights[..., None], axis=0)
+    return sums / jnp.maximum(total, 1.0)[..., None], largest + jnp.log(total)
 
 
 def _block_rows(H: int, dtype: jnp.dtype) -> int:
@@ -115,8 +150,8 @@ def _block_rows(H: int, dtype: jnp.dtype) -> int:
 
 
 def _kernel(
-    position_ref, pages_ref, q_ref, k_ref, v_ref, *refs,
-    T: int, G: int, blocks: int, parts: int, slots: int,
+    own_ref, position_ref, pages_ref, q_ref, k_ref, v_ref, *refs,
+    T: int, G: int, blocks: int, parts: int, slots: int, head_copies: int,
 ):  # fmt: skip
     """Computes a block of queries over every `parts`-th block of slots."""
     *scale_refs, out_ref, log_total_ref = refs
@@ -150,7 +185,8 @@ def _kernel(
         scores_ms = dot(q_mH, keys_sH, (((1,), (1,)), ((), ())))
         if scale_refs:
             scores_ms *= scale_refs[0][index][None]
-        attended_ms = (block // per_page * S + slot_s)[None] <= last_m[:, None]
+        number = block // per_page * head_copies + own_ref[0]  # of the page's part in the text
+        attended_ms = (number * S + slot_s)[None] <= last_m[:, None]
         attended_ms &= (slot_s < S)[None]
         scores_ms = jnp.where(attended_ms, scores_ms, -jnp.inf)
         new_m = jnp.maximum(largest_m, jnp.max(scores_ms, axis=1))
@@ -164,7 +200,10 @@ def _kernel(
     # Finite, so that a block without an attended slot adds 0, not exp(-inf + inf).
     largest_m = jnp.full((m,), jnp.finfo(jnp.float32).min)
     softmax = largest_m, jnp.zeros((m,)), jnp.zeros((m, H))
-    n_blocks = last // S * per_page + last % S // size + 1
+    if head_copies == 1:
+        n_blocks = last // S * per_page + last % S // size + 1
+    else:  # the own part of the last page may have no attended slot
+        n_blocks = (last // (S * head_copies) + 1) * per_page
     own = jnp.maximum(n_blocks - part + parts - 1, 0) // parts
     largest_m, total_m, sum_mH = jax.lax.fori_loop(0, own, add_block, softmax)
     # The largest score has the weight 1: the total is at least 1, or 0 without an attended slot.

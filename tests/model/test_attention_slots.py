@@ -128,9 +128,9 @@ def test_the_kernel_serves_the_heads_that_it_supports_unless_the_model_names_xla
     module = {"tpu": attention_slots, "gpu": attention_triton}[platform]
     kernel_attention = module.attention
 
-    def count(*operands):
+    def count(*operands, **options):
         counted.append(operands)
-        return kernel_attention(*operands)
+        return kernel_attention(*operands, **options)
 
     monkeypatch.setattr(module, "attention", count)
     with jax.set_mesh(mesh_of((1, 1, 1))):

@@ -85,7 +85,7 @@ class TestCompiled:
 
     @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
     @pytest.mark.parametrize("cache_dtype", ["same", "int8"])
-    @pytest.mark.parametrize("name", ["h100:1", "a100:4"])
+    @pytest.mark.parametrize("name", ["h100:1", "a100:4", "h100:8"])  # of 8, two have the same head
     def test_a_decode_step_copies_no_pages(self, name, cache_dtype):
         config, pod = replace(CONFIG, cache_dtype=cache_dtype), topology.parse(name)
         mesh = serving_program.slice_mesh(config, pod)
