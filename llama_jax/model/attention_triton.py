@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.errors import InputError
 from llama_jax.model.cache import LayerCache
 from llama_jax.parallel.head_copies import (
     copy_number,
@@ -68,7 +69,18 @@ def attention(
         position_B: position of each row's first token.
         pages_BP: pages of each row; None: rows own their slots.
         head_copies: devices that have a copy of the same head, and each a part of each page.
+
+    Raises:
+        InputError: Pallas would address the cache by numbers of 32 bits that are too small.
     """
+    # Pallas uses 64 bits for arrays over 4 GiB; Triton takes those of 32 bits as signed.
+    keys = cache.k_BKSH
+    if keys.size > 1 << 31 and keys.nbytes <= 1 << 32:
+        raise InputError(
+            f"the int8 keys of a layer in the KV cache take {keys.nbytes / 2**30:.1f} GiB on a GPU,"
+            " and the kernel for GPUs can't address 2 to 4 GiB: ask for a smaller cache, or set"
+            " model.attention to xla"
+        )
     q_BTKGH = gather_from_copies(q_BTKGH, head_copies, axis=3)
     B, T, K, G, H = q_BTKGH.shape
     own = copy_number(head_copies) if head_copies > 1 else 0

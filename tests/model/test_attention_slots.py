@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of
 
+from llama_jax.errors import InputError
 from llama_jax.model import attention, attention_slots, attention_triton
 from llama_jax.model.attention_slots import _block_size
 from llama_jax.model.cache import LayerCache
@@ -146,3 +147,19 @@ def test_the_kernel_serves_the_heads_that_it_supports_unless_the_model_names_xla
 )
 def test_a_block_has_half_a_mebibyte_and_at_least_128_slots(slots, slot_bytes, size):
     assert _block_size(slots, slot_bytes) == size
+
+
+def test_the_kernel_for_gpus_refuses_a_cache_that_pallas_addresses_wrongly():
+    def attend_to(slots):
+        values = (jax.ShapeDtypeStruct((1, 1, slots, H), jnp.int8) for _ in "kv")
+        scales = (jax.ShapeDtypeStruct((1, 1, slots), jnp.float32) for _ in "kv")
+        q = jax.ShapeDtypeStruct((1, 1, 1, 1, H), jnp.bfloat16)
+        position = jax.ShapeDtypeStruct((1,), jnp.int32)
+        jax.eval_shape(attention_triton.attention, q, LayerCache(*values, *scales), position)
+
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        attend_to(2**31 // H)
+        with pytest.raises(
+            InputError, match=r"take 3.0 GiB on a GPU, and the kernel for GPUs can't"
+        ):
+            attend_to(3 * 2**30 // H)
