@@ -95,9 +95,10 @@ def parse(topology: str) -> Pod:
     pod = Pod(match[2], tuple(map(int, match[3].split("x"))), int(match[1] or 1))
     if len(pod.shape) != pod.chip.ici_dimensions or 0 in pod.shape or pod.n_slices == 0:
         example = {1: "8", 2: "16x16", 3: "4x4x8"}[pod.chip.ici_dimensions]
+        plural = "" if pod.chip.ici_dimensions == 1 else "s"
         raise InputError(
             f"--topology {topology}: {pod.chip_name} has a network of {pod.chip.ici_dimensions}"
-            f" dimension(s), as in {pod.chip_name}:{example}"
+            f" dimension{plural}, as in {pod.chip_name}:{example}"
         )
     return pod
 

@@ -41,8 +41,9 @@ def run_of(name: str, batch: int, seq_len: int, **changes) -> Config:
     [
         ("v5p", r"write KIND:SHAPE as in v5p:4x4x4"),
         ("v9:4x4", r"kinds: v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200$"),
-        ("v5p:4x4", r"v5p has a network of 3 dimension\(s\), as in v5p:4x4x8"),
-        ("0*v5e:4x4", r"v5e has a network of 2 dimension\(s\)"),
+        ("v5p:4x4", r"v5p has a network of 3 dimensions, as in v5p:4x4x8"),
+        ("0*v5e:4x4", r"v5e has a network of 2 dimensions"),
+        ("h100:8x2", r"h100 has a network of 1 dimension, as in h100:8"),
     ],
 )
 def test_a_malformed_topology_is_rejected(text, sentence):
