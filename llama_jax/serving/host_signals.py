@@ -23,6 +23,8 @@ def share_sigterm() -> Iterator[None]:
         yield
     elif hosts.is_host_zero():
         ended = threading.Event()
+        # When the server has ended, the watcher may send the signal once more.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
         watcher = threading.Thread(target=_watch, args=[ended], name="sigterm", daemon=True)
         watcher.start()
         try:
@@ -30,6 +32,7 @@ def share_sigterm() -> Iterator[None]:
         finally:
             ended.set()
             watcher.join()
+            signal.signal(signal.SIGTERM, before)
     else:
         before = signal.signal(signal.SIGTERM, lambda *_: hosts.stop_before(0, "SIGTERM"))
         try:
