@@ -21,7 +21,7 @@ from llama_jax.model.linear_cpu import (
 )
 from llama_jax.model.linear_transposed import Transposed, einsum_transposed, transposed_dims
 from llama_jax.model.lora import Adapted, low_rank_dims
-from llama_jax.model.quantize import Int8Matrix, output_dims
+from llama_jax.model.quantize import Int8Matrix, output_dims, remove_offset
 from llama_jax.parallel.collectives import (
     gather_weight,
     shard_sequence,
@@ -136,6 +136,7 @@ def _int8_product(equation: str, x: jax.Array, w: Int8Matrix) -> jax.Array:
         return (einsum_int8(equation, x, values) * scale).astype(x.dtype)
     if platform() == "tpu":
         return _scale_before_sum(equation, x, values, scale)
+    values = remove_offset(values)
     y = einsum_in_given_order(
         equation, x, values.astype(x.dtype), activation_spec(y_dims), jnp.float32
     )
@@ -178,7 +179,7 @@ def _int8_backward(equation: str, w: Int8Matrix, dy: jax.Array):
     dx = einsum_in_given_order(
         f"{y_dims},{stored}->{x_dims}",
         (dy * scale).astype(dy.dtype),
-        values.astype(dy.dtype),
+        remove_offset(values).astype(dy.dtype),
         activation_spec(x_dims),
     )
     return dx, None
@@ -195,7 +196,7 @@ def embed(config: ModelConfig, table_VD: nnx.Param | Int8Matrix, tokens_BT: jax.
             jax.reshard(table_VD.values[...], activation_spec("VD")),
             table_VD.scale[...],
         )
-        rows_BTD = values.at[tokens_BT].get(out_sharding=activation_spec("BTD"))
+        rows_BTD = remove_offset(values.at[tokens_BT].get(out_sharding=activation_spec("BTD")))
         scale_BT = scale.at[tokens_BT].get(out_sharding=activation_spec("BT"))
         return (rows_BTD * scale_BT[..., None]).astype(config.dtype)
     rows: Any = _embed(config.dtype, config.reduce_dtype, table_VD[...], tokens_BT)

@@ -10,8 +10,8 @@ from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
 
 # Up to this many rows of activations, a product with an int8 matrix is computed in int8. With more,
-# converting the matrix to the activations' dtype costs less than their additional digits.
-FEW_ROWS = 64
+# converting the matrix to the activations' dtype can cost less than their additional digits.
+FEW_ROWS = 128
 
 
 def einsum_in_given_order(
@@ -37,40 +37,46 @@ def einsum_int8(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
     """Returns the einsum in float32 of activations and int8 values, as a product of int8 matrices.
 
     XLA:CPU materializes a converted matrix before a product, on one core, but it has kernels for
-    products of int8 matrices with at least two rows. So each row of activations is written in
-    digits from -127 to 127, whose units are s/127, s/(127·254), …, where s is the row's largest
-    magnitude: three digits for float32, with errors of at most s·2^-24, and two for other dtypes,
-    s·2^-16. The sums of each digit are exact, so a row has the same result beside others.
+    products of 8-bit matrices with at least two rows. So each row of activations is rounded to
+    integers, whose unit is s/(127·256^(n-1)) with the row's largest magnitude s, and written in n
+    digits of base 256, from -128 to 127: three for float32, with errors of at most s·2^-24, and two
+    for other dtypes, s·2^-16. The sums of each digit are exact, so a row has the same result beside
+    others. Those of uint8 values are too large by 128 times the sum of the row's digits, which is
+    subtracted.
 
     Args:
         equation: the letters of the matrix are in the order of its axes.
         x: [B, T, in…].
-        values: int8, [out…, in…] or [in…, out…].
+        values: int8 [out…, in…] or [in…, out…], or uint8 [out…, in…] (`quantize.add_offset`).
     """
     x_dims, w_dims, y_dims = equation.replace("->", ",").split(",")
     out = [size for size, letter in zip(values.shape, w_dims, strict=True) if letter in y_dims]
     order = "oi" if w_dims[0] in y_dims else "io"
     n_digits = 3 if x.dtype == jnp.float32 else 2
+    half = sum(128 << 8 * i for i in range(n_digits))  # 128 in each digit
 
     def local(x: jax.Array, values: jax.Array) -> jax.Array:
-        rows = x.reshape(math.prod(x.shape[:2]), -1).astype(jnp.float32)
-        largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
-        rest = rows * (127 / jnp.where(largest == 0, 1, largest))
-        digits = []
-        for _ in range(n_digits):
-            digits.append(jnp.round(rest))
-            rest = (rest - digits[-1]) * 254
-        # The matrix is the first operand: its product is up to twice as fast.
+        rows = x.reshape(math.prod(x.shape[:2]), -1).astype(jnp.float32).T
+        largest = jnp.max(jnp.abs(rows), axis=0)
+        integers = rows * (127 / jnp.where(largest == 0, 1, largest)) * 256 ** (n_digits - 1)
+        integers = jnp.round(integers).astype(jnp.int32)
+        # The bytes of an integer that is larger by `half` are its digits, each larger by 128.
+        digits = jax.lax.bitcast_convert_type((integers + half) ^ half, jnp.int8)[..., :n_digits]
+        # The matrix is the first operand: its product is up to twice as fast. With this precision
+        # JAX gives XLA operands of two dtypes as they are.
         sums = jnp.einsum(
-            f"{order},dri->odr",
-            values.reshape((-1, rows.shape[1]) if order == "oi" else (rows.shape[1], -1)),
-            jnp.stack(digits).astype(jnp.int8),
+            f"{order},ird->ord",
+            values.reshape((-1, len(rows)) if order == "oi" else (len(rows), -1)),
+            digits,
+            precision=jax.lax.DotAlgorithmPreset.DEFAULT,
             preferred_element_type=jnp.int32,
         )
+        if values.dtype == jnp.uint8:
+            sums -= 128 * jnp.sum(digits.astype(jnp.int32), axis=0)
         y = jnp.zeros((), jnp.float32)
-        for i in reversed(range(n_digits)):
-            y = sums[:, i] + y / 254
-        y = y.T * (largest / 127)
+        for i in range(n_digits):
+            y = sums[..., i] + y / 256
+        y = (y * (largest / 127)).T
         return y.reshape(*x.shape[:2], *out)
 
     specs = activation_spec(x_dims), activation_spec(w_dims)

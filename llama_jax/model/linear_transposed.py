@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama_jax.model.linear_cpu import einsum_in_given_order
-from llama_jax.model.quantize import Int8Matrix, output_dims
+from llama_jax.model.quantize import Int8Matrix, add_offset, output_dims, remove_offset
 from llama_jax.parallel.collectives import gather_weight
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.cpu import cpu_multiplies_uint8
 
 _MANY_ROWS = 256  # above this, transposing the activations costs more than transposing the weight
 
@@ -22,20 +23,23 @@ class Transposed(nnx.Param):
 def transpose_weight(w: Any, dims: str) -> Any:
     """Returns a matrix in the layout that is fastest for decoding.
 
-    CPU: every matrix is transposed. On XLA:CPU a product with 8 rows is 1.1 to 1.6 times as fast in
-    float32, 1.5 to 3.5 times in bfloat16, and up to five times in int8, if the matrix is the first
-    operand and its output axes come first.
+    CPU: every matrix is transposed; the embedding (V, D) has its output axis first already. On
+    XLA:CPU a product with 8 rows is 1.1 to 1.6 times as fast in float32, 1.5 to 3.5 times in
+    bfloat16, and up to five times in int8, if the matrix is the first operand and its output axes
+    come first. Int8 values become uint8 where the CPU multiplies these (`quantize.add_offset`).
 
     TPU: wq, wk and wv are transposed. The matrix unit needs tiles of D and H, but those of an array
     [D, N, H] span N and H. The compiler would rearrange wq in each dispatch, or, if its values are
     int8, convert all of it before each product: 193,000 cycles in each layer of 70B on 16 v5e,
     where all other operations of a layer take 71,000.
     """
-    if platform() == "cpu" or (platform() == "tpu" and len(output_dims(dims)) == 2):
-        if isinstance(w, Int8Matrix):
-            return Int8Matrix(_transpose(w.values, dims), w.scale)
-        return _transpose(w, dims)
-    return w
+    if isinstance(w, Int8Matrix):
+        values = transpose_weight(w.values, dims)
+        if platform() == "cpu" and cpu_multiplies_uint8():
+            values = jax.tree.map(add_offset, values)
+        return Int8Matrix(values, w.scale)
+    is_transposed = platform() == "cpu" or (platform() == "tpu" and len(output_dims(dims)) == 2)
+    return _transpose(w, dims) if is_transposed and dims != "VD" else w
 
 
 def _transpose(w: nnx.Param, dims: str) -> Transposed:
@@ -45,7 +49,8 @@ def _transpose(w: nnx.Param, dims: str) -> Transposed:
 def restore_weight(w: Any, dims: str) -> Any:
     """Returns a matrix with the axes `dims`: undoes `transpose_weight`."""
     if isinstance(w, Int8Matrix):
-        return Int8Matrix(restore_weight(w.values, dims), w.scale)
+        values = jax.tree.map(remove_offset, w.values)
+        return Int8Matrix(restore_weight(values, dims), w.scale)
     if not isinstance(w, Transposed):
         return w
     return nnx.Param(jnp.moveaxis(w[...], *_contracted_axes(dims)[::-1]))

@@ -35,8 +35,14 @@ MATRIX_DIMS = {
 _STEPS = 127 * (1 - 2**-20)
 
 
+_OFFSET = 128
+
+
 class Int8Matrix(WeightsModule):
-    """A matrix: `values` [dims] int8, `scale` [output_dims(dims)] float32."""
+    """A matrix: `values` [dims] int8, `scale` [output_dims(dims)] float32.
+
+    In inference on a CPU the values may be uint8: see `add_offset`.
+    """
 
     def __init__(self, values: nnx.Param, scale: nnx.Param):
         self.values = values
@@ -75,6 +81,22 @@ def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
     steps = np.float32(_STEPS) / xp.where(is_zero, np.float32(np.inf), largest)
     values = xp.round(w * steps).astype(np.int8)
     return values, xp.squeeze(xp.where(is_zero, np.float32(0), scale), axis=axes)
+
+
+def add_offset(values: jax.Array) -> jax.Array:
+    """Returns int8 values as uint8 values that are larger by 128.
+
+    The instructions of AVX512-VNNI and AMX multiply uint8 with int8. XLA:CPU's kernels for two int8
+    matrices convert the first one in each product, or don't use these instructions.
+    """
+    return jax.lax.bitcast_convert_type(values, np.uint8) ^ _OFFSET
+
+
+def remove_offset(values: jax.Array) -> jax.Array:
+    """Returns the int8 values: undoes `add_offset`, if it was applied."""
+    if values.dtype == np.int8:
+        return values
+    return jax.lax.bitcast_convert_type(values ^ _OFFSET, np.int8)
 
 
 def matrix_param(config: ModelConfig, w: jax.Array, dims: str) -> Any:

@@ -104,8 +104,9 @@ def unstack_layers(model: Llama) -> UnstackedLlama:
         layers.append(jax.tree.map(lambda leaf: leaf, model.layers))
         for name, weights in unstacked.items():
             setattr(layers[-1], name, weights[i])
+    table = _to_decode_layout(model.tok_embeddings, "VD")
     output = None if model.output is None else _to_decode_layout(model.output, "DV")
-    return UnstackedLlama(model.tok_embeddings, tuple(layers), model.norm, output)
+    return UnstackedLlama(table, tuple(layers), model.norm, output)
 
 
 def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
@@ -138,8 +139,9 @@ def _map_matrices(model: UnstackedLlama, function: Callable[[Any, str], Any]) ->
     for layer in model.layers:
         for name, dims in MATRIX_DIMS.items():
             setattr(layer, name, function(getattr(layer, name), dims))
+    table = function(model.tok_embeddings, "VD")
     output = None if model.output is None else function(model.output, "DV")
-    return model._replace(output=output)
+    return model._replace(tok_embeddings=table, output=output)
 
 
 def layer_weights(model: Llama | UnstackedLlama, number: int) -> Block:

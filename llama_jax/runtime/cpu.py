@@ -15,7 +15,7 @@ def cpu_cores() -> int:
 def cpu_has_bfloat16() -> bool:
     """Returns whether the CPU multiplies bfloat16: AVX512-BF16, AMX or ARM's BF16."""
     try:
-        words = Path("/proc/cpuinfo").read_text().split()
+        words = _cpu_flags()
     except OSError:  # macOS has no such file
         command = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
         try:
@@ -24,3 +24,15 @@ def cpu_has_bfloat16() -> bool:
             return False
         return output.strip() == "1"
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
+def cpu_multiplies_uint8() -> bool:
+    """Returns whether the CPU multiplies uint8 with int8, and XLA has kernels: AVX512-VNNI, AMX."""
+    try:
+        return not {"avx512_vnni", "amx_int8"}.isdisjoint(_cpu_flags())
+    except OSError:  # macOS
+        return False
+
+
+def _cpu_flags() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().split()

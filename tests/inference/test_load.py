@@ -78,23 +78,24 @@ def test_a_cpu_without_bfloat16_computes_in_float32(folders, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "has"),
+    ("cpuinfo", "bfloat16", "uint8"),
     [
-        ("flags\t\t: fpu avx2 fma f16c", False),
-        ("flags\t\t: fpu avx512f avx512_bf16 avx512vl", True),
-        ("flags\t\t: avx512f amx_bf16 amx_tile", True),
-        ("Features\t: fp asimd i8mm bf16 dgh", True),
-        ("Features\t: fp asimd asimddp", False),
-        (None, False),  # neither Linux nor macOS
+        ("flags\t\t: fpu avx2 fma f16c avx_vnni", False, False),
+        ("flags\t\t: fpu avx512f avx512_bf16 avx512vl", True, False),
+        ("flags\t\t: fpu avx512f avx512vl avx512_vnni", False, True),
+        ("flags\t\t: avx512f amx_bf16 amx_tile amx_int8", True, True),
+        ("Features\t: fp asimd i8mm bf16 dgh", True, False),
+        ("Features\t: fp asimd asimddp", False, False),
+        (None, False, False),  # neither Linux nor macOS
     ],
 )
-def test_bfloat16_support_is_read_from_the_cpus_flags(cpuinfo, has, tmp_path, monkeypatch):
+def test_features_are_read_from_the_cpus_flags(cpuinfo, bfloat16, uint8, tmp_path, monkeypatch):
     path = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
     monkeypatch.setattr(cpu, "Path", lambda _: path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu.cpu_has_bfloat16() is has
+    assert (cpu.cpu_has_bfloat16(), cpu.cpu_multiplies_uint8()) == (bfloat16, uint8)
 
 
 BAD_TOKENS = [

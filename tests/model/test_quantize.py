@@ -14,10 +14,17 @@ from flax import nnx
 from llama_jax.checkpoint.tree import abstract_model
 from llama_jax.errors import InputError
 from llama_jax.inference.stream import stream
-from llama_jax.model import linear, linear_cpu
-from llama_jax.model.quantize import Int8Matrix, output_dims, quantize_int8
+from llama_jax.model import linear, linear_cpu, linear_transposed, weights
+from llama_jax.model.quantize import Int8Matrix, add_offset, output_dims, quantize_int8
 from llama_jax.model.transformer import forward
-from llama_jax.model.weights import Llama, quantize_model
+from llama_jax.model.weights import (
+    Llama,
+    UnstackedLlama,
+    decode_layout,
+    layer_weights,
+    quantize_model,
+    restore_layout,
+)
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.parallel.sharding import activation_spec
 
@@ -110,8 +117,10 @@ def test_logits_equal_those_of_the_dequantized_weights(both, product, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dims", ["DNH", "NHD"])
-def test_products_of_digits_have_the_error_of_the_last_digit(dims, dtype):
+@pytest.mark.parametrize(
+    ("dims", "stored"), [("DNH", np.int8), ("NHD", np.int8), ("NHD", np.uint8)]
+)
+def test_products_of_digits_have_the_error_of_the_last_digit(dims, stored, dtype):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 96)) * 10.0 ** rng.integers(-3, 2, (3, 2, 96))
     x[1, 0] = 0
@@ -121,23 +130,46 @@ def test_products_of_digits_have_the_error_of_the_last_digit(dims, dtype):
     exact = np.einsum(equation, x.astype(np.float64), values.astype(np.float64))
     with jax.set_mesh(one_device_mesh()):
         values = jax.device_put(values, activation_spec(dims))
+        values = add_offset(values) if stored == np.uint8 else values
+        assert values.dtype == stored
         product = jax.jit(partial(linear_cpu.einsum_int8, equation))
         y = np.asarray(product(jnp.asarray(x, dtype), values))
         alone = np.asarray(product(jnp.asarray(x[:1, :1], dtype), values))
     # Half a unit of the last digit for each element, and eight roundings to float32.
-    unit = 1 / (127 * 254 ** (2 if dtype == "float32" else 1))
+    unit = 1 / (127 * 256 ** (2 if dtype == "float32" else 1))
     weights = np.einsum(equation, np.abs(x).max(-1, keepdims=True) + 0 * x, abs(values * 1.0))
     assert np.all(abs(y - exact) <= weights * (unit / 2 + 8 * 2.0**-24))
     assert np.array_equal(alone, y[:1, :1])
 
 
-def test_the_compiler_has_a_kernel_for_the_product_of_digits():
-    x, w = jnp.ones((1, 1, 96), jnp.float32), np.ones((4, 5, 96), np.int8)
+@pytest.mark.parametrize("stored", [np.int8, np.uint8])
+def test_the_compiler_has_a_kernel_for_the_product_of_digits(stored):
+    x, w = jnp.ones((1, 1, 96), jnp.float32), np.ones((4, 5, 96), stored)
     with jax.set_mesh(one_device_mesh()):
         product = jax.jit(partial(linear_cpu.einsum_int8, "BTD,NHD->BTNH"))
         program = product.lower(x, jax.device_put(w, activation_spec("NHD"))).compile().as_text()
     # Without YNNPACK such a product takes 20 to 60 times as long.
     assert "__ynn_fusion" in program
+
+
+@pytest.mark.parametrize("has_instruction", [True, False])
+def test_the_decode_layout_on_a_cpu_has_the_logits_of_the_int8_model(
+    both, has_instruction, monkeypatch
+):
+    *_, new_config, new = both
+    monkeypatch.setattr(linear_transposed, "cpu_multiplies_uint8", lambda: has_instruction)
+    # Not compiled: the compiled function depends on the CPU that this test replaces.
+    monkeypatch.setattr(weights, "_to_decode_layout", linear_transposed.transpose_weight)
+    layers = tuple(layer_weights(new, i) for i in range(new_config.n_layers))
+    model = UnstackedLlama(new.tok_embeddings, layers, new.norm, new.output)
+    with jax.set_mesh(one_device_mesh()):
+        in_layout = decode_layout(model._replace(layers=jax.tree.map(lambda x: x, layers)))
+        stored = {w.values.dtype for w in (in_layout.layers[1].w2, in_layout.tok_embeddings)}
+        assert stored == {np.dtype("uint8" if has_instruction else "int8")}
+        expected = jitted_forward(new_config, new, TOKENS)
+        logits = jax.jit(lambda model: forward(new_config, model, TOKENS))(in_layout)
+        assert tree_equal(restore_layout(in_layout), model)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def matrices(layers):
