@@ -1,21 +1,23 @@
 """Converts a Meta checkpoint of LLaMA 7B's shape; compares the rate with that of a plain copy.
 
-    python benchmarks/convert.py FOLDER [--layers 32] [--to orbax hf meta]
+    python benchmarks/convert.py FOLDER [--layers 32] [--to orbax hf meta] [--rounds 3]
 
 FOLDER needs space for three times the checkpoint (13.5 GB at 32 layers, in float16). The checkpoint
-contains random numbers. It is copied, with fsync after each file, and then converted to each format
-by the command that a user types. Before each of these its pages are dropped from the page cache.
+contains random numbers. In each round it is copied, with fsync after each file, and then converted
+to each format by the command that a user types, with the proof and with --verify-later. Before each
+of these its pages are dropped from the page cache. The ratios are medians over the rounds.
 """
 
 import argparse
-import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +60,13 @@ def copy(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Prints a table of seconds, rates and peak memory."""
+    """Prints the seconds of each round, then medians and ratios."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--to", nargs="+", default=["orbax", "hf", "meta"], help="formats (all)")
+    parser.add_argument("--rounds", type=int, default=3)
     add_json_option(parser)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -71,39 +74,46 @@ def main() -> None:
     total = write_checkpoint(source, args.layers)
     print(f"{total / 1e9:.2f} GB in {args.layers} layers")
 
-    def time_action(name: str, act: Callable[[], str]) -> float:
-        drop_from_page_cache(list(source.iterdir()))
-        start = time.perf_counter()
-        details = act()
-        seconds = time.perf_counter() - start
-        rate = total / 1e6 / seconds
-        print(f"{name:12} {seconds:7.1f} s  {rate:7.0f} MB/s  {details}", flush=True)
-        shutil.rmtree(target)
-        return seconds
-
-    def convert(to: str) -> str:
+    def convert(to: str, *options: str) -> str:
         command = [sys.executable, "-m", "llama_jax", "convert", source, target, "--to", to]
-        done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-        verified = json.loads((target / "receipt.json").read_text())["verified"]
-        return done.stdout.split("proof), ")[1].splitlines()[0] + f", {verified}"
+        command = [*map(str, command), *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return done.stdout.splitlines()[0].split("proof), ")[1]
 
-    def copy_plainly() -> str:
-        copy(source, target)
-        return ""
-
-    copy_seconds = time_action("copy", copy_plainly)
+    actions: dict[str, Callable[[], str | None]] = {"copy": lambda: copy(source, target)}
     for to in args.to:
-        seconds = time_action(to, lambda to=to: convert(to))
-        print(f"{'':12} {seconds / copy_seconds:.1f} times the copy")
-        name = f"converting Meta's files to {to} and verifying them, {args.layers} layers of 7B"
+        actions[to] = partial(convert, to)
+        actions[f"{to}, proof later"] = partial(convert, to, "--verify-later")
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(args.rounds):
+        for name, act in actions.items():
+            os.sync()  # so that the disk doesn't write the previous action's files meanwhile
+            drop_from_page_cache(list(source.iterdir()))
+            start = time.perf_counter()
+            details = act()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{name:18} {seconds[name][-1]:7.1f} s  {details or ''}", flush=True)
+            shutil.rmtree(target)
+    shutil.rmtree(source)
+
+    for name in actions:
+        rates = [total / 1e6 / s for s in seconds[name]]
+        ratios = [copied / s for copied, s in zip(seconds["copy"], seconds[name], strict=True)]
+        rate, ratio = statistics.median(rates), statistics.median(ratios)
+        print(
+            f"{name:18} {rate:7.0f} MB/s  {ratio:.2f} of the copy ({min(ratios):.2f} to"
+            f" {max(ratios):.2f})"
+        )
+        if name == "copy":
+            continue
+        to, *later = name.split(",")
+        verb = "converting" if later else "converting and verifying"
         result = Result(
-            name=name, unit="MB/s", ours=total / 1e6 / seconds,
-            peer="a plain copy with fsync", theirs=total / 1e6 / copy_seconds,
-            ratio=copy_seconds / seconds,
+            name=f"{verb} Meta's files to {to}, {args.layers} layers of 7B", unit="MB/s", ours=rate,
+            peer="a plain copy with fsync", theirs=total / 1e6 / statistics.median(seconds["copy"]),
+            ratio=ratio,
         )  # fmt: skip
         append_result(args.json, result)
-    time_action("copy again", copy_plainly)
-    shutil.rmtree(source)
 
 
 if __name__ == "__main__":

