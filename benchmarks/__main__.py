@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 FENCES = "<!-- python -m benchmarks -->", "<!-- the end of its table -->"
 
-# Commands. {folder} stands for a temporary folder; the checkpoints there take some gigabytes.
+# Commands. {folder} stands for a temporary folder; the checkpoints there take 21 GB.
 ON_THE_CPU = [
     "train_step.py",
     "train_step.py --dtype bfloat16",
@@ -46,7 +46,7 @@ ON_THE_CPU = [
     "finetune.py --rounds 5",
     "evaluation.py",
     "tokenize_speed.py",
-    "convert.py {folder}/checkpoint --layers 4 --to hf",
+    "convert.py {folder}/checkpoint --layers 16 --to hf",
 ]
 ON_A_GPU = ["gpu_train_step.py", "decode.py --shape llama2-7b --dtype bfloat16"]
 

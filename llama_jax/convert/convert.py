@@ -245,7 +245,7 @@ def _convert_weight(plan: ConversionPlan, weight: Weight) -> ConvertedWeight:
     record |= {"pair": receipt.pair_records(weight, pair)} if pair else {}
     if not receipt.is_identical(record):  # else the hashes of the source prove the output
         for tensor, (_, _, array) in zip(record["written"], tensors, strict=True):
-            tensor["sha256"] = receipt.tensor_hash(array)
+            tensor["blake3"] = receipt.tensor_hash(array)
     return ConvertedWeight(tensors, record, note)
 
 

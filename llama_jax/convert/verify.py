@@ -149,7 +149,7 @@ def _is_complete(
             shapes = [shape for _, _, shape in layout.tensor_specs(output.config, weight)]
             pair = records[str(weight)].get("pair", [])
             hashed = read + pair + ([] if receipt.is_identical(records[str(weight)]) else written)
-            valid = [isinstance(t["sha256"], str) for t in hashed]
+            valid = [isinstance(t["blake3"], str) for t in hashed]
             valid += [isinstance(t[key], str) for t in read + written for key in ("name", "dtype")]
             if [tuple(tensor["shape"]) for tensor in read] != shapes or not all(valid):
                 return False
@@ -167,7 +167,7 @@ def _check_written(record: Mapping[str, Any], read: list[np.ndarray]) -> None:
         InputError: a tensor differs.
     """
     for array, tensor in zip(read, record["written"], strict=True):
-        if receipt.tensor_hash(array) != tensor["sha256"]:
+        if receipt.tensor_hash(array) != tensor["blake3"]:
             raise InputError(
                 f"{tensor['name']} is not the tensor that the conversion wrote: convert again"
             )
@@ -195,7 +195,7 @@ def _check_source(
     """
     read = [tensor.read() for tensor in source.stored_tensors(weight)]
     for array, tensor in zip(read, record["source"], strict=True):
-        if receipt.tensor_hash(array) != tensor["sha256"]:
+        if receipt.tensor_hash(array) != tensor["blake3"]:
             raise InputError(
                 f"{source.path}: {tensor['name']} is not the tensor that was converted: it has"
                 " changed or is of another model, give the source of the conversion"

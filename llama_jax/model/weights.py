@@ -17,8 +17,9 @@ from flax import nnx
 from llama_jax.config.model import ModelConfig
 from llama_jax.errors import InputError
 from llama_jax.model.linear_transposed import restore_weight, transpose_weight
-from llama_jax.model.quantize import MATRIX_DIMS, matrix_param
+from llama_jax.model.quantize import MATRIX_DIMS, Int8Matrix, matrix_param
 from llama_jax.model.summary import WeightsModule, summarize_weights
+from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import weight_spec
 from llama_jax.runtime.program_store import stored_jit
 
@@ -117,7 +118,13 @@ def decode_layout(model: UnstackedLlama) -> UnstackedLlama:
     return _map_matrices(model, _to_decode_layout)
 
 
-_to_decode_layout: Any = stored_jit(static_argnums=1)(transpose_weight)
+def _to_decode_layout(w: Any, dims: str) -> Any:
+    if dims == "VD" and not (isinstance(w, Int8Matrix) and platform() == "cpu"):
+        return w  # the compiled function would return a copy of it
+    return _transpose(w, dims)
+
+
+_transpose: Any = stored_jit(static_argnums=1)(transpose_weight)
 
 
 @stored_jit(static_argnums=1)

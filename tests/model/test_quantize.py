@@ -159,7 +159,7 @@ def test_the_decode_layout_on_a_cpu_has_the_logits_of_the_int8_model(
     *_, new_config, new = both
     monkeypatch.setattr(linear_transposed, "cpu_multiplies_uint8", lambda: has_instruction)
     # Not compiled: the compiled function depends on the CPU that this test replaces.
-    monkeypatch.setattr(weights, "_to_decode_layout", linear_transposed.transpose_weight)
+    monkeypatch.setattr(weights, "_transpose", linear_transposed.transpose_weight)
     layers = tuple(layer_weights(new, i) for i in range(new_config.n_layers))
     model = UnstackedLlama(new.tok_embeddings, layers, new.norm, new.output)
     with jax.set_mesh(one_device_mesh()):
