@@ -1,5 +1,6 @@
 """Matrix products for XLA:CPU: blocks that fit a core's cache, float32 sums."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.cpu import cpu_multiplies_uint8
 
 # Up to this many rows of activations, a product with an int8 matrix is computed in int8. With more,
 # converting the matrix to the activations' dtype can cost less than their additional digits.
@@ -62,15 +64,9 @@ def einsum_int8(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
         integers = jnp.round(integers).astype(jnp.int32)
         # The bytes of an integer that is larger by `half` are its digits, each larger by 128.
         digits = jax.lax.bitcast_convert_type((integers + half) ^ half, jnp.int8)[..., :n_digits]
-        # The matrix is the first operand: its product is up to twice as fast. With this precision
-        # JAX gives XLA operands of two dtypes as they are.
-        sums = jnp.einsum(
-            f"{order},ird->ord",
-            values.reshape((-1, len(rows)) if order == "oi" else (len(rows), -1)),
-            digits,
-            precision=jax.lax.DotAlgorithmPreset.DEFAULT,
-            preferred_element_type=jnp.int32,
-        )
+        # The matrix is the first operand: its product is up to twice as fast.
+        matrix = values.reshape((-1, len(rows)) if order == "oi" else (len(rows), -1))
+        sums = _sum_products(f"{order},ird->ord", matrix, digits)
         if values.dtype == jnp.uint8:
             sums -= 128 * jnp.sum(digits.astype(jnp.int32), axis=0)
         y = jnp.zeros((), jnp.float32)
@@ -84,6 +80,29 @@ def einsum_int8(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
         local, in_specs=specs, out_specs=activation_spec(y_dims), check_vma=False
     )
     return mapped(jax.reshard(x, specs[0]), values)
+
+
+def _sum_products(equation: str, matrix: jax.Array, digits: jax.Array) -> jax.Array:
+    """Returns the einsum of two 8-bit operands in int32."""
+    # With this precision JAX gives XLA operands of two dtypes as they are.
+    precision = jax.lax.DotAlgorithmPreset.DEFAULT
+    return jnp.einsum(
+        equation, matrix, digits, precision=precision, preferred_element_type=jnp.int32
+    )
+
+
+@functools.cache
+def has_uint8_kernels() -> bool:
+    """Returns whether XLA has kernels for the product of a uint8 matrix and int8 digits here."""
+    if not cpu_multiplies_uint8():
+        return False
+    operands = jax.ShapeDtypeStruct((8, 64), jnp.uint8), jax.ShapeDtypeStruct((64, 4), jnp.int8)
+    lowered = jax.jit(_sum_products, static_argnums=0).lower("oi,ij->oj", *operands)
+    try:
+        program = lowered.compile().as_text() or ""
+    except jax.errors.JaxRuntimeError:  # XLA without YNNPACK compiles it for some shapes only
+        return False
+    return "__ynn_fusion" in program
 
 
 def accumulate_dtype(dtype: Any) -> Any:

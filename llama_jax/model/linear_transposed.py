@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama_jax.model.linear_cpu import einsum_in_given_order
+from llama_jax.model.linear_cpu import einsum_in_given_order, has_uint8_kernels
 from llama_jax.model.quantize import Int8Matrix, add_offset, output_dims, remove_offset
 from llama_jax.parallel.collectives import gather_weight
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
-from llama_jax.runtime.cpu import cpu_multiplies_uint8
 
 _MANY_ROWS = 256  # above this, transposing the activations costs more than transposing the weight
 
@@ -26,7 +25,7 @@ def transpose_weight(w: Any, dims: str) -> Any:
     CPU: every matrix is transposed; the embedding (V, D) has its output axis first already. On
     XLA:CPU a product with 8 rows is 1.1 to 1.6 times as fast in float32, 1.5 to 3.5 times in
     bfloat16, and up to five times in int8, if the matrix is the first operand and its output axes
-    come first. Int8 values become uint8 where the CPU multiplies these (`quantize.add_offset`).
+    come first. Int8 values become uint8 where XLA has kernels for these (`quantize.add_offset`).
 
     TPU: wq, wk and wv are transposed. The matrix unit needs tiles of D and H, but those of an array
     [D, N, H] span N and H. The compiler would rearrange wq in each dispatch, or, if its values are
@@ -35,7 +34,7 @@ def transpose_weight(w: Any, dims: str) -> Any:
     """
     if isinstance(w, Int8Matrix):
         values = transpose_weight(w.values, dims)
-        if platform() == "cpu" and cpu_multiplies_uint8():
+        if platform() == "cpu" and has_uint8_kernels():
             values = jax.tree.map(add_offset, values)
         return Int8Matrix(values, w.scale)
     is_transposed = platform() == "cpu" or (platform() == "tpu" and len(output_dims(dims)) == 2)

@@ -1,5 +1,6 @@
 """The CPU of this machine: cores and instructions."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -34,5 +35,6 @@ def cpu_multiplies_uint8() -> bool:
         return False
 
 
-def _cpu_flags() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().split()
+@functools.cache  # a machine with hundreds of cores takes milliseconds to write the file
+def _cpu_flags() -> frozenset[str]:
+    return frozenset(Path("/proc/cpuinfo").read_text().split())

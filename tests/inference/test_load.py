@@ -94,6 +94,7 @@ def test_features_are_read_from_the_cpus_flags(cpuinfo, bfloat16, uint8, tmp_pat
     if cpuinfo is not None:
         path.write_text(f"processor\t: 0\n{cpuinfo}\n")
     monkeypatch.setattr(cpu, "Path", lambda _: path)
+    monkeypatch.setattr(cpu, "_cpu_flags", cpu._cpu_flags.__wrapped__)  # without its cache
     monkeypatch.setenv("PATH", str(tmp_path))
     assert (cpu.cpu_has_bfloat16(), cpu.cpu_multiplies_uint8()) == (bfloat16, uint8)
 

@@ -1,6 +1,9 @@
 """Int8 weights: their error, and that their products equal those of the dequantized weights."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +30,7 @@ from llama_jax.model.weights import (
 )
 from llama_jax.parallel.mesh import one_device_mesh
 from llama_jax.parallel.sharding import activation_spec
+from llama_jax.runtime.cpu import cpu_multiplies_uint8
 
 CONFIG = tiny_model()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 320, (8, 8)), jnp.int32)
@@ -152,12 +156,21 @@ def test_the_compiler_has_a_kernel_for_the_product_of_digits(stored):
     assert "__ynn_fusion" in program
 
 
-@pytest.mark.parametrize("has_instruction", [True, False])
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_experimental_ynn_fusion_type="])
+def test_values_stay_int8_where_xla_has_no_kernel_for_uint8(flags):
+    script = "from llama_jax.model.linear_cpu import *; print(has_uint8_kernels())"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"{cpu_multiplies_uint8() and not flags}\n"
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
 def test_the_decode_layout_on_a_cpu_has_the_logits_of_the_int8_model(
-    both, has_instruction, monkeypatch
+    both, has_kernels, monkeypatch
 ):
     *_, new_config, new = both
-    monkeypatch.setattr(linear_transposed, "cpu_multiplies_uint8", lambda: has_instruction)
+    monkeypatch.setattr(linear_transposed, "has_uint8_kernels", lambda: has_kernels)
     # Not compiled: the compiled function depends on the CPU that this test replaces.
     monkeypatch.setattr(weights, "_transpose", linear_transposed.transpose_weight)
     layers = tuple(layer_weights(new, i) for i in range(new_config.n_layers))
@@ -165,7 +178,7 @@ def test_the_decode_layout_on_a_cpu_has_the_logits_of_the_int8_model(
     with jax.set_mesh(one_device_mesh()):
         in_layout = decode_layout(model._replace(layers=jax.tree.map(lambda x: x, layers)))
         stored = {w.values.dtype for w in (in_layout.layers[1].w2, in_layout.tok_embeddings)}
-        assert stored == {np.dtype("uint8" if has_instruction else "int8")}
+        assert stored == {np.dtype("uint8" if has_kernels else "int8")}
         expected = jitted_forward(new_config, new, TOKENS)
         logits = jax.jit(lambda model: forward(new_config, model, TOKENS))(in_layout)
         assert tree_equal(restore_layout(in_layout), model)
