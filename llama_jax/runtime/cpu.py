@@ -28,7 +28,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def cpu_multiplies_uint8() -> bool:
-    """Returns whether the CPU multiplies uint8 with int8, and XLA has kernels: AVX512-VNNI, AMX."""
+    """Returns whether the CPU multiplies uint8 with int8: AVX512-VNNI or AMX.
+
+    AVX-VNNI does so too, but XLA has had kernels for it only since JAX 0.12.
+    """
     try:
         return not {"avx512_vnni", "amx_int8"}.isdisjoint(_cpu_flags())
     except OSError:  # macOS
