@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.model.quantize import OFFSET
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
 from llama_jax.runtime.cpu import cpu_multiplies_uint8
@@ -43,8 +44,8 @@ def einsum_int8(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
     integers, whose unit is s/(127·256^(n-1)) with the row's largest magnitude s, and written in n
     digits of base 256, from -128 to 127: three for float32, with errors of at most s·2^-24, and two
     for other dtypes, s·2^-16. The sums of each digit are exact, so a row has the same result beside
-    others. Those of uint8 values are too large by 128 times the sum of the row's digits, which is
-    subtracted.
+    others. Those of uint8 values are too large by OFFSET times the sum of the row's digits, and are
+    corrected.
 
     Args:
         equation: the letters of the matrix are in the order of its axes.
@@ -68,7 +69,7 @@ def einsum_int8(equation: str, x: jax.Array, values: jax.Array) -> jax.Array:
         matrix = values.reshape((-1, len(rows)) if order == "oi" else (len(rows), -1))
         sums = _sum_products(f"{order},ird->ord", matrix, digits)
         if values.dtype == jnp.uint8:
-            sums -= 128 * jnp.sum(digits.astype(jnp.int32), axis=0)
+            sums -= OFFSET * jnp.sum(digits.astype(jnp.int32), axis=0)
         y = jnp.zeros((), jnp.float32)
         for i in range(n_digits):
             y = sums[..., i] + y / 256

@@ -33,9 +33,7 @@ MATRIX_DIMS = {
 # Slightly below 127. An element of a low-precision dtype is often exactly half of its channel's
 # largest, 63.5 steps; the rounding of a division's last bit must not decide between 63 and 64.
 _STEPS = 127 * (1 - 2**-20)
-
-
-_OFFSET = 128
+OFFSET = 128  # of `add_offset`
 
 
 class Int8Matrix(WeightsModule):
@@ -84,19 +82,19 @@ def quantize_int8(w: Any, dims: str) -> tuple[Any, Any]:
 
 
 def add_offset(values: jax.Array) -> jax.Array:
-    """Returns int8 values as uint8 values that are larger by 128.
+    """Returns int8 values as uint8 values that are larger by OFFSET.
 
     The instructions of AVX512-VNNI and AMX multiply uint8 with int8. XLA:CPU's kernels for two int8
     matrices convert the first one in each product, or don't use these instructions.
     """
-    return jax.lax.bitcast_convert_type(values, np.uint8) ^ _OFFSET
+    return jax.lax.bitcast_convert_type(values, np.uint8) ^ OFFSET
 
 
 def remove_offset(values: jax.Array) -> jax.Array:
     """Returns the int8 values: undoes `add_offset`, if it was applied."""
     if values.dtype == np.int8:
         return values
-    return jax.lax.bitcast_convert_type(values ^ _OFFSET, np.int8)
+    return jax.lax.bitcast_convert_type(values ^ OFFSET, np.int8)
 
 
 def matrix_param(config: ModelConfig, w: jax.Array, dims: str) -> Any:

@@ -14,7 +14,6 @@ from llama_jax.inference import load as load_module
 from llama_jax.inference.load import load
 from llama_jax.model.weights import Llama
 from llama_jax.parallel.mesh import one_device_mesh
-from llama_jax.runtime import cpu
 
 # Over 8 devices and over 6.
 SHAPES = [
@@ -75,28 +74,6 @@ def test_a_cpu_without_bfloat16_computes_in_float32(folders, monkeypatch):
     assert dtypes == {True: ("bfloat16",) * 3, False: ("float32",) * 3}
     huge = lj.FAMILY["llama3.1-405b"]  # 1.6 TB in float32
     assert load_module.choose_compute_dtype(huge) == huge
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "bfloat16", "uint8"),
-    [
-        ("flags\t\t: fpu avx2 fma f16c avx_vnni", False, False),
-        ("flags\t\t: fpu avx512f avx512_bf16 avx512vl", True, False),
-        ("flags\t\t: fpu avx512f avx512vl avx512_vnni", False, True),
-        ("flags\t\t: avx512f amx_bf16 amx_tile amx_int8", True, True),
-        ("Features\t: fp asimd i8mm bf16 dgh", True, False),
-        ("Features\t: fp asimd asimddp", False, False),
-        (None, False, False),  # neither Linux nor macOS
-    ],
-)
-def test_features_are_read_from_the_cpus_flags(cpuinfo, bfloat16, uint8, tmp_path, monkeypatch):
-    path = tmp_path / "cpuinfo"
-    if cpuinfo is not None:
-        path.write_text(f"processor\t: 0\n{cpuinfo}\n")
-    monkeypatch.setattr(cpu, "Path", lambda _: path)
-    monkeypatch.setattr(cpu, "_cpu_flags", cpu._cpu_flags.__wrapped__)  # without its cache
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert (cpu.cpu_has_bfloat16(), cpu.cpu_multiplies_uint8()) == (bfloat16, uint8)
 
 
 BAD_TOKENS = [
