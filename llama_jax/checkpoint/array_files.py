@@ -5,13 +5,13 @@ checksums to the data.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from llama_jax.checkpoint.content_sums import stored_sum
+from llama_jax.checkpoint.content_sums import chunk_parts, stored_sum
 from llama_jax.checkpoint.orbax_format import metadata_files
 from llama_jax.model.summary import path_names
 from llama_jax.parallel.replicas import position_of, spread_over_hosts
@@ -130,8 +130,41 @@ def sum_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> dict[s
 
 
 def write_shards(stores: Mapping[str, Any], shards: Iterable[HostShard]) -> None:
-    """Writes shards, all concurrently, and returns when all are stored."""
-    writes = [stores[shard.name][shard.position].write(shard.values) for shard in shards]
+    """Writes shards, all concurrently; returns and raises as `await_writes`."""
+    writes = []
+    for name, index, values in shards:
+        writes += start_writes(stores[name], [part.start or 0 for part in index], values)
+    await_writes(writes)
+
+
+def start_writes(store: Any, origin: Sequence[int], values: np.ndarray) -> list[Any]:
+    """Starts to write a block of an array, each chunk by itself; returns TensorStore's futures.
+
+    One write of several chunks would fail with the first one that fails, while others are still
+    being written.
+
+    Args:
+        store: the array.
+        origin: position of the block in it. The block consists of whole chunks.
+        values: of the block; they must not change until all is written.
+    """
+    chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+    return [
+        store[tuple(map(slice, start, np.add(start, part.shape)))].write(
+            part, can_reference_source_data_indefinitely=True
+        )
+        for start, part in chunk_parts(values, origin, chunk)
+    ]
+
+
+def await_writes(writes: Sequence[Any]) -> None:
+    """Waits until no chunk is being written any more, so that a caller can remove the folder.
+
+    Raises:
+        ValueError: a chunk can't be written.
+    """
+    for write in writes:
+        write.exception()
     for write in writes:
         write.result()
 

@@ -9,7 +9,7 @@ speed of memory, and needs no device.
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,26 @@ def block_sum(values: np.ndarray, origin: Sequence[int], chunk: Sequence[int]) -
     if not values.shape:
         values, origin, chunk = values.reshape(1), (0,), (1,)
     total = 0
+    for start, part in chunk_parts(values, origin, chunk):
+        position = [a // size for a, size in zip(start, chunk, strict=True)]
+        total += _sum_words(part, start[-1]) * _factor(position)
+    return total % _MODULUS
+
+
+def chunk_parts(
+    values: np.ndarray, origin: Sequence[int], chunk: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Yields the part of a block in each chunk, after its position in the array.
+
+    The arguments are those of `block_sum`.
+    """
     edges = [
         [start, *range((start // size + 1) * size, start + n, size), start + n]
         for start, n, size in zip(origin, values.shape, chunk, strict=True)
     ]
     for piece in itertools.product(*map(itertools.pairwise, edges)):
         ranges = (slice(a - start, b - start) for (a, b), start in zip(piece, origin, strict=True))
-        position = [a // size for (a, _), size in zip(piece, chunk, strict=True)]
-        total += _sum_words(values[tuple(ranges)], piece[-1][0]) * _factor(position)
-    return total % _MODULUS
+        yield tuple(a for a, _ in piece), values[tuple(ranges)]
 
 
 def _sum_words(values: np.ndarray, first: int) -> int:

@@ -6,7 +6,6 @@ layer is in memory. Both read and write the same folders.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ class WeightsReader:
         with classify_errors(self.folder / name, FAULTS):
             array = (store if layer is None else store[layer]).read().result()
         parts = self._parts[name]
-        parts[layer or 0] = _sum_weight(store, layer, array)
+        parts[layer or 0] = stored_sum(store, [_block(layer, array)])
         if layer is None or len(parts) == store.shape[0]:
             item = f"model/{name}"
             found = complete_sums({item: part} for part in parts.values())[item]
@@ -83,15 +82,13 @@ class WeightsWriter:
 
     def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
         """Writes a weight, or its slice for `layer`."""
-        store = self._stores[name]
-        target = store if layer is None else store[layer]
-        writing = target.write(array, can_reference_source_data_indefinitely=True)
-        self.sums[name] += _sum_weight(store, layer, array)
-        writing.result()
+        store, block = self._stores[name], _block(layer, array)
+        writes = array_files.start_writes(store, *block)
+        self.sums[name] += stored_sum(store, [block])
+        array_files.await_writes(writes)
 
 
-def _sum_weight(store: Any, layer: int | None, array: np.ndarray) -> int:
-    """Returns the partial content sum of a weight, or of its slice for `layer`."""
+def _block(layer: int | None, array: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Returns the origin and the values of a weight, or of its slice for `layer`, in its array."""
     values = array if layer is None else array[None]
-    origin = [layer or 0, *[0] * (values.ndim - 1)]
-    return stored_sum(store, [(origin, values)])
+    return [layer or 0, *[0] * (values.ndim - 1)], values
