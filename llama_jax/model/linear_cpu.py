@@ -118,9 +118,22 @@ def accumulate_dtype(dtype: Any) -> Any:
 def einsum_float32(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Returns the einsum in float32: a weight's gradient, summed over the operands' first letters.
 
-    For such a sum XLA:CPU has no product of bfloat16 operands with a float32 result, so the
-    operands are cast to float32 there.
+    XLA:CPU has kernels for bfloat16 operands only if they contract the last axis of the first
+    operand: so x is transposed there.
     """
-    if platform() == "cpu":
-        x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    if platform() == "cpu" and x.dtype == jnp.bfloat16:
+        x_dims, y_dims, w_dims = equation.replace("->", ",").split(",")
+        summed = "".join(letter for letter in x_dims if letter not in w_dims)
+        equation = f"{x_dims.removeprefix(summed)}{summed},{y_dims}->{w_dims}"
+        x = _move_to_end(x, len(summed))
     return jnp.einsum(equation, x, dy, preferred_element_type=jnp.float32)
+
+
+def _move_to_end(x: jax.Array, n: int) -> jax.Array:
+    """Returns x with its first `n` axes at the end, materialized in this order.
+
+    XLA would merge a transpose of two axes, but not one of three, with the product that reads it.
+    """
+    rows, rest = math.prod(x.shape[:n]), x.shape[n:]
+    columns = x.reshape(-1, math.gcd(rows, 16), math.prod(rest)).transpose(2, 0, 1)
+    return columns.reshape(*rest, *x.shape[:n])
