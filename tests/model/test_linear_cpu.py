@@ -8,7 +8,7 @@ from llama_jax.parallel.mesh import one_device_mesh
 
 
 @pytest.mark.parametrize(
-    "equation, x_shape, dy_shape, rows",
+    ("equation", "x_shape", "dy_shape", "rows"),
     [
         ("MD,MF->DF", (96, 24), (96, 40), 96),
         ("MD,MNH->DNH", (96, 24), (96, 5, 8), 96),
