@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llama_jax.model.quantize import OFFSET
 from llama_jax.parallel.mesh import platform
 from llama_jax.parallel.sharding import activation_spec
-from llama_jax.runtime.cpu import cpu_multiplies_uint8
+from llama_jax.runtime.cpu import cpu_has_bfloat16, cpu_multiplies_uint8
 
 # Up to this many rows of activations, a product with an int8 matrix is computed in int8. With more,
 # converting the matrix to the activations' dtype can cost less than their additional digits.
@@ -119,9 +119,9 @@ def einsum_float32(equation: str, x: jax.Array, dy: jax.Array) -> jax.Array:
     """Returns the einsum in float32: a weight's gradient, summed over the operands' first letters.
 
     XLA:CPU has kernels for bfloat16 operands only if they contract the last axis of the first
-    operand: so x is transposed there.
+    operand: so x is transposed there. (Without bfloat16 instructions XLA converts both to float32.)
     """
-    if platform() == "cpu" and x.dtype == jnp.bfloat16:
+    if platform() == "cpu" and x.dtype == jnp.bfloat16 and cpu_has_bfloat16():
         x_dims, y_dims, w_dims = equation.replace("->", ",").split(",")
         summed = "".join(letter for letter in x_dims if letter not in w_dims)
         equation = f"{x_dims.removeprefix(summed)}{summed},{y_dims}->{w_dims}"

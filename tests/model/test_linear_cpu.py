@@ -1,3 +1,5 @@
+import platform
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from llama_jax.model.linear_cpu import einsum_float32
 from llama_jax.parallel.mesh import one_device_mesh
+from llama_jax.runtime.cpu import cpu_has_bfloat16
 
 
 @pytest.mark.parametrize(
@@ -25,8 +28,8 @@ def test_the_gradient_of_a_bfloat16_weight_has_a_kernel_and_equals_float64(
     with jax.set_mesh(one_device_mesh()):
         gradient = jax.jit(einsum_float32, static_argnums=0).lower(equation, x, dy).compile()
         dw = gradient(x, dy)
-    has_kernel = "__ynn_fusion" in (gradient.as_text() or "")
-    assert has_kernel or rows == 7
+    if rows != 7 and platform.machine() == "x86_64" and cpu_has_bfloat16():
+        assert "__ynn_fusion" in (gradient.as_text() or "")
     assert dw.dtype == jnp.float32
     # The products are exact. Each sum is rounded by at most 2^-24 of the sum of the magnitudes.
     x, dy, dw = (np.asarray(a, np.float64) for a in (x, dy, dw))
