@@ -93,7 +93,7 @@ def test_greedy_rows_take_the_most_likely_token_after_penalties():
 
 
 def test_a_batch_of_greedy_rows_costs_one_argmax():
-    """Outside of `cond`, which depends on the settings, nothing else reads the logits."""
+    """Outside of `cond`, which depends on the settings, only the argmax reads the logits."""
     shape = random_logits(2, 0).shape
     counts = token_counts(*contexts(2, 0))
     program = jax.make_jaxpr(sample)(
@@ -104,7 +104,17 @@ def test_a_batch_of_greedy_rows_costs_one_argmax():
         for eqn in program.eqns
         if any(getattr(operand.aval, "shape", None) == shape for operand in eqn.invars)
     ]
-    assert [name for name in reads if name != "reshard"] == ["cond", "argmax", "cond"]
+    assert [name for name in reads if name != "reshard"] == ["cond", "reshape", "cond"]
+
+
+@pytest.mark.parametrize("V", [5, 512, 768, 1000])
+def test_a_greedy_row_takes_the_first_of_the_likeliest_tokens(V):
+    logits = np.random.default_rng(0).integers(-9, 9, (4, V)).astype(np.float32)
+    logits[1] = -np.inf
+    logits[2, V // 2] = np.nan
+    logits[3, -1] = 99
+    tokens = SAMPLE(sharded([Sampling()] * 4), None, shard_array(logits, "BS"), keys(4))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 def test_top_k_includes_k_tokens():
