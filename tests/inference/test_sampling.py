@@ -107,16 +107,6 @@ def test_a_batch_of_greedy_rows_costs_one_argmax():
     assert [name for name in reads if name != "reshard"] == ["cond", "reshape", "cond"]
 
 
-@pytest.mark.parametrize("V", [5, 512, 768, 1000])
-def test_a_greedy_row_takes_the_first_of_the_likeliest_tokens(V):
-    logits = np.random.default_rng(0).integers(-9, 9, (4, V)).astype(np.float32)
-    logits[1] = -np.inf
-    logits[2, V // 2] = np.nan
-    logits[3, -1] = 99
-    tokens = SAMPLE(sharded([Sampling()] * 4), None, shard_array(logits, "BS"), keys(4))
-    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
-
-
 def test_top_k_includes_k_tokens():
     assert included(top_k=2) == [[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]]
     assert included(top_k=99) == included(top_k=5) == included(top_k=0) == [[1] * 5] * 2
