@@ -194,6 +194,11 @@ def _check_source(
         InputError: a tensor differs.
     """
     read = [tensor.read() for tensor in source.stored_tensors(weight)]
+    if len(read) != len(record["source"]):  # a model folder's has one tensor, Meta's one per shard
+        raise InputError(
+            f"{source.path} is not what was converted (tensors of {weight}: {len(read)} instead of"
+            f" {len(record['source'])}): give the source of the conversion"
+        )
     for array, tensor in zip(read, record["source"], strict=True):
         if receipt.tensor_hash(array) != tensor["blake3"]:
             raise InputError(

@@ -64,6 +64,8 @@ def test_verify_needs_no_source_but_hashes_it_if_given(shared_data, tmp_path):
         assert counts == {"identical": 47, "converted": 0}
     with pytest.raises(InputError, match="is not the tensor that was converted"):
         verify(folder, changed(source, tmp_path / "other"), progress=False)
+    with pytest.raises(InputError, match=r"\(tensors of tok_embeddings: 1 instead of 2\)"):
+        verify(folder, convert_to(source, tmp_path / "model"), progress=False)
 
 
 def test_a_change_of_type_is_verified_against_the_source(shared_data, tmp_path):
