@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax.checkpoint.content_sums import chunk_parts, stored_sum
+from llama_jax.checkpoint.content_sums import chunk_parts, stored_chunk, stored_sum
 from llama_jax.checkpoint.orbax_format import metadata_files
 from llama_jax.model.summary import path_names
 from llama_jax.parallel.replicas import position_of, spread_over_hosts
@@ -148,12 +148,11 @@ def start_writes(store: Any, origin: Sequence[int], values: np.ndarray) -> list[
         origin: position of the block in it. The block consists of whole chunks.
         values: of the block; they must not change until all is written.
     """
-    chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
     return [
         store[tuple(map(slice, start, np.add(start, part.shape)))].write(
             part, can_reference_source_data_indefinitely=True
         )
-        for start, part in chunk_parts(values, origin, chunk)
+        for start, part in chunk_parts(values, origin, stored_chunk(store))
     ]
 
 

@@ -70,8 +70,13 @@ def _factor(position: Sequence[int]) -> int:
 
 def stored_sum(store: Any, blocks: Iterable[tuple[Sequence[int], np.ndarray]]) -> int:
     """Returns the partial content sum of blocks of a stored array, given with their origins."""
-    chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+    chunk = stored_chunk(store)
     return sum(block_sum(values, origin, chunk) for origin, values in blocks) % _MODULUS
+
+
+def stored_chunk(store: Any) -> tuple[int, ...]:
+    """Returns the shape of a stored array's chunks."""
+    return store.chunk_layout.write_chunk.shape or ()  # None for a scalar
 
 
 def complete_sums(parts: Iterable[Mapping[str, int]]) -> dict[str, str]:

@@ -167,7 +167,6 @@ def _argmax(logits_BV: jax.Array) -> jax.Array:
     XLA:CPU computes a maximum with vector instructions, but an argmax element by element. So it
     searches the maxima of groups there, and then the first group that contains the maximum.
     """
-
     if platform() != "cpu":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
